@@ -1,0 +1,286 @@
+"""AudioSet's files: rows and ontology in; segments of the 23 objects, and their statistics, out.
+
+Everything works on blocks of whole lines as Arrow tables: two million rows one by one take minutes.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from avsep.objects import OBJECT_NAMES, OBJECTS
+from avsep.records import SCHEMA_VERSION, SEGMENT_SCHEMA, SPLITS
+
+VAL_PERCENT = 4
+MAX_SECONDS = 1e9
+
+_ID = r"[0-9A-Za-z_-]+"
+_SECONDS = r"[0-9]{1,9}(?:\.[0-9]+)?"
+_TAG = r"/[a-z]/[0-9A-Za-z_]+"
+_ROW = (
+    rf"^(?P<ytid>{_ID})[ \t]*,[ \t]*(?P<start_s>{_SECONDS})[ \t]*,[ \t]*(?P<end_s>{_SECONDS})[ \t]*,"
+    rf'[ \t]*"(?P<tags>{_TAG}(?:,{_TAG})*)"\s*$'
+)
+
+ROW_SCHEMA = pa.schema(
+    [
+        pa.field("line", pa.int64(), nullable=False),  # in its block, from 1
+        pa.field("ytid", pa.string(), nullable=False),
+        pa.field("start_s", pa.float64(), nullable=False),
+        pa.field("end_s", pa.float64(), nullable=False),
+        pa.field("tags", pa.list_(pa.string()), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that holds no usable row, and why."""
+
+    line: int  # in its block, from 1
+    reason: str
+    text: str
+
+
+def parse_rows(block: bytes) -> tuple[pa.Table, list[BadLine], int]:
+    """Parse whole lines of an AudioSet CSV → (rows as ROW_SCHEMA, malformed lines, number of lines).
+
+    Comments (`#`) and blank lines are neither rows nor malformed. Lines as AudioSet writes them
+    are matched together; what is left goes one by one through `parse_row`, which decides.
+    """
+    ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + 1
+    if block and not block.endswith(b"\n"):
+        ends = np.append(ends, len(block))
+    offsets = pa.py_buffer(np.concatenate([[0], ends]).astype(np.int32))
+    lines = pa.Array.from_buffers(pa.binary(), len(ends), [None, offsets, pa.py_buffer(block)])
+
+    matches = pc.extract_regex(lines, _ROW)
+    matched = np.flatnonzero(matches.is_valid())
+    ytid, start, end, tags = (c.cast(pa.string()) for c in matches.take(pa.array(matched)).flatten())
+    start, end = start.cast(pa.float64()), end.cast(pa.float64())
+    good = pc.greater(end, start)
+    rows = pa.table([pa.array(matched + 1), ytid, start, end, pc.split_pattern(tags, ",")], schema=ROW_SCHEMA)
+    others = np.setdiff1d(np.arange(len(lines)), matched[np.asarray(good)])
+
+    rescued, bad = [], []
+    for index, line in zip(others.tolist(), lines.take(pa.array(others)).to_pylist(), strict=True):
+        text = line.decode(errors="replace").strip()
+        if not text or text.startswith("#"):
+            continue
+        try:
+            rescued.append({"line": index + 1, **parse_row(text)})
+        except ValueError as error:
+            bad.append(BadLine(index + 1, str(error), text))
+    tables = [rows.filter(good), pa.Table.from_pylist(rescued, schema=ROW_SCHEMA)]
+    return pa.concat_tables(tables).combine_chunks(), bad, len(lines)
+
+
+def parse_row(text: str) -> dict[str, Any]:
+    """Parse one row, `YTID, start, end, "mid,mid"`; ValueError says what is wrong with it.
+
+    >>> parse_row('-4gqARaEJE, 0.000, 10.000, "/m/068hy,/m/07q6cd_"')["tags"]
+    ['/m/068hy', '/m/07q6cd_']
+    """
+    try:
+        cells = next(csv.reader([text], skipinitialspace=True, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"broken quoting: {error}") from None
+    if len(cells) != 4:
+        raise ValueError(f'{len(cells)} cells; a row is YTID, start, end, "mid,mid"')
+    ytid, start, end, tags = (cell.strip() for cell in cells)
+    if not re.fullmatch(_ID, ytid, re.ASCII):
+        raise ValueError(f"YTID is {ytid!r}; it must be letters, digits, _ and -")
+    start_s, end_s = _seconds("start", start), _seconds("end", end)
+    if end_s <= start_s:
+        raise ValueError(f"end is {end}; it must come after start = {start}")
+    mids = [tag.strip() for tag in tags.split(",")]
+    for mid in mids:
+        if not re.fullmatch(_TAG, mid, re.ASCII):
+            raise ValueError(f"tag {mid!r} is no mid such as /m/0bt9lr")
+    return {"ytid": ytid, "start_s": start_s, "end_s": end_s, "tags": mids}
+
+
+def _seconds(name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < MAX_SECONDS:
+        raise ValueError(f"{name} is {text!r}; it must be a time in seconds from 0 up")
+    return value
+
+
+def descendants(children: Mapping[str, Sequence[str]], mid: str) -> set[str]:
+    """Return a node and everything below it in the ontology's graph, where a node may have several parents.
+
+    >>> sorted(descendants({"a": ["b", "c"], "b": ["d"], "c": ["d"]}, "a"))
+    ['a', 'b', 'c', 'd']
+    """
+    found, ahead = {mid}, [mid]
+    while ahead:
+        new = set(children.get(ahead.pop(), ())) - found
+        found |= new
+        ahead.extend(new)
+    return found
+
+
+def object_masks(ontology: Any, *, own_node_only: bool = False) -> dict[str, int]:
+    """Map each mid that means one of the 23 objects to a bit mask over them (bit l: object l).
+
+    `ontology` is AudioSet's `ontology.json`, loaded: nodes with `id` and `child_ids`. An object
+    whose node it lacks is known by that node's mid alone. Raises ValueError for anything else.
+    """
+    try:
+        children = {node["id"]: list(node["child_ids"]) for node in ontology}
+    except (TypeError, KeyError):
+        raise ValueError("no list of nodes with `id` and `child_ids`") from None
+    if not own_node_only and not any(o.mid in children for o in OBJECTS):
+        raise ValueError(f"it has none of the objects' nodes ({OBJECTS[0].mid} {OBJECTS[0].name}, …)")
+    masks: dict[str, int] = {}
+    for index, o in enumerate(OBJECTS):
+        for mid in {o.mid} if own_node_only else descendants(children, o.mid):
+            masks[mid] = masks.get(mid, 0) | 1 << index
+    return masks
+
+
+def select_segments(rows: pa.Table, masks: Mapping[str, int], split: str | None) -> pa.Table:
+    """Keep rows with a tag in `masks` → SEGMENT_SCHEMA and `line`; a `split` of None is `hash_split`."""
+    mids, bits = list(masks), np.array([*masks.values(), 0], np.int32)
+    tags = rows["tags"].combine_chunks()
+    indices = pc.index_in(tags.flatten(), pa.array(mids, pa.string())).fill_null(len(mids))
+    starts = np.asarray(tags.offsets)[:-1]
+    hot = np.bitwise_or.reduceat(bits[np.asarray(indices)], starts) if len(rows) else np.zeros(0, np.int32)
+    rows, hot = rows.filter(pa.array(hot != 0)), hot[hot != 0]
+
+    start_ms = np.round(np.asarray(rows["start_s"]) * 1000).astype(np.int64)
+    ytid = rows["ytid"].combine_chunks()
+    segment_id = pc.binary_join_element_wise(ytid, pa.array(start_ms).cast(pa.string()), "_")
+    present = (hot[:, None] >> np.arange(len(OBJECTS)) & 1).astype(bool)
+    ends = np.concatenate([[0], present.sum(1).cumsum()])
+    names = pa.array(OBJECT_NAMES).take(pa.array(present.nonzero()[1]))
+    columns = {
+        "segment_id": segment_id,
+        "source": pc.binary_join_element_wise("youtube", ytid, ":"),
+        "start_s": rows["start_s"],
+        "end_s": rows["end_s"],
+        "split": pa.array([split or hash_split(s) for s in segment_id.to_pylist()], pa.string()),
+        "objects": pa.ListArray.from_arrays(pa.array(ends, pa.int32()), names),
+        "labels": pa.nulls(len(rows), pa.list_(pa.string())),
+        "line": rows["line"],
+    }
+    return pa.table(columns, schema=SEGMENT_SCHEMA.append(ROW_SCHEMA.field("line")))
+
+
+def hash_percent(segment_id: str) -> float:
+    """Spread ids evenly over [0, 100), the same way everywhere and for ever."""
+    digest = hashlib.sha256(segment_id.encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48 * 100
+
+
+def hash_split(segment_id: str) -> str:
+    """Put VAL_PERCENT % of the ids into `val`, the others into `train`."""
+    return "val" if hash_percent(segment_id) < VAL_PERCENT else "train"
+
+
+def deduplicate(rows: pa.Table) -> tuple[pa.Table, pa.Table, NDArray[np.bool_]]:
+    """Sort by segment_id and keep each id once: the one in split `test`, else the first of the input.
+
+    Needs columns `file`, `block` and `line`. Returns (unique rows, the repeats, whether each
+    repeat was in another split and lost to `test`); nothing is in both.
+    """
+    not_test = pc.not_equal(rows["split"], "test")
+    order = ["segment_id", "not_test", "file", "block", "line"]
+    rows = rows.append_column("not_test", not_test).sort_by([(column, "ascending") for column in order])
+    ids, not_test = rows["segment_id"].combine_chunks(), np.asarray(rows["not_test"])
+    rows = rows.drop_columns(["not_test"])
+    first = np.ones(len(rows), bool)
+    first[1:] = np.asarray(pc.not_equal(ids[1:], ids[:-1]))
+    winner = np.flatnonzero(first)[first.cumsum() - 1] if len(rows) else first
+    lost_to_test = (not_test & ~not_test[winner])[~first] if len(rows) else first
+    return rows.filter(pa.array(first)), rows.filter(pa.array(~first)), lost_to_test
+
+
+# Statistics are counters, so that counts of parts add up in any order. The keys are
+# (rows, FILE), (dropped, REASON), (dead_letters,), (segments, SPLIT), (objects | labels, NAME, SPLIT),
+# (unlabelled, SPLIT), (shorter_than_10_s, SPLIT) and (together, NAME, NAME).
+Counts = Counter[tuple[str, ...]]
+
+
+def count_segments(segments: pa.Table) -> Counts:
+    """Count segments (SEGMENT_SCHEMA) by split, object and pair of objects."""
+    counts: Counts = Counter()
+    length_s = np.asarray(pc.subtract(segments["end_s"], segments["start_s"]).fill_null(math.inf))
+    in_splits = np.asarray(segments["split"])
+    for split in SPLITS:
+        here = in_splits == split
+        counts["segments", split] = int(here.sum())
+        counts["shorter_than_10_s", split] = int((length_s[here] < 10).sum())
+        counts["unlabelled", split] = segments["labels"].filter(pa.array(here)).null_count
+        for column in ("objects", "labels"):
+            n_clips = _present(segments[column].filter(pa.array(here))).sum(0)
+            for name, n in zip(OBJECT_NAMES, n_clips.tolist(), strict=True):
+                counts[column, name, split] = n
+    present = _present(segments["objects"])
+    together = np.triu(present.T @ present, 1)
+    for a, b in np.argwhere(together).tolist():
+        counts["together", OBJECT_NAMES[a], OBJECT_NAMES[b]] = int(together[a, b])
+    return counts
+
+
+def _present(names: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Turn lists of objects into `(n, L)` zeros and ones."""
+    present = np.zeros((len(names), len(OBJECTS)), np.int64)
+    indices = pc.index_in(pc.list_flatten(names), pa.array(OBJECT_NAMES))
+    present[np.asarray(pc.list_parent_indices(names)), np.asarray(indices)] = 1
+    return present
+
+
+def add_counts(parts: Iterable[Counts]) -> Counts:
+    """Add counters up."""
+    total: Counts = Counter()
+    for part in parts:
+        total.update(part)
+    return total
+
+
+def summarize(counts: Counts) -> dict[str, Any]:
+    """Arrange the counts for `statistics.json`.
+
+    Raises AssertionError unless rows in = kept + dropped + dead letters: a row went missing.
+    """
+
+    def under(*head: str) -> dict[str, int]:
+        return {key[-1]: n for key, n in sorted(counts.items()) if key[:-1] == head}
+
+    def by_split(*head: str) -> dict[str, int]:
+        return {split: counts[*head, split] for split in SPLITS}
+
+    files, dropped = under("rows"), under("dropped")
+    n_rows, n_kept, n_dead = sum(files.values()), sum(by_split("segments").values()), counts["dead_letters",]
+    if n_rows != n_kept + sum(dropped.values()) + n_dead:
+        raise AssertionError(f"{n_rows} rows, but {n_kept} kept, {dropped} dropped, {n_dead} dead letters")
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "rows": n_rows,
+        "kept": n_kept,
+        "dropped": dropped,
+        "dead_letters": n_dead,
+        "files": files,
+        "splits": by_split("segments"),
+        "shorter_than_10_s": by_split("shorter_than_10_s"),
+        "without_labels": by_split("unlabelled"),
+        "objects": {name: by_split("objects", name) for name in OBJECT_NAMES},
+        "labels": {name: by_split("labels", name) for name in OBJECT_NAMES},
+        "cooccurrence": {name: pairs for name in OBJECT_NAMES if (pairs := under("together", name))},
+    }

@@ -1,0 +1,166 @@
+"""The model directory: everything that separation needs, and nothing that runs code when loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from avsep import storage
+from avsep.dictionary import BasisDictionary
+from avsep.miml import MIML
+from avsep.objects import OBJECT_NAMES
+from avsep.stft import STFT
+
+FORMAT = 1
+CONFIG_FILE, NETWORK_FILE, DICTIONARY_FILE, LABELLER_FILE = (
+    "config.json",
+    "miml.safetensors",
+    "dictionary.safetensors",
+    "labeller.safetensors",
+)
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """MIML's arguments beside F and L; the defaults are the published network."""
+
+    n_subconcepts: int = 4  # K
+    hidden: int = 1024
+    final_relu: bool = True
+    square_root: bool = False
+    log_bands: bool = False
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class SeparationConfig:
+    """How bases become sounds."""
+
+    assignment: str = "soft"  # soft: posteriors share each basis; threshold: as published
+    threshold: float = 0.5  # of an object's largest score, for assignment by threshold
+    posterior_power: float = 1.5
+    mask_power: float = 1.5
+    bases: str = "own"  # own, learned or both
+    dictionary_power: float = 0.8  # weight of the learned bases' masks beside the own ones'
+    n_iter: int = 100  # updates of the activations of learned bases
+    silent_share: float = 0.02  # an object with a smaller share of the sound is silent
+    heard_share: float = 0.12  # an object nobody named is heard from this share up
+    window_s: float = 10.0
+    overlap_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.assignment not in ("soft", "threshold"):
+            raise ValueError(f"assignment is {self.assignment!r}; it is soft or threshold")
+        if self.bases not in ("own", "learned", "both"):
+            raise ValueError(f"bases is {self.bases!r}; it is own, learned or both")
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    """How picture scores become weak labels."""
+
+    threshold: float = 0.3
+    best_threshold: float = 0.05
+
+
+@dataclass(frozen=True)
+class LabellerConfig:
+    """Which picture network the clips were labelled with; its weights' hash is None without one."""
+
+    architecture: str = "resnet152"
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """`config.json`: whatever reads a model takes its settings from here, not from flags."""
+
+    stft: STFT = field(default_factory=STFT)
+    n_bases: int = 25
+    n_iter: int = 200
+    image_size: int = 224
+    objects: tuple[str, ...] = OBJECT_NAMES
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    labels: LabelConfig = field(default_factory=LabelConfig)
+    labeller: LabellerConfig = field(default_factory=LabellerConfig)
+    separation: SeparationConfig = field(default_factory=SeparationConfig)
+    recipe: str = ""
+    training: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def build(self) -> MIML:
+        """Build the network, untrained."""
+        return MIML(self.stft.n_bins, len(self.objects), **asdict(self.network))
+
+
+@dataclass
+class Model:
+    """A trained network with its configuration and, once collected, its dictionary."""
+
+    config: ModelConfig
+    network: MIML
+    dictionary: BasisDictionary | None = None
+
+    def save(self, directory: str) -> None:
+        """Write the model directory; files that this model has not are left alone."""
+        weights = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
+        storage.write_bytes(storage.join(directory, NETWORK_FILE), safetensors.torch.save(weights))
+        if self.dictionary is not None:
+            self.dictionary.save(storage.join(directory, DICTIONARY_FILE))
+        storage.write_text(storage.join(directory, CONFIG_FILE), json.dumps(asdict(self.config), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, directory: str, device: str = "cpu") -> Model:
+        """Read a model directory.
+
+        Raises:
+            FileNotFoundError: there is no model.
+            ValueError: it is of another format, or its files don't fit together.
+        """
+        path = storage.join(directory, CONFIG_FILE)
+        if not storage.exists(path):
+            raise FileNotFoundError(f"{directory} holds no {CONFIG_FILE}; give the model folder that pipelines.train wrote")
+        try:
+            config = _parse(json.loads(storage.read_bytes(path)))
+            network = config.build()
+            network.load_state_dict(safetensors.torch.load(storage.read_bytes(storage.join(directory, NETWORK_FILE))))
+        except (TypeError, KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+            first_line = str(error).strip().split("\n")[0]
+            raise ValueError(f"{directory} is no model of format {FORMAT}: {first_line}") from None
+        dictionary = None
+        if storage.exists(storage.join(directory, DICTIONARY_FILE)):
+            dictionary = BasisDictionary.load(storage.join(directory, DICTIONARY_FILE))
+        return cls(config, network.eval().to(device), dictionary)
+
+
+def _parse(raw: dict[str, Any]) -> ModelConfig:
+    if raw.get("format") != FORMAT:
+        raise ValueError(f"its format is {raw.get('format')!r}")
+    nested: dict[str, Any] = {
+        "stft": STFT,
+        "network": NetworkConfig,
+        "labels": LabelConfig,
+        "labeller": LabellerConfig,
+        "separation": SeparationConfig,
+    }
+    parsed = {k: nested[k](**v) if k in nested else v for k, v in raw.items()}
+    return replace(ModelConfig(**parsed), objects=tuple(raw["objects"]))
+
+
+def labeller_file(directory: str) -> Path | None:
+    """Return the model's own labeller weights when it carries them (local directories)."""
+    path = Path(directory, LABELLER_FILE)
+    return path if path.is_file() else None
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a run should remember."""
+    from importlib.metadata import version
+
+    return {"avsep": version("avsep"), "torch": torch.__version__}

@@ -1,0 +1,186 @@
+"""Non-negative matrix factorisation under the Kullback–Leibler divergence, batched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_TINY = torch.finfo(torch.float32).tiny  # keeps 0/0 at 0; far below any audible magnitude
+_CPU_BLOCK = 128  # rows of V whose V/(WH) stays in a core's cache between the two updates
+
+
+def factorize(
+    V: Tensor,
+    n_bases: int,
+    *,
+    n_iter: int = 200,
+    seeds: Sequence[int] | int | None = None,
+    W0: Tensor | None = None,
+    H0: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Factorise `V ≈ W H`, minimising the generalised KL divergence by multiplicative updates.
+
+    In each iteration `W ← W ∘ ((V/(WH)) Hᵀ) / (1 Hᵀ)` and then
+    `H ← H ∘ (Wᵀ (V/(WH))) / (Wᵀ 1)` (Lee and Seung 2001, in scikit-learn's order), so the
+    divergence never rises. A clip of zeros gives zeros, never NaN.
+
+    Args:
+        V: `(…, F, N)` non-negative magnitudes, on any device.
+        n_bases: M.
+        n_iter: number of iterations.
+        seeds: one seed a clip (a single one serves all); equal seeds give equal starts,
+            whatever the batch and the device. None means 0.
+        W0, H0: explicit starts, `(…, F, M)` and `(…, M, N)`, instead of random ones.
+
+    Returns:
+        W `(…, F, M)`, each column with maximum one (or all zero), and H `(…, M, N)`, float32.
+
+    Raises:
+        ValueError: V is negative, infinite or NaN somewhere, or the shapes disagree.
+    """
+    V = _check_magnitudes(V)
+    lead, (n_bins, n_frames) = V.shape[:-2], V.shape[-2:]
+    if n_bases < 1:
+        raise ValueError(f"n_bases is {n_bases}; at least one basis is needed")
+    if n_iter < 0:
+        raise ValueError(f"n_iter is {n_iter}; it must not be negative")
+    flat = V.reshape(-1, n_bins, n_frames)
+    W, H = _start(flat, n_bases, seeds)
+    if W0 is not None:
+        W = _checked_start("W0", W0, (*lead, n_bins, n_bases), W)
+    if H0 is not None:
+        H = _checked_start("H0", H0, (*lead, n_bases, n_frames), H)
+    for clip in _clips_at_once(flat):
+        _update(flat[clip], W[clip], H[clip], n_iter, update_bases=True)
+    W, H = _normalise(W, H)
+    return W.reshape(*lead, n_bins, n_bases), H.reshape(*lead, n_bases, n_frames)
+
+
+def infer_activations(V: Tensor, W: Tensor, *, n_iter: int = 100) -> Tensor:
+    """Find `H` with `V ≈ W H` for bases held fixed; the problem is convex, so no seed matters.
+
+    Args:
+        V: `(…, F, N)` non-negative magnitudes.
+        W: `(…, F, M)` non-negative bases; a basis of zeros gets activations of zero.
+        n_iter: number of multiplicative updates.
+
+    Returns:
+        H `(…, M, N)`, float32.
+
+    Raises:
+        ValueError: negative or non-finite input, or shapes that disagree.
+    """
+    V = _check_magnitudes(V)
+    lead, (n_bins, n_frames) = V.shape[:-2], V.shape[-2:]
+    n_bases = W.shape[-1]
+    if W.shape != (*lead, n_bins, n_bases):
+        raise ValueError(f"W is {tuple(W.shape)}; for V {tuple(V.shape)} it must be {(*lead, n_bins, 'M')}")
+    flat = V.reshape(-1, n_bins, n_frames)
+    W = _check_magnitudes(W).reshape(-1, n_bins, n_bases).to(V.device)
+    column_sums = W.sum(-2, keepdim=True).mT  # (B, M, 1)
+    level = flat.sum(-2, keepdim=True) / n_bases  # every basis starts with the same share of each frame
+    H = torch.where(column_sums > 0, level / column_sums.clamp_min(_TINY), 0.0).contiguous()
+    W = W.contiguous()
+    for clip in _clips_at_once(flat):
+        _update(flat[clip], W[clip], H[clip], n_iter, update_bases=False)
+    return H.reshape(*lead, n_bases, n_frames)
+
+
+def kl_divergence(V: Tensor, W: Tensor, H: Tensor) -> Tensor:
+    """Return `D(V|WH) = Σ V log(V/(WH)) − V + WH` for each clip, `(…,)` float64.
+
+    It is zero exactly when `V = WH`, and infinite where `WH` is zero and `V` is not.
+
+    Args:
+        V: `(…, F, N)`. W: `(…, F, M)`. H: `(…, M, N)`.
+
+    >>> V = torch.tensor([[1.0, 2.0], [2.0, 4.0]])
+    >>> float(kl_divergence(V, torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0, 2.0]])))
+    0.0
+    """
+    V, WH = V.double(), W.double() @ H.double()
+    return (torch.special.xlogy(V, V / WH) - V + WH).nan_to_num(nan=0.0).sum((-2, -1))
+
+
+def _check_magnitudes(V: Tensor) -> Tensor:
+    if V.ndim < 2:
+        raise ValueError(f"a matrix of shape {tuple(V.shape)} was given; (…, F, N) is needed")
+    V = V.to(torch.float32)
+    low, high = (float(x) for x in V.aminmax()) if V.numel() else (0.0, 0.0)
+    if not (low >= 0 and high < float("inf")):  # NaN fails both comparisons
+        raise ValueError(
+            f"magnitudes range from {low} to {high}; they must be finite and non-negative: "
+            "pass abs() of a spectrogram"
+        )
+    return V
+
+
+def _start(V: Tensor, n_bases: int, seeds: Sequence[int] | int | None) -> tuple[Tensor, Tensor]:
+    """Draw positive W and H on the CPU, so that every device starts alike; `WH` has V's mean."""
+    n_clips, n_bins, n_frames = V.shape
+    if seeds is None or isinstance(seeds, int):
+        seeds = [seeds or 0] * n_clips
+    if len(seeds) != n_clips:
+        raise ValueError(f"{len(seeds)} seeds for {n_clips} clips: give one a clip, or a single int")
+    W = torch.empty(n_clips, n_bins, n_bases)
+    H = torch.empty(n_clips, n_bases, n_frames)
+    for i, seed in enumerate(seeds):
+        generator = torch.Generator().manual_seed(int(seed))
+        W[i] = torch.rand(n_bins, n_bases, generator=generator) + 0.1
+        H[i] = torch.rand(n_bases, n_frames, generator=generator) + 0.1
+    level = (V.mean((-2, -1), keepdim=True) / n_bases).sqrt()
+    return W.to(V.device) * level, H.to(V.device) * level
+
+
+def _checked_start(name: str, start: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    if tuple(start.shape) != shape:
+        raise ValueError(f"{name} is {tuple(start.shape)}; it must be {shape}")
+    return _check_magnitudes(start).to(like.device).reshape(like.shape).clone()
+
+
+def _clips_at_once(V: Tensor) -> list[slice]:
+    """On a GPU the whole batch; on a CPU one clip after the other, which stays in cache."""
+    return [slice(None)] if V.is_cuda else [slice(i, i + 1) for i in range(len(V))]
+
+
+def _update(V: Tensor, W: Tensor, H: Tensor, n_iter: int, *, update_bases: bool) -> None:
+    """Run the updates in place on `(B, F, N)`, `(B, F, M)`, `(B, M, N)`.
+
+    With H held, the new rows of W need only the same rows of V. So V is walked in blocks of
+    rows: update the block's bases, then add the block's part to the activations' update.
+    """
+    n_bins = V.shape[1]
+    rows = n_bins if V.is_cuda else _CPU_BLOCK
+    blocks = [slice(i, min(i + rows, n_bins)) for i in range(0, n_bins, rows)]
+    buffers = {b.stop - b.start: torch.empty_like(V[:, b]) for b in (blocks[0], blocks[-1])}
+    numerator, part = torch.empty_like(H), torch.empty_like(H)
+    for _ in range(n_iter):
+        activation_sums = H.sum(2).unsqueeze(1).clamp_min_(_TINY)  # (B, 1, M)
+        for i, block in enumerate(blocks):
+            V_block, W_block = V[:, block], W[:, block]
+            ratio = buffers[block.stop - block.start]
+            if update_bases:
+                _ratio(V_block, W_block, H, out=ratio)
+                W_block.mul_(torch.bmm(ratio, H.mT).div_(activation_sums))
+            _ratio(V_block, W_block, H, out=ratio)
+            torch.bmm(W_block.mT, ratio, out=numerator if i == 0 else part)
+            if i:
+                numerator.add_(part)
+        H.mul_(numerator.div_(W.sum(1).unsqueeze(2).clamp_min_(_TINY)))
+
+
+def _ratio(V: Tensor, W: Tensor, H: Tensor, *, out: Tensor) -> None:
+    """`out ← V / (W H)`, with 0 where both are 0."""
+    torch.bmm(W, H, out=out)
+    torch.div(V, out.clamp_min_(_TINY), out=out)
+
+
+def _normalise(W: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale each basis to maximum one and its activations inversely; `WH` is unchanged."""
+    peak = W.amax(-2, keepdim=True)
+    used = (peak > 0) & (H.amax(-1).unsqueeze(-2) > 0)
+    W = torch.where(used, W / peak.clamp_min(_TINY), 0.0)
+    H = torch.where(used.mT, H * peak.mT, 0.0)
+    return W, H

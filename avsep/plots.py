@@ -1,0 +1,102 @@
+"""Figures, as PNG bytes: loss curves, relation maps, spectrograms."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from avsep.stft import STFT
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def loss_curves(rows: Sequence[dict[str, float]]) -> bytes:
+    """Draw train and validation loss, and the validation figures, by epoch."""
+    figure = Figure((9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = [r["epoch"] + 1 for r in rows]
+    for axes, keys in (
+        (left, {"train_loss": "training", "val_loss": "validation"}),
+        (right, {"val_map": "mAP of clip scores", "val_agreement": "basis–label agreement"}),
+    ):
+        for key, label in keys.items():
+            if any(key in r for r in rows):
+                axes.plot(epochs, [r.get(key, np.nan) for r in rows], label=label, marker=".")
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(frameon=False)
+    left.set_ylabel("loss")
+    right.set_ylim(0, 1.02)
+    return _png(figure)
+
+
+def relation_map(
+    relation: NDArray,
+    objects: Sequence[str],
+    basis_energy: NDArray,
+    picture: NDArray[np.uint8] | None = None,
+    highlighted: Sequence[str] = (),
+) -> bytes:
+    """Draw objects × bases, the loudest basis first, beside a frame of the clip.
+
+    Args:
+        relation: `(L, M)` scores, drawn as each basis's softmax over the objects and noise.
+        objects: the L names. `highlighted` ones are set in bold.
+        basis_energy: `(M,)`.
+        picture: `(height, width, 3)` uint8, or None.
+    """
+    scores = np.concatenate([relation, np.zeros_like(relation[:1])])
+    scores = np.exp(scores - scores.max(0))
+    scores = (scores / scores.sum(0))[:, np.argsort(-basis_energy, kind="stable")]
+    figure = Figure((8.5 if picture is not None else 5.5, 4.6), layout="constrained")
+    if picture is not None:
+        grid = figure.add_gridspec(1, 2, width_ratios=(1, 1.6))
+        frame = figure.add_subplot(grid[0])
+        frame.imshow(picture)
+        frame.set_axis_off()
+        axes = figure.add_subplot(grid[1])
+    else:
+        axes = figure.subplots()
+    image = axes.imshow(scores, aspect="auto", cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_yticks(range(len(objects) + 1), [*objects, "noise"], fontsize=7)
+    for label in axes.get_yticklabels():
+        if label.get_text() in highlighted:
+            label.set_fontweight("bold")
+    axes.set_xlabel("NMF bases, loudest first")
+    figure.colorbar(image, ax=axes, label="p(object | basis)")
+    return _png(figure)
+
+
+def spectrogram(waveform: NDArray[np.float32], stft: STFT, title: str = "", top_hz: float = 8000.0) -> bytes:
+    """Draw a waveform's level over time and frequency, 70 dB deep, `(S,)`."""
+    import torch
+
+    level = stft(torch.from_numpy(np.ascontiguousarray(waveform, np.float32))).abs().numpy()
+    level = 20 * np.log10(level + 1e-6)
+    figure = Figure((4.2, 2.4), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(
+        level,
+        origin="lower",
+        aspect="auto",
+        cmap="magma",
+        vmin=max(level.max(), -40) - 70,
+        vmax=max(level.max(), -40),
+        extent=(0, len(waveform) / stft.sample_rate, 0, stft.sample_rate / 2 / 1000),
+    )
+    axes.set_ylim(0, top_hz / 1000)
+    axes.set_xlabel("s")
+    axes.set_ylabel("kHz")
+    if title:
+        axes.set_title(title, fontsize=9)
+    return _png(figure)

@@ -1,0 +1,94 @@
+"""One self-contained HTML page: tables, figures and players."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import jinja2
+import numpy as np
+import soundfile
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222; background: #fff }
+ h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem } h3 { font-size: 1rem; margin: 1.4rem 0 .3rem }
+ table { border-collapse: collapse; margin: .8rem 0 } caption { text-align: left; color: #555; padding-bottom: .3rem }
+ th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums }
+ th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #888 }
+ tr.bound td { color: #666; font-style: italic } tr.ours td { font-weight: 600 }
+ img { max-width: 100% } .sounds { display: flex; flex-wrap: wrap; gap: 1rem }
+ figure { margin: 0; width: 20rem } figure img { width: 100% } audio { width: 100%; height: 2.2rem }
+ figcaption { font-size: .85rem; color: #444 } .scroll { overflow-x: auto }
+</style></head><body>
+<h1>{{ title }}</h1>
+{% for block in blocks %}{{ block }}
+{% endfor %}</body></html>
+"""
+_TABLE = """<div class="scroll"><table>{% if caption %}<caption>{{ caption }}</caption>{% endif %}
+<thead><tr>{% for c in header %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead><tbody>
+{% for kind, row in rows %}<tr{% if kind %} class="{{ kind }}"{% endif %}>{% for c in row %}<td>{{ c }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>"""
+_SOUND = """<figure>{% if image %}<img alt="Spectrogram of {{ caption }}" src="{{ image }}">{% endif %}
+<audio controls preload="none" aria-label="{{ caption }}" src="{{ sound }}"></audio><figcaption>{{ caption }}</figcaption></figure>"""
+
+_templates = jinja2.Environment(autoescape=True)
+
+
+class Report:
+    """A page built from the top down."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self._blocks: list[Markup] = []
+
+    def heading(self, text: str, level: int = 2) -> None:
+        """Add a heading."""
+        self._blocks.append(Markup("<h{0}>{1}</h{0}>").format(level, text))
+
+    def paragraph(self, text: str) -> None:
+        """Add a paragraph."""
+        self._blocks.append(Markup("<p>{}</p>").format(text))
+
+    def table(self, header: list[str], rows: list[tuple[str, list[str]]], caption: str = "") -> None:
+        """Add a table; each row comes with its kind: `ours`, `bound` or empty."""
+        self._blocks.append(self._render(_TABLE, header=header, rows=rows, caption=caption))
+
+    def image(self, png: bytes, alt: str) -> None:
+        """Add a picture."""
+        self._blocks.append(Markup('<p><img alt="{}" src="{}"></p>').format(alt, _data("image/png", png)))
+
+    def sounds(self, sounds: list[tuple[str, NDArray[np.float32], bytes | None]], sample_rate: int) -> None:
+        """Add players side by side: caption, waveform `(S,)`, and a PNG or None for each."""
+        figures = [
+            self._render(
+                _SOUND,
+                caption=caption,
+                sound=_data("audio/mpeg", mp3(waveform, sample_rate)),
+                image=_data("image/png", png) if png else None,
+            )
+            for caption, waveform, png in sounds
+        ]
+        self._blocks.append(Markup('<div class="sounds">{}</div>').format(Markup("").join(figures)))
+
+    def _render(self, template: str, **values: object) -> Markup:
+        return Markup(_templates.from_string(template).render(**values))
+
+    def html(self) -> str:
+        """Return the page."""
+        return _templates.from_string(_PAGE).render(title=self.title, blocks=self._blocks)
+
+
+def mp3(waveform: NDArray[np.float32], sample_rate: int) -> bytes:
+    """Encode a waveform `(S,)` as MP3; samples beyond full scale are clipped."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.clip(waveform, -1, 1), sample_rate, format="MP3")
+    return buffer.getvalue()
+
+
+def _data(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,279 @@
+"""From a mixture and its bases' owners to one waveform an object, and the rest."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from avsep import nmf
+from avsep.miml import basis_posteriors, energy_shares
+from avsep.model import Model, SeparationConfig
+from avsep.objects import object_index
+from avsep.stages import ExtractionConfig, Factors, factorize
+from avsep.stft import STFT
+
+REST = "_rest"
+
+
+def ratio_masks(magnitudes: Tensor, power: float = 1.0) -> Tensor:
+    """Divide each bin among its sources in proportion to `V_j ** power`; the masks sum to one.
+
+    Where every source is zero the last one, the rest, takes the whole bin.
+
+    Args:
+        magnitudes: `(J, F, N)`, non-negative; the last source is the rest.
+
+    Returns:
+        masks `(J, F, N)` in [0, 1].
+    """
+    peak = magnitudes.amax(0, keepdim=True)
+    scaled = (magnitudes / torch.where(peak > 0, peak, 1.0)) ** power  # no power under- or overflows
+    total = scaled.sum(0, keepdim=True)
+    masks = scaled / torch.where(total > 0, total, 1.0)
+    masks[-1] = torch.where(total[0] > 0, masks[-1], 1.0)
+    return masks
+
+
+def separate(waveform: Tensor, masks: Tensor, stft: STFT) -> Tensor:
+    """Apply masks to a waveform's complex spectrogram, keeping its phase, `(S,)` → `(J, S)`.
+
+    The estimates add up to the mixture when the masks sum to one.
+    """
+    return stft.inverse(masks * stft(waveform), waveform.shape[-1])
+
+
+def basis_shares(relation: Tensor, objects: Sequence[int], config: SeparationConfig) -> Tensor:
+    """Say how much of each basis goes to each object and, last, to the rest: `(L, M)` → `(J + 1, M)`.
+
+    With soft assignment a column sums to one: posteriors of the objects that are there, raised
+    to `posterior_power`, the rest getting those of all others and of noise. By threshold, as
+    published, an object takes every basis of at least `threshold` times its largest score (two
+    objects may take one basis), and there is no rest.
+    """
+    index = list(objects)
+    if config.assignment == "threshold":
+        own = relation[index]
+        shares = (own >= config.threshold * own.amax(1, keepdim=True)).to(relation.dtype)
+        return torch.cat([shares, torch.zeros_like(relation[:1])])
+    posteriors = basis_posteriors(relation.unsqueeze(0))[0]
+    own = posteriors[index]
+    rest = (1 - own.sum(0, keepdim=True)).clamp_min(0)
+    shares = torch.cat([own, rest]) ** config.posterior_power
+    return shares / shares.sum(0, keepdim=True).clamp_min(1e-12)
+
+
+@dataclass
+class Window:
+    """One stretch of sound, factorised, with what the network makes of its bases."""
+
+    factors: Factors
+    relation: Tensor  # (L, M)
+    sound_scores: Tensor  # (L,), each object's share of the sound
+    energy: float  # of the magnitudes, so that windows can be averaged
+
+
+@dataclass
+class Separation:
+    """A separated waveform: `estimates` and `rest` add up to the mixture."""
+
+    objects: tuple[str, ...]
+    estimates: Tensor  # (J, S)
+    rest: Tensor  # (S,)
+    sound_scores: dict[str, float]  # every object's share of the sound
+    silent: tuple[str, ...]  # asked for, but not heard: their estimates are zero
+    windows: list[Window]
+
+
+class Separator:
+    """Separate sounds with a trained model.
+
+    >>> separator = Separator.load("out/demo/model")           # doctest: +SKIP
+    >>> separation = separator(waveform, ["dog", "violin"])    # doctest: +SKIP
+    """
+
+    def __init__(self, model: Model, separation: SeparationConfig | None = None) -> None:
+        self.model = model
+        self.config = separation or model.config.separation
+        self.stft = model.config.stft
+        self.extraction = ExtractionConfig(self.stft, model.config.n_bases, model.config.n_iter)
+        if self.config.bases != "own" and model.dictionary is None:
+            raise ValueError(f"bases are {self.config.bases!r}, and the model has no dictionary: run pipelines.collect")
+
+    @classmethod
+    def load(cls, model_dir: str, device: str = "cpu") -> Separator:
+        """Load the model directory that `pipelines.train` (and `collect`) wrote."""
+        return cls(Model.load(str(model_dir), device))
+
+    @torch.inference_mode()
+    def analyse(self, waveform: Tensor, seed: int = 0) -> Window:
+        """Factorise one window `(S,)` and relate its bases to the objects."""
+        factors = factorize(waveform, seed, self.extraction)
+        relation = self.model.network.relation(factors.W.T.unsqueeze(0))[0]
+        energy = factors.basis_energy
+        if self.config.assignment == "soft":
+            posteriors = basis_posteriors(relation.unsqueeze(0))
+        else:  # the published network's scores: no noise class, the clip's best basis counts
+            posteriors = torch.cat([relation.softmax(0), torch.zeros_like(relation[:1])]).unsqueeze(0)
+        scores = energy_shares(posteriors, energy.unsqueeze(0))[0]
+        total = float(((factors.W**2).sum(0) * (factors.H**2).sum(1)).sum().sqrt())
+        return Window(factors, relation, scores, total)
+
+    @torch.inference_mode()
+    def masks(self, waveform: Tensor, window: Window, objects: Sequence[int]) -> Tensor:
+        """Return the objects' masks and, last, the rest's, `(J + 1, F, N)`, summing to one."""
+        W, H = window.factors.W, window.factors.H
+        shares = basis_shares(window.relation, objects, self.config)
+        own = learned = None
+        if self.config.bases != "learned":
+            if self.config.assignment == "threshold":
+                own = self._refit(self.stft(waveform).abs(), [W[:, s > 0] for s in shares])
+            else:
+                own = torch.stack([(W * s) @ H for s in shares])
+            own = ratio_masks(own, self.config.mask_power)
+        if self.config.bases != "own":
+            assert self.model.dictionary is not None
+            names = [self.model.config.objects[i] for i in objects]
+            known = [self.model.dictionary.bases.get(n, W[:, s > 0.5]) for n, s in zip(names, shares[:-1], strict=True)]
+            learned = self._refit(self.stft(waveform).abs(), [*known, W[:, shares[-1] > 0.5]])
+            learned = ratio_masks(learned, self.config.mask_power)
+        if own is None or learned is None:
+            masks = learned if own is None else own
+            assert masks is not None
+            return masks
+        return ratio_masks(own * learned.clamp_min(1e-3) ** self.config.dictionary_power)
+
+    def _refit(self, V: Tensor, bases: Sequence[Tensor]) -> Tensor:
+        """Hold stacked bases fixed, find their activations, and return each part's `W_j H_j`."""
+        H = nmf.infer_activations(V, torch.cat(list(bases), 1), n_iter=self.config.n_iter)
+        parts = H.split([W.shape[1] for W in bases])
+        return torch.stack([W @ h for W, h in zip(bases, parts, strict=True)])
+
+    def heard(self, sound_scores: Tensor) -> list[int]:
+        """Choose objects by sound alone: every share above `heard_share`, else the largest."""
+        chosen = (sound_scores >= self.config.heard_share).nonzero().flatten().tolist()
+        return chosen or [int(sound_scores.argmax())]
+
+    def __call__(self, waveform: NDArray[np.float32] | Tensor, objects: Sequence[str] | None = None) -> Separation:
+        """Separate a mono waveform `(S,)` of any length from half a window up.
+
+        `objects` None separates what is heard. Raises ValueError for an unknown object.
+        """
+        mixture = torch.as_tensor(waveform, dtype=torch.float32)
+        blocks = np.array_split(mixture.numpy(), max(1, len(mixture) // (1 << 20)))
+        plan = self.plan(blocks, objects)
+        parts = list(plan.render(blocks))
+        estimates = torch.from_numpy(np.concatenate(parts, 1))
+        return Separation(
+            plan.objects, estimates[:-1], estimates[-1], plan.sound_scores, plan.silent, plan.first_windows
+        )
+
+    def plan(self, blocks: Iterable[NDArray[np.float32]], objects: Sequence[str] | None = None) -> Plan:
+        """Listen to a whole sound, given in blocks `(S,)`, and decide what to separate from it."""
+        names = None if objects is None else [self._index(n) for n in objects]
+        return Plan(self, blocks, names)
+
+    def _index(self, name: str) -> int:
+        try:
+            return self.model.config.objects.index(name)
+        except ValueError:
+            object_index(name)  # raises for a name that no model knows
+            raise ValueError(f"the model doesn't know {name!r}, only {', '.join(self.model.config.objects)}") from None
+
+
+class Plan:
+    """A sound listened to once, in overlapping windows, ready to be rendered in a second pass.
+
+    Memory stays constant whatever the length: the windows' factors wait in a temporary file
+    (0.15 MB for ten seconds).
+    """
+
+    def __init__(
+        self, separator: Separator, blocks: Iterable[NDArray[np.float32]], objects: Sequence[int] | None
+    ) -> None:
+        self.separator = separator
+        config, rate = separator.config, separator.stft.sample_rate
+        self.length = max(int(config.window_s * rate), separator.stft.n_fft)
+        self.overlap = min(int(config.overlap_s * rate), self.length // 2)
+        self._file = tempfile.TemporaryFile()
+        self.first_windows: list[Window] = []
+        self.n_samples = 0
+        total, weighted = 0.0, torch.zeros(len(separator.model.config.objects))
+        for number, (window, fresh, _) in enumerate(_windows(blocks, self.length, self.overlap)):
+            self.n_samples += fresh
+            analysed = separator.analyse(torch.from_numpy(_padded(window, separator.stft)), seed=number)
+            weighted += analysed.energy * analysed.sound_scores
+            total += analysed.energy
+            if not self.first_windows:
+                self.first_windows.append(analysed)
+            self._store(analysed)
+        if self.n_samples == 0:
+            raise ValueError("there is no sample to separate")
+        scores = weighted / max(total, 1e-30)
+        names = separator.model.config.objects
+        self.indices = list(objects) if objects is not None else separator.heard(scores)
+        self.objects = tuple(names[i] for i in self.indices)
+        self.sound_scores = {n: float(s) for n, s in zip(names, scores, strict=True)}
+        self.silent = tuple(n for n in self.objects if self.sound_scores[n] < config.silent_share)
+
+    def _store(self, window: Window) -> None:
+        scale = float(window.factors.H.max()) or 1.0
+        np.save(self._file, window.factors.W.numpy().astype(np.float16))
+        np.save(self._file, (window.factors.H / scale).numpy().astype(np.float16))
+        np.save(self._file, window.relation.numpy())
+        np.save(self._file, np.float64(scale))
+
+    def _stored(self) -> Window:
+        W, H, relation, scale = (torch.from_numpy(np.asarray(np.load(self._file))) for _ in range(4))
+        return Window(Factors(W.float(), H.float() * scale.float(), 0.0), relation, torch.empty(0), 0.0)
+
+    def render(self, blocks: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+        """Yield the estimates and, last, the rest, `(J + 1, …)`, of the same sound in order.
+
+        Windows are cross-faded; what comes out adds up to what went in.
+        """
+        self._file.seek(0)
+        loud = [i for i, name in zip(self.indices, self.objects, strict=True) if name not in self.silent]
+        rows = [k for k, name in enumerate(self.objects) if name not in self.silent]
+        tail = np.zeros((len(self.objects) + 1, 0), np.float32)
+        fade_in = np.sin(np.linspace(0, np.pi / 2, self.overlap, endpoint=False, dtype=np.float32)) ** 2
+        for window, _, last in _windows(blocks, self.length, self.overlap):
+            padded = torch.from_numpy(_padded(window, self.separator.stft))
+            masks = self.separator.masks(padded, self._stored(), loud)
+            estimates = np.zeros((len(self.objects) + 1, len(window)), np.float32)
+            estimates[[*rows, -1]] = separate(padded, masks, self.separator.stft).numpy()[:, : len(window)]
+            estimates[-1] += window - estimates.sum(0)  # rounding of the transform
+            shared = tail.shape[1]
+            estimates[:, :shared] = estimates[:, :shared] * fade_in[:shared] + tail * (1 - fade_in[:shared])
+            done = len(window) if last else len(window) - self.overlap
+            yield estimates[:, :done]
+            tail = estimates[:, done:]
+
+
+def _padded(window: NDArray[np.float32], stft: STFT) -> NDArray[np.float32]:
+    """Pad a window shorter than the STFT's own with zeros."""
+    return np.pad(window, (0, max(0, stft.n_fft - len(window))))
+
+
+def _windows(
+    blocks: Iterable[NDArray[np.float32]], length: int, overlap: int
+) -> Iterator[tuple[NDArray[np.float32], int, bool]]:
+    """Cut a stream into overlapping windows: each with the number of its new samples, and whether it is the last.
+
+    All have `length` samples but the last, which has half as many to one and a half times as
+    many (or whatever there is), so that no window is too short to be factorised well.
+    """
+    held = np.zeros(0, np.float32)
+    known = 0  # samples at the start of `held` that an earlier window had
+    for block in blocks:
+        held = np.concatenate([held, block])
+        while len(held) > length + length // 2:
+            yield held[:length], length - known, False
+            held, known = held[length - overlap :], overlap
+    if len(held) > known:
+        yield held, len(held) - known, True

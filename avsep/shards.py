@@ -1,0 +1,262 @@
+"""Which segment is in which shard; writing, committing and reading shards exactly once.
+
+    OUT/clips/SHARD-gG-HASH.parquet        the clips of one shard's generation G
+    OUT/rejections/SHARD-gG-HASH.parquet   its rejections
+    OUT/commits/SHARD-gG.json              what counts: readers trust commit records only
+
+A data file is named by its content, written under a temporary name, read back and renamed
+before the commit record that names it appears. So a process killed anywhere leaves at most a
+file that no commit names, and two processes that do the same shard leave one commit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from avsep import storage
+from avsep.records import (
+    SCHEMA_VERSION,
+    ClipRecord,
+    Rejection,
+    Segment,
+    clips_from_table,
+    clips_to_table,
+    rejections_to_table,
+    validate,
+)
+
+_ROW_GROUP_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The segments that one task extracts and commits together."""
+
+    name: str
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A committed Parquet file: its name under OUT, content hash and ids."""
+
+    path: str
+    sha256: str
+    ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One generation of one shard, finished; `rejections` supersedes earlier generations'."""
+
+    shard: str
+    generation: int
+    digest: str  # of the extraction's configuration
+    clips: DataFile | None
+    rejections: DataFile | None
+    timings_s: dict[str, float] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def clip_ids(self) -> tuple[str, ...]:
+        """Ids of the segments that became clips in this generation."""
+        return self.clips.ids if self.clips else ()
+
+    @property
+    def rejection_ids(self) -> tuple[str, ...]:
+        """Ids of the segments that this generation rejected."""
+        return self.rejections.ids if self.rejections else ()
+
+
+def default_shard_size(n_segments: int) -> int:
+    """Choose segments a shard from the manifest's size: small sets spread over workers, large ones
+    make files of tens of megabytes.
+    """
+    return 8 if n_segments <= 256 else 32 if n_segments <= 10_000 else 256
+
+
+def plan(segments: Sequence[Segment], shard_size: int | None = None) -> list[Shard]:
+    """Divide segments into shards; which is where follows from the segments alone.
+
+    They are ordered by a hash of their ids, so that every shard is a random sample, and a
+    shard's name holds a hash of the ids in it: a changed manifest can't reuse a name.
+    """
+    size = shard_size or default_shard_size(len(segments))
+    ordered = sorted(segments, key=lambda s: (_hash(s.segment_id), s.segment_id))
+    shards = []
+    for number, start in enumerate(range(0, len(ordered), size)):
+        part = tuple(ordered[start : start + size])
+        shards.append(Shard(f"{number:05d}-{_hash(*(s.segment_id for s in part))[:8]}", part))
+    return shards
+
+
+def write_shard(
+    out: str,
+    shard: str,
+    generation: int,
+    clips: Sequence[ClipRecord],
+    rejections: Sequence[Rejection],
+    *,
+    configuration: dict[str, Any],
+    shape: tuple[int, int],
+    timings_s: dict[str, float] | None = None,
+) -> Commit:
+    """Write one generation of a shard and commit it; return the commit that stands.
+
+    When another process has committed the same generation, its commit stands and comes back.
+
+    Args:
+        out: the extraction's folder or URI.
+        configuration: what the records were made with, stored in each file.
+        shape: (F, M) of the bases.
+
+    Raises:
+        ValueError: a record breaks its contract, or an id is there twice.
+        OSError: the disk is full, a file read back differs, …; nothing is committed then.
+    """
+    ids = [r.segment_id for r in (*clips, *rejections)]
+    if len(set(ids)) != len(ids):
+        raise ValueError(f"shard {shard}: a segment is there twice among {len(ids)}")
+    for record in (*clips, *rejections):
+        validate(record)
+    digest = configuration_digest(configuration)
+    metadata = {
+        b"avsep.schema_version": str(SCHEMA_VERSION).encode(),
+        b"avsep.configuration": json.dumps(configuration, sort_keys=True).encode(),
+        b"avsep.digest": digest.encode(),
+    }
+    stem = f"{shard}-g{generation}"
+    commit = Commit(
+        shard,
+        generation,
+        digest,
+        _write_table(out, "clips", stem, clips_to_table(clips, *shape), metadata) if clips else None,
+        _write_table(out, "rejections", stem, rejections_to_table(rejections), metadata) if rejections else None,
+        timings_s or {},
+    )
+    record = json.dumps(asdict(commit), indent=1).encode()
+    path = storage.join(out, "commits", f"{stem}.json")
+    storage.write_bytes(path, record, exclusive=True)
+    standing = _read_commit(path)
+    _delete_orphans(out, stem, standing)
+    return standing
+
+
+def _write_table(out: str, kind: str, stem: str, table: pa.Table, metadata: dict[bytes, bytes]) -> DataFile:
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **metadata})
+    sink = io.BytesIO()
+    rows = max(1, _ROW_GROUP_BYTES * len(table) // max(1, table.nbytes))
+    pq.write_table(table, sink, row_group_size=rows, compression="zstd")
+    data = sink.getvalue()
+    sha256 = hashlib.sha256(data).hexdigest()
+    path = f"{kind}/{stem}-{sha256[:12]}.parquet"
+    storage.write_bytes(storage.join(out, path), data)
+    back = storage.read_bytes(storage.join(out, path))
+    if hashlib.sha256(back).hexdigest() != sha256 or pq.read_metadata(io.BytesIO(back)).num_rows != len(table):
+        raise OSError(f"{storage.join(out, path)} reads back differently from what was written: check the disk")
+    return DataFile(path, sha256, tuple(table.column("segment_id").to_pylist()))
+
+
+def _delete_orphans(out: str, stem: str, commit: Commit) -> None:
+    """Delete files of this generation that its commit doesn't name: a killed or slower twin's."""
+    named = {storage.join(out, f.path) for f in (commit.clips, commit.rejections) if f}
+    for kind in ("clips", "rejections"):
+        for path in storage.list_files(storage.join(out, kind)):
+            if storage.name(path).startswith(f"{stem}-") and path not in named:
+                storage.delete_file(path)
+
+
+def configuration_digest(configuration: dict[str, Any]) -> str:
+    """Return a short hash of a JSON-able configuration."""
+    return _hash(json.dumps(configuration, sort_keys=True))[:16]
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def read_commits(out: str) -> list[Commit]:
+    """Read every commit record, ordered by shard and generation; [] where nothing is committed."""
+    commits = [
+        _read_commit(path) for path in storage.list_files(storage.join(out, "commits")) if path.endswith(".json")
+    ]
+    return sorted(commits, key=lambda c: (c.shard, c.generation))
+
+
+def _read_commit(path: str) -> Commit:
+    try:
+        raw = json.loads(storage.read_bytes(path))
+        for kind in ("clips", "rejections"):
+            if raw[kind]:
+                raw[kind] = DataFile(raw[kind]["path"], raw[kind]["sha256"], tuple(raw[kind]["ids"]))
+        return Commit(**raw)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no commit record ({error}); remove it to have its shard done again") from None
+
+
+def read_ids(out: str) -> tuple[list[str], list[str]]:
+    """Return (clip ids, rejection ids) of everything committed, each sorted.
+
+    An id that a later generation turned into a clip is no rejection any more.
+    """
+    commits = read_commits(out)
+    clips = [i for c in commits for i in c.clip_ids]
+    return sorted(clips), sorted(set(_latest_rejections(commits)) - set(clips))
+
+
+def _latest_rejections(commits: Iterable[Commit]) -> dict[str, DataFile]:
+    """Map each rejected id to the file of its shard's last generation."""
+    last = {c.shard: c for c in commits}  # commits come in order of generation
+    return {i: c.rejections for c in last.values() if c.rejections for i in c.rejections.ids}
+
+
+def read_rejections(out: str) -> list[Rejection]:
+    """Read the rejections that stand, in order of their ids."""
+    commits = read_commits(out)
+    standing = _latest_rejections(commits)
+    for commit in commits:
+        for clip_id in commit.clip_ids:
+            standing.pop(clip_id, None)
+    rejections: dict[str, Rejection] = {}
+    for path in sorted({f.path for f in standing.values()}):
+        with storage.open_input(storage.join(out, path)) as f:
+            for row in pq.read_table(f).to_pylist():
+                if row["segment_id"] in standing and standing[row["segment_id"]].path == path:
+                    rejections[row["segment_id"]] = Rejection(**row)
+    return [rejections[i] for i in sorted(rejections)]
+
+
+def clip_files(out: str) -> list[str]:
+    """List the committed clip files, as paths; ValueError where nothing is committed."""
+    files = [storage.join(out, c.clips.path) for c in read_commits(out) if c.clips]
+    if not files:
+        raise ValueError(f"{out} holds no committed clips; run pipelines.extract to it first")
+    return files
+
+
+def read_table(path: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read one clip file, or some of its columns."""
+    with storage.open_input(path) as f:
+        return pq.read_table(f, columns=None if columns is None else list(columns))
+
+
+def read_clips(out: str, *, split: str | None = None) -> Iterator[ClipRecord]:
+    """Iterate over committed clips, one file in memory at a time."""
+    for path in clip_files(out):
+        for record in clips_from_table(read_table(path)):
+            if split is None or record.split == split:
+                yield record
+
+
+def read_configuration(out: str) -> dict[str, Any]:
+    """Return the configuration that a folder's clips were extracted with."""
+    with storage.open_input(clip_files(out)[0]) as f:
+        return json.loads(pq.read_schema(f).metadata[b"avsep.configuration"])

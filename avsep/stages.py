@@ -1,0 +1,214 @@
+"""What is done to a segment, stage by stage: decode, factorise, label, record."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from avsep import media, nmf, storage
+from avsep.records import Clip, ClipError, ClipRecord, Reason, Rejection, Segment
+from avsep.stft import STFT
+
+_SILENCE_DB = -80.0  # RMS below this, full scale = 0, is no sound
+_CLIPS_IN_FLIGHT = 4  # decoded clips that wait for their logits; also a labeller's batch
+
+Label = Callable[[NDArray[np.uint8]], Future]  # (n, height, width, 3) pictures → future (n, 1000) logits
+
+
+@dataclass(frozen=True)
+class ExtractionConfig:
+    """Everything that decides a clip's record."""
+
+    stft: STFT = field(default_factory=STFT)
+    n_bases: int = 25  # M
+    n_iter: int = 200
+    image_size: int = 224  # pixels
+    limits: media.DecodeLimits = field(default_factory=media.DecodeLimits)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(F, M) of a record's bases."""
+        return self.stft.n_bins, self.n_bases
+
+    def as_dict(self, labeller_sha256: str | None) -> dict[str, Any]:
+        """Return what is stored with the data and hashed into its digest: no limit of time in it."""
+        return {
+            "stft": asdict(self.stft),
+            "n_bases": self.n_bases,
+            "n_iter": self.n_iter,
+            "image_size": self.image_size,
+            "labeller_sha256": labeller_sha256,
+        }
+
+
+@dataclass
+class Decoded:
+    """A segment's media in memory."""
+
+    clip: Clip
+    sha256: str  # of the media file
+
+
+def decode(segment: Segment, config: ExtractionConfig) -> Decoded:
+    """Decode a segment's excerpt; ClipError says why it can't be used."""
+    try:
+        with storage.local_file(segment.source) as path:
+            clip = media.decode(
+                path,
+                segment.start_s,
+                segment.end_s,
+                sample_rate=config.stft.sample_rate,
+                image_size=config.image_size,
+                limits=config.limits,
+            )
+            with open(path, "rb") as f:
+                sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise ClipError(Reason.MISSING, f"{segment.source} doesn't exist") from None
+    except ValueError as error:  # no such scheme
+        raise ClipError(Reason.MISSING, str(error)) from None
+    if len(clip.images) == 0 and segment.labels is None:
+        raise ClipError(Reason.NO_VIDEO, "no picture, and the table gives no labels")
+    if len(clip.waveform) < config.stft.n_fft // 2:
+        raise ClipError(Reason.TOO_SHORT, f"{len(clip.waveform)} samples; half a window is {config.stft.n_fft // 2}")
+    if rms_db(clip.waveform) < _SILENCE_DB:
+        raise ClipError(Reason.SILENT, f"RMS {rms_db(clip.waveform):.0f} dB, below {_SILENCE_DB:.0f} dB of full scale")
+    return Decoded(clip, sha256)
+
+
+def middle_picture(source: str, start_s: float, end_s: float | None) -> NDArray[np.uint8] | None:
+    """Decode one picture, `(height, width, 3)`, to show beside a figure; None when there is none to be had."""
+    try:
+        with storage.local_file(source) as path:
+            end_s = end_s if end_s is not None else media.probe(path).duration_s
+            middle = start_s if end_s is None else max(start_s, (start_s + end_s) / 2 - 0.5)
+            images = media.decode(path, middle, middle + 1).images
+    except (ClipError, FileNotFoundError, ValueError):
+        return None
+    return images[0] if len(images) else None
+
+
+def rms_db(waveform: NDArray[np.float32]) -> float:
+    """Return the RMS level in dB, full scale = 0; −inf for silence."""
+    with np.errstate(divide="ignore"):
+        return float(10 * np.log10(np.mean(np.square(waveform, dtype=np.float64))))
+
+
+def seed_of(segment_id: str) -> int:
+    """Derive a clip's NMF start from its id, alike on every machine and in every batch."""
+    return int.from_bytes(hashlib.sha256(segment_id.encode()).digest()[:4], "big")
+
+
+@dataclass
+class Factors:
+    """A clip's factorisation `V ≈ W H`."""
+
+    W: Tensor  # (F, M), maximum one a column
+    H: Tensor  # (M, N)
+    kl_divergence: float
+
+    @property
+    def basis_energy(self) -> Tensor:
+        """Each basis's share of the clip's energy, `(M,)`, summing to one."""
+        energy = (self.W**2).sum(0) * (self.H**2).sum(1)
+        return energy / energy.sum().clamp_min(1e-30)
+
+
+def factorize(waveform: NDArray[np.float32] | Tensor, seed: int, config: ExtractionConfig) -> Factors:
+    """Factorise one waveform's magnitude spectrogram."""
+    V = config.stft(torch.as_tensor(waveform)).abs()
+    W, H = nmf.factorize(V, config.n_bases, n_iter=config.n_iter, seeds=seed)
+    return Factors(W, H, float(nmf.kl_divergence(V, W, H)))
+
+
+def to_record(
+    segment: Segment, decoded: Decoded, factors: Factors, logits: NDArray | None, sample_rate: int
+) -> ClipRecord:
+    """Put a segment's results together."""
+    clip = decoded.clip
+    scale = float(factors.H.max()) or 1.0
+    pictured = logits is not None and len(logits) > 0
+    return ClipRecord(
+        segment_id=segment.segment_id,
+        source=segment.source,
+        start_s=segment.start_s,
+        end_s=segment.end_s,
+        split=segment.split,
+        objects=segment.objects,
+        labels=segment.labels,
+        bases=factors.W.numpy().astype(np.float16),
+        activations=(factors.H / scale).numpy().astype(np.float16),
+        activation_scale=scale,
+        basis_energy=factors.basis_energy.numpy(),
+        image_logits=logits.astype(np.float16) if pictured and logits is not None else None,
+        kl_divergence=factors.kl_divergence,
+        duration_s=len(clip.waveform) / sample_rate,
+        rms_db=rms_db(clip.waveform),
+        media_sha256=decoded.sha256,
+        label_source="given" if segment.labels is not None else "pictures" if pictured else "none",
+    )
+
+
+def extract_record(segment: Segment, config: ExtractionConfig, label: Label | None) -> ClipRecord | Rejection:
+    """Take one segment through every stage; a segment that can't be used comes back as a rejection."""
+    records, rejections, _ = extract_records([segment], config, label)
+    return (records or rejections)[0]
+
+
+def extract_records(
+    segments: Sequence[Segment], config: ExtractionConfig, label: Label | None
+) -> tuple[list[ClipRecord], list[Rejection], dict[str, float]]:
+    """Take segments through every stage, labelling the pictures of several clips at a time.
+
+    The pictures of a few clips go to `label` together, and the clips are factorised while it
+    works. Returns records and rejections in the segments' order, and seconds by stage.
+    """
+    records: list[ClipRecord] = []
+    rejections: list[Rejection] = []
+    seconds: Counter[str] = Counter()
+    for group in _groups(segments, _CLIPS_IN_FLIGHT):
+        decoded: list[tuple[Segment, Decoded]] = []
+        started = time.monotonic()
+        for segment in group:
+            try:
+                decoded.append((segment, decode(segment, config)))
+            except ClipError as error:
+                rejections.append(
+                    Rejection(segment.segment_id, "decode", error.reason, error.transient, detail=error.detail)
+                )
+        seconds["decode"] += time.monotonic() - started
+        pictures = [d.clip.images for _, d in decoded]
+        future = label(np.concatenate(pictures)) if label and sum(map(len, pictures)) else None
+        started = time.monotonic()
+        factors = [
+            factorize(d.clip.waveform, seed_of(s.segment_id), config) for s, d in decoded
+        ]
+        seconds["factorize"] += time.monotonic() - started
+        started = time.monotonic()
+        logits = [None] * len(decoded) if future is None else _split(future.result(), pictures)
+        seconds["label"] += time.monotonic() - started
+        records += [
+            to_record(s, d, f, x, config.stft.sample_rate)
+            for (s, d), f, x in zip(decoded, factors, logits, strict=True)
+        ]
+    return records, rejections, dict(seconds)
+
+
+def _groups(items: Sequence[Segment], size: int) -> Iterable[Sequence[Segment]]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def _split(logits: NDArray, pictures: Sequence[NDArray[np.uint8]]) -> list[NDArray | None]:
+    return list(np.split(np.asarray(logits), np.cumsum([len(p) for p in pictures])[:-1]))
+
+

@@ -1,0 +1,167 @@
+"""One way to open local paths and URIs; writes are atomic."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+
+def is_uri(path: str) -> bool:
+    """Tell `s3://bucket/key` and `youtube:ID` from local paths."""
+    head = path.split(":", 1)[0]
+    return ":" in path and len(head) > 1 and "/" not in head and not os.path.exists(path)
+
+
+def filesystem(path: str) -> tuple[pafs.FileSystem, str]:
+    """Open the file system of a local path or URI: pyarrow's own, else fsspec's.
+
+    Raises ValueError for a scheme that neither knows.
+    """
+    if not is_uri(path):
+        return pafs.LocalFileSystem(), os.path.abspath(path)
+    try:
+        return pafs.FileSystem.from_uri(path)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        pass
+    try:
+        remote, inner = fsspec.core.url_to_fs(path)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"can't open {path}: {error}; install the scheme's fsspec package") from None
+    return pafs.PyFileSystem(pafs.FSSpecHandler(remote)), inner
+
+
+def resolve(path: str, relative_to: str) -> str:
+    """Make a local path absolute, from `relative_to` when it is relative; leave URIs alone."""
+    if is_uri(path):
+        return path
+    if is_uri(relative_to):
+        return join(relative_to, path) if not os.path.isabs(path) else path
+    return os.path.normpath(os.path.join(os.path.abspath(relative_to), os.path.expanduser(path)))
+
+
+def join(base: str, *parts: str) -> str:
+    """Join with slashes, which every URI and every supported system takes."""
+    return "/".join([base.rstrip("/") or "/", *parts])
+
+
+def parent(path: str) -> str:
+    """Return what comes before the last slash; the working directory for a bare name."""
+    return path.rsplit("/", 1)[0] if "/" in path else "."
+
+
+def name(path: str) -> str:
+    """Return what comes after the last slash."""
+    return path.rsplit("/", 1)[-1]
+
+
+def exists(path: str) -> bool:
+    """Tell whether a file or a directory is there."""
+    fs, inner = filesystem(path)
+    return fs.get_file_info(inner).type != pafs.FileType.NotFound
+
+
+def is_directory(path: str) -> bool:
+    """Tell whether it is a directory (on object stores: a prefix with files under it)."""
+    fs, inner = filesystem(path)
+    return fs.get_file_info(inner).type == pafs.FileType.Directory
+
+
+def make_directory(path: str) -> None:
+    """Create a directory and its parents; there is none to create on an object store."""
+    fs, inner = filesystem(path)
+    fs.create_dir(inner, recursive=True)
+
+
+def list_files(path: str) -> list[str]:
+    """List the files directly in a directory, sorted, as paths of the same kind; [] when there is none."""
+    fs, inner = filesystem(path)
+    infos = fs.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
+    return sorted(join(path, i.base_name) for i in infos if i.type == pafs.FileType.File)
+
+
+@contextlib.contextmanager
+def open_input(path: str) -> Iterator[pa.NativeFile]:
+    """Open a file for random reads."""
+    fs, inner = filesystem(path)
+    with fs.open_input_file(inner) as f:
+        yield f
+
+
+def read_bytes(path: str) -> bytes:
+    """Read a whole file."""
+    with open_input(path) as f:
+        return f.read()
+
+
+def write_bytes(path: str, data: bytes | memoryview | pa.Buffer, *, exclusive: bool = False) -> bool:
+    """Write a whole file atomically: readers see all of it or nothing.
+
+    Locally a temporary file is flushed to disk and renamed; on an object store it is one PUT.
+    With `exclusive`, an existing file wins: nothing is written and False comes back (object
+    stores offer no such test here: the last writer wins there).
+    """
+    fs, inner = filesystem(path)
+    if not isinstance(fs, pafs.LocalFileSystem):
+        if exclusive and exists(path):
+            return False
+        with fs.open_output_stream(inner) as stream:
+            stream.write(data)
+        return True
+    os.makedirs(os.path.dirname(inner), exist_ok=True)
+    temporary = f"{inner}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        if not exclusive:
+            os.replace(temporary, inner)
+            return True
+        try:
+            os.link(temporary, inner)
+            return True
+        except FileExistsError:
+            return False
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a whole text file atomically, UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def delete_file(path: str) -> None:
+    """Delete a file; nothing happens when it is gone already."""
+    fs, inner = filesystem(path)
+    with contextlib.suppress(FileNotFoundError):
+        fs.delete_file(inner)
+
+
+@contextlib.contextmanager
+def local_file(path: str) -> Iterator[Path]:
+    """Give a path that programs such as ffmpeg can open; a URI is copied to a temporary file first."""
+    fs, inner = filesystem(path)
+    if isinstance(fs, pafs.LocalFileSystem):
+        yield Path(inner)
+        return
+    with tempfile.NamedTemporaryFile(suffix=Path(inner).suffix) as copy:
+        with fs.open_input_stream(inner) as stream:
+            _copy(stream, copy)
+        copy.flush()
+        yield Path(copy.name)
+
+
+def _copy(source: Any, target: IO[bytes], chunk: int = 1 << 20) -> None:
+    while data := source.read(chunk):
+        target.write(data)

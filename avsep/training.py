@@ -1,0 +1,261 @@
+"""Training and validation in plain torch, over any iterable of batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import average_precision_score
+from torch import Tensor
+
+from avsep import shards
+from avsep.miml import MIML, basis_posteriors, energy_shares, multilabel_margin, partial_label_loss
+from avsep.model import LabelConfig
+from avsep.objects import N_IMAGENET_CLASSES, multi_hot, object_scores, weak_labels
+
+LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "partial_label": partial_label_loss,
+    "multilabel_margin": lambda relation, labels, valid: multilabel_margin(
+        relation.masked_fill(~valid.unsqueeze(1), -torch.inf).amax(-1), labels
+    ),
+}
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How the network is trained."""
+
+    loss: str = "partial_label"
+    epochs: int = 20
+    batch_size: int | None = None  # clips; None: 64 below 5,000 clips, 256 from there
+    learning_rate: float = 1e-3
+    decay: float = 0.94  # of the learning rate, every `decay_epochs`
+    decay_epochs: int = 5
+    warp: float = 0.0  # bases are stretched in frequency by up to this share, either way
+    seed: int = 0
+
+
+@dataclass
+class Bags:
+    """Clips as the network sees them."""
+
+    segment_ids: list[str]
+    bases: Tensor  # (B, M, F), float16 until a batch needs them
+    valid: Tensor  # boolean (B, M): bases with energy
+    basis_energy: Tensor  # (B, M)
+    labels: Tensor  # boolean (B, L): weak labels
+    objects: Tensor | None = None  # boolean (B, L): audible objects, where the table knows them
+
+    def __len__(self) -> int:
+        return len(self.segment_ids)
+
+    def take(self, rows: Tensor | slice) -> Bags:
+        """Select clips."""
+        ids = self.segment_ids[rows] if isinstance(rows, slice) else [self.segment_ids[i] for i in rows.tolist()]
+        objects = None if self.objects is None else self.objects[rows]
+        return Bags(ids, self.bases[rows], self.valid[rows], self.basis_energy[rows], self.labels[rows], objects)
+
+
+@dataclass
+class History:
+    """One row of figures an epoch."""
+
+    rows: list[dict[str, float]] = field(default_factory=list)
+
+    def best(self) -> int:
+        """Return the epoch of the highest validation figure, else of the last; −1 for none."""
+        figures = [r.get("val_selection", math.nan) for r in self.rows]
+        if not figures or all(math.isnan(f) for f in figures):
+            return len(self.rows) - 1
+        return int(np.nanargmax(figures))
+
+
+def bags_from_file(path: str, labels: LabelConfig, split: str) -> Bags | None:
+    """Read one clip file's bags of a split that have labels; None when there are none."""
+    columns = ["segment_id", "split", "bases", "basis_energy", "labels", "objects", "image_logits"]
+    table = shards.read_table(path, columns)
+    n_bins, n_bases = table.schema.field("bases").type.shape
+    rows, hot, known = [], [], []
+    for i in range(len(table)):
+        if table.column("split")[i].as_py() != split:
+            continue
+        marks = decide_labels(table.column("labels")[i].as_py(), table.column("image_logits")[i].values, labels)
+        if marks is not None and marks.any():
+            rows.append(i)
+            hot.append(marks)
+            known.append(table.column("objects")[i].as_py())
+    if not rows:
+        return None
+    table = table.take(rows)
+    flat = table.column("bases").combine_chunks().storage.flatten().to_numpy(zero_copy_only=False)
+    bases = torch.from_numpy(flat.reshape(-1, n_bins, n_bases)).mT.contiguous()
+    energy = torch.tensor(np.stack(table.column("basis_energy").to_pylist()), dtype=torch.float32)
+    objects = torch.stack([multi_hot(k) for k in known]) if all(k is not None for k in known) else None
+    return Bags(table.column("segment_id").to_pylist(), bases, energy > 0, energy, torch.stack(hot), objects)
+
+
+def decide_labels(given: Sequence[str] | None, image_logits: Any, config: LabelConfig) -> Tensor | None:
+    """Return a clip's weak labels, boolean `(L,)`: the given ones, else the pictures'; None without either."""
+    if given is not None:
+        return multi_hot(list(given))
+    if image_logits is None:
+        return None
+    logits = torch.from_numpy(np.array(image_logits, np.float32)).reshape(-1, N_IMAGENET_CLASSES)
+    return weak_labels(object_scores(logits), config.threshold, config.best_threshold)
+
+
+def load_bags(files: Iterable[str], labels: LabelConfig, split: str) -> Bags | None:
+    """Read the bags of a split from clip files into memory, in order of their ids; None when there are none."""
+    parts = [b for b in (bags_from_file(f, labels, split) for f in files) if b is not None]
+    return _join(parts) if parts else None
+
+
+def _join(parts: Sequence[Bags]) -> Bags:
+    objects = [p.objects for p in parts if p.objects is not None]
+    whole = Bags(
+        [i for p in parts for i in p.segment_ids],
+        torch.cat([p.bases for p in parts]),
+        torch.cat([p.valid for p in parts]),
+        torch.cat([p.basis_energy for p in parts]),
+        torch.cat([p.labels for p in parts]),
+        torch.cat(objects) if len(objects) == len(parts) else None,
+    )
+    return whole.take(torch.tensor(np.argsort(whole.segment_ids)))
+
+
+def batch_size_for(n_clips: int, config: TrainingConfig) -> int:
+    """Return the batch size: as configured, else 64 below 5,000 clips and 256 from there; never above n_clips."""
+    return max(1, min(config.batch_size or (64 if n_clips < 5000 else 256), n_clips))
+
+
+def shuffled_batches(bags: Bags, batch_size: int, seed: int) -> Iterator[Bags]:
+    """Yield batches of a random order; none is dropped, and a last one too small for batch norm joins its neighbour."""
+    order = torch.randperm(len(bags), generator=torch.Generator().manual_seed(seed))
+    batches = list(order.split(batch_size))
+    if len(batches) > 1 and len(batches[-1]) < batch_size // 4:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    for rows in batches:
+        yield bags.take(rows)
+
+
+def streamed_batches(
+    files: Sequence[str], labels: LabelConfig, split: str, batch_size: int, seed: int, buffer_clips: int = 8192
+) -> Iterator[Bags]:
+    """Yield batches from more clips than fit in memory.
+
+    Files (each a random sample of the clips) come in random order; `buffer_clips` at a time are
+    shuffled together.
+    """
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
+    held: list[Bags] = []
+    for position, index in enumerate(order):
+        bags = bags_from_file(files[index], labels, split)
+        held += [bags] if bags is not None else []
+        if held and (sum(map(len, held)) >= buffer_clips or position == len(order) - 1):
+            yield from shuffled_batches(_join(held), batch_size, seed + position)
+            held = []
+    if held:
+        yield from shuffled_batches(_join(held), batch_size, seed + len(order))
+
+
+def warp_frequencies(bases: Tensor, factors: Tensor) -> Tensor:
+    """Stretch each basis along frequency, `(n, F)` by `(n,)`: bin f gets what was at f / factor."""
+    n_bins = bases.shape[-1]
+    position = torch.arange(n_bins, device=bases.device) / factors.unsqueeze(1)
+    low = position.floor().clamp(0, n_bins - 1).long()
+    high = (low + 1).clamp(max=n_bins - 1)
+    blend = (position - low).clamp(0, 1)
+    warped = bases.gather(1, low) * (1 - blend) + bases.gather(1, high) * blend
+    return warped * (position <= n_bins - 1)
+
+
+def train_epoch(
+    model: MIML,
+    batches: Iterable[Bags],
+    optimiser: torch.optim.Optimizer,
+    config: TrainingConfig,
+    epoch: int,
+) -> dict[str, float]:
+    """Train over the batches once; return the mean loss by clip."""
+    model.train()
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+    total, count = 0.0, 0
+    for batch in batches:
+        bases = batch.bases.to(device).float()
+        if config.warp:
+            n_clips, n_bases, n_bins = bases.shape
+            factors = 1 + config.warp * (2 * torch.rand(n_clips * n_bases, generator=generator) - 1)
+            bases = warp_frequencies(bases.reshape(-1, n_bins), factors.to(device)).reshape(bases.shape)
+        valid, labels = batch.valid.to(device), batch.labels.to(device)
+        losses = LOSSES[config.loss](model.relation(bases, valid), labels, valid)
+        optimiser.zero_grad(set_to_none=True)
+        losses.mean().backward()
+        _average_gradients(model)
+        optimiser.step()
+        total += float(losses.detach().sum())
+        count += len(batch)
+    return {"train_loss": total / max(count, 1)}
+
+
+def _average_gradients(model: MIML) -> None:
+    """Average over the workers of a distributed run; MIML is called by `relation`, which DDP doesn't wrap."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                distributed.all_reduce(parameter.grad)
+                parameter.grad /= distributed.get_world_size()
+
+
+@torch.inference_mode()
+def validate(model: MIML, batches: Iterable[Bags], config: TrainingConfig) -> dict[str, float]:
+    """Return validation figures: loss, mAP of the clips' scores against their labels, and agreement.
+
+    Agreement is the share of energy (square root) in bases whose best object is a visible one.
+    `val_selection`, which picks the epoch, is the mean of mAP and agreement: both look at what
+    the relation map is for, where the loss alone is a poor guide.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    losses, scores, targets, agreements = [], [], [], []
+    for batch in batches:
+        valid, labels = batch.valid.to(device), batch.labels.to(device)
+        relation = model.relation(batch.bases.to(device).float(), valid)
+        losses.append(LOSSES[config.loss](relation, labels, valid))
+        weight = batch.basis_energy.to(device).sqrt()
+        if config.loss == "partial_label":
+            scores.append(energy_shares(basis_posteriors(relation), batch.basis_energy.to(device)))
+        else:
+            scores.append(relation.amax(-1))
+        best = labels.gather(1, relation.argmax(1))  # (B, M): is the basis's best object visible?
+        agreements.append((best * weight).sum(-1) / weight.sum(-1).clamp_min(1e-12))
+        targets.append(labels)
+    if not losses:
+        return {}
+    mean_ap = mean_average_precision(torch.cat(targets).cpu(), torch.cat(scores).cpu())
+    agreement = float(torch.cat(agreements).mean())
+    return {
+        "val_loss": float(torch.cat(losses).mean()),
+        "val_map": mean_ap,
+        "val_agreement": agreement,
+        "val_selection": float(np.nanmean([mean_ap, agreement])),
+    }
+
+
+def mean_average_precision(labels: Tensor, scores: Tensor) -> float:
+    """Return the mean over objects of average precision, `(B, L)` each; objects always or never there don't count."""
+    usable = labels.any(0) & ~labels.all(0)
+    if not usable.any():
+        return math.nan
+    return float(average_precision_score(labels[:, usable].numpy(), scores[:, usable].numpy(), average="macro"))
+
+
+def optimiser_for(model: MIML, config: TrainingConfig) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.StepLR]:
+    """Return Adam and its schedule, stepped once an epoch."""
+    optimiser = torch.optim.Adam(model.parameters(), config.learning_rate)
+    return optimiser, torch.optim.lr_scheduler.StepLR(optimiser, config.decay_epochs, config.decay)

@@ -1,0 +1,79 @@
+"""Gather each object's bases over the training clips, and add the dictionary to the model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+
+from avsep import shards
+from avsep.dictionary import BasisDictionary, Candidate, candidate_bases
+from avsep.model import Model
+from avsep.records import clips_from_table
+from avsep.training import decide_labels
+from pipelines import execution
+from pipelines.execution import fail, say
+
+EXAMPLES = """examples:
+  python -m pipelines.collect --model out/run/model --clips out/clips
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the command."""
+    p = argparse.ArgumentParser(
+        "pipelines.collect", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--model", required=True, help="the model folder that pipelines.train wrote")
+    p.add_argument("--clips", required=True, help="the clips it was trained on")
+    p.add_argument("--in-process", action="store_true", help="a plain loop without Ray")
+    return p
+
+
+def candidates_of_file(model_dir: str, path: str) -> list[Candidate]:
+    """Offer the bases of one file's training clips."""
+    execution.one_thread()
+    model = Model.load(model_dir)
+    candidates: list[Candidate] = []
+    for record in clips_from_table(shards.read_table(path)):
+        if record.split != "train":
+            continue
+        labels = decide_labels(record.labels, record.image_logits, model.config.labels)
+        if labels is not None and labels.any():
+            candidates += candidate_bases(model.network, record, labels)
+    return candidates
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Collect the dictionary."""
+    model = Model.load(arguments.model)
+    files = shards.clip_files(arguments.clips)
+    if arguments.clips and (shape := shards.read_configuration(arguments.clips)["stft"]) != {
+        "sample_rate": model.config.stft.sample_rate,
+        "n_fft": model.config.stft.n_fft,
+        "hop_length": model.config.stft.hop_length,
+    }:
+        fail(f"{arguments.clips} has STFT {shape}, the model {model.config.stft}: use the clips that it was trained on")
+    with execution.session(arguments.in_process) as runner, execution.Progress("collect", len(files), "files") as progress:
+
+        def gathered() -> Iterator[Candidate]:
+            for part in runner.map(candidates_of_file, ((arguments.model, f) for f in files)):
+                progress.add(1)
+                yield from part
+
+        model.dictionary = BasisDictionary.collect(gathered())
+    if not model.dictionary.bases:
+        fail(f"no basis of {arguments.clips} is sure enough: is the model trained, and are there train clips with labels?")
+    model.save(arguments.model)
+    counts = ", ".join(f"{name} {count}" for name, count in model.dictionary.counts().items())
+    say(f"dictionary in {arguments.model}: {counts}")
+    return execution.DONE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    return execution.run(run, parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""Where work runs: Ray on this machine or a cluster, or a plain loop; and how programs talk."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any, NoReturn
+
+import torch
+from tqdm import tqdm
+
+DONE, SHORTFALL, UNUSABLE = 0, 1, 2  # exit statuses
+
+
+class UsageError(Exception):
+    """Arguments or input that can't be used: one line that names the value, the rule and the remedy."""
+
+
+def run(main: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    """Parse arguments, run a program's main function, and turn a user's mistake into one line and status 2."""
+    arguments = parser.parse_args(argv)
+    try:
+        return main(arguments)
+    except (UsageError, FileNotFoundError, ValueError) as error:
+        if os.environ.get("AVSEP_TRACEBACK"):
+            raise
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return UNUSABLE
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+class InProcess:
+    """Run everything in this process, one item after the other: for debuggers and small jobs."""
+
+    n_workers = 1
+    n_gpus = 0
+
+    def map(self, function: Callable[..., Any], items: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """Yield `function(*item)` for each item."""
+        for item in items:
+            yield function(*item)
+
+    def actors(self, make: Callable[[], Any], count: int) -> list[Callable[..., Future]]:
+        """Build one object and return a function that calls it and gives a finished future."""
+        target = make()
+
+        def call(*arguments: Any) -> Future:
+            future: Future = Future()
+            future.set_result(target(*arguments))
+            return future
+
+        return [call]
+
+
+class OnRay:
+    """Run on Ray: a task an item, a bounded number of them in flight, results as they come."""
+
+    def __init__(self) -> None:
+        import ray
+
+        self._ray = ray
+        resources = ray.cluster_resources()
+        self.n_workers = max(1, int(resources.get("CPU", 1)))
+        self.n_gpus = int(resources.get("GPU", 0))
+
+    def map(self, function: Callable[..., Any], items: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """Yield `function(*item)` for each item, in the order they finish.
+
+        A task whose worker died is tried again; one that raises, raises here.
+        """
+        task = self._ray.remote(function).options(num_cpus=1, max_retries=3)
+        waiting, pending = iter(items), []
+        while True:
+            while len(pending) < 2 * self.n_workers and (item := next(waiting, None)) is not None:
+                pending.append(task.remote(*item))
+            if not pending:
+                return
+            ready, pending = self._ray.wait(pending, num_returns=1)
+            yield self._get(ready[0])
+
+    def _get(self, reference: Any) -> Any:
+        try:
+            return self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, Exception) else error from None
+
+    def actors(self, make: Callable[[], Any], count: int) -> list[Callable[..., Future]]:
+        """Start `count` actors, each holding what `make` builds; return a caller for each.
+
+        A caller can be sent to tasks. Actors take a GPU each where there are any; on CPUs they
+        work while the tasks that call them wait, so they claim none.
+        """
+        actor = self._ray.remote(Held).options(
+            num_cpus=0, num_gpus=1 if self.n_gpus else 0, max_restarts=3, max_task_retries=3
+        )
+        return [RemoteCall(actor.remote(make)) for _ in range(count)]
+
+
+class Held:
+    """An actor's body: an expensive object, built once."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        one_thread()
+        self.target = make()
+
+    def call(self, *arguments: Any) -> Any:
+        """Call the object."""
+        return self.target(*arguments)
+
+
+class RemoteCall:
+    """Call an actor's object from any task; the result is a future."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    def __call__(self, *arguments: Any) -> Future:
+        """Start the call."""
+        return self.actor.call.remote(*arguments).future()
+
+
+Runner = InProcess | OnRay
+
+
+def one_thread() -> None:
+    """Keep a worker to one thread: processes are the parallelism, and busy threads get in each other's way."""
+    torch.set_num_threads(1)
+
+
+@contextlib.contextmanager
+def session(in_process: bool = False) -> Iterator[Runner]:
+    """Give a runner: a plain loop, the cluster that RAY_ADDRESS names, or Ray on this machine.
+
+    Ray on this machine starts quietly and is stopped at the end; sessions nest, and an inner one
+    uses the outer one's Ray.
+    """
+    if in_process:
+        threads = torch.get_num_threads()
+        one_thread()
+        try:
+            yield InProcess()
+        finally:
+            torch.set_num_threads(threads)
+        return
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else a token file appears in the home folder
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
+    import ray
+
+    if ray.is_initialized():
+        yield OnRay()
+        return
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    ray.init(
+        address=address,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
+        **({"include_dashboard": False} if address == "local" else {}),
+    )
+    try:
+        yield OnRay()
+    finally:
+        ray.shutdown()
+
+
+class Progress:
+    """Show how far a run is: a bar with rate and time left on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, what: str, total: int, unit: str, *, done: int = 0, every_s: float = 5.0) -> None:
+        self.what, self.total, self.unit, self.every_s = what, total, unit, every_s
+        self.count = done
+        self._at_start, self._started, self._said = done, time.monotonic(), time.monotonic()
+        self._bar = tqdm(total=total, initial=done, desc=what, unit=unit) if sys.stderr.isatty() else None
+
+    def add(self, count: int, note: str = "") -> None:
+        """Count finished items."""
+        self.count += count
+        if self._bar is not None:
+            if note:
+                self._bar.set_postfix_str(note)
+            self._bar.update(count)
+        elif time.monotonic() - self._said >= self.every_s or self.count == self.total:
+            self._said = time.monotonic()
+            rate = (self.count - self._at_start) / max(self._said - self._started, 1e-9)
+            left = (self.total - self.count) / rate if rate else float("inf")
+            tail = f", {note}" if note else ""
+            print(
+                f"{self.what}: {self.count}/{self.total} {self.unit}, {rate:.2f}/s, {left:.0f} s left{tail}", flush=True
+            )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def say(text: str) -> None:
+    """Print a line at once."""
+    print(text, flush=True)
+
+
+def fail(text: str) -> NoReturn:
+    """Stop with status 2 and one line."""
+    raise UsageError(text)

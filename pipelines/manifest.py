@@ -1,0 +1,584 @@
+"""Segments from AudioSet's CSV files, or from any table of media files, with Apache Beam.
+
+Input is cut into blocks of lines (or row groups); each becomes an Arrow table of segments, the
+tables meet again in ranges of segment_id, where repeats are found and Parquet files written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import logging
+import math
+import re
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import redirect_stderr, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from avsep import audioset, storage
+from avsep.audioset import BadLine, Counts
+from avsep.objects import OBJECT_NAMES, OBJECTS
+from avsep.records import SEGMENT_SCHEMA, SPLITS, Segment, segment_from_row, segments_to_table
+
+logging.disable(logging.WARNING)  # beam warns of cloud clients that nobody asked for
+import apache_beam as beam  # noqa: E402
+from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions  # noqa: E402
+from apache_beam.pvalue import AsSingleton, TaggedOutput  # noqa: E402
+
+logging.disable(logging.NOTSET)
+
+BLOCK_BYTES = 8 << 20
+BATCH_ROWS = 10_000
+SHARD_ROWS = 500_000  # about 40 MB in memory
+ROW_GROUP_ROWS = 50_000
+SAMPLE_PERCENT = 2.0  # of the ids, to find the ranges of several shards
+LOCAL_RUNNER = "FnApiRunner"  # Beam's default one tries to download another runner first
+STAGING = "_manifest_in_progress"
+
+EPILOG = """\
+examples:
+  a table of one's own, with columns segment_id, source and any of start_s, end_s, split, objects, labels:
+    python -m pipelines.manifest --table clips.csv --out out/manifest
+  AudioSet (files with 'eval' in their name become split test, 4 % of the others val):
+    python -m pipelines.manifest --audioset balanced_train_segments.csv unbalanced_train_segments.csv \\
+        eval_segments.csv --ontology ontology.json --out out/manifest
+  the same on a cluster (other options go to Beam):
+    python -m pipelines.manifest --audioset gs://B/eval_segments.csv --ontology gs://B/ontology.json \\
+        --out gs://B/manifest --runner FlinkRunner --flink_master HOST:8081
+
+DIR gets segments.parquet (several files beyond half a million segments), statistics.json (written
+last) and dead_letters.jsonl: rows that can't be used, with file, line, reason and text.
+
+exit status: 0 done; 1 done, but rows of one's own table are among the dead letters, or no segment
+is left; 2 unusable arguments or input."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Part of an input file: the lines that begin in bytes `start … stop`, or row groups `start … stop`."""
+
+    file: int
+    index: int
+    uri: str
+    start: int
+    stop: int
+
+
+@dataclass
+class Report:
+    """What a step has to say besides its segments."""
+
+    counts: Counts = field(default_factory=Counter)
+    n_lines: dict[tuple[int, int], int] = field(default_factory=dict)  # of (file, block)
+    bad: list[tuple[int, int, BadLine]] = field(default_factory=list)  # file, block, line in it
+
+
+Reader = Callable[[Block], Iterator[pa.Table | TaggedOutput]]
+
+
+def read_lines(block: Block) -> bytes:
+    """Read the lines that begin in the block; each line of a file is in exactly one of its blocks."""
+    before = min(block.start, 1)  # a line begins at `start` if the byte before it ends one
+    with storage.open_input(block.uri) as f:
+        f.seek(block.start - before)
+        data = f.read(block.stop - block.start + before)
+        if before:
+            data = data[data.find(b"\n") + 1 :] if b"\n" in data else b""
+        pieces = [data]
+        while pieces[-1] and not pieces[-1].endswith(b"\n"):
+            piece = f.read(1 << 16)
+            pieces.append(piece[: piece.find(b"\n") + 1] if b"\n" in piece else piece)
+    return b"".join(pieces)
+
+
+def read_audioset(block: Block, masks: dict[str, int]) -> Iterator[pa.Table | TaggedOutput]:
+    """Read the segments of a block of AudioSet's CSV, and report."""
+    rows, bad, n_lines = audioset.parse_rows(read_lines(block))
+    segments = audioset.select_segments(rows, masks, "test" if is_eval(block.uri) else None)
+    n_dropped = len(rows) - len(segments)
+    counts: Counts = Counter({("rows", block.uri): len(rows) + len(bad), ("dropped", "no_object"): n_dropped})
+    yield from _results(block, [segments], bad, n_lines, counts)
+
+
+def is_eval(uri: str) -> bool:
+    """Tell AudioSet's evaluation file by its name."""
+    return "eval" in storage.name(uri).lower()
+
+
+def read_csv(block: Block, columns: list[str], folder: str) -> Iterator[pa.Table | TaggedOutput]:
+    """Read the segments of a block of a user's CSV, and report."""
+    lines = read_lines(block).split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+
+    def rows() -> Iterator[tuple[int, str, bytes]]:
+        for number, line in enumerate(lines, 1):
+            is_header = block.index == 0 and number == 1
+            if line.strip() and not is_header:
+                yield number, line.decode(errors="replace").rstrip("\r"), line
+
+    yield from _read_table(block, rows(), lambda line: _csv_row(line, columns), folder, len(lines))
+
+
+def read_parquet(block: Block, folder: str) -> Iterator[pa.Table | TaggedOutput]:
+    """Read the segments of a row group of a user's Parquet table, and report; a row's line is its number."""
+    with storage.open_input(block.uri) as f:
+        groups = list(range(block.start, block.stop))
+        parquet = pq.ParquetFile(f)
+        n_rows = sum(parquet.metadata.row_group(group).num_rows for group in groups)
+
+        def rows() -> Iterator[tuple[int, str, dict[str, Any]]]:
+            number = 0
+            for batch in parquet.iter_batches(BATCH_ROWS, groups) if groups else ():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, json.dumps(row, default=str, ensure_ascii=False), row
+
+        try:
+            yield from _read_table(block, rows(), lambda row: row, folder, n_rows)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise OSError(f"{block.uri} is damaged ({error}); write it again") from None
+
+
+def _csv_row(line: bytes, columns: list[str]) -> dict[str, str]:
+    try:
+        cells = next(csv.reader([line.decode().rstrip("\r")], strict=True))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
+    except csv.Error as error:
+        raise ValueError(f"broken quoting: {error}") from None
+    if len(cells) != len(columns):
+        raise ValueError(f"{len(cells)} cells; the header has {len(columns)} columns")
+    return dict(zip(columns, cells, strict=True))
+
+
+def _read_table(
+    block: Block,
+    rows: Iterable[tuple[int, str, Any]],
+    to_cells: Callable[[Any], dict[str, Any]],
+    folder: str,
+    n_lines: int,
+) -> Iterator[pa.Table | TaggedOutput]:
+    """Turn (line, text, row) into segments, and report."""
+    tables: list[pa.Table] = []
+    batch: list[tuple[Segment, int, str]] = []
+    bad: list[BadLine] = []
+
+    def flush() -> None:
+        segments, numbers, texts = zip(*batch, strict=True)
+        table = segments_to_table(segments).append_column("line", pa.array(numbers, pa.int64()))
+        tables.append(table.append_column("text", pa.array(texts, pa.string())))
+        batch.clear()
+
+    n_rows = 0
+    for line, text, row in rows:
+        n_rows += 1
+        try:
+            batch.append((segment_from_row(to_cells(row), relative_to=folder), line, text))
+        except (ValueError, TypeError) as error:  # TypeError: a Parquet cell of another type
+            bad.append(BadLine(line, str(error), text))
+        if len(batch) == BATCH_ROWS:
+            flush()
+    if batch:
+        flush()
+    counts: Counts = Counter({("rows", block.uri): n_rows})
+    yield from _results(block, tables, bad, n_lines, counts)
+
+
+def _results(
+    block: Block, tables: list[pa.Table], bad: list[BadLine], n_lines: int, counts: Counts
+) -> Iterator[pa.Table | TaggedOutput]:
+    counts["dead_letters",] = len(bad)
+    where = (block.file, block.index)
+    yield TaggedOutput("reports", Report(counts, {where: n_lines}, [(*where, line) for line in bad]))
+    for table in tables:
+        if len(table):
+            for column, value in zip(("file", "block"), where, strict=True):
+                table = table.append_column(column, pa.array(np.full(len(table), value, np.int32)))
+            yield table
+
+
+def sample_ids(segments: pa.Table) -> tuple[int, list[str]]:
+    """Return the number of segments, and a sample of ids that depends on nothing but the ids."""
+    ids = segments["segment_id"].to_pylist()
+    return len(ids), [s for s in ids if audioset.hash_percent(s) < SAMPLE_PERCENT]
+
+
+def add_samples(samples: Iterable[tuple[int, list[str]]]) -> tuple[int, list[str]]:
+    """Put samples together."""
+    total, ids = 0, list[str]()
+    for n, some in samples:
+        total += n
+        ids.extend(some)
+    return total, ids
+
+
+def shard_bounds(sample: tuple[int, list[str]], shard_rows: int) -> list[str]:
+    """Return ids that cut all segments into ranges of about `shard_rows`: each begins one, but the first."""
+    total, ids = sample[0], sorted(set(sample[1]))
+    n_shards = max(min(math.ceil(total / shard_rows), len(ids)), 1)
+    return [ids[len(ids) * shard // n_shards] for shard in range(1, n_shards)]
+
+
+def into_ranges(segments: pa.Table, bounds: list[str]) -> Iterator[tuple[int, pa.Table]]:
+    """Divide segments among the ranges of `shard_bounds`."""
+    shard = np.zeros(len(segments), np.int64)
+    for bound in bounds:
+        shard += np.asarray(pc.greater_equal(segments["segment_id"], bound))
+    for index in np.unique(shard).tolist():
+        yield index, segments.filter(pa.array(shard == index))
+
+
+def write_shard(
+    keyed: tuple[int, Iterable[pa.Table]], bounds: list[str], folder: str, *, repeats_are_bad: bool
+) -> Report:
+    """Write a range of segments, sorted and each once; report them and the repeats."""
+    index, tables = keyed
+    segments, repeats, lost_to_test = audioset.deduplicate(pa.concat_tables(tables).combine_chunks())
+    n_shards = len(bounds) + 1
+    name = "segments.parquet" if n_shards == 1 else f"segments-{index:05d}-of-{n_shards:05d}.parquet"
+    segments = segments.select(SEGMENT_SCHEMA.names)
+    write_segments(storage.join(folder, name), segments)
+    report = Report(audioset.count_segments(segments))
+    if repeats_are_bad:
+        report.counts["dead_letters",] = len(repeats)
+        for row in repeats.select(["segment_id", "file", "block", "line", "text"]).to_pylist():
+            reason = f"segment_id {row['segment_id']!r} occurs more than once; one row is kept"
+            report.bad.append((row["file"], row["block"], BadLine(row["line"], reason, row["text"])))
+    else:
+        report.counts["dropped", "also_in_eval"] = int(lost_to_test.sum())
+        report.counts["dropped", "duplicate"] = int((~lost_to_test).sum())
+    return report
+
+
+def write_segments(uri: str, segments: pa.Table) -> None:
+    """Write a table of SEGMENT_SCHEMA as one Parquet file, atomically."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(segments, sink, row_group_size=ROW_GROUP_ROWS)
+    storage.write_bytes(uri, sink.getvalue())
+
+
+def write_dead_letters(reports: Iterable[Report], uris: list[str], path: str) -> None:
+    """Write the bad lines as JSON lines, in the order of the input, numbered from 1 in each file."""
+    n_lines: dict[tuple[int, int], int] = {}
+    bad: list[tuple[int, int, BadLine]] = []
+    for report in reports:
+        n_lines.update(report.n_lines)
+        bad.extend(report.bad)
+    lines_before, total, last = {}, 0, -1
+    for where in sorted(n_lines):
+        total = 0 if where[0] != last else total
+        lines_before[where], last = total, where[0]
+        total += n_lines[where]
+    letters = []
+    for file, block, line in sorted(bad, key=lambda b: (b[0], b[1], b[2].line)):
+        number = lines_before[file, block] + line.line
+        letter = {"file": uris[file], "line": number, "reason": line.reason, "text": line.text}
+        letters.append(json.dumps(letter, ensure_ascii=False) + "\n")
+    storage.write_text(path, "".join(letters))
+
+
+def write_statistics(counts: Counts, path: str) -> None:
+    """Write the counts as JSON."""
+    storage.write_text(path, json.dumps(audioset.summarize(counts), indent=1) + "\n")
+
+
+def build(
+    pipeline: beam.Pipeline,
+    blocks: list[Block],
+    read: Reader,
+    uris: list[str],
+    folder: str,
+    *,
+    repeats_are_bad: bool,
+    shard_rows: int = SHARD_ROWS,
+) -> None:
+    """Lay out the whole pass from blocks of `uris` to the files in `folder`."""
+    letters = storage.join(folder, "dead_letters.jsonl")
+    parsed = (
+        pipeline
+        | "blocks" >> beam.Create(blocks)
+        | "spread" >> beam.Reshuffle()
+        | "parse" >> beam.FlatMap(read).with_outputs("reports", main="segments")
+    )
+    bounds = AsSingleton(
+        parsed.segments
+        | "sample" >> beam.Map(sample_ids)
+        | "samples" >> beam.CombineGlobally(add_samples)
+        | "bounds" >> beam.Map(shard_bounds, shard_rows)
+    )
+    written = (
+        parsed.segments
+        | "ranges" >> beam.FlatMap(into_ranges, bounds)
+        | "shards" >> beam.GroupByKey()
+        | "write" >> beam.Map(write_shard, bounds, folder, repeats_are_bad=repeats_are_bad)
+    )
+    reports = (parsed.reports, written) | beam.Flatten()
+    _ = (
+        reports
+        | "counts" >> beam.Map(lambda report: report.counts)
+        | "statistics" >> beam.CombineGlobally(audioset.add_counts)
+        | "write statistics" >> beam.Map(write_statistics, storage.join(folder, "statistics.json"))
+    )
+    _ = (
+        reports
+        | "bring together" >> beam.Map(lambda report: (None, report))
+        | "reports" >> beam.GroupByKey()
+        | "dead letters" >> beam.MapTuple(lambda _, group: write_dead_letters(group, uris, letters))
+    )
+
+
+def commit(staging: str, out: str) -> list[str]:
+    """Move finished files to their place, the statistics last; drop what an earlier run left there."""
+    fs, source = storage.filesystem(staging)
+    _, target = storage.filesystem(out)
+    files = {storage.name(f) for f in storage.list_files(staging)}
+    segments = sorted(f for f in files if f.endswith(".parquet"))
+    if not segments:
+        write_segments(storage.join(staging, "segments.parquet"), SEGMENT_SCHEMA.empty_table())
+        segments = ["segments.parquet"]
+    storage.delete_file(storage.join(out, "statistics.json"))
+    for name in segments:
+        fs.move(storage.join(source, name), storage.join(target, name))
+    for uri in storage.list_files(out):
+        if is_shard(storage.name(uri)) and storage.name(uri) not in segments:
+            storage.delete_file(uri)
+    for name in ("dead_letters.jsonl", "statistics.json"):
+        fs.move(storage.join(source, name), storage.join(target, name))
+    return segments
+
+
+def is_shard(name: str) -> bool:
+    """Tell the files of segments that this program writes."""
+    return re.fullmatch(r"segments(-\d{5}-of-\d{5})?\.parquet", name) is not None
+
+
+def remove_folder(uri: str) -> None:
+    """Delete a folder and what is in it; nothing happens when there is none."""
+    fs, inner = storage.filesystem(uri)
+    with suppress(FileNotFoundError):
+        fs.delete_dir(inner)
+
+
+def line_blocks(uris: Sequence[str], block_bytes: int = BLOCK_BYTES) -> list[Block]:
+    """Cut text files into blocks; an empty file is one block."""
+    blocks = []
+    for file, uri in enumerate(uris):
+        with storage.open_input(uri) as f:
+            size = f.size()
+        starts = range(0, max(size, 1), block_bytes)
+        blocks += [Block(file, i, uri, at, min(at + block_bytes, size)) for i, at in enumerate(starts)]
+    return blocks
+
+
+def plan_audioset(
+    uris: Sequence[str], ontology: str | None, own_node_only: bool
+) -> tuple[list[Block], Reader]:
+    """Check AudioSet's files → blocks and the function that reads one. Raises ValueError or OSError."""
+    nodes: Any = []
+    _check_exist([*uris, *([ontology] if ontology else [])])
+    if ontology:
+        try:
+            nodes = json.loads(storage.read_bytes(ontology))
+        except ValueError as error:
+            raise ValueError(f"{ontology} is no JSON ({error}); give AudioSet's ontology.json") from None
+    try:
+        masks = audioset.object_masks(nodes, own_node_only=own_node_only)
+    except ValueError as error:
+        raise ValueError(f"{ontology} is not AudioSet's ontology: {error}; give its ontology.json") from None
+    missing = [o.name for o in OBJECTS if o.mid not in {node["id"] for node in nodes}]
+    if missing and not own_node_only:
+        print(f"the ontology lacks {', '.join(missing)}: these are known by their own tag alone")
+    blocks = line_blocks(uris)
+    for block in blocks:
+        if block.index == 0:
+            head = read_lines(replace(block, stop=min(block.stop, 1 << 16)))
+            rows, bad, _ = audioset.parse_rows(head)
+            if bad and not len(rows):
+                raise ValueError(
+                    f"{block.uri} is none of AudioSet's CSV files: line {bad[0].line}: {bad[0].reason}; "
+                    "a table of one's own goes with --table"
+                )
+    return blocks, lambda block: read_audioset(block, masks)
+
+
+def plan_table(uri: str) -> tuple[list[Block], Reader]:
+    """Check a user's table → blocks and the function that reads one. Raises ValueError or OSError."""
+    if storage.is_directory(uri):
+        raise ValueError(f"{uri} is a directory; give a table, .csv or .parquet")
+    _check_exist([uri])
+    folder = storage.parent(uri)
+    if uri.lower().endswith(".csv"):
+        blocks = line_blocks([uri])
+        header = read_lines(Block(0, 0, uri, 0, 1))
+        try:
+            columns = next(csv.reader([header.decode("utf-8-sig").rstrip("\r\n")], strict=True), [])
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{uri}: line 1 is no CSV header ({error}); save the table as UTF-8") from None
+        _check_columns(uri, columns)
+        return blocks, lambda block: read_csv(block, columns, folder)
+    if not uri.lower().endswith((".parquet", ".pq")):
+        raise ValueError(f"{uri}: a table's name must end with .csv or .parquet")
+    try:
+        with storage.open_input(uri) as f:
+            parquet = pq.ParquetFile(f)
+            columns, n_groups = parquet.schema_arrow.names, parquet.num_row_groups
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{uri} is no Parquet file ({str(error).splitlines()[0]})") from None
+    _check_columns(uri, columns)
+    groups = [Block(0, i, uri, i, i + 1) for i in range(n_groups)] or [Block(0, 0, uri, 0, 0)]
+    return groups, lambda block: read_parquet(block, folder)
+
+
+def _check_exist(uris: Iterable[str]) -> None:
+    for uri in uris:
+        if not storage.exists(uri):
+            raise ValueError(f"{uri} doesn't exist; check the path")
+
+
+def _check_columns(uri: str, columns: Sequence[str]) -> None:
+    known = ", ".join(SEGMENT_SCHEMA.names)
+    for column in ("segment_id", "source"):
+        if column not in columns:
+            raise ValueError(f"{uri} has no column {column!r}; it is required (the columns are {known})")
+    for index, column in enumerate(columns):
+        if column not in SEGMENT_SCHEMA.names:
+            raise ValueError(f"{uri} has an unknown column {column!r}; remove it: the columns are {known}")
+        if column in columns[:index]:
+            raise ValueError(f"{uri} has the column {column!r} twice; remove one")
+    if "split" not in columns:
+        print("the table has no column 'split': every segment is in split train")
+
+
+def beam_options(arguments: list[str]) -> PipelineOptions:
+    """Turn arguments that aren't ours into Beam's options. Raises ValueError for what it doesn't know."""
+    if arguments and not arguments[0].startswith("--"):
+        raise ValueError(f"unexpected argument {arguments[0]!r}; see --help")
+    messages = io.StringIO()
+    try:
+        with redirect_stderr(messages):  # argparse would print all of Beam's options
+            options = PipelineOptions([f"--runner={LOCAL_RUNNER}", *arguments])
+            given = options.get_all_options(retain_unknown_options=True)
+    except SystemExit:
+        raise ValueError(messages.getvalue().rsplit("error: ", 1)[-1].strip()) from None
+    unknown = set(given) - set(PipelineOptions([]).get_all_options())
+    if unknown and is_local(options):  # other runners bring options of their own
+        option = next(a for a in arguments if a.split("=")[0].lstrip("-").replace("-", "_") in unknown)
+        raise ValueError(f"unknown option {option}: neither ours (see --help) nor Beam's")
+    return options
+
+
+def is_local(options: PipelineOptions) -> bool:
+    """Tell our default runner from others."""
+    return options.view_as(StandardOptions).runner == LOCAL_RUNNER
+
+
+def report_lines(statistics: dict[str, Any], out: str, segments: list[str]) -> list[str]:
+    """Say in a few lines what a run made."""
+    dropped = {"no_object": "without our objects", "duplicate": "duplicates", "also_in_eval": "also in eval"}
+    parts = [f"{statistics['kept']:,} segments"]
+    parts += [f"{n:,} {dropped[reason]}" for reason, n in statistics["dropped"].items() if n]
+    parts += [f"{statistics['dead_letters']:,} unusable"] if statistics["dead_letters"] else []
+    totals = {name: sum(statistics["objects"][name].values()) for name in OBJECT_NAMES}
+    objects = ", ".join(f"{name}\N{NO-BREAK SPACE}{n:,}" for name, n in totals.items() if n) or "none known"
+    lines = [f"{statistics['rows']:,} rows = {' + '.join(parts)}"]
+    lines += ["splits: " + ", ".join(f"{split} {statistics['splits'][split]:,}" for split in SPLITS)]
+    wrapped = textwrap.wrap(f"objects: {objects}", 110, subsequent_indent="         ")
+    lines += [line.replace("\N{NO-BREAK SPACE}", " ") for line in wrapped]
+    files = segments[0] if len(segments) == 1 else f"{segments[0]} … {segments[-1]}"
+    return [*lines, f"written: {storage.join(out, files)}, statistics.json"]
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m pipelines.manifest",
+        description="Write the manifest: the segments that extraction is to process.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    sources = p.add_mutually_exclusive_group(required=True)
+    sources.add_argument("--table", metavar="CSV_OR_PARQUET", help="a table of media files")
+    sources.add_argument("--audioset", nargs="+", metavar="CSV", help="AudioSet's segment files")
+    p.add_argument("--ontology", metavar="JSON", help="AudioSet's ontology.json")
+    p.add_argument("--own-node-only", action="store_true", help="don't count the ontology's descendants")
+    p.add_argument("--out", required=True, metavar="DIR", help="where to write; a manifest there is replaced")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns the exit status."""
+    try:
+        args, others = parser().parse_known_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        options = beam_options(others)
+        out = storage.resolve(args.out, ".")
+        if args.table:
+            if args.ontology or args.own_node_only:
+                raise ValueError("--ontology and --own-node-only go with --audioset, not with --table")
+            uris = [storage.resolve(args.table, ".")]
+            if storage.parent(uris[0]) == out and is_shard(storage.name(uris[0])):
+                raise ValueError(f"--out {args.out} would overwrite {args.table}; choose another folder")
+            blocks, read = plan_table(uris[0])
+        else:
+            if not args.ontology and not args.own_node_only:
+                raise ValueError(
+                    "--audioset needs --ontology ontology.json (or --own-node-only to do without)"
+                )
+            uris = list(dict.fromkeys(storage.resolve(uri, ".") for uri in args.audioset))
+            ontology = storage.resolve(args.ontology, ".") if args.ontology else None
+            blocks, read = plan_audioset(uris, ontology, args.own_node_only)
+        if storage.exists(out) and not storage.is_directory(out):
+            raise ValueError(f"--out {args.out} is a file; give a folder")
+        pipeline = beam.Pipeline(options=options)
+        staging = storage.join(out, STAGING)
+        remove_folder(staging)
+        storage.make_directory(staging)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"manifest: {_one_line(error)}", file=sys.stderr)
+        return 2
+    print(f"reading {', '.join(map(storage.name, uris))} in {len(blocks)} blocks", flush=True)
+    try:
+        build(pipeline, blocks, read, uris, staging, repeats_are_bad=bool(args.table))
+        if is_local(options):  # what a step raises comes back to us; Beam would print its traceback first
+            logging.getLogger("apache_beam.runners.common").setLevel(logging.CRITICAL)
+        pipeline.run().wait_until_finish()
+        segments = commit(staging, out)
+    except OSError as error:
+        print(f"manifest: {_one_line(error)}", file=sys.stderr)
+        return 2
+    finally:
+        remove_folder(staging)
+    statistics = json.loads(storage.read_bytes(storage.join(out, "statistics.json")))
+    for line in report_lines(statistics, out, segments):
+        print(line)
+    n_dead, letters = statistics["dead_letters"], storage.join(out, "dead_letters.jsonl")
+    if n_dead:
+        print(f"{n_dead:,} rows can't be used; see {letters} for lines and reasons")
+    if not statistics["kept"]:
+        print("no segment is left: the manifest is empty")
+    return 1 if not statistics["kept"] or (args.table and n_dead) else 0
+
+
+def _one_line(error: BaseException) -> str:
+    return re.sub(r" \[while running .*\]$", "", " ".join(str(error).split()))
+
+
+if __name__ == "__main__":
+    from pipelines.manifest import main as run  # other processes know our classes by this name
+
+    sys.exit(run())

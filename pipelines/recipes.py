@@ -1,0 +1,62 @@
+"""Complete run configurations by name: each function returns everything a run needs, frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from avsep.model import LabelConfig, LabellerConfig, NetworkConfig, SeparationConfig
+from avsep.stages import ExtractionConfig
+from avsep.training import TrainingConfig
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Extraction, labels, network, training and separation, together."""
+
+    name: str
+    extraction: ExtractionConfig = field(default_factory=ExtractionConfig)
+    labels: LabelConfig = field(default_factory=LabelConfig)
+    labeller: str = LabellerConfig.architecture
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    separation: SeparationConfig = field(default_factory=SeparationConfig)
+
+
+def default() -> Recipe:
+    """Partial labels: every basis is trained, and shared softly among the objects that are there."""
+    return Recipe(
+        "default",
+        network=NetworkConfig(final_relu=False, square_root=True, log_bands=True, dropout=0.3),
+        training=TrainingConfig(epochs=30, warp=0.06),
+    )
+
+
+def paper() -> Recipe:
+    """The published method: multi-label hinge on the clip's best bases, assignment by threshold, no rest."""
+    return Recipe(
+        "paper",
+        training=TrainingConfig(loss="multilabel_margin", epochs=140),
+        separation=SeparationConfig(assignment="threshold", mask_power=1.0),
+    )
+
+
+def audioset() -> Recipe:
+    """The default for AudioSet's 190,000 clips: fewer passes over many more clips."""
+    base = default()
+    return Recipe(
+        "audioset",
+        network=base.network,
+        training=TrainingConfig(epochs=12, warp=base.training.warp, batch_size=256),
+        separation=base.separation,
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {f.__name__: f for f in (default, paper, audioset)}
+
+
+def get(name: str) -> Recipe:
+    """Return a recipe by name; ValueError lists the names."""
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; the recipes are {', '.join(RECIPES)}")
+    return RECIPES[name]()

@@ -1,0 +1,489 @@
+"""Real files, made here by ffmpeg, whose samples and frames are known in advance."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from avsep import media
+from avsep.media import DecodeLimits, decode, iter_audio, probe
+from avsep.records import ClipError, Reason
+
+RATE = 48_000
+FPS = 25
+CLICK = 144_123  # the sample, of ten seconds, that is not zero
+CLICKS = f"aevalsrc='if(eq(n,{CLICK}),0.9,0)':s={RATE}:d=10"
+COUNTING = "geq=lum='16+2*mod(N,100)':cb=128:cr=128"  # grey level tells the frame number modulo 100
+FRAMES = f"color=s=64x48:r={FPS}:d=10,format=yuv420p,{COUNTING}"
+X264 = ["-c:v", "libx264", "-preset", "ultrafast", "-qp", "0", "-threads", "1"]
+
+Make = Callable[..., Path]
+
+
+def run_ffmpeg(*arguments: str | Path) -> None:
+    command = [media.ffmpeg_executable(), "-y", "-v", "error", "-nostdin", *map(str, arguments)]
+    subprocess.run(command, check=True, timeout=60)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("media")
+
+
+@pytest.fixture(scope="session")
+def make(folder: Path) -> Make:
+    """Make a file of the folder from lavfi sources, once."""
+
+    def make_file(name: str, sources: list[str], *options: str) -> Path:
+        path = folder / name
+        if not path.exists():
+            inputs = [part for source in sources for part in ("-f", "lavfi", "-i", source)]
+            run_ffmpeg(*inputs, *options, f"file:{path}")
+        return path
+
+    return make_file
+
+
+@pytest.fixture(scope="session")
+def movie(make: Make) -> Path:
+    """Ten seconds; samples and frames are exact and known."""
+    return make("movie.mov", [FRAMES, CLICKS], *X264, "-g", "100", "-bf", "2", "-c:a", "pcm_s16le")
+
+
+@pytest.fixture(scope="session")
+def film(make: Make) -> Path:
+    """Ten seconds, index first, as the net has them."""
+    return make("film.mp4", [FRAMES, CLICKS], *X264, "-c:a", "aac", "-b:a", "128k", "-movflags", "+faststart")
+
+
+def frame_numbers(images: np.ndarray) -> list[int]:
+    """Read the frame numbers, modulo 100, off pictures of COUNTING."""
+    assert images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3
+    levels = images.reshape(len(images), -1).astype(float)
+    assert (np.ptp(levels, axis=1) <= 2).all() if len(levels) else True
+    return [round((level * 219 / 255) / 2) for level in levels.mean(1)] if len(levels) else []
+
+
+def shown(start_s: float, n_images: int) -> list[int]:
+    return [int(np.floor((start_s + i + 0.5) * FPS + 1e-9)) % 100 for i in range(n_images)]
+
+
+def reason(
+    path: Path, start_s: float = 0.0, end_s: float | None = None, limits: DecodeLimits | None = None
+) -> Reason:
+    with pytest.raises(ClipError) as caught:
+        decode(path, start_s, end_s, limits=limits or DecodeLimits())
+    assert caught.value.detail and "\n" not in caught.value.detail and str(path) not in caught.value.detail
+    assert caught.value.transient == (caught.value.reason == Reason.TIMEOUT)
+    return caught.value.reason
+
+
+def status(process: Path) -> tuple[str, int]:
+    """Read a process's state and its parent."""
+    state, parent = (process / "stat").read_text().rpartition(")")[2].split()[:2]
+    return state, int(parent)
+
+
+def children(parent: int) -> list[int]:
+    """List the living processes that `parent` started."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, its_parent = status(process)
+            if its_parent == parent and state != "Z":
+                found.append(int(process.name))
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return status(Path(f"/proc/{pid}"))[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_whole_file(movie: Path) -> None:
+    assert probe(movie) == media.MediaInfo(10.0, True, True, RATE, 64, 48)
+    clip = decode(movie)
+    assert clip.waveform.shape == (480_000,) and clip.waveform.dtype == np.float32
+    assert clip.sample_rate == RATE
+    assert np.flatnonzero(clip.waveform).tolist() == [CLICK]
+    assert clip.images.shape == (10, 224, 224, 3)
+    assert frame_numbers(clip.images) == shown(0, 10)
+
+
+@pytest.mark.parametrize("start_s,end_s", [(2.5, 6.5), (3.0, 4.0), (0.3, 3.5), (2.999, 9.75), (3.0025, 3.3)])
+def test_excerpt_is_exact(movie: Path, start_s: float, end_s: float) -> None:
+    clip = decode(movie, start_s, end_s)
+    assert len(clip.waveform) == round((end_s - start_s) * RATE)
+    assert np.flatnonzero(clip.waveform).tolist() == [CLICK - round(start_s * RATE)]
+    n_images = int(np.ceil(end_s - start_s - 0.5))
+    if n_images == 0:
+        assert frame_numbers(clip.images) == [int(start_s * FPS)]
+    else:
+        assert frame_numbers(clip.images) == shown(start_s, n_images)
+
+
+def test_compressed_excerpts(film: Path, make: Make) -> None:
+    webm = make("film.webm", [FRAMES, CLICKS], "-c:v", "libvpx", "-cpu-used", "8", "-c:a", "libopus")
+    for path, tolerance in ((film, 2), (webm, 50)):  # Matroska's clock ticks in milliseconds
+        for start_s in (0.0, 1.5):
+            clip = decode(path, start_s, 8.0)
+            assert len(clip.waveform) == round((8 - start_s) * RATE)
+            assert abs(np.abs(clip.waveform).argmax() - (CLICK - start_s * RATE)) <= tolerance
+            assert len(clip.images) == int(np.ceil(7.5 - start_s))
+    assert frame_numbers(decode(film, 1.5, 8.0).images) == shown(1.5, 6)
+
+
+def test_end_after_the_file(movie: Path) -> None:
+    clip = decode(movie, 7.0, 25.0)
+    assert len(clip.waveform) == 3 * RATE
+    assert frame_numbers(clip.images) == shown(7.0, 3)
+
+
+def test_start_after_the_end(movie: Path, make: Make) -> None:
+    assert reason(movie, 10.0, 12.0) == Reason.PAST_END
+    assert reason(movie, 100.0) == Reason.PAST_END
+    raw = make("raw.aac", [CLICKS], "-c:a", "aac")  # its header doesn't tell the duration
+    assert probe(raw).duration_s is None
+    assert reason(raw, 15.0) == Reason.PAST_END
+
+
+@pytest.mark.parametrize("times", [(-1.0, 2.0), (3.0, 3.0), (4.0, 3.0), (np.nan, None), (1.0, np.nan)])
+def test_times_that_bound_nothing(movie: Path, times: tuple[float, float | None]) -> None:
+    with pytest.raises(ValueError, match="excerpt"):
+        decode(movie, *times)
+
+
+def test_flac_in_matroska_is_bit_exact(folder: Path) -> None:
+    samples = np.random.default_rng(0).integers(-(2**15), 2**15, 480_000).astype(np.int16)
+    soundfile.write(folder / "noise.wav", samples, RATE)
+    path = folder / "noise.mkv"
+    run_ffmpeg("-i", folder / "noise.wav", "-f", "lavfi", "-i", FRAMES, "-c:a", "flac", *X264, path)
+    expected = samples.astype(np.float32) / 2**15
+    np.testing.assert_array_equal(decode(path).waveform, expected)
+    np.testing.assert_array_equal(decode(path, 0.0, 7.25).waveform, expected[: round(7.25 * RATE)])
+    blocks = list(iter_audio(path, sample_rate=RATE, block=7_001))
+    np.testing.assert_array_equal(np.concatenate(blocks), expected)
+    inner = decode(path, 3.0, 7.0).waveform  # unchanged too, but placed to the millisecond
+    offset = min(range(-48, 49), key=lambda k: float(np.abs(inner - expected[144_000 + k :][:192_000]).max()))
+    np.testing.assert_array_equal(inner, expected[144_000 + offset : 336_000 + offset])
+
+
+def test_video_without_audio(make: Make) -> None:
+    path = make("mute.mp4", ["testsrc=s=64x48:d=1"], *X264)
+    assert not probe(path).has_audio and probe(path).has_video
+    assert reason(path) == Reason.NO_AUDIO
+    with pytest.raises(ClipError) as caught:
+        list(iter_audio(path, sample_rate=RATE, block=100))
+    assert caught.value.reason == Reason.NO_AUDIO
+
+
+def test_audio_without_video(make: Make) -> None:
+    path = make("sound.flac", [CLICKS])
+    assert probe(path) == media.MediaInfo(10.0, True, False, RATE, None, None)
+    clip = decode(path, 1.0, 6.0)
+    assert np.flatnonzero(clip.waveform).tolist() == [CLICK - RATE]
+    assert clip.images.shape == (0, 224, 224, 3) and clip.images.dtype == np.uint8
+
+
+@pytest.mark.parametrize("suffix,codec", [("mp3", "libmp3lame"), ("m4a", "aac"), ("flac", "flac")])
+def test_cover_art_is_no_video(make: Make, suffix: str, codec: str) -> None:
+    path = make(
+        f"cover.{suffix}", [CLICKS, "testsrc=s=64x48:r=1:d=1"], "-map", "0", "-map", "1", "-c:v", "mjpeg",
+        "-pix_fmt", "yuvj420p", "-disposition:v", "attached_pic", "-c:a", codec,
+    )  # fmt: skip
+    assert probe(path).has_audio and not probe(path).has_video and probe(path).width is None
+    clip = decode(path)
+    assert abs(len(clip.waveform) - 480_000) < 3_000
+    assert clip.images.shape == (0, 224, 224, 3)
+
+
+@pytest.mark.parametrize("seconds,numbers", [(1.0, [12]), (0.3, [0]), (0.52, [12])])
+def test_short_files(make: Make, seconds: float, numbers: list[int]) -> None:
+    sources = [f"color=s=64x48:r={FPS}:d={seconds},format=yuv420p,{COUNTING}", f"sine=d={seconds}:r={RATE}"]
+    clip = decode(make(f"short{seconds}.mov", sources, *X264, "-c:a", "pcm_s16le"))
+    assert len(clip.waveform) == round(seconds * RATE)
+    assert frame_numbers(clip.images) == numbers
+
+
+def test_ten_minutes(make: Make) -> None:
+    path = make("long.mkv", ["testsrc=s=32x32:r=2:d=600", f"sine=d=600:r={RATE // 6}"], *X264, "-c:a", "flac")
+    clip = decode(path, 550.0, 560.0, sample_rate=RATE // 6)
+    assert clip.waveform.shape == (80_000,) and clip.images.shape == (10, 224, 224, 3)
+    clip = decode(path, sample_rate=RATE // 6, image_size=28)
+    assert clip.waveform.shape == (4_800_000,) and clip.images.shape == (600, 28, 28, 3)
+    tracemalloc.start()
+    lengths = [len(samples) for samples in iter_audio(path, sample_rate=RATE, block=RATE)]  # 115 MB in all
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sum(lengths) == pytest.approx(600 * RATE, abs=2) and set(lengths[:-1]) == {RATE}
+    assert 0 < lengths[-1] <= RATE
+    assert peak < 5e6
+    assert reason(path, limits=DecodeLimits(max_duration_s=599)) == Reason.TOO_LONG
+    assert reason(path, 10.0, 25.0, limits=DecodeLimits(max_duration_s=14)) == Reason.TOO_LONG
+
+
+def test_too_long_without_a_duration_to_tell(make: Make) -> None:
+    raw = make("raw.aac", [CLICKS], "-c:a", "aac")
+    assert reason(raw, limits=DecodeLimits(max_duration_s=8)) == Reason.TOO_LONG
+    assert len(decode(raw, 0.0, 8.0, limits=DecodeLimits(max_duration_s=8)).waveform) == 8 * RATE
+
+
+def test_blocks_are_the_waveform(movie: Path) -> None:
+    blocks = list(iter_audio(movie, sample_rate=16_000, block=7_777))
+    np.testing.assert_array_equal(np.concatenate(blocks), decode(movie, sample_rate=16_000).waveform)
+    with pytest.raises(ValueError, match="block"):
+        next(iter_audio(movie, sample_rate=RATE, block=0))
+
+
+def test_downmix(make: Make) -> None:
+    tone = "0.5*sin(2*PI*440*t)"
+    stereo = make("stereo.wav", [f"aevalsrc='{tone}|-{tone}':s={RATE}:d=1"], "-c:a", "pcm_f32le")
+    assert np.abs(decode(stereo).waveform).max() < 1e-6
+    left = make("left.wav", [f"aevalsrc='{tone}|0':s={RATE}:d=1"], "-c:a", "pcm_f32le")
+    expected = 0.25 * np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE)
+    np.testing.assert_allclose(decode(left).waveform, expected, atol=1e-4)
+    surround = make("centre.mkv", [f"aevalsrc='0|0|{tone}|0|0|0':c=5.1:s={RATE}:d=2"], "-c:a", "ac3")
+    waveform = decode(surround).waveform
+    assert abs(len(waveform) - 2 * RATE) < 2_000
+    middle = np.fft.rfft(waveform[RATE // 2 : RATE // 2 + RATE])
+    assert np.abs(middle).argmax() == 440 and np.abs(middle).max() > 0.1 * RATE / 2
+
+
+def test_resampling(make: Make) -> None:
+    path = make("cd.wav", ["sine=f=1000:d=3:r=44100"])
+    assert probe(path).sample_rate == 44_100
+    waveform = decode(path, 1.0, 2.0).waveform
+    assert len(waveform) == RATE
+    assert np.abs(np.fft.rfft(waveform)).argmax() == 1000
+
+
+def test_variable_frame_rate(make: Make) -> None:
+    kept = [n for n in range(250) if n < 50 or n % 70 == 0]
+    path = make(
+        "vfr.mkv", [f"{FRAMES},select='lt(n,50)+not(mod(n,70))'", CLICKS],
+        "-fps_mode", "vfr", *X264, "-c:a", "flac",
+    )  # fmt: skip
+
+    def expected(start_s: float, n_images: int) -> list[int]:
+        times = [start_s + i + 0.5 for i in range(n_images)]
+        return [max(n for n in kept if n / FPS <= t) % 100 for t in times]
+
+    assert frame_numbers(decode(path, 0.0, 8.4).images) == expected(0.0, 8)
+    assert frame_numbers(decode(path, 4.0, 7.0).images) == expected(4.0, 3)  # from a frame of 2.8 s
+    assert frame_numbers(decode(path, 4.1, 4.3).images) == [70]
+
+
+def test_rotated_video_is_upright(make: Make, folder: Path) -> None:
+    flat = make(
+        "flat.mp4",
+        ["color=s=96x64:d=1,format=yuv420p,geq=lum='if(lt(Y,32),235,16)':cb=128:cr=128", "sine=d=1"],
+        *X264,
+    )
+    turned = folder / "turned.mp4"
+    run_ffmpeg("-display_rotation:v", "90", "-i", flat, "-c", "copy", turned)
+    picture = decode(flat).images[0]
+    assert picture[:100].min() > 240 and picture[124:].max() < 15
+    picture = decode(turned).images[0]  # anticlockwise: the top is on the left
+    assert picture[:, :100].min() > 240 and picture[:, 124:].max() < 15
+
+
+def test_wide_pictures_are_cut_at_the_sides(make: Make) -> None:
+    """Of 192x96, 256 high is 512 wide, and 224 in the middle are columns 54 to 138."""
+    level = "if(between(X,60,131),if(between(Y,12,83),235,126),16)"
+    path = make(
+        "wide.mp4", [f"color=s=192x96:d=1,format=yuv420p,geq=lum='{level}':cb=128:cr=128", "sine=d=1"], *X264
+    )
+    picture = decode(path).images[0, :, :, 0].astype(int)
+    middle = picture[112]
+    assert abs(int((middle > 200).sum()) - 72 * 256 / 96) <= 2
+    assert abs(int(middle[:112].tolist().count(middle[0])) - 16) <= 3 and middle[0] < 15 and middle[-1] < 15
+    assert abs(int((picture[:, 112] > 200).sum()) - 72 * 256 / 96) <= 2
+
+
+def test_late_audio_stays_in_sync(movie: Path, folder: Path) -> None:
+    path = folder / "late.mkv"
+    run_ffmpeg(
+        "-i", movie, "-itsoffset", "2", "-i", movie, "-map", "0:v", "-map", "1:a",
+        "-c:v", "copy", "-c:a", "flac", path,
+    )  # fmt: skip
+    clip = decode(path)
+    assert len(clip.waveform) == 12 * RATE
+    assert np.flatnonzero(clip.waveform).tolist() == [CLICK + 2 * RATE]
+    assert frame_numbers(clip.images) == shown(0, 10)
+    clip = decode(path, 1.0, 7.0)
+    assert np.flatnonzero(clip.waveform).tolist() == [CLICK + RATE]
+    assert frame_numbers(clip.images) == shown(1, 6)
+
+
+def test_gaps_are_silence(make: Make) -> None:
+    path = make("gap.mkv", [f"{CLICKS},aselect='not(between(t,1,2.5))'"], "-c:a", "flac")
+    waveform = decode(path).waveform
+    assert len(waveform) == pytest.approx(480_000, abs=48)
+    assert np.flatnonzero(waveform).tolist() == [pytest.approx(CLICK, abs=48)]
+
+
+def test_streams_of_different_lengths(make: Make) -> None:
+    still = make("still.mov", [FRAMES, f"sine=d=4:r={RATE}"], *X264, "-c:a", "pcm_s16le")
+    clip = decode(still)
+    assert len(clip.waveform) == 4 * RATE and len(clip.images) == 10
+    assert sum(map(len, iter_audio(still, sample_rate=RATE, block=RATE))) == 4 * RATE
+    assert reason(still, 6.0, 9.0) == Reason.EMPTY
+    dark = make("dark.mov", [f"{FRAMES},trim=end=4", CLICKS], *X264, "-c:a", "pcm_s16le")
+    clip = decode(dark)
+    assert len(clip.waveform) == 10 * RATE and frame_numbers(clip.images) == shown(0, 4)
+    assert decode(dark, 6.0, 9.0).images.shape == (0, 224, 224, 3)
+
+
+def test_transport_stream(make: Make) -> None:
+    """No index, a late first timestamp, key frames four seconds apart, a change of size."""
+    path = make("stream.ts", [FRAMES, CLICKS], *X264, "-g", "100", "-c:a", "aac")
+    clip = decode(path, 2.5, 6.5)
+    assert frame_numbers(clip.images) == shown(2.5 - 0.0213, 4)  # time starts with the codec's 1024 samples
+    assert abs(np.abs(clip.waveform).argmax() - (CLICK - 2.5 * RATE + 1024)) < 10
+    small = make("small.ts", ["color=white:s=64x48:d=5", f"sine=d=5:r={RATE}"], *X264, "-c:a", "aac")
+    large = make(
+        "large.ts", ["color=gray:s=96x96:d=5", f"sine=d=5:r={RATE}"],
+        *X264, "-c:a", "aac", "-output_ts_offset", "5",
+    )  # fmt: skip
+    both = small.parent / "both.ts"
+    both.write_bytes(small.read_bytes() + large.read_bytes())
+    images = decode(both).images
+    assert len(images) == 10
+    assert images[:5].min() > 240 and 100 < images[5:].min() <= images[5:].max() < 150
+
+
+def cut(path: Path, name: str, fraction: float) -> Path:
+    data = path.read_bytes()
+    path.with_name(name).write_bytes(data[: round(fraction * len(data))])
+    return path.with_name(name)
+
+
+def test_truncated_files(film: Path, make: Make) -> None:
+    matroska = make("film.mkv", [FRAMES, CLICKS], *X264, "-c:a", "aac")
+    sound = make("tone.flac", [f"sine=d=10:r={RATE}"])
+    for path in (film, matroska, sound):
+        half = cut(path, f"half-{path.name}", 0.6)
+        assert reason(half) == Reason.TRUNCATED
+        assert reason(half, 1.0, 9.5) == Reason.TRUNCATED
+        assert len(decode(half, 1.0, 3.0).waveform) == 2 * RATE
+        heard = 0
+        with pytest.raises(ClipError) as caught:
+            for samples in iter_audio(half, sample_rate=RATE, block=RATE):
+                heard += len(samples)
+        assert caught.value.reason == Reason.TRUNCATED
+        assert 3 * RATE < heard < 9 * RATE
+
+
+def test_unreadable_files(movie: Path, folder: Path, tmp_path: Path) -> None:
+    assert reason(cut(movie, "no-moov.mov", 0.6)) == Reason.UNREADABLE
+    text = tmp_path / "text.mp4"
+    text.write_text("This is not a film.\n" * 100)
+    assert reason(text) == Reason.UNREADABLE
+    assert reason(tmp_path) == Reason.UNREADABLE
+    assert reason(tmp_path / "nothing.mp4") == Reason.MISSING
+    assert reason(text / "nothing.mp4") == Reason.MISSING
+    (tmp_path / "empty.mp4").touch()
+    assert reason(tmp_path / "empty.mp4") == Reason.EMPTY
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), RATE)
+    assert reason(tmp_path / "empty.wav") in (Reason.EMPTY, Reason.UNREADABLE)
+    soundfile.write(tmp_path / "nan.wav", np.full(RATE, np.nan), RATE, subtype="FLOAT")
+    assert reason(tmp_path / "nan.wav") == Reason.UNREADABLE
+    for path in (text, tmp_path, tmp_path / "nothing.mp4"):
+        with pytest.raises(ClipError):
+            probe(path)
+
+
+def test_garbage_inside(film: Path, tmp_path: Path) -> None:
+    data = bytearray(film.read_bytes())
+    start = data.index(b"mdat") + 100
+    data[start:] = np.random.default_rng(0).bytes(len(data) - start)
+    path = tmp_path / "garbage.mp4"
+    path.write_bytes(data)
+    assert reason(path) in (Reason.UNREADABLE, Reason.TRUNCATED)
+
+
+@pytest.mark.parametrize("name", ["list.mp4", "list.m3u8", "list.ffconcat"])
+def test_playlists_are_rejected(film: Path, make: Make, tmp_path: Path, name: str) -> None:
+    stream = make("stream.ts", [FRAMES, CLICKS], *X264, "-g", "100", "-c:a", "aac")
+    (tmp_path / "stream.ts").write_bytes(stream.read_bytes())
+    concat = "ffconcat version 1.0\nfile stream.ts\n"
+    hls = "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nstream.ts\n#EXT-X-ENDLIST\n"
+    path = tmp_path / name
+    path.write_text(hls if name == "list.m3u8" else concat)
+    run_ffmpeg("-i", path, "-t", "1", "-f", "null", "-")  # ffmpeg itself would follow it
+    assert reason(path) == Reason.UNREADABLE
+    path.write_text(hls)
+    assert reason(path) == Reason.UNREADABLE
+
+
+def test_limits(movie: Path) -> None:
+    assert reason(movie, limits=DecodeLimits(max_pixels=64 * 48 - 1)) == Reason.TOO_LARGE
+    assert len(decode(movie, limits=DecodeLimits(max_pixels=64 * 48)).images) == 10
+    assert reason(movie, limits=DecodeLimits(timeout_s=0.001)) == Reason.TIMEOUT
+    with pytest.raises(ClipError):
+        decode(movie, limits=DecodeLimits(max_memory_bytes=1 << 26))
+    assert children(os.getpid()) == []
+
+
+def test_timeout_leaves_no_process(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.mp4")
+    started = time.monotonic()
+    assert reason(tmp_path / "fifo.mp4", limits=DecodeLimits(timeout_s=0.5)) == Reason.TIMEOUT
+    with pytest.raises(ClipError) as caught:
+        probe(tmp_path / "fifo.mp4", timeout_s=0.5)
+    assert caught.value.transient
+    assert 1.0 <= time.monotonic() - started < 10
+    assert children(os.getpid()) == []
+
+
+def test_abandoned_iteration_leaves_no_process(make: Make) -> None:
+    path = make("long.mkv", ["testsrc=s=32x32:r=2:d=600", f"sine=d=600:r={RATE // 6}"], *X264, "-c:a", "flac")
+    files = len(os.listdir("/proc/self/fd"))
+    blocks = iter_audio(path, sample_rate=RATE, block=RATE)
+    next(blocks)
+    assert len(children(os.getpid())) == 1
+    assert isinstance(blocks, Iterator)
+    del blocks
+    assert children(os.getpid()) == []
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
+def test_ffmpeg_dies_with_its_parent(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.mp4")
+    code = "import sys, pathlib, avsep.media as m; m.probe(pathlib.Path(sys.argv[1]), timeout_s=60)"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "fifo.mp4")]) as parent:
+        for _ in range(300):
+            if started := children(parent.pid):
+                break
+            time.sleep(0.1)
+        assert len(started) == 1
+        time.sleep(0.3)
+        parent.send_signal(signal.SIGKILL)
+    for _ in range(100):
+        if not alive(started[0]):
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(started[0], signal.SIGKILL)
+        pytest.fail("ffmpeg outlived its parent")
+
+
+@pytest.mark.parametrize("name", ["-i.mov", "http:x %03d.mov", "zoë 音 'q' [0],;.mov", "@x|y.mov"])
+def test_awkward_names(movie: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(f"./{name}").write_bytes(movie.read_bytes())
+    assert len(decode(Path(name), 0.0, 1.0).waveform) == RATE
+    assert next(iter_audio(tmp_path / name, sample_rate=RATE, block=10)).shape == (10,)
