@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from dataclasses import dataclass
 
@@ -46,11 +47,19 @@ def bss_eval(references: ArrayLike, estimates: ArrayLike, *, filter_length: int 
 
     Computed by `fast_bss_eval`, which agrees with mir_eval to 1e-5 dB (Vincent et al. 2006;
     Scheibler 2022). A silent reference gives NaN and takes no part in the others' SIR; a silent
-    estimate of a sounding reference gives −inf.
+    estimate of a sounding reference gives −inf. Where references are filtered copies of each other
+    the figures exist only in the limit, and are those of a diagonal loaded by 1e-10.
+
+    Raises ValueError for other than `(J, S)`, or less than `filter_length` samples.
     """
     r, e = _pair(references, estimates)
     if r.ndim != 2:
         raise ValueError(f"references are {r.shape}; (J, S) is needed")
+    if r.shape[1] < filter_length:
+        raise ValueError(
+            f"the signals have {r.shape[1]} samples; BSS-eval's filter of {filter_length} taps needs at least as many: "
+            "give longer ones or a smaller filter_length"
+        )
     values = np.full((3, len(r)), np.nan)
     audible = (r**2).mean(-1) > _SILENCE
     measured = audible & ((e**2).mean(-1) > _SILENCE)
@@ -61,12 +70,17 @@ def bss_eval(references: ArrayLike, estimates: ArrayLike, *, filter_length: int 
         guesses = np.where(measured[order, None], e[order], r[order])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            figures = fast_bss_eval.bss_eval_sources(
+            compute = functools.partial(
+                fast_bss_eval.bss_eval_sources,
                 torch.from_numpy(r[order]),
                 torch.from_numpy(guesses),
                 filter_length=filter_length,
                 compute_permutation=False,
             )
+            try:
+                figures = compute()
+            except torch.linalg.LinAlgError:  # the references are linearly dependent
+                figures = compute(load_diag=1e-10)
         kept = int(measured.sum())
         for row, figure in zip(values, figures[:3], strict=True):
             row[order[:kept]] = figure.numpy()[:kept]

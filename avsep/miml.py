@@ -7,27 +7,29 @@ import math
 import torch
 from torch import Tensor, nn
 
-_N_LOG_BANDS = 384
-_LOWEST_BAND = 0.8  # bins; 8 Hz at the default STFT
+_N_LOG_BANDS = 192
+_LOG_BANDS_BINS = (4.0, 1600.0)  # centres of the lowest and highest; 40 Hz and 16 kHz at the default STFT
+_LOG_HIDDEN = 384
 
 
 class MIML(nn.Module):
     """Map a clip's bag of bases to a basis–object relation map and to clip scores.
 
-    A shared layer per basis (F → hidden, batch norm, ReLU), then hidden → K·L with batch norm;
-    the maximum over the K sub-concepts gives the relation map, the maximum over the bases the
-    clip's scores (Gao, Feris and Grauman 2018, section 4.2). With the default options this is
-    the published network. Every basis is scaled to maximum one on entry, so its level means nothing.
+    A shared layer per basis (F → hidden, batch norm, ReLU), then hidden → K·L; the maximum over
+    the K sub-concepts gives the relation map, the maximum over the bases the clip's scores (Gao,
+    Feris and Grauman 2018, section 4.2). With the default options this is the published
+    network. Every basis is scaled to maximum one on entry, so its level means nothing.
 
     Args:
         n_bins: F.
         n_objects: L.
         n_subconcepts: K.
         hidden: width of the shared layer.
-        final_relu: end in a ReLU, as published; off, scores are logits of either sign.
+        published_head: end in batch norm and ReLU, as published; off, scores are logits of either sign.
         square_root: take the square root of each basis, which lifts its weak partials.
-        log_bands: append the basis on a logarithmic frequency axis, where pitch is a shift.
-        dropout: share of the shared layer's outputs dropped in training.
+        log_bands: a second shared layer reads the basis in dB on a logarithmic frequency axis,
+            where a change of pitch is a shift.
+        dropout: share of the shared layers' outputs dropped in training.
     """
 
     def __init__(
@@ -37,7 +39,7 @@ class MIML(nn.Module):
         n_subconcepts: int = 4,
         hidden: int = 1024,
         *,
-        final_relu: bool = True,
+        published_head: bool = True,
         square_root: bool = False,
         log_bands: bool = False,
         dropout: float = 0.0,
@@ -45,15 +47,13 @@ class MIML(nn.Module):
         super().__init__()
         self.n_bins, self.n_objects, self.n_subconcepts = n_bins, n_objects, n_subconcepts
         self.square_root = square_root
+        self.shared = _layer(n_bins, hidden)
         self.register_buffer("bands", _log_bands(n_bins) if log_bands else None, persistent=False)
-        n_inputs = n_bins + (_N_LOG_BANDS if log_bands else 0)
-        self.shared = nn.Sequential(
-            nn.Linear(n_inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(dropout)
-        )
-        self.subconcepts = nn.Sequential(
-            nn.Linear(hidden, n_subconcepts * n_objects), nn.BatchNorm1d(n_subconcepts * n_objects)
-        )
-        self.final = nn.ReLU() if final_relu else nn.Identity()
+        self.shared_log = _layer(_N_LOG_BANDS, _LOG_HIDDEN) if log_bands else None
+        self.dropout = nn.Dropout(dropout)
+        n_outputs = n_subconcepts * n_objects
+        self.subconcepts = nn.Linear(hidden + (_LOG_HIDDEN if log_bands else 0), n_outputs)
+        self.head = nn.Sequential(nn.BatchNorm1d(n_outputs), nn.ReLU()) if published_head else nn.Identity()
 
     def relation(self, bases: Tensor, valid: Tensor | None = None) -> Tensor:
         """Score every basis for every object, `(B, M, F)` → `(B, L, M)`.
@@ -77,11 +77,12 @@ class MIML(nn.Module):
         """`(n, F)` → `(n, L)`."""
         x = bases.float()
         x = x / x.amax(-1, keepdim=True).clamp_min(1e-12)
-        if self.square_root:
-            x = x.sqrt()
-        if isinstance(self.bands, Tensor):
-            x = torch.cat([x, x @ self.bands], -1)
-        x = self.final(self.subconcepts(self.shared(x)))
+        features = [self.shared(x.sqrt() if self.square_root else x)]
+        if self.shared_log is not None and isinstance(self.bands, Tensor):
+            level = x @ self.bands
+            level = level / level.amax(-1, keepdim=True).clamp_min(1e-12)
+            features.append(self.shared_log((level + 1e-4).log() / 4 + 1))  # 80 dB, as about −1.3 … 1
+        x = self.head(self.subconcepts(self.dropout(torch.cat(features, -1))))
         return x.reshape(-1, self.n_objects, self.n_subconcepts).amax(-1)
 
     def forward(self, bases: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -92,16 +93,17 @@ class MIML(nn.Module):
         return relation.amax(-1)
 
 
+def _layer(n_inputs: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(n_inputs, width), nn.BatchNorm1d(width), nn.ReLU())
+
+
 def _log_bands(n_bins: int) -> Tensor:
-    """Triangular bands, evenly spaced in log frequency, as `(F, bands)` weights."""
-    last = math.log(n_bins - 1)
-    centres = torch.linspace(math.log(_LOWEST_BAND), last, _N_LOG_BANDS + 2).exp()
-    low, mid, high = (centres[i : i + _N_LOG_BANDS] for i in range(3))
+    """Triangular bands, evenly spaced in log frequency and at least one bin wide either way, `(F, bands)`."""
+    lowest, highest = (math.log(b * (n_bins - 1) / 2400) for b in _LOG_BANDS_BINS)
+    centres = torch.linspace(lowest, highest, _N_LOG_BANDS).exp()
+    width = (centres * (centres[1] / centres[0] - 1)).clamp_min(1.0)
     bins = torch.arange(n_bins, dtype=torch.float32).unsqueeze(1)
-    # A band narrower than a bin still reads its two neighbouring bins, interpolating.
-    rise = (bins - mid) / (mid - low).clamp_min(1) + 1
-    fall = (mid - bins) / (high - mid).clamp_min(1) + 1
-    weights = torch.minimum(rise, fall).clamp(0, 1)
+    weights = (1 - (bins - centres).abs() / width).clamp_min(0)
     return weights / weights.sum(0).clamp_min(1e-6)
 
 

@@ -31,7 +31,7 @@ class NetworkConfig:
 
     n_subconcepts: int = 4  # K
     hidden: int = 1024
-    final_relu: bool = True
+    published_head: bool = True
     square_root: bool = False
     log_bands: bool = False
     dropout: float = 0.0
@@ -43,8 +43,9 @@ class SeparationConfig:
 
     assignment: str = "soft"  # soft: posteriors share each basis; threshold: as published
     threshold: float = 0.5  # of an object's largest score, for assignment by threshold
-    posterior_power: float = 1.5
+    posterior_power: float = 1.0
     mask_power: float = 1.5
+    rest_below: float = 0.0  # a basis of which the given objects explain less than this goes to the rest
     bases: str = "own"  # own, learned or both
     dictionary_power: float = 0.8  # weight of the learned bases' masks beside the own ones'
     n_iter: int = 100  # updates of the activations of learned bases
@@ -130,12 +131,12 @@ class Model:
             config = _parse(json.loads(storage.read_bytes(path)))
             network = config.build()
             network.load_state_dict(safetensors.torch.load(storage.read_bytes(storage.join(directory, NETWORK_FILE))))
+            dictionary = None
+            if storage.exists(storage.join(directory, DICTIONARY_FILE)):
+                dictionary = BasisDictionary.load(storage.join(directory, DICTIONARY_FILE))
         except (TypeError, KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
             first_line = str(error).strip().split("\n")[0]
             raise ValueError(f"{directory} is no model of format {FORMAT}: {first_line}") from None
-        dictionary = None
-        if storage.exists(storage.join(directory, DICTIONARY_FILE)):
-            dictionary = BasisDictionary.load(storage.join(directory, DICTIONARY_FILE))
         return cls(config, network.eval().to(device), dictionary)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_TINY = torch.finfo(torch.float32).tiny  # keeps 0/0 at 0; far below any audible magnitude
+_TINY = torch.finfo(torch.float32).tiny  # keeps 0/0 at 0
+_FLOOR = 1e-20  # of WH, far below any audible magnitude: V / WH stays finite in float32, so 0 · (V / WH) is 0
 _CPU_BLOCK = 128  # rows of V whose V/(WH) stays in a core's cache between the two updates
 
 
@@ -101,7 +102,7 @@ def kl_divergence(V: Tensor, W: Tensor, H: Tensor) -> Tensor:
     0.0
     """
     V, WH = V.double(), W.double() @ H.double()
-    return (torch.special.xlogy(V, V / WH) - V + WH).nan_to_num(nan=0.0).sum((-2, -1))
+    return (torch.special.xlogy(V, V / WH) - V + WH).nan_to_num(nan=0.0, posinf=torch.inf).sum((-2, -1))
 
 
 def _check_magnitudes(V: Tensor) -> Tensor:
@@ -172,15 +173,15 @@ def _update(V: Tensor, W: Tensor, H: Tensor, n_iter: int, *, update_bases: bool)
 
 
 def _ratio(V: Tensor, W: Tensor, H: Tensor, *, out: Tensor) -> None:
-    """`out ← V / (W H)`, with 0 where both are 0."""
+    """`out ← V / (W H)`, with 0 where both are 0 and a finite value where only WH is."""
     torch.bmm(W, H, out=out)
-    torch.div(V, out.clamp_min_(_TINY), out=out)
+    torch.div(V, out.clamp_min_(_FLOOR), out=out)
 
 
 def _normalise(W: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
     """Scale each basis to maximum one and its activations inversely; `WH` is unchanged."""
     peak = W.amax(-2, keepdim=True)
-    used = (peak > 0) & (H.amax(-1).unsqueeze(-2) > 0)
+    used = (peak > _TINY) & (H.amax(-1).unsqueeze(-2) > 0)
     W = torch.where(used, W / peak.clamp_min(_TINY), 0.0)
     H = torch.where(used.mT, H * peak.mT, 0.0)
     return W, H

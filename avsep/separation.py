@@ -51,10 +51,11 @@ def separate(waveform: Tensor, masks: Tensor, stft: STFT) -> Tensor:
 def basis_shares(relation: Tensor, objects: Sequence[int], config: SeparationConfig) -> Tensor:
     """Say how much of each basis goes to each object and, last, to the rest: `(L, M)` → `(J + 1, M)`.
 
-    With soft assignment a column sums to one: posteriors of the objects that are there, raised
-    to `posterior_power`, the rest getting those of all others and of noise. By threshold, as
-    published, an object takes every basis of at least `threshold` times its largest score (two
-    objects may take one basis), and there is no rest.
+    Soft assignment: each basis is shared among the objects that are there in proportion to their
+    posteriors, whatever absent objects claim of it; only a basis of which they explain less than
+    `rest_below` goes to the rest. A column sums to one. By threshold, as published: an object
+    takes every basis of at least `threshold` times its largest score (two objects may take one
+    basis), and there is no rest.
     """
     index = list(objects)
     if config.assignment == "threshold":
@@ -62,10 +63,11 @@ def basis_shares(relation: Tensor, objects: Sequence[int], config: SeparationCon
         shares = (own >= config.threshold * own.amax(1, keepdim=True)).to(relation.dtype)
         return torch.cat([shares, torch.zeros_like(relation[:1])])
     posteriors = basis_posteriors(relation.unsqueeze(0))[0]
-    own = posteriors[index]
-    rest = (1 - own.sum(0, keepdim=True)).clamp_min(0)
-    shares = torch.cat([own, rest]) ** config.posterior_power
-    return shares / shares.sum(0, keepdim=True).clamp_min(1e-12)
+    explained = posteriors[index].sum(0, keepdim=True)  # (1, M)
+    rest = (explained < config.rest_below).to(relation.dtype) if index else torch.ones_like(explained)
+    own = relation[index].softmax(0) ** config.posterior_power  # = posteriors among the given objects
+    own = (1 - rest) * own / own.sum(0, keepdim=True).clamp_min(1e-12)
+    return torch.cat([own, rest])
 
 
 @dataclass

@@ -146,7 +146,7 @@ def write_shard(
     path = storage.join(out, "commits", f"{stem}.json")
     storage.write_bytes(path, record, exclusive=True)
     standing = _read_commit(path)
-    _delete_orphans(out, stem, standing)
+    _withdraw(out, commit, standing)
     return standing
 
 
@@ -165,13 +165,12 @@ def _write_table(out: str, kind: str, stem: str, table: pa.Table, metadata: dict
     return DataFile(path, sha256, tuple(table.column("segment_id").to_pylist()))
 
 
-def _delete_orphans(out: str, stem: str, commit: Commit) -> None:
-    """Delete files of this generation that its commit doesn't name: a killed or slower twin's."""
-    named = {storage.join(out, f.path) for f in (commit.clips, commit.rejections) if f}
-    for kind in ("clips", "rejections"):
-        for path in storage.list_files(storage.join(out, kind)):
-            if storage.name(path).startswith(f"{stem}-") and path not in named:
-                storage.delete_file(path)
+def _withdraw(out: str, mine: Commit, standing: Commit) -> None:
+    """Delete files of mine that a twin's standing commit doesn't name; never a twin's, who may be about to commit."""
+    named = {f.path for f in (standing.clips, standing.rejections) if f}
+    for f in (mine.clips, mine.rejections):
+        if f and f.path not in named:
+            storage.delete_file(storage.join(out, f.path))
 
 
 def configuration_digest(configuration: dict[str, Any]) -> str:

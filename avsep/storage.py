@@ -16,9 +16,9 @@ import pyarrow.fs as pafs
 
 
 def is_uri(path: str) -> bool:
-    """Tell `s3://bucket/key` and `youtube:ID` from local paths."""
-    head = path.split(":", 1)[0]
-    return ":" in path and len(head) > 1 and "/" not in head and not os.path.exists(path)
+    """Tell `s3://bucket/key` and `youtube:ID` from local paths, whose names may hold colons too."""
+    scheme, separator, _ = path.partition("://")
+    return path.startswith("youtube:") or (bool(separator) and "/" not in scheme and len(scheme) > 1)
 
 
 def filesystem(path: str) -> tuple[pafs.FileSystem, str]:
@@ -55,7 +55,7 @@ def join(base: str, *parts: str) -> str:
 
 def parent(path: str) -> str:
     """Return what comes before the last slash; the working directory for a bare name."""
-    return path.rsplit("/", 1)[0] if "/" in path else "."
+    return (path.rsplit("/", 1)[0] or "/") if "/" in path else "."
 
 
 def name(path: str) -> str:

@@ -31,10 +31,9 @@ class TrainingConfig:
 
     loss: str = "partial_label"
     epochs: int = 20
-    batch_size: int | None = None  # clips; None: 64 below 5,000 clips, 256 from there
+    batch_size: int | None = None  # clips; None: by the number of clips, see batch_size_for
     learning_rate: float = 1e-3
-    decay: float = 0.94  # of the learning rate, every `decay_epochs`
-    decay_epochs: int = 5
+    schedule: str = "step"  # step: × 0.94 every 5 epochs, as published; one_cycle: up, then down to zero
     warp: float = 0.0  # bases are stretched in frequency by up to this share, either way
     seed: int = 0
 
@@ -128,8 +127,12 @@ def _join(parts: Sequence[Bags]) -> Bags:
 
 
 def batch_size_for(n_clips: int, config: TrainingConfig) -> int:
-    """Return the batch size: as configured, else 64 below 5,000 clips and 256 from there; never above n_clips."""
-    return max(1, min(config.batch_size or (64 if n_clips < 5000 else 256), n_clips))
+    """Return the batch size: as configured, else 256 from 5,000 clips, 64 below, and an eighth of fewer than 512.
+
+    Never below 8, so that batch statistics mean something, nor above `n_clips`.
+    """
+    wanted = config.batch_size or (256 if n_clips >= 5000 else max(8, min(64, n_clips // 8)))
+    return max(1, min(wanted, n_clips))
 
 
 def shuffled_batches(bags: Bags, batch_size: int, seed: int) -> Iterator[Bags]:
@@ -255,7 +258,18 @@ def mean_average_precision(labels: Tensor, scores: Tensor) -> float:
     return float(average_precision_score(labels[:, usable].numpy(), scores[:, usable].numpy(), average="macro"))
 
 
-def optimiser_for(model: MIML, config: TrainingConfig) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.StepLR]:
+def optimiser_for(
+    model: MIML, config: TrainingConfig
+) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LRScheduler]:
     """Return Adam and its schedule, stepped once an epoch."""
     optimiser = torch.optim.Adam(model.parameters(), config.learning_rate)
-    return optimiser, torch.optim.lr_scheduler.StepLR(optimiser, config.decay_epochs, config.decay)
+    schedules = {"step": lambda epoch: 0.94 ** (epoch // 5), "one_cycle": lambda epoch: _one_cycle(epoch, config.epochs)}
+    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, schedules[config.schedule])
+
+
+def _one_cycle(epoch: int, epochs: int) -> float:
+    """Rise over the first seventh of the run, then fall along a cosine; both ends above zero."""
+    position, peak = (epoch + 0.5) / epochs, 0.15
+    if position < peak:
+        return max(position / peak, 0.1)
+    return 0.5 * (1 + math.cos(math.pi * (position - peak) / (1 - peak)))

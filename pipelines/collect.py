@@ -63,7 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
 
         model.dictionary = BasisDictionary.collect(gathered())
     if not model.dictionary.bases:
-        fail(f"no basis of {arguments.clips} is sure enough: is the model trained, and are there train clips with labels?")
+        say(f"no basis of {arguments.clips} is sure enough for a dictionary; train longer, or on more clips")
+        return execution.SHORTFALL
     model.save(arguments.model)
     counts = ", ".join(f"{name} {count}" for name, count in model.dictionary.counts().items())
     say(f"dictionary in {arguments.model}: {counts}")

@@ -76,6 +76,11 @@ def extract_shard(
     )
 
 
+def open_labeller(architecture: str, weights: str | None, device: str) -> ImageLabeller:
+    """Load the picture network: what a labelling actor holds."""
+    return ImageLabeller.load(architecture, weights, device)
+
+
 def load_labeller(arguments: argparse.Namespace, recipe: recipes.Recipe, needed: bool) -> ImageLabeller | None:
     """Load the picture network; without weights go on when the labels are given, else stop."""
     try:
@@ -141,10 +146,9 @@ def run(arguments: argparse.Namespace) -> int:
     ):
         callers: list[Any] = [None]
         if labeller and work:
-            load = functools.partial(
-                ImageLabeller.load, labeller.architecture, arguments.weights, "cuda" if runner.n_gpus else "cpu"
-            )
-            callers = runner.actors(load, runner.n_gpus or min(runner.n_workers, len(work)))
+            device = "cuda" if runner.n_gpus else "cpu"
+            make = functools.partial(open_labeller, labeller.architecture, arguments.weights, device)
+            callers = runner.actors(make, runner.n_gpus or min(runner.n_workers, len(work)))
         items = (
             (arguments.out, *w, recipe.extraction, configuration, callers[i % len(callers)])
             for i, w in enumerate(work)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from avsep.model import LabelConfig, LabellerConfig, NetworkConfig, SeparationConfig
 from avsep.stages import ExtractionConfig
@@ -27,8 +27,8 @@ def default() -> Recipe:
     """Partial labels: every basis is trained, and shared softly among the objects that are there."""
     return Recipe(
         "default",
-        network=NetworkConfig(final_relu=False, square_root=True, log_bands=True, dropout=0.3),
-        training=TrainingConfig(epochs=30, warp=0.06),
+        network=NetworkConfig(published_head=False, square_root=True, log_bands=True, dropout=0.3),
+        training=TrainingConfig(epochs=16, schedule="one_cycle", warp=0.06),
     )
 
 
@@ -47,7 +47,7 @@ def audioset() -> Recipe:
     return Recipe(
         "audioset",
         network=base.network,
-        training=TrainingConfig(epochs=12, warp=base.training.warp, batch_size=256),
+        training=replace(base.training, epochs=12, batch_size=256),
         separation=base.separation,
     )
 

@@ -6,10 +6,12 @@ After every epoch a checkpoint is written to OUT/checkpoint.pt; a killed run goe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -31,6 +33,7 @@ EXAMPLES = """examples:
   python -m pipelines.train --clips out/clips --out out/run --resume
 """
 _IN_MEMORY_BYTES = 4 << 30  # of bases; more are streamed from the shards
+HISTORY_FILE = "history.json"
 _MAPS = 4  # relation maps drawn
 
 
@@ -90,7 +93,7 @@ def fit(job: dict[str, Any], rank: int = 0, n_ranks: int = 1, report: Any = None
             best = {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
         if rank == 0:
             _save_checkpoint(path, network, optimiser, schedule, history, best)
-            say_epoch(row, training_config.epochs)
+            storage.write_text(storage.join(out, HISTORY_FILE), json.dumps(history.rows, indent=1))
         if report:
             report(row)
     if rank == 0:
@@ -99,14 +102,38 @@ def fit(job: dict[str, Any], rank: int = 0, n_ranks: int = 1, report: Any = None
         Model(replace(config, training=asdict(training_config) | {"chosen": chosen}), network).save(
             storage.join(out, "model")
         )
-        storage.write_text(storage.join(out, "history.json"), json.dumps(history.rows, indent=1))
 
 
-def say_epoch(row: dict[str, float], epochs: int) -> None:
-    """Print one epoch's figures."""
-    figures = ", ".join(f"{k.removeprefix('val_')} {row[k]:.3f}" for k in ("val_loss", "val_map", "val_agreement") if k in row)
-    tail = f"; validation: {figures}" if figures else ""
-    say(f"train: epoch {row['epoch'] + 1:.0f}/{epochs}, loss {row['train_loss']:.3f}{tail}, {row['seconds']:.1f} s")
+@contextlib.contextmanager
+def following(out: str, epochs: int) -> Iterator[None]:
+    """Print each epoch's figures as the workers write them, wherever those run."""
+    path, said, ended = storage.join(out, HISTORY_FILE), 0, threading.Event()
+
+    def say_new() -> None:
+        nonlocal said
+        rows = json.loads(storage.read_bytes(path)) if storage.exists(path) else []
+        if (now := len(rows)) > said:
+            said = now
+            row = rows[-1]
+            keys = [k for k in ("val_loss", "val_map", "val_agreement") if k in row]
+            figures = ", ".join(f"{k.removeprefix('val_')} {row[k]:.3f}" for k in keys)
+            seconds = sum(r["seconds"] for r in rows) / now
+            tail = f"; validation {figures}" if figures else ""
+            left = f"{(epochs - now) * seconds:.0f} s left"
+            say(f"train: epoch {now}/{epochs}, loss {row['train_loss']:.3f}{tail}; {seconds:.1f} s an epoch, {left}")
+
+    def watch() -> None:
+        while not ended.wait(2.0):
+            say_new()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        say_new()
 
 
 def _share(batches: Iterator[training.Bags], rank: int, n_ranks: int) -> Iterator[training.Bags]:
@@ -192,6 +219,7 @@ def run(arguments: argparse.Namespace) -> int:
         fail(f"--resume: {out} holds no checkpoint.pt; train without --resume first")
     if not arguments.resume:
         storage.delete_file(checkpoint)
+        storage.delete_file(storage.join(out, HISTORY_FILE))
     counts = [_count(f, config) for f in files]
     n_train, n_val = sum(c[0] for c in counts), sum(c[1] for c in counts)
     if n_train < 2:
@@ -206,7 +234,7 @@ def run(arguments: argparse.Namespace) -> int:
         "in_memory": n_train * config.n_bases * config.stft.n_bins * 2 < _IN_MEMORY_BYTES,
         "threads": min(2, os.cpu_count() or 1),
     }
-    with execution.session(arguments.in_process) as runner:
+    with execution.session(arguments.in_process) as runner, following(out, training_config.epochs):
         if isinstance(runner, execution.InProcess):
             fit(job)
         else:
@@ -230,7 +258,7 @@ def _count(path: str, config: ModelConfig) -> tuple[int, int]:
 
 def draw_figures(out: str, clips: str) -> None:
     """Draw the loss curves and some relation maps of validation clips (training clips without any)."""
-    rows = json.loads(storage.read_bytes(storage.join(out, "history.json")))
+    rows = json.loads(storage.read_bytes(storage.join(out, HISTORY_FILE)))
     storage.write_bytes(storage.join(out, "loss.png"), plots.loss_curves(rows))
     model = Model.load(storage.join(out, "model"))
     shown: list[ClipRecord] = []

@@ -1,0 +1,104 @@
+import numpy as np
+import pytest
+import scipy.linalg
+
+from avsep.metrics import bss_eval, improvement, si_sdr
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def by_projection(references: np.ndarray, estimate: np.ndarray, j: int, taps: int) -> tuple[float, ...]:
+    """BSS-eval v3 by least squares on `taps` shifts of the references, as it is defined (Vincent 2006)."""
+    n = references.shape[1] + taps - 1
+    shifts = [
+        scipy.linalg.toeplitz(np.pad(r, (0, n - len(r))), [r[0], *[0] * (taps - 1)]) for r in references
+    ]
+    e = np.pad(estimate, (0, taps - 1))
+    target, everything = (a @ np.linalg.lstsq(a, e)[0] for a in (shifts[j], np.concatenate(shifts, 1)))
+    interference, artefacts = everything - target, e - everything
+    ratios = ((target, interference + artefacts), (target, interference), (everything, artefacts))
+    return tuple(float(10 * np.log10((a**2).sum() / (b**2).sum())) for a, b in ratios)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, -20.0])
+@pytest.mark.parametrize("decibel", [-30.0, 0.0, 40.0])
+def test_si_sdr_of_orthogonal_noise_is_known_and_scale_means_nothing(scale: float, decibel: float) -> None:
+    r, n = noise(2, 500)
+    n -= (n @ r) / (r @ r) * r  # orthogonal to the reference
+    n *= np.sqrt((r @ r) / (n @ n) / 10 ** (decibel / 10))
+    assert float(si_sdr(r, scale * (r + n))) == pytest.approx(decibel, abs=1e-6)
+
+
+def test_si_sdr_takes_batches_and_lists() -> None:
+    r, e = noise(2, 3, 100), noise(2, 3, 100, seed=1)
+    values = si_sdr(r, e)
+    assert values.shape == (2, 3) and values.dtype == np.float64
+    assert values[1, 2] == pytest.approx(float(si_sdr(r[1, 2].tolist(), e[1, 2])))
+    assert si_sdr(r, r.copy()).min() > 250
+
+
+def test_bss_eval_is_its_definition_by_least_squares() -> None:
+    taps, references = 8, noise(3, 400)
+    mixing = np.array([[1.0, 0.3, 0.1], [0.2, 1.0, 0.0], [0.1, 0.4, 1.0]])
+    estimates = mixing @ references + 0.2 * noise(3, 400, seed=1)
+    found = bss_eval(references, estimates, filter_length=taps)
+    for j in range(3):
+        expected = by_projection(references, estimates[j], j, taps)
+        assert (found.sdr[j], found.sir[j], found.sar[j]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_bss_eval_forgives_a_filter_and_separates_interference_from_artefacts() -> None:
+    a, b = noise(2, 8000)
+    filtered = np.convolve(a, [0.5, 0.0, -0.3, 0.2])[:8000]
+    leaking = b + 0.1 * a  # 20 dB of interference, no artefacts
+    found = bss_eval(np.stack([a, b]), np.stack([filtered, leaking]))
+    assert found.sdr[0] > 30 and float(si_sdr(a, filtered)) < 10
+    assert found.sir[1] == pytest.approx(20, abs=1) and found.sar[1] > 40
+
+
+def test_bss_eval_keeps_the_order_given() -> None:
+    references = noise(2, 2000)
+    swapped = bss_eval(references, references[::-1] + 0.01 * noise(2, 2000, seed=3))
+    assert (swapped.sdr < 0).all()
+
+
+def test_silence_is_handled() -> None:
+    """A silent reference: nothing can be said (NaN). A silent estimate of a sound: it was lost (−inf)."""
+    a, b = noise(2, 2000)
+    zero = np.zeros(2000)
+    assert np.isnan(si_sdr(zero, a)) and np.isneginf(si_sdr(a, zero)) and np.isnan(si_sdr(zero, zero))
+    found = bss_eval(np.stack([a, zero, b]), np.stack([a + 0.1 * b, b, zero]))
+    for figures in (found.sdr, found.sir, found.sar):
+        assert np.isnan(figures[1]) and np.isneginf(figures[2])
+    whole = bss_eval(np.stack([a, b]), np.stack([a + 0.1 * b, b]))  # the lost source still interferes
+    assert (found.sdr[0], found.sir[0]) == pytest.approx((whole.sdr[0], whole.sir[0]))
+    silent = bss_eval(np.zeros((2, 2000)), np.stack([a, b]))
+    assert np.isnan([silent.sdr, silent.sir, silent.sar]).all()
+
+
+def test_references_that_are_copies_of_each_other_do_not_crash() -> None:
+    """Their normal equations are singular: SDR is still that of the one signal there is."""
+    a, n = noise(2, 4000)
+    found = bss_eval(np.stack([a, 2 * a]), np.stack([a + 0.1 * n, a + 0.1 * n]))
+    alone = bss_eval(a[None], (a + 0.1 * n)[None])
+    assert found.sdr == pytest.approx(np.repeat(alone.sdr, 2), abs=1e-3)
+
+
+def test_improvement_is_a_difference_that_keeps_the_undefined() -> None:
+    gains = improvement([5.0, np.nan, -np.inf], [1.0, 0.0, 2.0])
+    assert gains[0] == 4 and np.isnan(gains[1]) and np.isneginf(gains[2])
+
+
+def test_errors_name_the_value_and_the_rule() -> None:
+    with pytest.raises(ValueError, match=r"reference \(5,\) and estimate \(6,\) must have one non-empty"):
+        si_sdr(np.ones(5), np.ones(6))
+    with pytest.raises(ValueError, match="non-empty"):
+        si_sdr([], [])
+    with pytest.raises(ValueError, match="NaN or infinity; metrics need finite samples"):
+        si_sdr([1.0, np.nan], [1.0, 2.0])
+    with pytest.raises(ValueError, match=r"references are \(2000,\); \(J, S\) is needed"):
+        bss_eval(noise(2000), noise(2000))
+    with pytest.raises(ValueError, match=r"100 samples; BSS-eval's filter of 512 taps.*smaller filter"):
+        bss_eval(noise(2, 100), noise(2, 100))

@@ -1,0 +1,229 @@
+import itertools
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import NMF
+
+from avsep import nmf
+from avsep.nmf import factorize, infer_activations, kl_divergence
+from avsep.stft import STFT
+from avsep.synthetic import planted_bases
+
+
+def uniform(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def spectrogram(seed: int = 0) -> torch.Tensor:
+    """Magnitudes of decaying tones in noise, (F, N) = (301, 61): more rows than one of nmf's blocks."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(18_000)
+    x = 0.01 * rng.standard_normal(len(t))
+    for onset, pitch in zip((0, 4000, 8000, 12_000), rng.uniform(0.02, 0.3, 4), strict=True):
+        x += np.where(t >= onset, np.sin(pitch * t) * np.exp(-np.maximum(t - onset, 0) / 3000), 0)
+    return STFT(n_fft=600, hop_length=300)(torch.from_numpy(x.astype(np.float32))).abs()
+
+
+def divergence_by_hand(V: np.ndarray, WH: np.ndarray) -> float:
+    V, WH = V.astype(float), WH.astype(float)
+    logs = np.zeros_like(V)
+    np.log(V / np.where(V > 0, WH, 1), out=logs, where=V > 0)
+    return float((V * logs - V + WH).sum())
+
+
+def test_agrees_with_scikit_learn_from_the_same_start() -> None:
+    V = spectrogram()
+    W0, H0 = uniform(301, 6, seed=1) + 0.1, uniform(6, 61, seed=2) + 0.1
+    W, H = factorize(V, 6, n_iter=200, W0=W0, H0=H0)
+    theirs = NMF(6, init="custom", solver="mu", beta_loss="kullback-leibler", max_iter=200, tol=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # not converged, as asked
+        W_sk = theirs.fit_transform(V.double().numpy(), W=W0.double().numpy(), H=H0.double().numpy())
+    expected = divergence_by_hand(V.numpy(), W_sk @ theirs.components_)
+    assert float(kl_divergence(V, W, H)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_one_iteration_is_the_printed_update_of_W_and_then_of_H() -> None:
+    start = uniform(150, 9), uniform(150, 3, seed=1), uniform(3, 9, seed=2)
+    V, W0, H0 = (x.double().numpy() for x in start)
+    W1 = W0 * ((V / (W0 @ H0)) @ H0.T) / H0.sum(1)
+    H1 = H0 * (W1.T @ (V / (W1 @ H0))) / W1.sum(0)[:, None]
+    V_, W_, H_ = map(torch.from_numpy, (V, W0, H0))
+    W, H = factorize(V_, 3, n_iter=1, W0=W_, H0=H_)
+    assert np.allclose(W.numpy(), W1 / W1.max(0), rtol=1e-5)
+    assert np.allclose(H.numpy(), H1 * W1.max(0)[:, None], rtol=1e-5)
+
+
+def test_the_divergence_never_rises() -> None:
+    V = spectrogram(1)
+    W, H = factorize(V, 5, n_iter=0, seeds=3)
+    figures = [float(kl_divergence(V, W, H))]
+    for _ in range(60):
+        W, H = factorize(V, 5, n_iter=1, W0=W, H0=H)
+        figures.append(float(kl_divergence(V, W, H)))
+    assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(figures))
+    assert figures[-1] < 0.3 * figures[0]
+
+
+def test_exact_factors_are_kept() -> None:
+    """Where V = WH the updates multiply by one."""
+    planted = planted_bases(2)
+    W, H = factorize(planted.V, 6, n_iter=20, W0=planted.W, H0=planted.H)
+    assert torch.allclose(W, planted.W, atol=1e-4) and torch.allclose(H, planted.H, atol=1e-4)
+
+
+def test_a_matrix_of_rank_one_is_found_exactly() -> None:
+    w, h = uniform(40, 1) + 0.05, uniform(1, 30, seed=1) * 7
+    W, H = factorize(w @ h, 1, n_iter=3)
+    assert torch.allclose(W, w / w.max(), rtol=1e-4)
+    assert torch.allclose(H, h * w.max(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("level", [1e-6, 1.0, 1e4])
+def test_bases_have_maximum_one_and_normalising_leaves_the_product(level: float) -> None:
+    V, W0, H0 = level * uniform(30, 20), uniform(30, 4, seed=1), level * uniform(4, 20, seed=2)
+    W, H = factorize(V, 4, n_iter=0, W0=W0, H0=H0)
+    assert torch.equal(W.amax(0), torch.ones(4))
+    assert torch.allclose(W @ H, W0 @ H0, rtol=1e-5)
+    assert torch.equal(factorize(V, 4, n_iter=50)[0].amax(0), torch.ones(4))
+
+
+def test_a_clip_does_not_depend_on_its_batch() -> None:
+    V = uniform(3, 40, 25)
+    W, H = factorize(V, 4, n_iter=30, seeds=[5, 6, 7])
+    for order in ([1], [2, 1], [0, 1, 2]):
+        W_other, H_other = factorize(V[order], 4, n_iter=30, seeds=[5 + i for i in order])
+        at = order.index(1)
+        assert torch.allclose(W_other[at], W[1], rtol=1e-4, atol=1e-6)
+        assert torch.allclose(H_other[at], H[1], rtol=1e-4, atol=1e-6)
+
+
+def test_equal_seeds_start_alike_and_different_ones_do_not() -> None:
+    V = uniform(40, 25).expand(3, 40, 25)
+    W, _ = factorize(V, 4, n_iter=0, seeds=[1, 1, 2])
+    assert torch.equal(W[0], W[1]) and not torch.equal(W[0], W[2])
+    assert torch.equal(factorize(V, 4, n_iter=0, seeds=2)[0][0], W[2])
+    assert torch.equal(factorize(V, 4, n_iter=0)[0], factorize(V, 4, n_iter=0, seeds=0)[0])
+    assert not torch.equal(factorize(V[0], 4, n_iter=0, seeds=2**32 - 1)[0], W[0])
+
+
+def test_leading_axes_and_the_global_random_state() -> None:
+    V = uniform(2, 3, 20, 10)
+    before = torch.random.get_rng_state()
+    W, H = factorize(V, 2, n_iter=5, seeds=list(range(6)))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert W.shape == (2, 3, 20, 2) and H.shape == (2, 3, 2, 10)
+    assert kl_divergence(V, W, H).shape == (2, 3)
+    assert infer_activations(V, W).shape == (2, 3, 2, 10)
+
+
+def test_inputs_are_left_as_they_were() -> None:
+    V, W0, H0 = uniform(20, 10), uniform(20, 2), uniform(2, 10)
+    copies = [x.clone() for x in (V, W0, H0)]
+    factorize(V, 2, n_iter=5, W0=W0, H0=H0)
+    infer_activations(V, W0, n_iter=5)
+    assert all(torch.equal(x, y) for x, y in zip((V, W0, H0), copies, strict=True))
+
+
+def test_a_silent_clip_gives_zeros_beside_a_sounding_one() -> None:
+    V = torch.stack([torch.zeros(30, 20), uniform(30, 20)])
+    W, H = factorize(V, 3, n_iter=20)
+    assert not W[0].any() and not H[0].any()
+    assert torch.equal(W[1].amax(0), torch.ones(3))
+    assert kl_divergence(V, W, H)[0] == 0
+    assert not infer_activations(V, uniform(2, 30, 3))[0].any()
+
+
+def test_a_frequency_that_no_basis_has_gives_no_nan() -> None:
+    """V/(WH) is V/0 there: a basis file rounded to float16 and a loud bin bring that about."""
+    V, W = 300 * uniform(12, 8) + 5, uniform(12, 2, seed=1)
+    W[3] = 0
+    H = infer_activations(V, W)
+    rows = [i for i in range(12) if i != 3]
+    assert torch.allclose(H, infer_activations(V[rows], W[rows]), rtol=1e-4)
+    W_found, H_found = factorize(V, 2, n_iter=20, W0=W)
+    assert torch.isfinite(W_found).all() and torch.isfinite(H_found).all() and not W_found[3].any()
+    assert torch.equal(W_found.amax(0), torch.ones(2))
+
+
+def test_infer_activations_finds_planted_ones() -> None:
+    """With W held the problem is convex; where V = WH with independent columns its minimum is H."""
+    planted = planted_bases(3, variation=0.5)
+    H = infer_activations(planted.V, planted.W, n_iter=3000)
+    assert float((H - planted.H).norm() / planted.H.norm()) < 0.02
+    few, more = (
+        float(kl_divergence(planted.V, planted.W, infer_activations(planted.V, planted.W, n_iter=n)).sum())
+        for n in (5, 6)
+    )
+    assert more < few
+
+
+def test_one_basis_has_activations_in_closed_form() -> None:
+    """For a single basis the minimum is the ratio of the column sums of V and W."""
+    V, W = uniform(30, 20), uniform(30, 1, seed=1)
+    assert torch.allclose(infer_activations(V, W, n_iter=1), V.sum(0, keepdim=True) / W.sum(), rtol=1e-5)
+
+
+def test_a_basis_of_zeros_gets_no_activations() -> None:
+    W = uniform(30, 3)
+    W[:, 1] = 0
+    H = infer_activations(uniform(30, 20, seed=4), W, n_iter=10)
+    assert not H[1].any() and (H[[0, 2]].sum(1) > 0).all()
+
+
+def test_kl_divergence_is_its_formula_with_its_limits() -> None:
+    V, W, H = uniform(2, 30, 20), uniform(2, 30, 3, seed=1), uniform(2, 3, 20, seed=2)
+    V[:, 4] = 0
+    found = kl_divergence(V, W, H)
+    assert found.dtype == torch.float64
+    for i in range(2):
+        expected = divergence_by_hand(V[i].numpy(), (W[i] @ H[i]).numpy())
+        assert float(found[i]) == pytest.approx(expected, rel=1e-5)
+    assert float(kl_divergence(W @ H, W, H).abs().max()) < 1e-5
+    lost = kl_divergence(torch.tensor([[1.0, 0.0]]), torch.zeros(1, 1), torch.ones(1, 2))
+    assert float(lost) == float("inf")  # V has what WH lacks
+    nothing = kl_divergence(torch.zeros(1, 2), torch.ones(1, 1), torch.tensor([[3.0, 0.0]]))
+    assert float(nothing) == 3  # WH has what V lacks
+
+
+def test_rows_are_walked_in_blocks_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+    V = uniform(2, 70, 15)
+    whole = factorize(V, 3, n_iter=10)
+    monkeypatch.setattr(nmf, "_CPU_BLOCK", 32)  # two blocks and a shorter one
+    pieces = factorize(V, 3, n_iter=10)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(whole, pieces, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_what_the_cpu_gives() -> None:
+    V = uniform(3, 200, 60)
+    here, there = (factorize(v, 5, n_iter=50, seeds=[1, 2, 3]) for v in (V, V.cuda()))
+    assert there[0].is_cuda
+    assert torch.allclose(kl_divergence(V, *here), kl_divergence(V, *(x.cpu() for x in there)), rtol=1e-4)
+
+
+def test_errors_name_the_value_and_the_rule() -> None:
+    V = uniform(20, 10)
+    for bad in (-1.0, float("nan"), float("inf")):
+        broken = V.clone()
+        broken[3, 4] = bad
+        with pytest.raises(ValueError, match=rf"{bad}.*finite and non-negative: pass abs\(\)"):
+            factorize(broken, 2)
+        with pytest.raises(ValueError, match="finite and non-negative"):
+            infer_activations(V, broken[:, :5])
+    with pytest.raises(ValueError, match=r"n_bases is 0; at least one"):
+        factorize(V, 0)
+    with pytest.raises(ValueError, match=r"n_iter is -1"):
+        factorize(V, 2, n_iter=-1)
+    with pytest.raises(ValueError, match=r"3 seeds for 1 clips: give one a clip"):
+        factorize(V, 2, seeds=[1, 2, 3])
+    with pytest.raises(ValueError, match=r"W0 is \(20, 3\); it must be \(20, 2\)"):
+        factorize(V, 2, W0=uniform(20, 3))
+    with pytest.raises(ValueError, match=r"H0 is \(2, 9\); it must be \(2, 10\)"):
+        factorize(V, 2, H0=uniform(2, 9))
+    with pytest.raises(ValueError, match=r"W is \(19, 2\); for V \(20, 10\)"):
+        infer_activations(V, uniform(19, 2))
+    with pytest.raises(ValueError, match=r"shape \(20,\) was given"):
+        factorize(V[:, 0], 2)
