@@ -16,7 +16,7 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 
-from avsep import media, plots, shards, stages, storage
+from avsep import media, plots, shards, storage
 from avsep.model import CONFIG_FILE, LABELLER_FILE, Model
 from avsep.objects import OBJECT_NAMES, object_index, object_scores, weak_labels
 from avsep.records import ClipError
@@ -194,7 +194,9 @@ def separate(arguments: argparse.Namespace) -> int:
     if arguments.objects is not None:
         objects = list(dict.fromkeys(n.strip() for n in arguments.objects.split(",") if n.strip()))
         if not objects:
-            raise ValueError(f"--objects {arguments.objects!r} names no object; the objects are {', '.join(OBJECT_NAMES)}")
+            raise ValueError(
+                f"--objects {arguments.objects!r} names no object; the objects are {', '.join(OBJECT_NAMES)}"
+            )
     report = separate_file(arguments.video, arguments.model, arguments.out, objects, arguments.weights)
     if report["note"]:
         print(f"note: {report['note']}")

@@ -116,9 +116,7 @@ def decode(
     header = _probe_audio(path, limits)
     info = header.info
     if (info.width or 0) * (info.height or 0) > limits.max_pixels:
-        raise ClipError(
-            Reason.TOO_LARGE, f"{info.width}x{info.height}; the limit is {limits.max_pixels} pixels"
-        )
+        raise ClipError(Reason.TOO_LARGE, f"{info.width}x{info.height}; the limit is {limits.max_pixels} pixels")
     duration_s = math.inf if info.duration_s is None else info.duration_s
     if start_s >= duration_s:
         raise ClipError(Reason.PAST_END, f"starts at {start_s:g} s; the media end at {duration_s:g} s")
@@ -328,9 +326,7 @@ class _FFmpeg:
     Its outputs are `pipe:1`, number 0, and `pipe:side`, number 1.
     """
 
-    def __init__(
-        self, outputs: list[Any], path: Path, limits: DecodeLimits, log_level: str = "error"
-    ) -> None:
+    def __init__(self, outputs: list[Any], path: Path, limits: DecodeLimits, log_level: str = "error") -> None:
         self.log = ""
         self.returncode = 0
         self._path = path

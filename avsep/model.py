@@ -126,7 +126,9 @@ class Model:
         """
         path = storage.join(directory, CONFIG_FILE)
         if not storage.exists(path):
-            raise FileNotFoundError(f"{directory} holds no {CONFIG_FILE}; give the model folder that pipelines.train wrote")
+            raise FileNotFoundError(
+                f"{directory} holds no {CONFIG_FILE}; give the model folder that pipelines.train wrote"
+            )
         try:
             config = _parse(json.loads(storage.read_bytes(path)))
             network = config.build()

@@ -112,8 +112,7 @@ def _check_magnitudes(V: Tensor) -> Tensor:
     low, high = (float(x) for x in V.aminmax()) if V.numel() else (0.0, 0.0)
     if not (low >= 0 and high < float("inf")):  # NaN fails both comparisons
         raise ValueError(
-            f"magnitudes range from {low} to {high}; they must be finite and non-negative: "
-            "pass abs() of a spectrogram"
+            f"magnitudes range from {low} to {high}; they must be finite and non-negative: pass abs() of a spectrogram"
         )
     return V
 

@@ -6,6 +6,8 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -77,25 +79,50 @@ def relation_map(
     return _png(figure)
 
 
-def spectrogram(waveform: NDArray[np.float32], stft: STFT, title: str = "", top_hz: float = 8000.0) -> bytes:
-    """Draw a waveform's level over time and frequency, 70 dB deep, `(S,)`."""
-    import torch
+def overview(
+    picture: NDArray[np.uint8], sounds: Sequence[tuple[str, NDArray[np.float32]]], stft: STFT, top_hz: float = 8000.0
+) -> bytes:
+    """Draw the whole job in one figure: a frame, the mixture, and each separated sound, `(name, (S,))`."""
+    figure = Figure((2.6 * (len(sounds) + 1), 2.5), layout="constrained")
+    panels = figure.subplots(1, len(sounds) + 1)
+    panels[0].imshow(picture)
+    panels[0].set_axis_off()
+    panels[0].set_title("video", fontsize=9)
+    levels = [_level(waveform, stft) for _, waveform in sounds]
+    for axes, (name, waveform), level in zip(panels[1:], sounds, levels, strict=True):
+        _draw_level(axes, level, len(waveform) / stft.sample_rate, stft.sample_rate, levels[0].max(), top_hz)
+        axes.set_title(name, fontsize=9)
+        axes.set_yticks([])
+    return _png(figure)
 
-    level = stft(torch.from_numpy(np.ascontiguousarray(waveform, np.float32))).abs().numpy()
-    level = 20 * np.log10(level + 1e-6)
-    figure = Figure((4.2, 2.4), layout="constrained")
-    axes = figure.subplots()
+
+def _level(waveform: NDArray[np.float32], stft: STFT) -> NDArray[np.float32]:
+    """Return the spectrogram in dB, `(F, N)`."""
+    samples = torch.from_numpy(np.ascontiguousarray(waveform, np.float32))
+    return 20 * np.log10(stft(samples).abs().numpy() + 1e-6)
+
+
+def _draw_level(axes: Axes, level: NDArray, seconds: float, sample_rate: int, peak: float, top_hz: float) -> None:
+    """Draw a spectrogram 70 dB deep."""
     axes.imshow(
         level,
         origin="lower",
         aspect="auto",
         cmap="magma",
-        vmin=max(level.max(), -40) - 70,
-        vmax=max(level.max(), -40),
-        extent=(0, len(waveform) / stft.sample_rate, 0, stft.sample_rate / 2 / 1000),
+        vmin=max(peak, -40) - 70,
+        vmax=max(peak, -40),
+        extent=(0, seconds, 0, sample_rate / 2 / 1000),
     )
     axes.set_ylim(0, top_hz / 1000)
     axes.set_xlabel("s")
+
+
+def spectrogram(waveform: NDArray[np.float32], stft: STFT, title: str = "", top_hz: float = 8000.0) -> bytes:
+    """Draw a waveform's level over time and frequency, 70 dB deep, `(S,)`."""
+    level = _level(waveform, stft)
+    figure = Figure((4.2, 2.4), layout="constrained")
+    axes = figure.subplots()
+    _draw_level(axes, level, len(waveform) / stft.sample_rate, stft.sample_rate, level.max(), top_hz)
     axes.set_ylabel("kHz")
     if title:
         axes.set_title(title, fontsize=9)

@@ -237,7 +237,10 @@ def validate(record: Segment | ClipRecord | Rejection) -> None:
         require(not unknown, f"{column} holds {sorted(unknown)}; the objects are {', '.join(OBJECT_NAMES)}")
     if isinstance(record, ClipRecord):
         peaks = record.bases.max(0)
-        require(bool(np.isfinite(record.bases).all() and (record.bases >= 0).all()), "bases must be finite and ≥ 0")
+        require(
+            bool(np.isfinite(record.bases).all() and (record.bases >= 0).all()),
+            "bases must be finite and ≥ 0",
+        )
         require(bool(np.isin(peaks, (0, 1)).all()), "each basis must have maximum one, or be all zero")
         require(record.activations.shape[0] == record.bases.shape[1], "one row of activations a basis")
         require(bool(np.isfinite(record.activations).all()), "activations must be finite")
@@ -264,7 +267,9 @@ def read_segments(uri: str) -> list[Segment]:
         raise FileNotFoundError(f"{uri} doesn't exist; a table (.csv, .parquet) or a manifest's folder is needed")
     tables = [uri]
     if storage.is_directory(uri):
-        tables = [f for f in storage.list_files(uri) if f.endswith(".parquet") and "segments" in storage.name(f)]
+        tables = [
+            f for f in storage.list_files(uri) if f.endswith(".parquet") and storage.name(f).startswith("segments")
+        ]
         if not tables:
             raise FileNotFoundError(f"{uri} holds no segments*.parquet; run pipelines.manifest first")
     segments: list[Segment] = []

@@ -75,6 +75,10 @@ class Report:
         ]
         self._blocks.append(Markup('<div class="sounds">{}</div>').format(Markup("").join(figures)))
 
+    def append(self, other: Report) -> None:
+        """Add everything of another report."""
+        self._blocks += other._blocks
+
     def _render(self, template: str, **values: object) -> Markup:
         return Markup(_templates.from_string(template).render(**values))
 

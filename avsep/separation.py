@@ -202,7 +202,7 @@ class Plan:
         config, rate = separator.config, separator.stft.sample_rate
         self.length = max(int(config.window_s * rate), separator.stft.n_fft)
         self.overlap = min(int(config.overlap_s * rate), self.length // 2)
-        self._file = tempfile.TemporaryFile()
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the plan)
         self.first_windows: list[Window] = []
         self.n_samples = 0
         total, weighted = 0.0, torch.zeros(len(separator.model.config.objects))

@@ -122,10 +122,11 @@ def write_shard(
         ValueError: a record breaks its contract, or an id is there twice.
         OSError: the disk is full, a file read back differs, …; nothing is committed then.
     """
-    ids = [r.segment_id for r in (*clips, *rejections)]
+    everything: list[ClipRecord | Rejection] = [*clips, *rejections]
+    ids = [r.segment_id for r in everything]
     if len(set(ids)) != len(ids):
         raise ValueError(f"shard {shard}: a segment is there twice among {len(ids)}")
-    for record in (*clips, *rejections):
+    for record in everything:
         validate(record)
     digest = configuration_digest(configuration)
     metadata = {
@@ -142,9 +143,8 @@ def write_shard(
         _write_table(out, "rejections", stem, rejections_to_table(rejections), metadata) if rejections else None,
         timings_s or {},
     )
-    record = json.dumps(asdict(commit), indent=1).encode()
     path = storage.join(out, "commits", f"{stem}.json")
-    storage.write_bytes(path, record, exclusive=True)
+    storage.write_bytes(path, json.dumps(asdict(commit), indent=1).encode(), exclusive=True)
     standing = _read_commit(path)
     _withdraw(out, commit, standing)
     return standing

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
@@ -175,7 +174,7 @@ def extract_records(
     """
     records: list[ClipRecord] = []
     rejections: list[Rejection] = []
-    seconds: Counter[str] = Counter()
+    seconds = {"decode": 0.0, "factorize": 0.0, "label": 0.0}
     for group in _groups(segments, _CLIPS_IN_FLIGHT):
         decoded: list[tuple[Segment, Decoded]] = []
         started = time.monotonic()
@@ -190,9 +189,7 @@ def extract_records(
         pictures = [d.clip.images for _, d in decoded]
         future = label(np.concatenate(pictures)) if label and sum(map(len, pictures)) else None
         started = time.monotonic()
-        factors = [
-            factorize(d.clip.waveform, seed_of(s.segment_id), config) for s, d in decoded
-        ]
+        factors = [factorize(d.clip.waveform, seed_of(s.segment_id), config) for s, d in decoded]
         seconds["factorize"] += time.monotonic() - started
         started = time.monotonic()
         logits = [None] * len(decoded) if future is None else _split(future.result(), pictures)
@@ -201,7 +198,7 @@ def extract_records(
             to_record(s, d, f, x, config.stft.sample_rate)
             for (s, d), f, x in zip(decoded, factors, logits, strict=True)
         ]
-    return records, rejections, dict(seconds)
+    return records, rejections, seconds
 
 
 def _groups(items: Sequence[Segment], size: int) -> Iterable[Sequence[Segment]]:
@@ -210,5 +207,3 @@ def _groups(items: Sequence[Segment], size: int) -> Iterable[Sequence[Segment]]:
 
 def _split(logits: NDArray, pictures: Sequence[NDArray[np.uint8]]) -> list[NDArray | None]:
     return list(np.split(np.asarray(logits), np.cumsum([len(p) for p in pictures])[:-1]))
-
-

@@ -414,9 +414,7 @@ class _Pen:
         placed = np.stack([self._mirror * (self._cos * x - self._sin * y), self._sin * x + self._cos * y], -1)
         return [(float(a), float(b)) for a, b in (placed + 0.5) * self._side]
 
-    def shape(
-        self, points: Sequence[Point], fill: Colour, edge: Colour | None = None, width: float = 0.008
-    ) -> None:
+    def shape(self, points: Sequence[Point], fill: Colour, edge: Colour | None = None, width: float = 0.008) -> None:
         self._draw.polygon(self._place(points), fill=fill)
         if edge is not None:
             self.line([*points, points[0]], edge, width)
@@ -789,9 +787,7 @@ def _scenery(rng: Generator, size: tuple[int, int]) -> Image.Image:
         gradient(floor, height, _pick(rng, (120, 84, 54), (70, 66, 70)), (30, 24, 22))
         light = Image.new("L", size)
         x = rng.uniform(0.3, 0.7) * width
-        ImageDraw.Draw(light).polygon(
-            [(x, -20), (x - 0.35 * width, height), (x + 0.35 * width, height)], fill=46
-        )
+        ImageDraw.Draw(light).polygon([(x, -20), (x - 0.35 * width, height), (x + 0.35 * width, height)], fill=46)
         image.paste((255, 244, 214), (0, 0), light)
     elif place == "street":
         gradient(0, floor, _pick(rng, (120, 170, 220), (170, 176, 186), (240, 190, 150)), (226, 226, 220))
@@ -815,9 +811,7 @@ def _scenery(rng: Generator, size: tuple[int, int]) -> Image.Image:
             leaves = _pick(rng, (50, 110, 56), (80, 130, 60), (160, 110, 50))
             box(x - 4, floor - 1.4 * r, x + 4, floor + 4, (92, 64, 44))
             draw.ellipse((x - r, floor - 3 * r, x + r, floor - r), fill=leaves)
-            draw.ellipse(
-                (x - 0.8 * r, floor - 3.3 * r, x + 0.4 * r, floor - 2 * r), fill=_shade(leaves, 1.15)
-            )
+            draw.ellipse((x - 0.8 * r, floor - 3.3 * r, x + 0.4 * r, floor - 2 * r), fill=_shade(leaves, 1.15))
     return image
 
 
@@ -898,9 +892,7 @@ def plan_scene(
     audible, others = shuffled[:audible_count], shuffled[audible_count:]
     visible = audible[rng.random() < config.hidden_share :] + others[: rng.random() < config.silent_share]
     if 2 * len(visible) > config.seconds:
-        raise ValueError(
-            f"{config.seconds} s are too short to show {len(visible)} objects for two seconds each"
-        )
+        raise ValueError(f"{config.seconds} s are too short to show {len(visible)} objects for two seconds each")
     offscreen = str(rng.choice(OFFSCREEN)) if rng.random() < config.offscreen_share else None
     return ScenePlan(
         segment_id=f"synthetic-{split}-{seed}-{n_objects or 'x'}-{number:05d}",
@@ -1040,12 +1032,8 @@ def write_scene(scene: Scene, folder: str | Path) -> Segment:
         try:
             output.overwrite_output().run(executable, input=video.tobytes(), quiet=True)
         except ffmpeg.Error as error:
-            raise RuntimeError(
-                f"ffmpeg could not write {clip}: {error.stderr.decode(errors='replace')}"
-            ) from None
-    return Segment(
-        plan.segment_id, f"clips/{clip.name}", 0.0, float(plan.config.seconds), plan.split, plan.audible
-    )
+            raise RuntimeError(f"ffmpeg could not write {clip}: {error.stderr.decode(errors='replace')}") from None
+    return Segment(plan.segment_id, f"clips/{clip.name}", 0.0, float(plan.config.seconds), plan.split, plan.audible)
 
 
 def _write_flac(path: Path, sound: Sound, sample_rate: int) -> None:
@@ -1106,9 +1094,7 @@ def planted_bases(
     present = np.argsort(rng.random((n_clips, n_objects)))[:, :objects_a_clip]
     order = np.argsort(rng.random(shape)) % objects_a_clip
     owner = np.take_along_axis(present, order, 1)
-    W = spectra[owner, rng.integers(2, size=shape)] * np.exp(
-        variation * rng.standard_normal((*shape, n_bins))
-    )
+    W = spectra[owner, rng.integers(2, size=shape)] * np.exp(variation * rng.standard_normal((*shape, n_bins)))
     W = (W / W.max(-1, keepdims=True)).swapaxes(1, 2).astype(np.float32)
     H = (rng.exponential(size=(*shape, n_frames)) * (rng.random((*shape, n_frames)) < 0.5)).astype(np.float32)
     labels = np.zeros((n_clips, n_objects), bool)

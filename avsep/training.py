@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from avsep import shards
 from avsep.miml import MIML, basis_posteriors, energy_shares, multilabel_margin, partial_label_loss
-from avsep.model import LabelConfig
-from avsep.objects import N_IMAGENET_CLASSES, multi_hot, object_scores, weak_labels
 
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "partial_label": partial_label_loss,
@@ -73,59 +69,6 @@ class History:
         return int(np.nanargmax(figures))
 
 
-def bags_from_file(path: str, labels: LabelConfig, split: str) -> Bags | None:
-    """Read one clip file's bags of a split that have labels; None when there are none."""
-    columns = ["segment_id", "split", "bases", "basis_energy", "labels", "objects", "image_logits"]
-    table = shards.read_table(path, columns)
-    n_bins, n_bases = table.schema.field("bases").type.shape
-    rows, hot, known = [], [], []
-    for i in range(len(table)):
-        if table.column("split")[i].as_py() != split:
-            continue
-        marks = decide_labels(table.column("labels")[i].as_py(), table.column("image_logits")[i].values, labels)
-        if marks is not None and marks.any():
-            rows.append(i)
-            hot.append(marks)
-            known.append(table.column("objects")[i].as_py())
-    if not rows:
-        return None
-    table = table.take(rows)
-    flat = table.column("bases").combine_chunks().storage.flatten().to_numpy(zero_copy_only=False)
-    bases = torch.from_numpy(flat.reshape(-1, n_bins, n_bases)).mT.contiguous()
-    energy = torch.tensor(np.stack(table.column("basis_energy").to_pylist()), dtype=torch.float32)
-    objects = torch.stack([multi_hot(k) for k in known]) if all(k is not None for k in known) else None
-    return Bags(table.column("segment_id").to_pylist(), bases, energy > 0, energy, torch.stack(hot), objects)
-
-
-def decide_labels(given: Sequence[str] | None, image_logits: Any, config: LabelConfig) -> Tensor | None:
-    """Return a clip's weak labels, boolean `(L,)`: the given ones, else the pictures'; None without either."""
-    if given is not None:
-        return multi_hot(list(given))
-    if image_logits is None:
-        return None
-    logits = torch.from_numpy(np.array(image_logits, np.float32)).reshape(-1, N_IMAGENET_CLASSES)
-    return weak_labels(object_scores(logits), config.threshold, config.best_threshold)
-
-
-def load_bags(files: Iterable[str], labels: LabelConfig, split: str) -> Bags | None:
-    """Read the bags of a split from clip files into memory, in order of their ids; None when there are none."""
-    parts = [b for b in (bags_from_file(f, labels, split) for f in files) if b is not None]
-    return _join(parts) if parts else None
-
-
-def _join(parts: Sequence[Bags]) -> Bags:
-    objects = [p.objects for p in parts if p.objects is not None]
-    whole = Bags(
-        [i for p in parts for i in p.segment_ids],
-        torch.cat([p.bases for p in parts]),
-        torch.cat([p.valid for p in parts]),
-        torch.cat([p.basis_energy for p in parts]),
-        torch.cat([p.labels for p in parts]),
-        torch.cat(objects) if len(objects) == len(parts) else None,
-    )
-    return whole.take(torch.tensor(np.argsort(whole.segment_ids)))
-
-
 def batch_size_for(n_clips: int, config: TrainingConfig) -> int:
     """Return the batch size: as configured, else 256 from 5,000 clips, 64 below, and an eighth of fewer than 512.
 
@@ -143,26 +86,6 @@ def shuffled_batches(bags: Bags, batch_size: int, seed: int) -> Iterator[Bags]:
         batches[-2:] = [torch.cat(batches[-2:])]
     for rows in batches:
         yield bags.take(rows)
-
-
-def streamed_batches(
-    files: Sequence[str], labels: LabelConfig, split: str, batch_size: int, seed: int, buffer_clips: int = 8192
-) -> Iterator[Bags]:
-    """Yield batches from more clips than fit in memory.
-
-    Files (each a random sample of the clips) come in random order; `buffer_clips` at a time are
-    shuffled together.
-    """
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
-    held: list[Bags] = []
-    for position, index in enumerate(order):
-        bags = bags_from_file(files[index], labels, split)
-        held += [bags] if bags is not None else []
-        if held and (sum(map(len, held)) >= buffer_clips or position == len(order) - 1):
-            yield from shuffled_batches(_join(held), batch_size, seed + position)
-            held = []
-    if held:
-        yield from shuffled_batches(_join(held), batch_size, seed + len(order))
 
 
 def warp_frequencies(bases: Tensor, factors: Tensor) -> Tensor:
@@ -258,12 +181,13 @@ def mean_average_precision(labels: Tensor, scores: Tensor) -> float:
     return float(average_precision_score(labels[:, usable].numpy(), scores[:, usable].numpy(), average="macro"))
 
 
-def optimiser_for(
-    model: MIML, config: TrainingConfig
-) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LRScheduler]:
+def optimiser_for(model: MIML, config: TrainingConfig) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LRScheduler]:
     """Return Adam and its schedule, stepped once an epoch."""
     optimiser = torch.optim.Adam(model.parameters(), config.learning_rate)
-    schedules = {"step": lambda epoch: 0.94 ** (epoch // 5), "one_cycle": lambda epoch: _one_cycle(epoch, config.epochs)}
+    schedules = {
+        "step": lambda epoch: 0.94 ** (epoch // 5),
+        "one_cycle": lambda epoch: _one_cycle(epoch, config.epochs),
+    }
     return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, schedules[config.schedule])
 
 

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from avsep import shards
+from avsep.bags import decide_labels
 from avsep.dictionary import BasisDictionary, Candidate, candidate_bases
 from avsep.model import Model
 from avsep.records import clips_from_table
-from avsep.training import decide_labels
 from pipelines import execution
 from pipelines.execution import fail, say
 
@@ -22,7 +22,10 @@ EXAMPLES = """examples:
 def parser() -> argparse.ArgumentParser:
     """Describe the command."""
     p = argparse.ArgumentParser(
-        "pipelines.collect", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        "pipelines.collect",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--model", required=True, help="the model folder that pipelines.train wrote")
     p.add_argument("--clips", required=True, help="the clips it was trained on")
@@ -54,7 +57,10 @@ def run(arguments: argparse.Namespace) -> int:
         "hop_length": model.config.stft.hop_length,
     }:
         fail(f"{arguments.clips} has STFT {shape}, the model {model.config.stft}: use the clips that it was trained on")
-    with execution.session(arguments.in_process) as runner, execution.Progress("collect", len(files), "files") as progress:
+    with (
+        execution.session(arguments.in_process) as runner,
+        execution.Progress("collect", len(files), "files") as progress,
+    ):
 
         def gathered() -> Iterator[Candidate]:
             for part in runner.map(candidates_of_file, ((arguments.model, f) for f in files)):

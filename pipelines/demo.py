@@ -14,13 +14,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from avsep import cli, storage, synthetic, vision
+from avsep import cli, plots, stages, storage, synthetic, vision
 from avsep.model import LABELLER_FILE
 from avsep.objects import OBJECTS
 from avsep.records import Segment, read_segments
@@ -45,7 +44,10 @@ _SHOWN = 3  # test clips in the report
 def parser() -> argparse.ArgumentParser:
     """Describe the command."""
     p = argparse.ArgumentParser(
-        "pipelines.demo", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        "pipelines.demo",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--out", default="out/demo", help="folder of everything that the demo makes")
     p.add_argument("--clips", type=int, default=160, help="how many clips of ten seconds to render")
@@ -94,12 +96,10 @@ def train_labeller(runner: execution.Runner, path: Path) -> float:
     classes = [index[n] if n else _EMPTY_SCENE for n in names]
     held_out = 10
     jobs = [(n, _PICTURES_A_CLASS + held_out, SEED * 100 + i) for i, n in enumerate(names)]
-    drawn = dict(zip([j[2] for j in jobs], map_in_order(runner, draw_pictures, jobs), strict=True))
+    drawn = dict(zip([j[2] for j in jobs], execution.map_in_order(runner, draw_pictures, jobs), strict=True))
     images = np.stack(list(drawn.values()))  # (classes, pictures, 224, 224, 3)
     targets = np.repeat(np.arange(len(names)), _PICTURES_A_CLASS)
-    (labeller,) = runner.map(
-        _train_labeller, [(images[:, held_out:].reshape(-1, *images.shape[2:]), targets, classes)]
-    )
+    (labeller,) = runner.map(_train_labeller, [(images[:, held_out:].reshape(-1, *images.shape[2:]), targets, classes)])
     labeller.save(path)
     guesses = labeller(images[:, :held_out].reshape(-1, *images.shape[2:])).argmax(1).reshape(len(names), held_out)
     return float((guesses.numpy() == np.array(classes)[:, None]).mean())
@@ -108,16 +108,6 @@ def train_labeller(runner: execution.Runner, path: Path) -> float:
 def _train_labeller(images: NDArray[np.uint8], targets: NDArray, classes: list[int]) -> vision.ImageLabeller:
     execution.one_thread()
     return vision.train_small_labeller(images, targets.tolist(), classes)
-
-
-def map_in_order(runner: execution.Runner, function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """Map over jobs and return the results in the jobs' order."""
-    done = dict(runner.map(_numbered, ((i, function, j) for i, j in enumerate(jobs))))
-    return [done[i] for i in range(len(jobs))]
-
-
-def _numbered(number: int, function: Callable[..., Any], job: tuple[Any, ...]) -> tuple[int, Any]:
-    return number, function(*job)
 
 
 def step(title: str, main: Callable[[Sequence[str]], int], *arguments: str) -> None:
@@ -140,14 +130,15 @@ def write_report(out: Path, seconds: float, labeller_accuracy: float) -> Path:
         f"({figures['ideal_mask']:.1f} dB), {figures['default'] - figures['paper']:.1f} dB above the published recipe "
         f"trained on the same clips. The run took {seconds / 60:.1f} minutes."
     )
+    separator = Separator.load(str(out / "model"))
+    segments = [s for s in read_segments(str(out / "manifest")) if s.split == "test"]
+    report.image(draw_overview(separator, segments[0], out), "A frame, its sound, and the sounds separated from it")
     report.heading("Separation")
     evaluate.add_results(report, results, "objects")
     report.heading("Listen")
-    separator = Separator.load(str(out / "model"))
-    segments = [s for s in read_segments(str(out / "manifest")) if s.split == "test"]
     for segment in segments[:_SHOWN]:
-        case = evaluate.Case.load(segment, str(out / "clips" / "references"), separator.stft.sample_rate)
-        evaluate.show_clip(report, case, separator, "objects")
+        references = str(out / "clips" / "references")
+        report.append(evaluate.clip_section(str(out / "model"), references, segment, "objects"))
     report.heading("Training")
     report.image((out / "loss.png").read_bytes(), "Loss and validation figures by epoch")
     report.paragraph(f"The small picture network names {labeller_accuracy:.0%} of held-out drawings.")
@@ -156,6 +147,17 @@ def write_report(out: Path, seconds: float, labeller_accuracy: float) -> Path:
         report.image(path.read_bytes(), f"Relation map of {path.stem} beside a frame of it")
     storage.write_text(str(out / "report.html"), report.html())
     return out / "report.html"
+
+
+def draw_overview(separator: Separator, segment: Segment, out: Path) -> bytes:
+    """Draw one test clip's frame, mixture and separated sounds, and keep the figure in overview.png."""
+    case = evaluate.Case.load(segment, str(out / "clips" / "references"), separator.stft.sample_rate)
+    separation = separator(case.mixture, case.names)
+    sounds = [("mixture", case.mixture.numpy()), *zip(separation.objects, separation.estimates.numpy(), strict=True)]
+    picture = stages.middle_picture(segment.source, segment.start_s, segment.end_s)
+    figure = plots.overview(picture if picture is not None else np.zeros((1, 1, 3), np.uint8), sounds, separator.stft)
+    (out / "overview.png").write_bytes(figure)
+    return figure
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -190,7 +192,15 @@ def run(arguments: argparse.Namespace) -> int:
             "--clips", shards, "--out", str(out / "paper"), "--recipe", "paper", "--epochs", str(_PAPER_EPOCHS),
         )  # fmt: skip
         first = next(s for s in read_segments(str(out / "manifest")) if s.split == "test")
-        step("avsep separate", lambda a: cli.main(["separate", *a]), first.source, "--model", model, "--out", str(out / "separated"))
+        step(
+            "avsep separate",
+            lambda a: cli.main(["separate", *a]),
+            first.source,
+            "--model",
+            model,
+            "--out",
+            str(out / "separated"),
+        )
         step(
             "python -m pipelines.evaluate", evaluate.main,
             "--model", model, "--paper-model", str(out / "paper" / "model"), "--segments", str(out / "manifest"),

@@ -9,7 +9,7 @@ import argparse
 import io
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,7 +43,10 @@ _WORST = 10
 def parser() -> argparse.ArgumentParser:
     """Describe the command."""
     p = argparse.ArgumentParser(
-        "pipelines.evaluate", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        "pipelines.evaluate",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--model", required=True, help="the model folder")
     p.add_argument("--paper-model", help="a model trained with --recipe paper, as a row beside it")
@@ -182,9 +185,7 @@ def separate_case(
         "nmf_clustering": baselines.blind_clustering(case.mixture, case.references, window.factors, separator.stft),
     }
     if n_sources == 2:
-        estimates["harmonic_percussive"] = baselines.harmonic_percussive(
-            case.mixture, case.references, separator.stft
-        )
+        estimates["harmonic_percussive"] = baselines.harmonic_percussive(case.mixture, case.references, separator.stft)
     if paper is not None:
         estimates["paper"] = _matched(case, paper(case.mixture, objects))
     estimates["default"] = _matched(case, separation)
@@ -224,9 +225,7 @@ def summarise(clips: Sequence[ClipResult]) -> dict[str, Any]:
                 str(k): _means([c for c in with_it if len(c.objects) == k], name)
                 for k in sorted({len(c.objects) for c in with_it})
             },
-            "by_object": {
-                o: _means(with_it, name, only=o) for o in sorted({o for c in with_it for o in c.objects})
-            },
+            "by_object": {o: _means(with_it, name, only=o) for o in sorted({o for c in with_it for o in c.objects})},
         }
     return {
         "separators": separators,
@@ -290,7 +289,8 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, list[str]]]:
     for name, entry in results["separators"].items():
         kind = "bound" if name in BOUNDS else "ours" if name == "default" else ""
         low, high = entry["interval_95"]
-        by_sources = [_db(v["sdr"]) for v in entry["by_sources"].values()]
+        counts = entry["by_sources"]
+        by_sources = [_db(counts[k]["sdr"]) if k in counts else "–" for k in _source_counts(results)]
         means = [_db(entry["mean"][f]) for f in FIGURES]
         rows.append((kind, [name.replace("_", " "), *means, f"{low:.1f} … {high:.1f}", *by_sources]))
     return rows
@@ -298,29 +298,46 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, list[str]]]:
 
 def table_header(results: dict[str, Any]) -> list[str]:
     """Return the header of `table_rows`."""
-    counts = next(iter(results["separators"].values()))["by_sources"]
-    return ["separator", "SDR", "SIR", "SAR", "SI-SDR", "SDR gain", "95 % of SDR", *(f"SDR, {k} sources" for k in counts)]
+    return [
+        "separator",
+        "SDR",
+        "SIR",
+        "SAR",
+        "SI-SDR",
+        "SDR gain",
+        "95 % of SDR",
+        *(f"SDR, {k} sources" for k in _source_counts(results)),
+    ]
+
+
+def _source_counts(results: dict[str, Any]) -> list[str]:
+    """Every separator can do the mixture's counts; some do fewer."""
+    return list(results["separators"]["mixture"]["by_sources"])
 
 
 def _db(value: float) -> str:
     return "–" if np.isnan(value) else f"{value:.1f}"
 
 
-def show_clip(report: Report, case: Case, separator: Separator, given: str, note: str = "") -> None:
-    """Add one clip to a report: a frame and relation map, mixture, references and estimates."""
+def clip_section(model_dir: str, references: str, segment: Segment, given: str, note: str = "") -> Report:
+    """Show one clip: a frame and relation map, then players of mixture, references and estimates."""
+    execution.one_thread()
+    separator = Separator.load(model_dir)
+    case = Case.load(segment, references, separator.stft.sample_rate)
     separation = separator(case.mixture, told(case, given))
     found = dict(zip(separation.objects, separation.estimates.numpy(), strict=True))
-    report.heading(f"{case.segment.segment_id}: {', '.join(case.names)}{note}", 3)
+    section = Report("")
+    section.heading(f"{segment.segment_id}: {', '.join(case.names)}{note}", 3)
     window, stft = separation.windows[0], separator.stft
-    report.image(
+    section.image(
         plots.relation_map(
             window.relation.numpy(),
             separator.model.config.objects,
             window.factors.basis_energy.numpy(),
-            stages.middle_picture(case.segment.source, case.segment.start_s, case.segment.end_s),
+            stages.middle_picture(segment.source, segment.start_s, segment.end_s),
             separation.objects,
         ),
-        f"Relation map of {case.segment.segment_id} beside a frame of it",
+        f"Relation map of {segment.segment_id} beside a frame of it",
     )
     sounds = [("mixture", case.mixture.numpy())]
     for name, reference in zip(case.names, case.references.numpy(), strict=True):
@@ -328,48 +345,46 @@ def show_clip(report: Report, case: Case, separator: Separator, given: str, note
         if name in found:
             sounds.append((f"{name}, separated", found[name]))
     sounds.append(("rest, separated", separation.rest.numpy()))
-    report.sounds([(c, w, plots.spectrogram(w, stft)) for c, w in sounds], stft.sample_rate)
-
-
-def measured(
-    arguments: argparse.Namespace, segments: Sequence[Segment], progress: Callable[[int], None], runner: execution.Runner
-) -> tuple[list[ClipResult], dict[str, Any]]:
-    """Evaluate segments on a runner; return the clips' results and their summary."""
-    items = ((arguments.model, arguments.paper_model, arguments.references, s, arguments.given) for s in segments)
-    clips = []
-    for clip in runner.map(evaluate_clip, items):
-        clips.append(clip)
-        progress(1)
-    clips.sort(key=lambda c: c.segment_id)
-    return clips, summarise([c for c in clips if not c.error])
+    section.sounds([(c, w, plots.spectrogram(w, stft)) for c, w in sounds], stft.sample_rate)
+    return section
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, write results.json and report.html."""
-    segments = [s for s in read_segments(arguments.segments) if s.split == arguments.split]
+    segments = {s.segment_id: s for s in read_segments(arguments.segments) if s.split == arguments.split}
     if not segments:
         fail(f"{arguments.segments} holds no segments of --split {arguments.split}")
-    separator = Separator.load(arguments.model)
-    if arguments.paper_model:
-        Separator.load(arguments.paper_model)
+    for model in filter(None, (arguments.model, arguments.paper_model)):
+        Separator.load(model)  # a mistake is told before the work begins
     with (
         execution.session(arguments.in_process) as runner,
         execution.Progress("evaluate", len(segments), "clips") as progress,
     ):
-        clips, results = measured(arguments, segments, progress.add, runner)
-    unusable = [c for c in clips if c.error]
-    if len(unusable) == len(clips):
-        fail(f"no clip of split {arguments.split} could be measured; the first: {unusable[0].error}")
+        clips = []
+        fixed = (arguments.model, arguments.paper_model, arguments.references)
+        for clip in runner.map(evaluate_clip, ((*fixed, s, arguments.given) for s in segments.values())):
+            clips.append(clip)
+            progress.add(1)
+        usable = sorted((c for c in clips if not c.error), key=lambda c: c.segment_id)
+        unusable = [c for c in clips if c.error]
+        if not usable:
+            fail(f"no clip of split {arguments.split} could be measured; the first: {unusable[0].error}")
+        worst = sorted(usable, key=lambda c: float(np.nanmean(_bounded(c.figures["default"]["sdr"]))))[:_WORST]
+        sections = execution.map_in_order(
+            runner,
+            clip_section,
+            [
+                (arguments.model, arguments.references, segments[c.segment_id], arguments.given, _sdr_note(c))
+                for c in worst
+            ],
+        )
+    results = summarise(usable)
     storage.write_text(storage.join(arguments.out, "results.json"), json.dumps(_without_nan(results), indent=1))
-    report = Report(f"Separation of {len(clips) - len(unusable)} {arguments.split} clips")
+    report = Report(f"Separation of {len(usable)} {arguments.split} clips")
     add_results(report, results, arguments.given)
     report.heading("The worst clips")
-    by_id = {s.segment_id: s for s in segments}
-    worst = sorted((c for c in clips if not c.error), key=lambda c: float(np.nanmean(_bounded(c.figures["default"]["sdr"]))))
-    for clip in worst[:_WORST]:
-        case = Case.load(by_id[clip.segment_id], arguments.references, separator.stft.sample_rate)
-        figures = ", ".join(f"{o} {s:.1f} dB" for o, s in zip(clip.objects, clip.figures["default"]["sdr"], strict=True))
-        show_clip(report, case, separator, arguments.given, f" ({figures})")
+    for section in sections:
+        report.append(section)
     storage.write_text(storage.join(arguments.out, "report.html"), report.html())
     for line in console_table(results):
         say(line)
@@ -377,6 +392,11 @@ def run(arguments: argparse.Namespace) -> int:
         say(f"not measured: {clip.segment_id}: {clip.error}")
     say(f"{storage.join(arguments.out, 'results.json')} and {storage.join(arguments.out, 'report.html')}")
     return execution.SHORTFALL if unusable else execution.DONE
+
+
+def _sdr_note(clip: ClipResult) -> str:
+    pairs = zip(clip.objects, clip.figures["default"]["sdr"], strict=True)
+    return f" ({', '.join(f'{o} {s:.1f} dB' for o, s in pairs)})"
 
 
 def add_results(report: Report, results: dict[str, Any], given: str) -> None:
@@ -399,7 +419,13 @@ def add_results(report: Report, results: dict[str, Any], given: str) -> None:
     report.table(
         ["SDR, dB", *objects],
         [
-            ("bound" if n in BOUNDS else "ours" if n == "default" else "", [n.replace("_", " "), *(_db(e["by_object"][o]["sdr"]) if o in e["by_object"] else "–" for o in objects)])
+            (
+                "bound" if n in BOUNDS else "ours" if n == "default" else "",
+                [
+                    n.replace("_", " "),
+                    *(_db(e["by_object"][o]["sdr"]) if o in e["by_object"] else "–" for o in objects),
+                ],
+            )
             for n, e in separators.items()
         ],
     )
@@ -409,10 +435,9 @@ def console_table(results: dict[str, Any]) -> list[str]:
     """Format the results for a terminal."""
     rows = [table_header(results), *(r for _, r in table_rows(results))]
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        row = row + ["–"] * (len(rows[0]) - len(row))
-        lines.append("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))))
+    lines = [
+        "  ".join([r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:], widths[1:], strict=True))]) for r in rows
+    ]
     auc = results["silent_auc"]
     lines.append(
         f"basis accuracy {results['basis_accuracy']:.3f}, mAP {results['map']:.3f}"

@@ -77,7 +77,8 @@ class OnRay:
         A task whose worker died is tried again; one that raises, raises here.
         """
         task = self._ray.remote(function).options(num_cpus=1, max_retries=3)
-        waiting, pending = iter(items), []
+        waiting = iter(items)
+        pending: list[Any] = []
         while True:
             while len(pending) < 2 * self.n_workers and (item := next(waiting, None)) is not None:
                 pending.append(task.remote(*item))
@@ -128,6 +129,16 @@ class RemoteCall:
 
 
 Runner = InProcess | OnRay
+
+
+def map_in_order(runner: Runner, function: Callable[..., Any], items: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Map over items and return the results in the items' order."""
+    done = dict(runner.map(_numbered, ((i, function, item) for i, item in enumerate(items))))
+    return [done[i] for i in range(len(items))]
+
+
+def _numbered(number: int, function: Callable[..., Any], item: tuple[Any, ...]) -> tuple[int, Any]:
+    return number, function(*item)
 
 
 def one_thread() -> None:
@@ -196,7 +207,8 @@ class Progress:
             left = (self.total - self.count) / rate if rate else float("inf")
             tail = f", {note}" if note else ""
             print(
-                f"{self.what}: {self.count}/{self.total} {self.unit}, {rate:.2f}/s, {left:.0f} s left{tail}", flush=True
+                f"{self.what}: {self.count}/{self.total} {self.unit}, {rate:.2f}/s, {left:.0f} s left{tail}",
+                flush=True,
             )
 
     def __enter__(self) -> Progress:

@@ -31,7 +31,10 @@ EXAMPLES = """examples:
 def parser() -> argparse.ArgumentParser:
     """Describe the command."""
     p = argparse.ArgumentParser(
-        "pipelines.extract", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        "pipelines.extract",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--segments", required=True, help="a manifest's folder, or a table")
     p.add_argument("--out", required=True, help="folder or URI of the clip shards")
@@ -137,7 +140,7 @@ def run(arguments: argparse.Namespace) -> int:
     work = plan_work(arguments.out, segments, arguments.retry_rejected, shards.configuration_digest(configuration))
     todo = sum(len(w[2]) for w in work)
     if arguments.dry_run:
-        say(f"{len(segments)} segments: {len(segments) - todo} done, {todo} to do in {len(work)} shards; nothing was done")
+        say(f"{len(segments)} segments: {len(segments) - todo} done, {todo} to do in {len(work)} shards")
         return execution.DONE
     seconds: Counter[str] = Counter()
     with (
@@ -150,8 +153,7 @@ def run(arguments: argparse.Namespace) -> int:
             make = functools.partial(open_labeller, labeller.architecture, arguments.weights, device)
             callers = runner.actors(make, runner.n_gpus or min(runner.n_workers, len(work)))
         items = (
-            (arguments.out, *w, recipe.extraction, configuration, callers[i % len(callers)])
-            for i, w in enumerate(work)
+            (arguments.out, *w, recipe.extraction, configuration, callers[i % len(callers)]) for i, w in enumerate(work)
         )
         sizes = {w[0]: len(w[2]) for w in work}
         for commit in runner.map(extract_shard, items):
@@ -175,7 +177,6 @@ def _report(arguments: argparse.Namespace, segments: Sequence[Segment], seconds:
     if missing:
         say(f"{missing} segments are in neither; run the same command again")
     return execution.SHORTFALL if missing or not clips else execution.DONE
-
 
 
 def main(argv: Sequence[str] | None = None) -> int:

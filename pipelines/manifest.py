@@ -382,9 +382,7 @@ def line_blocks(uris: Sequence[str], block_bytes: int = BLOCK_BYTES) -> list[Blo
     return blocks
 
 
-def plan_audioset(
-    uris: Sequence[str], ontology: str | None, own_node_only: bool
-) -> tuple[list[Block], Reader]:
+def plan_audioset(uris: Sequence[str], ontology: str | None, own_node_only: bool) -> tuple[list[Block], Reader]:
     """Check AudioSet's files → blocks and the function that reads one. Raises ValueError or OSError."""
     nodes: Any = []
     _check_exist([*uris, *([ontology] if ontology else [])])
@@ -536,9 +534,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             blocks, read = plan_table(uris[0])
         else:
             if not args.ontology and not args.own_node_only:
-                raise ValueError(
-                    "--audioset needs --ontology ontology.json (or --own-node-only to do without)"
-                )
+                raise ValueError("--audioset needs --ontology ontology.json (or --own-node-only to do without)")
             uris = list(dict.fromkeys(storage.resolve(uri, ".") for uri in args.audioset))
             ontology = storage.resolve(args.ontology, ".") if args.ontology else None
             blocks, read = plan_audioset(uris, ontology, args.own_node_only)

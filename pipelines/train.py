@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from avsep import plots, shards, stages, storage, training
+from avsep import bags, plots, shards, stages, storage, training
 from avsep.miml import MIML
 from avsep.model import LabellerConfig, Model, ModelConfig, versions
 from avsep.records import ClipRecord
@@ -40,7 +40,10 @@ _MAPS = 4  # relation maps drawn
 def parser() -> argparse.ArgumentParser:
     """Describe the command."""
     p = argparse.ArgumentParser(
-        "pipelines.train", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        "pipelines.train",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--clips", required=True, help="what pipelines.extract wrote")
     p.add_argument("--out", required=True, help="folder or URI of the run; the model goes to OUT/model")
@@ -70,8 +73,8 @@ def fit(job: dict[str, Any], rank: int = 0, n_ranks: int = 1, report: Any = None
         optimiser.load_state_dict(saved["optimiser"])
         schedule.load_state_dict(saved["schedule"])
         history.rows, best = saved["history"], saved["best"]
-    val = training.load_bags(files, config.labels, "val")
-    train = training.load_bags(files, config.labels, "train") if job["in_memory"] else None
+    val = bags.load_bags(files, config.labels, "val")
+    train = bags.load_bags(files, config.labels, "train") if job["in_memory"] else None
     batch_size = training.batch_size_for(job["n_train"], training_config)
     for epoch in range(len(history.rows), training_config.epochs):
         started = time.monotonic()
@@ -80,13 +83,17 @@ def fit(job: dict[str, Any], rank: int = 0, n_ranks: int = 1, report: Any = None
         batches = (
             training.shuffled_batches(train, batch_size, seed)
             if train is not None
-            else training.streamed_batches(files, config.labels, "train", batch_size, seed)
+            else bags.streamed_batches(files, config.labels, "train", batch_size, seed)
         )
         row = training.train_epoch(network, _share(batches, rank, n_ranks), optimiser, training_config, epoch)
         if val is not None:
             pieces = (val.take(slice(i, i + 256)) for i in range(0, len(val), 256))
             row |= training.validate(network, pieces, training_config)
-        row |= {"epoch": epoch, "learning_rate": schedule.get_last_lr()[0], "seconds": time.monotonic() - started}
+        row |= {
+            "epoch": epoch,
+            "learning_rate": float(schedule.get_last_lr()[0]),
+            "seconds": time.monotonic() - started,
+        }
         schedule.step()
         history.rows.append(row)
         if history.best() == epoch:
@@ -249,7 +256,7 @@ def _count(path: str, config: ModelConfig) -> tuple[int, int]:
     columns = shards.read_table(path, ["split", "labels", "image_logits"])
     counts = {"train": 0, "val": 0, "test": 0}
     for i in range(len(columns)):
-        marks = training.decide_labels(
+        marks = bags.decide_labels(
             columns.column("labels")[i].as_py(), columns.column("image_logits")[i].values, config.labels
         )
         counts[columns.column("split")[i].as_py()] += int(marks is not None and bool(marks.any()))

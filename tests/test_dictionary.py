@@ -29,8 +29,8 @@ def network() -> MIML:
 def record(bases: np.ndarray, energy: list[float], segment_id: str = "a") -> ClipRecord:
     n = bases.shape[1]
     return ClipRecord(
-        segment_id, "a.mp4", 0.0, None, "train", None, None, bases.astype(np.float16), np.ones((n, 4), np.float16),
-        1.0, np.asarray(energy, np.float32), None, 0.0, 10.0, -20.0, "", "given",
+        segment_id, "a.mp4", 0.0, None, "train", None, None, bases.astype(np.float16),
+        np.ones((n, 4), np.float16), 1.0, np.asarray(energy, np.float32), None, 0.0, 10.0, -20.0, "", "given",
     )  # fmt: skip
 
 
@@ -49,9 +49,7 @@ def test_the_network_of_these_tests_is_what_it_says() -> None:
 
 
 def test_select_bases_takes_what_picture_and_posterior_agree_on() -> None:
-    posteriors = torch.tensor(
-        [[[0.6, 0.5, 0.2, 0.1], [0.3, 0.4, 0.7, 0.1], [0.1, 0.1, 0.1, 0.8]]]
-    )  # noise is last
+    posteriors = torch.tensor([[[0.6, 0.5, 0.2, 0.1], [0.3, 0.4, 0.7, 0.1], [0.1, 0.1, 0.1, 0.8]]])  # noise is last
     present = torch.tensor([[True, True]])
     assert select_bases(posteriors, present).int().tolist() == [[[1, 1, 0, 0], [0, 0, 1, 0]]]
     assert select_bases(posteriors, torch.tensor([[False, True]])).int().tolist() == [[[0] * 4, [0, 0, 1, 0]]]
@@ -67,9 +65,7 @@ def test_above_one_half_a_basis_belongs_to_one_object_at_most() -> None:
 def test_candidates_are_the_visible_object_s_sure_and_sounding_bases() -> None:
     clip = record(bases_of(DOG, VIOLIN, DOG, 5, DOG), [0.36, 0.25, 0.04, 0.35, 0.0])
     found = candidate_bases(network(), clip, multi_hot(["dog", "banjo"]))
-    assert [(c.object_index, c.segment_id) for c in found] == [
-        (DOG, "a")
-    ] * 2  # violin unseen, 5 unseen, one silent
+    assert [(c.object_index, c.segment_id) for c in found] == [(DOG, "a")] * 2  # violin unseen, 5 unseen, one silent
     assert [c.score for c in found] == pytest.approx([0.6, 0.2], abs=1e-3)  # posterior × root of energy
     assert found[0].basis.dtype == np.float16 and found[0].basis.argmax() == DOG
     assert candidate_bases(network(), clip, multi_hot([])) == []

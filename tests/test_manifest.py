@@ -100,9 +100,7 @@ def test_malformed_rows_are_told_apart_from_their_neighbours(end: str) -> None:
 
 
 def test_bytes_that_are_no_utf8_make_one_bad_row() -> None:
-    rows, bad, _ = audioset.parse_rows(
-        b'\xff\xfe, 0, 1, "/m/01yrx"\n' + row("BBBBBBBBBBB", 0, 10, CAT).encode()
-    )
+    rows, bad, _ = audioset.parse_rows(b'\xff\xfe, 0, 1, "/m/01yrx"\n' + row("BBBBBBBBBBB", 0, 10, CAT).encode())
     assert (len(rows), [b.line for b in bad]) == (1, [1])
 
 
@@ -222,9 +220,7 @@ def audioset_files(folder: Path) -> tuple[list[Path], Path]:
     )
     unbalanced.write_text(HEADER + "".join(lines))
     balanced.write_text(HEADER + lines[20] + row("----------A", 0, 10, DOG) + "\n" + lines[1] + "x,y\n")
-    evaluation.write_text(
-        HEADER + row("-_shared_-X", 30, 40, PIANO) + row("ABCDEFGHIJK", 20, 30, GROWL).rstrip()
-    )
+    evaluation.write_text(HEADER + row("-_shared_-X", 30, 40, PIANO) + row("ABCDEFGHIJK", 20, 30, GROWL).rstrip())
     (folder / "ontology.json").write_text(json.dumps(ontology()))
     return [unbalanced, balanced, evaluation], folder / "ontology.json"
 
@@ -257,11 +253,7 @@ def expected_segments(csvs: Sequence[Path]) -> dict[str, Segment]:
     for path in csvs:
         lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
         for cells in csv.reader(lines, skipinitialspace=True):
-            names = {
-                name
-                for mid in (cells[3].split(",") if len(cells) == 4 else [])
-                for name in means.get(mid, [])
-            }
+            names = {name for mid in (cells[3].split(",") if len(cells) == 4 else []) for name in means.get(mid, [])}
             if names and float(cells[2]) > float(cells[1]):
                 name = f"{cells[0]}_{round(float(cells[1]) * 1000)}"
                 split = "test" if "eval" in path.name else audioset.hash_split(name)
@@ -347,9 +339,7 @@ def in_pieces(files: tuple[list[Path], Path], tmp_path_factory: pytest.TempPathF
 def test_blocks_and_shards_change_nothing(made: Path, in_pieces: Path) -> None:
     shards = sorted(in_pieces.glob("*.parquet"))
     assert len(shards) > 1
-    assert [s.name for s in shards] == [
-        f"segments-{i:05d}-of-{len(shards):05d}.parquet" for i in range(len(shards))
-    ]
+    assert [s.name for s in shards] == [f"segments-{i:05d}-of-{len(shards):05d}.parquet" for i in range(len(shards))]
     tables = pa.concat_tables([pq.read_table(s) for s in shards])
     assert tables.equals(pq.read_table(made / "segments.parquet"))
     for name in ("statistics.json", "dead_letters.jsonl"):
@@ -464,9 +454,7 @@ def test_parquet_table_in_row_groups(tmp_path: Path) -> None:
     ]
 
 
-def test_a_table_without_rows_leaves_an_empty_manifest(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_table_without_rows_leaves_an_empty_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = write_table(tmp_path / "clips.csv", ["segment_id", "source"])
     assert manifest.main(["--table", str(table), "--out", str(tmp_path / "out")]) == 1
     assert read_segments(str(tmp_path / "out")) == []

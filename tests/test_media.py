@@ -79,9 +79,7 @@ def shown(start_s: float, n_images: int) -> list[int]:
     return [int(np.floor((start_s + i + 0.5) * FPS + 1e-9)) % 100 for i in range(n_images)]
 
 
-def reason(
-    path: Path, start_s: float = 0.0, end_s: float | None = None, limits: DecodeLimits | None = None
-) -> Reason:
+def reason(path: Path, start_s: float = 0.0, end_s: float | None = None, limits: DecodeLimits | None = None) -> Reason:
     with pytest.raises(ClipError) as caught:
         decode(path, start_s, end_s, limits=limits or DecodeLimits())
     assert caught.value.detail and "\n" not in caught.value.detail and str(path) not in caught.value.detail
@@ -303,9 +301,7 @@ def test_rotated_video_is_upright(make: Make, folder: Path) -> None:
 def test_wide_pictures_are_cut_at_the_sides(make: Make) -> None:
     """Of 192x96, 256 high is 512 wide, and 224 in the middle are columns 54 to 138."""
     level = "if(between(X,60,131),if(between(Y,12,83),235,126),16)"
-    path = make(
-        "wide.mp4", [f"color=s=192x96:d=1,format=yuv420p,geq=lum='{level}':cb=128:cr=128", "sine=d=1"], *X264
-    )
+    path = make("wide.mp4", [f"color=s=192x96:d=1,format=yuv420p,geq=lum='{level}':cb=128:cr=128", "sine=d=1"], *X264)
     picture = decode(path).images[0, :, :, 0].astype(int)
     middle = picture[112]
     assert abs(int((middle > 200).sum()) - 72 * 256 / 96) <= 2

@@ -12,9 +12,7 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
 def by_projection(references: np.ndarray, estimate: np.ndarray, j: int, taps: int) -> tuple[float, ...]:
     """BSS-eval v3 by least squares on `taps` shifts of the references, as it is defined (Vincent 2006)."""
     n = references.shape[1] + taps - 1
-    shifts = [
-        scipy.linalg.toeplitz(np.pad(r, (0, n - len(r))), [r[0], *[0] * (taps - 1)]) for r in references
-    ]
+    shifts = [scipy.linalg.toeplitz(np.pad(r, (0, n - len(r))), [r[0], *[0] * (taps - 1)]) for r in references]
     e = np.pad(estimate, (0, taps - 1))
     target, everything = (a @ np.linalg.lstsq(a, e)[0] for a in (shifts[j], np.concatenate(shifts, 1)))
     interference, artefacts = everything - target, e - everything

@@ -26,15 +26,17 @@ def test_relation_and_scores_are_maxima_of_the_layers_by_hand() -> None:
     """max over K gives the relation map, max over M the scores; sub-concepts of one object lie together."""
     network, bases = small(), seeded(2, 4, 20).abs()
     x = bases / bases.amax(-1, keepdim=True)
-    y = network.head(network.subconcepts(network.shared(x.reshape(-1, 20)))).reshape(
-        2, 4, 5, 3
-    )  # (B, M, L, K)
+    features = network.shared(x.reshape(-1, 20))
+    y = network.head(network.subconcepts(features)).reshape(2, 4, 5, 3)  # (B, M, L, K)
     relation = network.relation(bases)
     assert relation.shape == (2, 5, 4)
     assert torch.allclose(relation, y.amax(-1).transpose(1, 2))
     assert torch.equal(network(bases), relation.amax(-1)) and network(bases).shape == (2, 5)
     assert (relation >= 0).all()
-    assert (small(published_head=False).relation(bases) < 0).any()
+    unbounded = small(published_head=False)
+    with torch.no_grad():
+        unbounded.subconcepts.bias.fill_(-2)
+    assert (unbounded.relation(bases) < 0).all()
 
 
 @pytest.mark.parametrize("options", [{}, {"published_head": False, "square_root": True, "log_bands": True}])

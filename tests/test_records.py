@@ -140,9 +140,7 @@ BROKEN: list[tuple[Segment | ClipRecord | Rejection, str]] = [
 
 
 @pytest.mark.parametrize(("record", "message"), BROKEN)
-def test_a_broken_record_is_named_with_value_and_rule(
-    record: Segment | ClipRecord | Rejection, message: str
-) -> None:
+def test_a_broken_record_is_named_with_value_and_rule(record: Segment | ClipRecord | Rejection, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         validate(record)
     assert str(caught.value).startswith(f"{type(record).__name__} {record.segment_id!r}: ")

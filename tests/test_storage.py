@@ -70,9 +70,7 @@ def test_files_are_written_listed_read_and_deleted(folder: str) -> None:
     storage.write_text(b, "Käse")
     storage.make_directory(storage.join(folder, "x", "sub"))
     assert storage.list_files(storage.join(folder, "x")) == [a, b]  # files alone, sorted, no temporary ones
-    assert (
-        storage.exists(a) and storage.is_directory(storage.join(folder, "x")) and not storage.is_directory(a)
-    )
+    assert storage.exists(a) and storage.is_directory(storage.join(folder, "x")) and not storage.is_directory(a)
     assert storage.read_bytes(a) == b"\0\1\2" and storage.read_bytes(b).decode() == "Käse"
     with storage.open_input(a) as f:
         f.seek(1)

@@ -59,9 +59,7 @@ def test_performances_have_the_stated_level_and_differ(name: str) -> None:
 def test_the_objects_share_the_spectrum() -> None:
     """No two objects lie in bands of their own: separating them by frequency alone would be trivial."""
     shares = {
-        name: np.mean(
-            [spectrum(synthetic.performance(name, np.random.default_rng(seed), 4.0)) for seed in range(4)], 0
-        )
+        name: np.mean([spectrum(synthetic.performance(name, np.random.default_rng(seed), 4.0)) for seed in range(4)], 0)
         for name in synthetic.OBJECTS
     }
     for a in shares:
@@ -83,9 +81,7 @@ def test_every_object_has_its_name_and_the_offscreen_sounds_have_none() -> None:
 
 
 def test_pictures_of_objects_differ_from_each_other_and_from_the_empty_scene() -> None:
-    seen = {
-        n: np.asarray(picture(n, np.random.default_rng(3))).astype(int) for n in (None, *synthetic.OBJECTS)
-    }
+    seen = {n: np.asarray(picture(n, np.random.default_rng(3))).astype(int) for n in (None, *synthetic.OBJECTS)}
     for image in seen.values():
         assert image.shape == (240, 320, 3)
     for name, image in seen.items():  # equal streams draw equal scenery: what differs is the object

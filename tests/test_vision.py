@@ -65,9 +65,7 @@ def test_a_file_whose_name_holds_its_hash(pth: Path, network: nn.Module) -> None
 def test_a_file_whose_name_holds_another_hash_is_refused(pth: Path, tmp_path: Path) -> None:
     wrong = tmp_path / f"{TINY}-0123abcd.pth"
     wrong.write_bytes(pth.read_bytes())
-    with pytest.raises(
-        LabellerUnavailable, match=r"its name says 0123abcd; download the file again"
-    ) as caught:
+    with pytest.raises(LabellerUnavailable, match=r"its name says 0123abcd; download the file again") as caught:
         ImageLabeller.load(TINY, wrong)
     assert one_line(caught.value) and str(wrong) in str(caught.value) and pth.stem[-8:] in str(caught.value)
     cut = tmp_path / pth.name
@@ -116,13 +114,9 @@ def test_weights_that_can_not_be_downloaded_are_one_line_with_the_remedy(
     for proxy in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.delenv("no_proxy", raising=False)
-    with pytest.raises(
-        LabellerUnavailable, match=r"of resnet152 can't be downloaded .*pass --weights FILE"
-    ) as caught:
+    with pytest.raises(LabellerUnavailable, match=r"of resnet152 can't be downloaded .*pass --weights FILE") as caught:
         ImageLabeller.load()
-    assert one_line(caught.value) and "https://download.pytorch.org/models/resnet152-394f9c45.pth" in str(
-        caught.value
-    )
+    assert one_line(caught.value) and "https://download.pytorch.org/models/resnet152-394f9c45.pth" in str(caught.value)
 
 
 def test_files_that_do_not_fit_are_one_line_each(pth: Path, tmp_path: Path) -> None:
@@ -131,9 +125,7 @@ def test_files_that_do_not_fit_are_one_line_each(pth: Path, tmp_path: Path) -> N
     unknown = tmp_path / "unknown.safetensors"
     safetensors.torch.save_file({"x": torch.zeros(1)}, unknown, {"architecture": "nosuchnet"})
     classes = tmp_path / "classes.safetensors"
-    safetensors.torch.save_file(
-        {"x": torch.zeros(1)}, classes, {"architecture": TINY, "classes": json.dumps([1, 2])}
-    )
+    safetensors.torch.save_file({"x": torch.zeros(1)}, classes, {"architecture": TINY, "classes": json.dumps([1, 2])})
     for architecture, path, message in (
         (TINY, tmp_path / "missing.pth", "no such file; give a .pth or .safetensors file"),
         (TINY, garbage, "doesn't fit squeezenet1_1"),

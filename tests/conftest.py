@@ -1,0 +1,45 @@
+"""Clips that several test files share, rendered once."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from avsep import synthetic
+
+CONFIG = synthetic.SceneConfig(
+    objects=("drum", "flute", "violin"), seconds=6, hidden_share=0, silent_share=0.2, offscreen_share=0.2
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def rendered(tmp_path_factory) -> Path:
+    """A folder of 14 rendered clips with references and a table that gives their labels."""
+    folder = tmp_path_factory.mktemp("rendered")
+    rows = []
+    for split, count, n_objects in (("train", 9, None), ("val", 2, None), ("test", 3, 2)):
+        for number in range(count):
+            scene = synthetic.render_scene(number, split, 5, CONFIG, n_objects)
+            segment = synthetic.write_scene(scene, folder)
+            rows.append(
+                {
+                    "segment_id": segment.segment_id,
+                    "source": segment.source,
+                    "start_s": 0,
+                    "end_s": CONFIG.seconds,
+                    "split": split,
+                    "objects": ";".join(segment.objects or ()),
+                    "labels": ";".join(scene.plan.visible),
+                }
+            )
+    with (folder / "segments.csv").open("w", newline="") as f:
+        table = csv.DictWriter(f, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    return folder

@@ -1,0 +1,285 @@
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from avsep.dictionary import BasisDictionary
+from avsep.miml import basis_posteriors
+from avsep.model import Model, ModelConfig, NetworkConfig, SeparationConfig, labeller_file
+from avsep.objects import OBJECT_NAMES, object_index
+from avsep.separation import Separator, basis_shares, ratio_masks, separate
+from avsep.stft import STFT
+
+RATE = 2000
+SMALL = STFT(sample_rate=RATE, n_fft=200, hop_length=100)  # F = 101
+DOG, VIOLIN = object_index("dog"), object_index("violin")
+PITCH = {DOG: 200, VIOLIN: 700}  # Hz
+
+
+def model(**separation: object) -> Model:
+    """A network that knows by construction: low bases are dogs, high ones violins, by 20 points of score."""
+    config = ModelConfig(
+        stft=SMALL,
+        n_bases=6,
+        n_iter=60,
+        network=NetworkConfig(n_subconcepts=1, hidden=2, published_head=False),
+        separation=SeparationConfig(**{"window_s": 2.0, "overlap_s": 0.4, "n_iter": 60} | separation),
+    )
+    network = config.build().eval()
+    with torch.no_grad():
+        network.shared[0].bias.zero_()
+        network.shared[0].weight.zero_()
+        network.shared[0].weight[0, :45] = 1.0  # up to 450 Hz
+        network.shared[0].weight[1, 45:] = 1.0
+        network.subconcepts.bias.fill_(-10.0)
+        network.subconcepts.weight.zero_()
+        network.subconcepts.weight[DOG, 0] = network.subconcepts.weight[VIOLIN, 1] = 20.0
+    return Model(config, network)
+
+
+def tone(index: int, seconds: float, rhythm: float = 3.0) -> torch.Tensor:
+    t = torch.arange(int(RATE * seconds)) / RATE
+    return torch.sin(2 * math.pi * PITCH[index] * t) * (torch.sin(2 * math.pi * rhythm * t + index) > -0.3)
+
+
+def uniform(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0))
+
+
+def gain(reference: torch.Tensor, estimate: torch.Tensor) -> float:
+    """How far the error lies under the reference, in dB."""
+    return float(10 * torch.log10((reference**2).sum() / ((estimate - reference) ** 2).sum()))
+
+
+# ------------------------------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0, 30.0])
+@pytest.mark.parametrize("level", [1e-30, 1.0, 1e30])
+def test_ratio_masks_sum_to_one(power: float, level: float) -> None:
+    V = level * uniform(3, 8, 9)
+    V[:, 2] = 0
+    masks = ratio_masks(V, power)
+    assert torch.allclose(masks.sum(0), torch.ones(8, 9), atol=1e-6)
+    assert (masks >= 0).all() and (masks <= 1).all()
+    assert torch.equal(masks[:, 2], torch.tensor([0.0, 0.0, 1.0])[:, None].expand(3, 9))  # silence is the rest's
+
+
+def test_ratio_masks_by_hand() -> None:
+    V = torch.tensor([[[1.0]], [[3.0]]])
+    assert ratio_masks(V).flatten().tolist() == pytest.approx([0.25, 0.75])
+    assert ratio_masks(V, 2.0).flatten().tolist() == pytest.approx([0.1, 0.9])
+    assert V.flatten().tolist() == [1, 3]
+
+
+def test_separate_keeps_the_phase_and_adds_up() -> None:
+    x = torch.randn(1234, generator=torch.Generator().manual_seed(0))
+    masks = ratio_masks(uniform(3, *SMALL(x).shape))
+    parts = separate(x, masks, SMALL)
+    assert parts.shape == (3, 1234)
+    assert torch.allclose(parts.sum(0), x, atol=1e-5)
+    assert torch.allclose(separate(x, torch.full_like(masks[:1], 0.25), SMALL)[0], x / 4, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------- basis shares
+
+
+def test_soft_shares_sum_to_one_for_each_basis() -> None:
+    relation = 3 * torch.randn(23, 40, generator=torch.Generator().manual_seed(0))
+    for objects in ([DOG, VIOLIN], [5], list(range(23)), []):
+        for config in (SeparationConfig(), SeparationConfig(posterior_power=2.0, rest_below=0.1)):
+            shares = basis_shares(relation, objects, config)
+            assert shares.shape == (len(objects) + 1, 40)
+            assert torch.allclose(shares.sum(0), torch.ones(40), atol=1e-5) and (shares >= 0).all()
+    assert torch.equal(basis_shares(relation, [], SeparationConfig())[0], torch.ones(40))  # all is rest
+
+
+def test_soft_shares_are_in_proportion_to_the_posteriors() -> None:
+    relation = 2 * torch.randn(23, 10, generator=torch.Generator().manual_seed(1))
+    posteriors = basis_posteriors(relation[None])[0]
+    own = basis_shares(relation, [DOG, VIOLIN], SeparationConfig(posterior_power=1.0, rest_below=0.0))[:-1]
+    assert torch.allclose(own[0] / own[1], posteriors[DOG] / posteriors[VIOLIN], rtol=1e-4)
+    sharp = basis_shares(relation, [DOG, VIOLIN], SeparationConfig(posterior_power=2.0, rest_below=0.0))[:-1]
+    assert torch.allclose(sharp[0] / sharp[1], (own[0] / own[1]) ** 2, rtol=1e-4)
+
+
+def test_shares_by_threshold_are_the_published_ones() -> None:
+    """An object takes each basis of half its largest score or more; two may take one, the rest none."""
+    relation = torch.zeros(23, 4)
+    relation[DOG], relation[VIOLIN] = torch.tensor([2.0, 1.0, 0.9, 0.0]), torch.tensor([0.0, 3.0, 1.4, 1.5])
+    shares = basis_shares(relation, [DOG, VIOLIN], SeparationConfig(assignment="threshold"))
+    assert shares.int().tolist() == [[1, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]]
+
+
+# ---------------------------------------------------------------------------------- separator
+
+
+def test_the_network_of_these_tests_separates_its_tones() -> None:
+    dog, violin = tone(DOG, 3.0), tone(VIOLIN, 3.0, 2.0)
+    found = Separator(model())(dog + violin, ["dog", "violin"])
+    assert found.objects == ("dog", "violin") and found.silent == ()
+    assert gain(dog, found.estimates[0]) > 12 and gain(violin, found.estimates[1]) > 12
+    assert found.sound_scores["dog"] + found.sound_scores["violin"] > 0.99
+    named = Separator(model())(dog + violin, ["violin", "dog"])
+    assert torch.allclose(named.estimates, found.estimates.flip(0), atol=1e-5)  # in the order asked for
+
+
+LENGTHS = [1, 99, 100, 150, 1999, 4000, 5999, 6000, 6001, 9999, 13_037]  # a window has 4000
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("assignment", ["soft", "threshold"])
+def test_estimates_and_rest_add_up_to_the_mixture_for_any_length(length: int, assignment: str) -> None:
+    x = torch.randn(length, generator=torch.Generator().manual_seed(length))
+    found = Separator(model(assignment=assignment, n_iter=5))(x.numpy(), ["dog", "violin"])
+    assert found.estimates.shape == (2, length) and found.rest.shape == (length,)
+    assert found.estimates.dtype == torch.float32
+    error = (found.estimates.sum(0) + found.rest - x).norm() / x.norm()
+    assert float(error) < 1e-6
+
+
+@pytest.mark.parametrize("bases", ["learned", "both"])
+def test_learned_bases_separate_and_add_up_too(bases: str) -> None:
+    dog, violin = tone(DOG, 4.5), tone(VIOLIN, 4.5, 2.0)
+    W = torch.zeros(SMALL.n_bins, 2)
+    for column, hz in enumerate(PITCH.values()):
+        k = hz // 10
+        W[k - 1 : k + 2, column] = torch.tensor([0.5, 1.0, 0.5])
+    trained = model(bases=bases)
+    trained.dictionary = BasisDictionary({"dog": W[:, :1], "violin": W[:, 1:]})
+    found = Separator(trained)(dog + violin, ["dog", "violin"])
+    assert gain(dog, found.estimates[0]) > 12 and gain(violin, found.estimates[1]) > 12
+    assert torch.allclose(found.estimates.sum(0) + found.rest, dog + violin, atol=1e-5)
+    trained.dictionary = BasisDictionary({"dog": W[:, :1]})  # the violin was never collected: its own bases serve
+    found = Separator(trained)(dog + violin, ["dog", "violin"])
+    assert gain(violin, found.estimates[1]) > 12
+
+
+def test_windows_do_not_depend_on_how_the_sound_arrives() -> None:
+    x = (tone(DOG, 7.3) + tone(VIOLIN, 7.3, 2.0)).numpy()
+    separator = Separator(model())
+
+    def parts(sizes: int) -> np.ndarray:
+        blocks = [x[i : i + sizes] for i in range(0, len(x), sizes)]
+        plan = separator.plan(blocks, ["dog", "violin"])
+        assert plan.n_samples == len(x)
+        return np.concatenate(list(plan.render(blocks)), 1)
+
+    whole = parts(len(x))
+    assert whole.shape == (3, len(x))
+    assert np.array_equal(parts(1000), whole) and np.array_equal(parts(7777), whole)
+
+
+def test_no_window_leaves_a_seam() -> None:
+    """Cross-fades keep a steady tone steady."""
+    t = torch.arange(int(9.1 * RATE)) / RATE
+    steady = torch.sin(2 * math.pi * PITCH[DOG] * t)
+    found = Separator(model())(steady, ["dog", "violin"])
+    inside = slice(200, -200)
+    assert float((found.estimates[0] - steady)[inside].abs().max()) < 0.02
+
+
+def test_a_silent_clip_gives_zeros() -> None:
+    for objects in (["dog", "violin"], None):
+        found = Separator(model())(torch.zeros(5000), objects)
+        assert not found.estimates.any() and not found.rest.any()
+        assert found.silent == found.objects and not any(found.sound_scores.values())
+
+
+def test_an_object_that_is_visible_but_silent_is_said_to_be() -> None:
+    dog = tone(DOG, 3.0)
+    for assignment in ("soft", "threshold"):
+        found = Separator(model(assignment=assignment))(dog, ["violin", "dog"])
+        assert found.silent == ("violin",) and not found.estimates[0].any()
+        assert gain(dog, found.estimates[1]) > 20
+
+
+def test_without_names_it_separates_what_it_hears() -> None:
+    found = Separator(model())(tone(VIOLIN, 3.0))
+    assert found.objects == ("violin",)
+    both = Separator(model())(tone(VIOLIN, 3.0) + tone(DOG, 3.0, 2.0))
+    assert both.objects == ("dog", "violin")
+
+
+def test_the_same_sound_gives_the_same_estimates() -> None:
+    x = torch.randn(7000, generator=torch.Generator().manual_seed(3))
+    one, other = (Separator(model())(x, ["dog"]) for _ in range(2))
+    assert torch.equal(one.estimates, other.estimates)
+
+
+def test_errors_name_the_value_and_the_remedy() -> None:
+    separator = Separator(model())
+    with pytest.raises(ValueError, match="unknown object 'tuba'; the objects are cat"):
+        separator(torch.ones(500), ["tuba"])
+    with pytest.raises(ValueError, match="no sample to separate"):
+        separator(torch.ones(0), ["dog"])
+    few = Model(replace(model().config, objects=("dog",)), model().network)
+    with pytest.raises(ValueError, match="doesn't know 'violin', only dog"):
+        Separator(few)(torch.ones(500), ["violin"])
+    with pytest.raises(ValueError, match=r"the model has no dictionary: run pipelines.collect"):
+        Separator(model(bases="both"))
+    with pytest.raises(ValueError, match="assignment is 'hard'; it is soft or threshold"):
+        SeparationConfig(assignment="hard")
+    with pytest.raises(ValueError, match="bases is 'all'; it is own, learned or both"):
+        SeparationConfig(bases="all")
+
+
+# ----------------------------------------------------------------------------- model directory
+
+
+def test_a_model_directory_brings_everything_back(tmp_path: Path) -> None:
+    trained = model()
+    trained.dictionary = BasisDictionary({"dog": torch.ones(SMALL.n_bins, 2)})
+    trained.save(str(tmp_path / "model"))
+    names = sorted(p.name for p in (tmp_path / "model").iterdir())
+    assert names == ["config.json", "dictionary.safetensors", "miml.safetensors"]
+    back = Model.load(str(tmp_path / "model"))
+    assert back.config == trained.config and not back.network.training
+    assert back.dictionary is not None and back.dictionary.counts() == {"dog": 2}
+    x = tone(DOG, 2.0) + tone(VIOLIN, 2.0)
+    loaded = Separator.load(str(tmp_path / "model"))(x, ["dog", "violin"])
+    assert torch.equal(loaded.estimates, Separator(trained)(x, ["dog", "violin"]).estimates)
+    assert labeller_file(str(tmp_path / "model")) is None
+
+
+def test_config_json_holds_what_a_reader_needs(tmp_path: Path) -> None:
+    model().save(str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["stft"] == {"sample_rate": RATE, "n_fft": 200, "hop_length": 100}
+    assert config["n_bases"] == 6 and config["objects"] == list(OBJECT_NAMES) and config["format"] == 1
+    assert config["network"]["n_subconcepts"] == 1 and config["labels"]["threshold"] == 0.3
+    assert config["labeller"] == {"architecture": "resnet152", "sha256": None}
+
+
+def test_what_is_no_model_is_said_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"holds no config.json; give the model folder"):
+        Model.load(str(tmp_path))
+    good = tmp_path / "good"
+    model().save(str(good))
+    whole = {p.name: p.read_bytes() for p in good.iterdir()}
+    config = json.loads(whole["config.json"])
+    other = safetensors.torch.save({"x": torch.zeros(2)})
+    for name, content in (
+        ("config.json", b"{"),
+        ("config.json", json.dumps(config | {"format": 99}).encode()),
+        ("config.json", json.dumps(config | {"colour": "red"}).encode()),
+        ("config.json", json.dumps({k: v for k, v in config.items() if k != "objects"}).encode()),
+        ("config.json", json.dumps(config | {"n_bases": 6, "objects": ["dog"]}).encode()),
+        ("miml.safetensors", other),
+        ("miml.safetensors", whole["miml.safetensors"][:-9]),
+        ("dictionary.safetensors", b"no tensors at all"),
+    ):
+        folder = tmp_path / "bad"
+        folder.mkdir(exist_ok=True)
+        for path in folder.iterdir():
+            path.unlink()
+        for n, c in (whole | {name: content}).items():
+            (folder / n).write_bytes(c)
+        with pytest.raises(ValueError, match=r"bad is no model of format 1: .") as caught:
+            Model.load(str(folder))
+        assert "\n" not in str(caught.value)
