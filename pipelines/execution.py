@@ -161,17 +161,16 @@ def session(in_process: bool = False) -> Iterator[Runner]:
         finally:
             torch.set_num_threads(threads)
         return
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else a token file appears in the home folder
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else a token file appears in the home folder
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-    os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning about GPUs to come
     import ray
 
     if ray.is_initialized():
         yield OnRay()
         return
-    address = os.environ.get("RAY_ADDRESS") or "local"
     ray.init(
         address=address,
         logging_level=logging.ERROR,
