@@ -68,9 +68,7 @@ def identities(proxies: Sequence[str] = (), cookies: Sequence[str] = ()) -> tupl
     _each_once("cookie file", cookies, cookies)
     if proxies and cookies:
         if len(proxies) != len(cookies):
-            raise ValueError(
-                f"{len(proxies)} proxies and {len(cookies)} cookie files are paired: give as many of each"
-            )
+            raise ValueError(f"{len(proxies)} proxies and {len(cookies)} cookie files are paired: give as many of each")
         made = [
             EgressIdentity(f"{name} with {storage.name(file)}", proxy, file)
             for name, proxy, file in zip(names, proxies, cookies, strict=True)
@@ -96,13 +94,9 @@ class TokenBucket:
     that a program that is restarted again and again doesn't get a burst each time.
     """
 
-    def __init__(
-        self, per_hour: float, burst: float = 1.0, *, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, per_hour: float, burst: float = 1.0, *, clock: Callable[[], float] = time.monotonic) -> None:
         if not (per_hour > 0 and burst >= 1):
-            raise ValueError(
-                f"rate {per_hour}/h, burst {burst}; the rate must be positive, the burst at least 1"
-            )
+            raise ValueError(f"rate {per_hour}/h, burst {burst}; the rate must be positive, the burst at least 1")
         self.per_hour, self.burst = per_hour, burst
         self._clock, self._level, self._at = clock, 1.0, clock()
 
@@ -187,7 +181,8 @@ class EgressBudget:
     def report(self, lease: Lease, outcome: Reason | None) -> None:
         """Answer a lease: None when the download came, else why it didn't."""
         with self._lock:
-            account = self._accounts[lease.identity.name]
+            # unknown after a restart
+            account = self._accounts.get(lease.identity.name) or self._open(lease.identity)
             now = self._clock()
             account.outcomes["ok" if outcome is None else str(outcome)] += 1
             self.outdated_in_a_row = self.outdated_in_a_row + 1 if outcome == Reason.TOOL_OUTDATED else 0

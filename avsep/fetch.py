@@ -109,7 +109,7 @@ def check_tools() -> list[str]:
     """
     _need_yt_dlp()
     notes = []
-    if not shutil.which("deno") and not _node_counts():
+    if not shutil.which("deno", path=_search_path()) and not _node_counts():
         notes.append("no JavaScript runtime for yt-dlp (deno, or node from version 22): YouTube will fail")
     if importlib.util.find_spec("yt_dlp_ejs") is None:
         notes.append("yt-dlp-ejs isn't installed: YouTube will fail; pip install 'yt-dlp[default,deno]'")
@@ -118,12 +118,14 @@ def check_tools() -> list[str]:
 
 def store_path(store: str, segment_id: str) -> str:
     """Return where a segment's excerpt lives: `STORE/ab/SEGMENT_ID.mkv`, ab from the id's hash."""
-    return storage.join(store, hashlib.sha256(segment_id.encode()).hexdigest()[:2], f"{segment_id}.mkv")
+    return storage.join(store, _key(segment_id))
 
 
-def fetch(
-    segment: Segment, store: str, budget: Budget, options: FetchOptions = FetchOptions()
-) -> FetchResult:
+def _key(segment_id: str) -> str:
+    return f"{hashlib.sha256(segment_id.encode()).hexdigest()[:2]}/{segment_id}.mkv"
+
+
+def fetch(segment: Segment, store: str, budget: Budget, options: FetchOptions = FetchOptions()) -> FetchResult:
     """Bring a segment's excerpt into the media store, unless it is there.
 
     Waits for the budget's leave, reports to it, and tries again, later or as another identity,
@@ -197,9 +199,9 @@ def cut(
     """Write the excerpt `start_s … end_s` of one file, or of a picture's and a sound's, and check it.
 
     `media.decode` of `target` gives what it gives for that excerpt of the source: the same
-    pictures, but for their coding, and the samples within 16 bits. An excerpt that goes past the
-    source's end is shorter; `said_s` is how long the site says the source is. Raises ClipError:
-    EMPTY, UNREADABLE, NO_AUDIO, PAST_END, TRUNCATED, TOO_LONG, TOO_LARGE, TIMEOUT.
+    pictures, but for their coding, and at the source's rate the samples within 16 bits. An excerpt
+    that goes past the source's end is shorter; `said_s` is how long the site says the source is.
+    Raises ClipError: EMPTY, UNREADABLE, NO_AUDIO, PAST_END, TRUNCATED, TOO_LONG, TOO_LARGE, TIMEOUT.
     """
     limits = replace(options.limits, timeout_s=_left(deadline, options.limits.timeout_s))
     headers = [(file, media._probe(file, limits)) for file in files]
@@ -220,7 +222,12 @@ def cut(
     _encode(sound, picture, start_s, length_s, target, options, limits)
 
     limits = replace(limits, timeout_s=_left(deadline, options.limits.timeout_s))
-    clip = media.decode(target, image_size=16, limits=limits)
+    try:
+        clip = media.decode(target, image_size=16, limits=limits)
+    except ClipError as error:
+        if error.reason in (Reason.EMPTY, Reason.UNREADABLE, Reason.TRUNCATED):
+            raise ClipError(Reason.TRUNCATED, f"nothing decodes from {start_s:g} s on") from None
+        raise
     sound_s = len(clip.waveform) / clip.sample_rate
     promised_s = min(_or_inf(end_s), max(sound_end_s, _or_inf(said_s)) if said_s else sound_end_s) - start_s
     if math.isfinite(promised_s) and sound_s < promised_s - _SLACK_S:
@@ -267,7 +274,7 @@ def within(segment: Segment, path: str) -> Segment:
     longer one that is named by the excerpt's start; a longer one named by YTID alone is the whole
     video. Raises ClipError when the file can't be read.
     """
-    if path.endswith(store_path("", segment.segment_id)):
+    if path.endswith(f"/{_key(segment.segment_id)}"):
         return replace(segment, source=path, start_s=0.0, end_s=None)
     length_s = _or_inf(segment.end_s) - segment.start_s
     try:
@@ -276,7 +283,7 @@ def within(segment: Segment, path: str) -> Segment:
     except FileNotFoundError:
         raise ClipError(Reason.MISSING, f"{path} doesn't exist") from None
     if duration_s is not None and duration_s <= length_s + _SLACK_S and math.isfinite(length_s):
-        return replace(segment, source=path, start_s=0.0, end_s=None)
+        return replace(segment, source=path, start_s=0.0, end_s=length_s)
     stem = os.path.splitext(storage.name(path))[0]
     video = segment.source.removeprefix("youtube:")
     if stem in (video, f"Y{video}") or not math.isfinite(length_s):
@@ -338,7 +345,7 @@ _MESSAGES = [
         (
             Reason.TRANSIENT,
             True,
-            "live event will begin|premieres in|is upcoming|is being processed|still processing|is live\\b"
+            "live event will begin|premieres in|is upcoming|is being processed|still processing|\\bis live\\b"
             "|error code: 152|video has not started",
         ),
         (
@@ -391,13 +398,10 @@ def _names(segment: Segment) -> list[str]:
     if segment.source.startswith("youtube:"):
         video = segment.source.removeprefix("youtube:")
         times = [segment.start_s] if segment.end_s is None else [segment.start_s, segment.end_s]
-        forms = ["{:.0f}".format, "{:.3f}".format, "{:06.0f}".format, "{:.0f}".format]
-        scales = [1000, 1, 1, 1]
-        endings = []
-        for form, scale in zip(forms, scales, strict=True):
-            if form is forms[1] or all(float(t * scale).is_integer() for t in times):
-                written = [form(t * scale) for t in times]
-                endings += ["_".join(["", *written]), f"_{written[0]}"]
+        forms = [[f"{1000 * t:.0f}" for t in times], [f"{t:.3f}" for t in times]]
+        if all(t.is_integer() for t in map(float, times)):
+            forms += [[f"{t:06.0f}" for t in times], [f"{t:.0f}" for t in times]]
+        endings = ["_" + "_".join(written) for form in forms for written in (form, form[:1])]
         names += [f"{y}{video}{ending}" for ending in [*endings, ""] for y in ("", "Y")]
     return list(dict.fromkeys(names))
 
@@ -435,8 +439,13 @@ def _need_yt_dlp() -> None:
         raise ModuleNotFoundError("fetching needs yt-dlp: pip install 'yt-dlp[default,deno]'")
 
 
+def _search_path() -> str:
+    """Where programs are looked for: beside this Python first, where the registry's deno lands."""
+    return os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
+
+
 def _node_counts() -> bool:
-    node = shutil.which("node")
+    node = shutil.which("node", path=_search_path())
     if not node:
         return False
     try:
@@ -594,9 +603,7 @@ def _retrieve(
         if found["live"]:
             raise ClipError(Reason.TRANSIENT, "is live", transient=True)
         if sum(found["bytes"]) > options.max_bytes:
-            raise ClipError(
-                Reason.TOO_LARGE, f"{sum(found['bytes'])} bytes; the limit is {options.max_bytes}"
-            )
+            raise ClipError(Reason.TOO_LARGE, f"{sum(found['bytes'])} bytes; the limit is {options.max_bytes}")
         done = child.ask({}, deadline)
     return [folder / name for name in done["files"]], said_s
 
@@ -613,7 +620,7 @@ class _YtDlp:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={**os.environ, "PATH": _search_path(), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             start_new_session=True,
             preexec_fn=media._die_with_parent,
         )

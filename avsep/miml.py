@@ -26,6 +26,7 @@ class MIML(nn.Module):
         n_subconcepts: K.
         hidden: width of the shared layer.
         published_head: end in batch norm and ReLU, as published; off, scores are logits of either sign.
+        linear_bins: how many bins, from the lowest, the shared layer reads; None: all F.
         square_root: take the square root of each basis, which lifts its weak partials.
         log_bands: a second shared layer reads the basis in dB on a logarithmic frequency axis,
             where a change of pitch is a shift.
@@ -40,6 +41,7 @@ class MIML(nn.Module):
         hidden: int = 1024,
         *,
         published_head: bool = True,
+        linear_bins: int | None = None,
         square_root: bool = False,
         log_bands: bool = False,
         dropout: float = 0.0,
@@ -47,7 +49,8 @@ class MIML(nn.Module):
         super().__init__()
         self.n_bins, self.n_objects, self.n_subconcepts = n_bins, n_objects, n_subconcepts
         self.square_root = square_root
-        self.shared = _layer(n_bins, hidden)
+        self.linear_bins = min(linear_bins or n_bins, n_bins)
+        self.shared = _layer(self.linear_bins, hidden)
         self.register_buffer("bands", _log_bands(n_bins) if log_bands else None, persistent=False)
         self.shared_log = _layer(_N_LOG_BANDS, _LOG_HIDDEN) if log_bands else None
         self.dropout = nn.Dropout(dropout)
@@ -77,7 +80,8 @@ class MIML(nn.Module):
         """`(n, F)` → `(n, L)`."""
         x = bases.float()
         x = x / x.amax(-1, keepdim=True).clamp_min(1e-12)
-        features = [self.shared(x.sqrt() if self.square_root else x)]
+        linear = x[:, : self.linear_bins]
+        features = [self.shared(linear.sqrt() if self.square_root else linear)]
         if self.shared_log is not None and isinstance(self.bands, Tensor):
             level = x @ self.bands
             level = level / level.amax(-1, keepdim=True).clamp_min(1e-12)

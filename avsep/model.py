@@ -11,12 +11,14 @@ import safetensors.torch
 import torch
 
 from avsep import storage
+from avsep.context import BasisContext
 from avsep.dictionary import BasisDictionary
 from avsep.miml import MIML
 from avsep.objects import OBJECT_NAMES
 from avsep.stft import STFT
 
 FORMAT = 1
+_CONTEXT = "context."  # before the names of the context's weights, in the network's file
 CONFIG_FILE, NETWORK_FILE, DICTIONARY_FILE, LABELLER_FILE = (
     "config.json",
     "miml.safetensors",
@@ -32,6 +34,7 @@ class NetworkConfig:
     n_subconcepts: int = 4  # K
     hidden: int = 1024
     published_head: bool = True
+    linear_bins: int | None = None
     square_root: bool = False
     log_bands: bool = False
     dropout: float = 0.0
@@ -90,6 +93,7 @@ class ModelConfig:
     labels: LabelConfig = field(default_factory=LabelConfig)
     labeller: LabellerConfig = field(default_factory=LabellerConfig)
     separation: SeparationConfig = field(default_factory=SeparationConfig)
+    context: bool = False  # the network carries a trained BasisContext
     recipe: str = ""
     training: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -107,10 +111,14 @@ class Model:
     config: ModelConfig
     network: MIML
     dictionary: BasisDictionary | None = None
+    context: BasisContext | None = None
 
     def save(self, directory: str) -> None:
         """Write the model directory; files that this model has not are left alone."""
         weights = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
+        if self.context is not None:
+            own = self.context.state_dict()
+            weights |= {f"{_CONTEXT}{k}": v.detach().cpu().contiguous() for k, v in own.items()}
         storage.write_bytes(storage.join(directory, NETWORK_FILE), safetensors.torch.save(weights))
         if self.dictionary is not None:
             self.dictionary.save(storage.join(directory, DICTIONARY_FILE))
@@ -131,15 +139,20 @@ class Model:
             )
         try:
             config = _parse(json.loads(storage.read_bytes(path)))
-            network = config.build()
-            network.load_state_dict(safetensors.torch.load(storage.read_bytes(storage.join(directory, NETWORK_FILE))))
+            weights = safetensors.torch.load(storage.read_bytes(storage.join(directory, NETWORK_FILE)))
+            network, context = config.build(), None
+            network.load_state_dict({k: v for k, v in weights.items() if not k.startswith(_CONTEXT)})
+            if config.context:
+                context = BasisContext()
+                own = {k.removeprefix(_CONTEXT): v for k, v in weights.items() if k.startswith(_CONTEXT)}
+                context.load_state_dict(own)
             dictionary = None
             if storage.exists(storage.join(directory, DICTIONARY_FILE)):
                 dictionary = BasisDictionary.load(storage.join(directory, DICTIONARY_FILE))
         except (TypeError, KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
             first_line = str(error).strip().split("\n")[0]
             raise ValueError(f"{directory} is no model of format {FORMAT}: {first_line}") from None
-        return cls(config, network.eval().to(device), dictionary)
+        return cls(config, network.eval().to(device), dictionary, context.eval() if context else None)
 
 
 def _parse(raw: dict[str, Any]) -> ModelConfig:

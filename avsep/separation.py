@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from avsep import nmf
+from avsep.context import pair_features
 from avsep.miml import basis_posteriors, energy_shares
 from avsep.model import Model, SeparationConfig
 from avsep.objects import object_index
@@ -127,10 +128,30 @@ class Separator:
         return Window(factors, relation, scores, total)
 
     @torch.inference_mode()
+    def shares(self, window: Window, objects: Sequence[int]) -> Tensor:
+        """Say how much of each basis goes to each object and, last, to the rest, `(J + 1, M)`.
+
+        Where the model has learned how a clip's bases belong together, they vote among the
+        objects that are there; else each is taken by itself (`basis_shares`).
+        """
+        shares = basis_shares(window.relation, objects, self.config)
+        context = self.model.context
+        if context is None or self.config.assignment == "threshold" or len(objects) < 2:
+            return shares
+        factors, index = window.factors, list(objects)
+        present = torch.zeros(1, len(self.model.config.objects), dtype=torch.bool)
+        present[0, index] = True
+        pairs = pair_features(factors.W.T[None], factors.H[None], factors.basis_energy[None])
+        posteriors = basis_posteriors(window.relation[None])[:, :-1].clamp_min(1e-9)
+        refined = context(posteriors.log(), pairs, present)[0, index].exp() ** self.config.posterior_power
+        shares[:-1] = (1 - shares[-1]) * refined / refined.sum(0).clamp_min(1e-12)
+        return shares
+
+    @torch.inference_mode()
     def masks(self, waveform: Tensor, window: Window, objects: Sequence[int]) -> Tensor:
         """Return the objects' masks and, last, the rest's, `(J + 1, F, N)`, summing to one."""
         W, H = window.factors.W, window.factors.H
-        shares = basis_shares(window.relation, objects, self.config)
+        shares = self.shares(window, objects)
         own = learned = None
         if self.config.bases != "learned":
             if self.config.assignment == "threshold":

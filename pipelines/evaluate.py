@@ -10,7 +10,7 @@ import io
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from avsep import baselines, media, metrics, plots, stages, storage, training
 from avsep.objects import OBJECT_NAMES
 from avsep.records import ClipError, Segment, read_segments
 from avsep.report import Report
-from avsep.separation import REST, Separator, basis_shares
+from avsep.separation import REST, Separator
 from pipelines import execution
 from pipelines.execution import fail, say
 
@@ -192,7 +192,7 @@ def separate_case(
     estimates["oracle_assignment"] = oracle[:-1]
     estimates["ideal_mask"] = baselines.ideal_ratio_mask(case.mixture, everything, separator.stft)[:-1]
     index = [OBJECT_NAMES.index(n) for n in case.names]
-    guess = basis_shares(window.relation, index, replace(separator.config, assignment="soft"))[:-1].argmax(0)
+    guess = separator.shares(window, index)[:-1].argmax(0)
     belongs = owner < n_sources
     energy = window.factors.basis_energy
     return estimates, {

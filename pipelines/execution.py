@@ -48,6 +48,10 @@ class InProcess:
         for item in items:
             yield function(*item)
 
+    def share(self, value: Any) -> Any:
+        """Return a value to pass to many items."""
+        return value
+
     def actors(self, make: Callable[[], Any], count: int) -> list[Callable[..., Future]]:
         """Build one object and return a function that calls it and gives a finished future."""
         target = make()
@@ -86,6 +90,10 @@ class OnRay:
                 return
             ready, pending = self._ray.wait(pending, num_returns=1)
             yield self._get(ready[0])
+
+    def share(self, value: Any) -> Any:
+        """Store a value once, to pass to many items."""
+        return self._ray.put(value)
 
     def _get(self, reference: Any) -> Any:
         try:

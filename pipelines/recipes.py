@@ -20,6 +20,7 @@ class Recipe:
     labeller: str = LabellerConfig.architecture
     network: NetworkConfig = field(default_factory=NetworkConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    practice: int = 0  # mixtures of solos, on which the bases' context is learned; 0: none
     separation: SeparationConfig = field(default_factory=SeparationConfig)
 
 
@@ -27,8 +28,11 @@ def default() -> Recipe:
     """Partial labels: every basis is trained, and shared softly among the objects that are there."""
     return Recipe(
         "default",
-        network=NetworkConfig(published_head=False, square_root=True, log_bands=True, dropout=0.3),
+        network=NetworkConfig(
+            published_head=False, hidden=768, linear_bins=801, square_root=True, log_bands=True, dropout=0.3
+        ),
         training=TrainingConfig(epochs=16, schedule="one_cycle", warp=0.06),
+        practice=400,
     )
 
 
@@ -48,6 +52,7 @@ def audioset() -> Recipe:
         "audioset",
         network=base.network,
         training=replace(base.training, epochs=12, batch_size=256),
+        practice=2000,
         separation=base.separation,
     )
 

@@ -13,16 +13,19 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import torch
 
-from avsep import bags, plots, shards, stages, storage, training
+from avsep import bags, plots, practice, shards, stages, storage, training
+from avsep.context import BasisContext
 from avsep.miml import MIML
 from avsep.model import LabellerConfig, Model, ModelConfig, versions
-from avsep.records import ClipRecord
+from avsep.records import ClipRecord, clips_from_table
 from avsep.stft import STFT
 from pipelines import execution, recipes
 from pipelines.execution import fail, say
@@ -33,6 +36,7 @@ EXAMPLES = """examples:
   python -m pipelines.train --clips out/clips --out out/run --resume
 """
 _IN_MEMORY_BYTES = 4 << 30  # of bases; more are streamed from the shards
+_SOLOS_AN_OBJECT = 100  # that practice mixtures draw from
 HISTORY_FILE = "history.json"
 _MAPS = 4  # relation maps drawn
 
@@ -246,6 +250,8 @@ def run(arguments: argparse.Namespace) -> int:
             fit(job)
         else:
             train_on_ray(job, runner)
+        if recipe.practice:
+            learn_context(runner, job, recipe.practice)
     draw_figures(out, arguments.clips)
     say(f"model in {storage.join(out, 'model')}")
     return execution.DONE
@@ -261,6 +267,67 @@ def _count(path: str, config: ModelConfig) -> tuple[int, int]:
         )
         counts[columns.column("split")[i].as_py()] += int(marks is not None and bool(marks.any()))
     return counts["train"], counts["val"]
+
+
+def learn_context(runner: execution.Runner, job: dict[str, Any], n_mixtures: int) -> None:
+    """Mix clips in which one object plays alone, learn on them which bases belong together, add it to the model."""
+    directory = storage.join(job["out"], "model")
+    solos = [
+        s
+        for part in execution.map_in_order(runner, solos_of_file, [(directory, f) for f in job["files"]])
+        for s in part
+    ]
+    counts = Counter(s.object_index for s in solos)
+    if len(counts) < 2:
+        say("train: the clips hold no solos of two objects to practise on, so bases are assigned one by one")
+        return
+    kept = [s for i in counts for s in [t for t in solos if t.object_index == i][:_SOLOS_AN_OBJECT]]
+    model = Model.load(directory)
+    config = model.config
+    n_frames = int(np.median([s.activations.shape[1] for s in kept]))
+    shared = runner.share(kept)
+    items = [
+        (shared, len(config.objects), config.stft.n_bins, config.n_bases, n_frames, range(i, min(i + 10, n_mixtures)))
+        for i in range(0, n_mixtures, 10)
+    ]
+    with execution.Progress("practise", n_mixtures, "mixtures") as progress:
+        done: dict[int, list[practice.Practice]] = {}
+        for first, mixtures in runner.map(mix_batch, items):
+            done[first] = mixtures
+            progress.add(len(mixtures))
+    practices = [p for first in sorted(done) for p in done[first]]
+    ((model.context, figures),) = runner.map(fit_context, [(model.network, practices, job["training"].seed)])
+    say(
+        f"train: cross-entropy of bases of held-out mixtures: {figures['before']:.3f} one by one, "
+        f"{figures['after']:.3f} together"
+    )
+    Model(replace(config, context=True), model.network, None, model.context).save(directory)
+
+
+def solos_of_file(model_dir: str, path: str) -> list[practice.Solo]:
+    """Find one file's training clips in which an object plays alone."""
+    execution.one_thread()
+    model = Model.load(model_dir)
+    solos = []
+    for record in clips_from_table(shards.read_table(path)):
+        labels = bags.decide_labels(record.labels, record.image_logits, model.config.labels)
+        if record.split == "train" and labels is not None and labels.any():
+            solos.append(practice.find_solo(model.network, record, labels))
+    return [s for s in solos if s is not None]
+
+
+def mix_batch(
+    solos: list[practice.Solo], n_objects: int, n_bins: int, n_bases: int, n_frames: int, seeds: range
+) -> tuple[int, list[practice.Practice]]:
+    """Make some practice mixtures."""
+    execution.one_thread()
+    return seeds[0], [practice.mix_solos(solos, n_objects, n_bins, n_bases, n_frames, seed) for seed in seeds]
+
+
+def fit_context(network: MIML, practices: list[practice.Practice], seed: int) -> tuple[BasisContext, dict[str, float]]:
+    """Train the context, in one worker."""
+    execution.one_thread()
+    return practice.train_context(network, practices, seed=seed)
 
 
 def draw_figures(out: str, clips: str) -> None:

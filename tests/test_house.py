@@ -13,7 +13,20 @@ LAYERS = (
     ("stft", "nmf", "metrics", "objects"),
     ("miml", "training"),
     ("media", "fetch", "egress", "storage", "vision", "records", "shards"),
-    ("stages", "dictionary", "model", "separation", "baselines", "synthetic", "plots", "report", "audioset", "bags"),
+    (
+        "stages",
+        "dictionary",
+        "model",
+        "separation",
+        "baselines",
+        "synthetic",
+        "plots",
+        "report",
+        "audioset",
+        "bags",
+        "context",
+        "practice",
+    ),
     ("cli",),
 )
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}

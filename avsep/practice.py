@@ -1,0 +1,185 @@
+"""Practice mixtures: clips in which one object seems to play alone, mixed, so that the sources are known.
+
+No label beyond the weak ones is used: a trained relation map finds the solos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from avsep import nmf
+from avsep.context import TOP_SHARE, BasisContext, pair_features
+from avsep.miml import MIML, basis_posteriors, energy_shares
+from avsep.records import ClipRecord
+from avsep.training import warp_frequencies
+
+_MISSED, _NOISE = 0.05, 0.1  # how likely an unseen object or noise is, beside a visible one
+_COUNTS = (0.6, 0.4)  # shares of mixtures of two and three
+_WARP, _COLOUR_DB, _GAIN_DB, _FLOOR_DB = 0.06, 3.0, 4.0, -45.0
+
+
+@dataclass
+class Solo:
+    """The bases of a clip's one object, with their activations; `F'` are the lower bins."""
+
+    object_index: int
+    bases: Tensor  # (F', m)
+    activations: Tensor  # (m, N)
+
+
+@dataclass
+class Practice:
+    """A mixture factorised, with what is true of its bases."""
+
+    bases: Tensor  # (M, F), zero above F'
+    activations: Tensor  # (M, N)
+    basis_energy: Tensor  # (M,)
+    shares: Tensor  # (L, M): of each basis's energy
+    present: Tensor  # boolean (L,)
+
+
+@torch.inference_mode()
+def find_solo(network: MIML, record: ClipRecord, labels: Tensor, threshold: float = 0.85) -> Solo | None:
+    """Return a clip's sounding object with its bases, when one visible object has `threshold` of the sound."""
+    bases = torch.from_numpy(record.bases.astype(np.float32))
+    energy = torch.from_numpy(record.basis_energy)
+    posteriors = basis_posteriors(network.relation(bases.T.unsqueeze(0)))
+    prior = torch.cat([torch.where(labels, 1.0, _MISSED), torch.tensor([_NOISE])])
+    posteriors = posteriors * prior[:, None]
+    posteriors = posteriors / posteriors.sum(1, keepdim=True)
+    shares = energy_shares(posteriors, energy.unsqueeze(0))[0]
+    shares = shares / shares.sum().clamp_min(1e-9)
+    index = int(shares.argmax())
+    own = posteriors[0, index] > 0.5
+    if not labels[index] or shares[index] < threshold or not own.any():
+        return None
+    top = int(bases.shape[0] * TOP_SHARE) + 1
+    activations = torch.from_numpy(record.activations.astype(np.float32)) * record.activation_scale
+    return Solo(index, bases[:top, own].half(), activations[own])
+
+
+def mix_solos(
+    solos: Sequence[Solo], n_objects: int, n_bins: int, n_bases: int, n_frames: int, seed: int, n_iter: int = 150
+) -> Practice:
+    """Mix solos of two or three objects, each changed in pitch, colour, level and time, and factorise the mixture.
+
+    Args:
+        solos: of at least two objects.
+        n_objects, n_bins, n_bases, n_frames: L, F, M, N.
+        seed: everything follows from it.
+    """
+    rng = np.random.default_rng(seed)
+    by_object: dict[int, list[Solo]] = {}
+    for solo in solos:
+        by_object.setdefault(solo.object_index, []).append(solo)
+    if len(by_object) < 2:
+        raise ValueError("the solos are all of one object; mixtures need two at least")
+    count = min(2 + int(rng.choice(2, p=_COUNTS)), len(by_object))
+    chosen = [int(i) for i in rng.choice(sorted(by_object), count, replace=False)]
+    parts = torch.stack([_perform(by_object[i][rng.integers(len(by_object[i]))], n_frames, rng) for i in chosen])
+    phases = torch.from_numpy(rng.uniform(0, 2 * np.pi, parts.shape).astype(np.float32))
+    V = torch.polar(parts, phases).sum(0).abs()
+    noise = torch.from_numpy(np.abs(rng.standard_normal(V.shape)).astype(np.float32))
+    V = V + noise * V.square().mean().sqrt() * 10 ** (_FLOOR_DB / 20)
+    W, H = nmf.factorize(V, n_bases, n_iter=n_iter, seeds=seed)
+    shares = torch.zeros(n_objects, n_bases)
+    shares[chosen] = source_shares(parts, W, H)
+    bases = torch.zeros(n_bases, n_bins)
+    bases[:, : W.shape[0]] = W.T
+    energy = W.square().sum(0) * H.square().sum(1)
+    present = torch.zeros(n_objects, dtype=torch.bool)
+    present[chosen] = True
+    return Practice(bases.half(), H, energy / energy.sum().clamp_min(1e-30), shares, present)
+
+
+def source_shares(magnitudes: Tensor, W: Tensor, H: Tensor) -> Tensor:
+    """Return what share of each basis's energy comes from each source, `(J, F, N)` → `(J, M)`; columns sum to one.
+
+    Basis m holds `W_m H_m / (W H)` of every bin, and a bin's energy is the sources' in proportion to theirs.
+    """
+    power = magnitudes.square()
+    explained = (W @ H).clamp_min(1e-9) * power / power.sum(0).clamp_min(1e-12)
+    energy = torch.stack([((W.T @ e) * H).sum(1) for e in explained])
+    return energy / energy.sum(0).clamp_min(1e-20)
+
+
+def _perform(solo: Solo, n_frames: int, rng: np.random.Generator) -> Tensor:
+    """Render a solo's magnitudes `(F', N)`, changed at random."""
+    W = solo.bases.float().T
+    factor = float(np.exp(rng.uniform(-1, 1) * np.log1p(_WARP)))
+    W = warp_frequencies(W, torch.full((len(W),), factor))
+    octaves = np.log2(np.maximum(np.arange(W.shape[1]), 3))
+    colour = np.interp(octaves, np.linspace(octaves[0], octaves[-1], 8), rng.normal(0, _COLOUR_DB, 8))
+    W = W * torch.from_numpy(10 ** (colour / 20)).float()
+    shift = int(rng.integers(solo.activations.shape[1]))
+    frames = (torch.arange(n_frames) + shift) % solo.activations.shape[1]
+    V = W.T @ solo.activations[:, frames]
+    return V / V.square().mean().sqrt().clamp_min(1e-9) * 10 ** (rng.uniform(-_GAIN_DB, _GAIN_DB) / 20)
+
+
+def train_context(
+    network: MIML, practices: Sequence[Practice], *, epochs: int = 60, learning_rate: float = 3e-3, seed: int = 0
+) -> tuple[BasisContext, dict[str, float]]:
+    """Train a context on practice mixtures; return it with the cross-entropy before and after.
+
+    The last eighth of the mixtures is held out for the figures.
+    """
+    torch.manual_seed(seed)
+    bases = torch.stack([p.bases for p in practices])
+    energy = torch.stack([p.basis_energy for p in practices])
+    with torch.inference_mode():
+        z = torch.cat([log_posteriors(network, b.float()) for b in bases.split(64)])
+        pairs = torch.cat(
+            [
+                pair_features(
+                    bases[i : i + 64].float(),
+                    torch.stack([p.activations for p in practices[i : i + 64]]),
+                    energy[i : i + 64],
+                )
+                for i in range(0, len(practices), 64)
+            ]
+        )
+    z, pairs = z.clone(), pairs.clone()  # out of inference mode
+    present = torch.stack([p.present for p in practices])
+    target = torch.stack([p.shares for p in practices])
+    weight = energy.sqrt()
+    n_train = len(practices) - max(1, len(practices) // 8)
+    context = BasisContext()
+    x = context.inputs(z, pairs, present)[:n_train].flatten(0, 2)
+    context.mean.copy_(x.mean(0))
+    context.deviation.copy_(x.std(0) + 1e-6)
+
+    def loss(rows: Tensor, refined: bool) -> Tensor:
+        q = (
+            context(z[rows], pairs[rows], present[rows])
+            if refined
+            else z[rows].masked_fill(~present[rows].unsqueeze(2), -torch.inf).log_softmax(1)
+        )
+        entropy = -(target[rows] * q.clamp_min(-20)).sum(1)
+        return (entropy * weight[rows]).sum() / weight[rows].sum()
+
+    optimiser = torch.optim.Adam(context.parameters(), learning_rate, weight_decay=1e-5)
+    batch_size = min(32, n_train)
+    steps = epochs * -(-n_train // batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=steps)
+    for _ in range(epochs):
+        for rows in torch.randperm(n_train).split(batch_size):
+            optimiser.zero_grad()
+            loss(rows, True).backward()
+            optimiser.step()
+            schedule.step()
+    held = torch.arange(n_train, len(practices))
+    with torch.no_grad():
+        figures = {"before": float(loss(held, False)), "after": float(loss(held, True))}
+    return context.eval(), figures
+
+
+@torch.inference_mode()
+def log_posteriors(network: MIML, bases: Tensor) -> Tensor:
+    """Return `log p(object | basis)`, `(B, M, F)` → `(B, L, M)`, noise counted but left out."""
+    return basis_posteriors(network.relation(bases))[:, :-1].clamp_min(1e-9).log()
