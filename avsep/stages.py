@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from avsep.stft import STFT
 _SILENCE_DB = -80.0  # RMS below this, full scale = 0, is no sound
 _CLIPS_IN_FLIGHT = 4  # decoded clips that wait for their logits; also a labeller's batch
 
+Locate = Callable[[Segment], Segment]  # where a segment's media are: the same excerpt of another source
 Label = Callable[[NDArray[np.uint8]], Future]  # (n, height, width, 3) pictures → future (n, 1000) logits
 
 
@@ -165,40 +167,52 @@ def extract_record(segment: Segment, config: ExtractionConfig, label: Label | No
 
 
 def extract_records(
-    segments: Sequence[Segment], config: ExtractionConfig, label: Label | None
+    segments: Sequence[Segment], config: ExtractionConfig, label: Label | None, locate: Locate | None = None
 ) -> tuple[list[ClipRecord], list[Rejection], dict[str, float]]:
     """Take segments through every stage, labelling the pictures of several clips at a time.
 
+    `locate` finds, or fetches, a segment's media; without it they are at the segment's source.
     The pictures of a few clips go to `label` together, and the clips are factorised while it
     works. Returns records and rejections in the segments' order, and seconds by stage.
     """
     records: list[ClipRecord] = []
     rejections: list[Rejection] = []
-    seconds = {"decode": 0.0, "factorize": 0.0, "label": 0.0}
+    seconds = {"fetch": 0.0, "decode": 0.0, "factorize": 0.0, "label": 0.0}
+
     for group in _groups(segments, _CLIPS_IN_FLIGHT):
         decoded: list[tuple[Segment, Decoded]] = []
-        started = time.monotonic()
         for segment in group:
+            found, stage = segment, "fetch"
             try:
-                decoded.append((segment, decode(segment, config)))
+                if locate is not None:
+                    with _timed(seconds, stage):
+                        found = locate(segment)
+                stage = "decode"
+                with _timed(seconds, stage):
+                    decoded.append((segment, decode(found, config)))
             except ClipError as error:
-                rejections.append(
-                    Rejection(segment.segment_id, "decode", error.reason, error.transient, detail=error.detail)
-                )
-        seconds["decode"] += time.monotonic() - started
+                rejection = Rejection(segment.segment_id, stage, error.reason, error.transient, detail=error.detail)
+                rejections.append(rejection)
         pictures = [d.clip.images for _, d in decoded]
         future = label(np.concatenate(pictures)) if label and sum(map(len, pictures)) else None
-        started = time.monotonic()
-        factors = [factorize(d.clip.waveform, seed_of(s.segment_id), config) for s, d in decoded]
-        seconds["factorize"] += time.monotonic() - started
-        started = time.monotonic()
-        logits = [None] * len(decoded) if future is None else _split(future.result(), pictures)
-        seconds["label"] += time.monotonic() - started
+        with _timed(seconds, "factorize"):
+            factors = [factorize(d.clip.waveform, seed_of(s.segment_id), config) for s, d in decoded]
+        with _timed(seconds, "label"):
+            logits = [None] * len(decoded) if future is None else _split(future.result(), pictures)
         records += [
             to_record(s, d, f, x, config.stft.sample_rate)
             for (s, d), f, x in zip(decoded, factors, logits, strict=True)
         ]
     return records, rejections, seconds
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds[stage] += time.monotonic() - started
 
 
 def _groups(items: Sequence[Segment], size: int) -> Iterable[Sequence[Segment]]:

@@ -52,7 +52,7 @@ class InProcess:
         """Return a value to pass to many items."""
         return value
 
-    def actors(self, make: Callable[[], Any], count: int) -> list[Callable[..., Future]]:
+    def actors(self, make: Callable[[], Any], count: int, *, gpu: bool) -> list[Callable[..., Future]]:
         """Build one object and return a function that calls it and gives a finished future."""
         target = make()
 
@@ -101,15 +101,13 @@ class OnRay:
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, Exception) else error from None
 
-    def actors(self, make: Callable[[], Any], count: int) -> list[Callable[..., Future]]:
+    def actors(self, make: Callable[[], Any], count: int, *, gpu: bool) -> list[Callable[..., Future]]:
         """Start `count` actors, each holding what `make` builds; return a caller for each.
 
-        A caller can be sent to tasks. Actors take a GPU each where there are any; on CPUs they
-        work while the tasks that call them wait, so they claim none.
+        A caller can be sent to tasks. With `gpu` each takes one; of CPUs they claim none, since
+        they work while the tasks that call them wait.
         """
-        actor = self._ray.remote(Held).options(
-            num_cpus=0, num_gpus=1 if self.n_gpus else 0, max_restarts=3, max_task_retries=3
-        )
+        actor = self._ray.remote(Held).options(num_cpus=0, num_gpus=int(gpu), max_restarts=3, max_task_retries=3)
         return [RemoteCall(actor.remote(make)) for _ in range(count)]
 
 

@@ -10,12 +10,14 @@ import argparse
 import functools
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from typing import Any
 
-from avsep import shards, stages
-from avsep.records import Reason, Rejection, Segment, read_segments
+from avsep import fetch, shards, stages
+from avsep.egress import EgressBudget, Lease, identities
+from avsep.records import ClipError, ClipRecord, Reason, Rejection, Segment, read_segments
 from avsep.vision import ImageLabeller, LabellerUnavailable
 from pipelines import execution, recipes
 from pipelines.execution import fail, say
@@ -24,8 +26,13 @@ EXAMPLES = """examples:
   python -m pipelines.extract --segments out/manifest --out out/clips
   python -m pipelines.extract --segments out/manifest --out out/clips --weights resnet152-394f9c45.pth
   python -m pipelines.extract --segments out/manifest --out out/clips --retry-rejected timeout missing
+  python -m pipelines.extract --segments out/audioset --out out/clips --media out/media --rate 250
+  python -m pipelines.extract --segments out/audioset --out out/clips --media out/media --until fetch
   python -m pipelines.extract --segments out/manifest --out out/clips --in-process   # no Ray, for a debugger
 """
+
+
+_OUTDATED_IN_A_ROW = 20  # downloads that fail as if yt-dlp no longer understood YouTube
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,6 +47,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", required=True, help="folder or URI of the clip shards")
     p.add_argument("--recipe", default="default", help="one of " + ", ".join(recipes.RECIPES))
     p.add_argument("--weights", help="weights of the picture network, a .pth or .safetensors file")
+    p.add_argument("--media", metavar="URI", help="where downloads are kept, and files that you have are looked for")
+    p.add_argument("--until", choices=["fetch"], help="only fill --media; extraction can follow")
+    p.add_argument("--rate", type=float, default=250.0, help="downloads an hour and egress identity (default 250)")
+    p.add_argument("--proxies", nargs="+", default=[], metavar="URL", help="an egress identity each")
+    p.add_argument("--cookies", nargs="+", default=[], metavar="FILE", help="an egress identity each")
     p.add_argument(
         "--retry-rejected",
         nargs="*",
@@ -62,12 +74,25 @@ def extract_shard(
     config: stages.ExtractionConfig,
     configuration: dict[str, Any],
     label: stages.Label | None,
-) -> shards.Commit:
-    """Extract one shard's segments and commit them; `kept` are rejections that stand."""
+    store: MediaStore | None = None,
+    fetch_only: bool = False,
+) -> tuple[str, dict[str, float]]:
+    """Extract one shard's segments and commit them; return its name and the seconds of each stage.
+
+    `kept` are rejections that stand. With `fetch_only` media are only brought into the store, and
+    what can't be had is committed as rejected.
+    """
     execution.one_thread()
-    records, rejections, seconds = stages.extract_records(segments, config, label)
+    records: list[ClipRecord] = []
+    seconds: dict[str, float] = {}
+    if fetch_only:
+        rejections = store.fetch_all(segments) if store else []
+        if not rejections:
+            return shard, {}
+    else:
+        records, rejections, seconds = stages.extract_records(segments, config, label, store.locate if store else None)
     rejections = [replace(r, attempts=attempts.get(r.segment_id, 0) + 1) for r in rejections]
-    return shards.write_shard(
+    commit = shards.write_shard(
         out,
         shard,
         generation,
@@ -77,6 +102,84 @@ def extract_shard(
         shape=config.shape,
         timings_s=seconds,
     )
+    return shard, commit.timings_s
+
+
+@dataclass
+class MediaStore:
+    """Where remote segments' media are, and how missing ones get there."""
+
+    uri: str
+    known: dict[str, str]  # segment_id → path, as listed at the start
+    budget: SharedBudget
+
+    def locate(self, segment: Segment) -> Segment:
+        """Return the segment as it is in the store, fetched when it isn't there; ClipError says why it can't be."""
+        if not fetch.is_remote(segment):
+            return segment
+        path = self.known.get(segment.segment_id) or fetch.fetch(segment, self.uri, self.budget).path
+        return fetch.within(segment, path)
+
+    def fetch_all(self, segments: Sequence[Segment]) -> list[Rejection]:
+        """Bring segments' media into the store; return those that can't be had."""
+        rejections = []
+        for s in segments:
+            try:
+                self.locate(s)
+            except ClipError as error:
+                rejections.append(Rejection(s.segment_id, "fetch", error.reason, error.transient, detail=error.detail))
+        return rejections
+
+
+@dataclass
+class SharedBudget:
+    """An egress budget that all workers share: calls go to the one that holds it."""
+
+    call: Callable[..., Future]
+
+    def acquire(self, machine: str = "") -> Lease | float:
+        """Give a lease, or the seconds to wait; stop the run where YouTube has changed."""
+        outdated, answer = self.call("acquire", machine).result()
+        if outdated >= _OUTDATED_IN_A_ROW:
+            fail(f"{outdated} downloads in a row failed as if YouTube had changed: update yt-dlp, then run this again")
+        return answer
+
+    def report(self, lease: Lease, outcome: Reason | None) -> None:
+        """Take a lease's outcome, None for success."""
+        self.call("report", lease, outcome).result()
+
+
+class HeldBudget:
+    """The budget itself, behind one callable."""
+
+    def __init__(self, proxies: Sequence[str], cookies: Sequence[str], per_hour: float) -> None:
+        self.budget = EgressBudget(identities(proxies, cookies), per_hour=per_hour)
+
+    def __call__(self, method: str, *arguments: Any) -> tuple[int, Any]:
+        """Call a method; the number of 'tool outdated' answers in a row comes with its result."""
+        result = getattr(self.budget, method)(*arguments)
+        return self.budget.outdated_in_a_row, result
+
+
+def open_store(
+    arguments: argparse.Namespace, segments: Sequence[Segment], runner: execution.Runner
+) -> MediaStore | None:
+    """List what the media store holds; None where no segment needs one."""
+    remote = [s for s in segments if fetch.is_remote(s)]
+    if not remote:
+        return None
+    known = fetch.find_media(arguments.media, remote)
+    missing = len(remote) - len(known)
+    if missing:
+        try:
+            fetch.check_tools()
+        except ModuleNotFoundError as error:
+            fail(str(error))
+        n_identities = max(1, len(identities(arguments.proxies, arguments.cookies)))
+        hours = missing / (arguments.rate * n_identities)
+        say(f"{missing} of {len(remote)} remote segments are to be fetched: {hours:.1f} hours at the rate allowed")
+    make = functools.partial(HeldBudget, arguments.proxies, arguments.cookies, arguments.rate)
+    return MediaStore(arguments.media, known, SharedBudget(runner.actors(make, 1, gpu=False)[0]))
 
 
 def open_labeller(architecture: str, weights: str | None, device: str) -> ImageLabeller:
@@ -104,7 +207,7 @@ def plan_work(
     `retry_reasons` None retries nothing, an empty list every rejection.
     """
     commits = shards.read_commits(out)
-    if stale := {c.digest for c in commits} - {digest}:
+    if stale := {c.digest for c in commits if c.clips} - {digest}:
         fail(f"{out} was extracted with another configuration (digest {stale.pop()}, now {digest}); give another --out")
     generations = Counter({c.shard: c.generation + 1 for c in commits})
     rejections = {r.segment_id: r for r in shards.read_rejections(out)}
@@ -134,7 +237,16 @@ def run(arguments: argparse.Namespace) -> int:
     segments = read_segments(arguments.segments)
     if not segments:
         fail(f"{arguments.segments} holds no segments")
-    labeller = load_labeller(arguments, recipe, needed=any(s.labels is None for s in segments))
+    if not arguments.media and (remote := sum(map(fetch.is_remote, segments))):
+        fail(f"{remote} segments must be downloaded; say with --media FOLDER where downloads are kept")
+    if arguments.until and not arguments.media:
+        fail("--until fetch: say with --media FOLDER where downloads are kept")
+    if arguments.rate <= 0:
+        fail(f"--rate {arguments.rate:g}: it must be above 0 downloads an hour")
+    identities(arguments.proxies, arguments.cookies)  # a mistake is told before the work begins
+    labeller = None
+    if not arguments.until:
+        labeller = load_labeller(arguments, recipe, needed=any(s.labels is None for s in segments))
     configuration = recipe.extraction.as_dict(labeller.sha256 if labeller else None)
     configuration["labeller"] = labeller.architecture if labeller else None
     work = plan_work(arguments.out, segments, arguments.retry_rejected, shards.configuration_digest(configuration))
@@ -148,17 +260,31 @@ def run(arguments: argparse.Namespace) -> int:
         execution.Progress("extract", len(segments), "segments", done=len(segments) - todo) as progress,
     ):
         callers: list[Any] = [None]
+        store = open_store(arguments, [s for w in work for s in w[2]], runner)
         if labeller and work:
             device = "cuda" if runner.n_gpus else "cpu"
             make = functools.partial(open_labeller, labeller.architecture, arguments.weights, device)
-            callers = runner.actors(make, runner.n_gpus or min(runner.n_workers, len(work)))
+            callers = runner.actors(make, runner.n_gpus or min(runner.n_workers, len(work)), gpu=bool(runner.n_gpus))
         items = (
-            (arguments.out, *w, recipe.extraction, configuration, callers[i % len(callers)]) for i, w in enumerate(work)
+            (
+                arguments.out,
+                *w,
+                recipe.extraction,
+                configuration,
+                callers[i % len(callers)],
+                store,
+                bool(arguments.until),
+            )
+            for i, w in enumerate(work)
         )
         sizes = {w[0]: len(w[2]) for w in work}
-        for commit in runner.map(extract_shard, items):
-            seconds.update(commit.timings_s)
-            progress.add(sizes[commit.shard])
+        for shard, spent in runner.map(extract_shard, items):
+            seconds.update(spent)
+            progress.add(sizes[shard])
+    if arguments.until:
+        rejected = set(shards.read_ids(arguments.out)[1]) & {s.segment_id for s in segments}
+        say(f"fetched to {arguments.media}; {len(rejected)} of {len(segments)} segments can't be had")
+        return execution.DONE
     return _report(arguments, segments, seconds)
 
 

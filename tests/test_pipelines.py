@@ -1,6 +1,8 @@
 """The pipelines on real files, as a user runs them."""
 
 import csv
+import functools
+import http.server
 import json
 import math
 import os
@@ -8,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -283,3 +286,48 @@ def test_a_killed_training_goes_on_where_it_stopped(run, tmp_path):
     a, b = (Model.load(str(o / "model")).network.state_dict() for o in (whole, broken))
     for name, value in a.items():
         np.testing.assert_allclose(value.numpy(), b[name].numpy(), rtol=1e-2, atol=1e-3)
+
+
+@pytest.fixture
+def web(rendered):
+    """The rendered clips over HTTP on loopback; gives the address and the list of paths asked for."""
+    asked: list[str] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *_):
+            return
+
+    handler = functools.partial(Handler, directory=str(rendered / "clips"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+        thread.join()
+
+
+def test_remote_segments_are_fetched_once_and_kept(run, rendered, web, tmp_path):
+    address, asked = web
+    clip = sorted((rendered / "clips").glob("*train*"))[0].name
+    rows = [{"segment_id": "-a_b", "source": f"{address}/{clip}", "start_s": 0, "end_s": 6, "labels": "drum"}]
+    rows += [{"segment_id": "gone", "source": f"{address}/gone.mp4", "start_s": 0, "end_s": 6, "labels": "drum"}]
+    segments, media_store = table_of(tmp_path, rows), str(tmp_path / "media")
+    command = ["--segments", segments, "--media", media_store, "--rate", "100000", "--in-process"]
+
+    first = str(tmp_path / "first")
+    assert extract.main([*command, "--out", first, "--until", "fetch"]) == 0
+    assert shards.read_ids(first) == ([], ["gone"])
+    asked.clear()
+    assert extract.main([*command, "--out", first]) == 0  # follows, and asks for nothing again
+    assert shards.read_ids(first) == (["-a_b"], ["gone"])
+    (rejection,) = shards.read_rejections(first)
+    assert (rejection.stage, rejection.reason) == ("fetch", "removed")
+    (record,) = shards.read_clips(first)
+    assert record.source == f"{address}/{clip}" and record.duration_s == pytest.approx(6, abs=0.1)
+    assert asked == []
+
+    assert extract.main(["--segments", segments, "--out", str(tmp_path / "x"), "--in-process"]) == 2  # no --media

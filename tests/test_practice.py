@@ -110,7 +110,7 @@ def test_context_learns_to_follow_bases_that_move_together():
     network = Told(lambda x: torch.tensor([[9.0 * (known.get(float(b[0])) == j) for j in range(L)] for b in x]))
     before = log_posteriors(network, practices[0].bases[None].float())
     assert float(before[0, 0, 0]) > -0.1 and abs(float(before[0, 0, 5] - before[0, 1, 5])) < 1e-6
-    context, figures = train_context(network, practices, epochs=30)
+    _, figures = train_context(network, practices, epochs=30)
     assert figures["before"] > 0.4
     assert figures["after"] < 0.3 * figures["before"]
 
