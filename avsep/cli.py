@@ -72,20 +72,18 @@ def separate_file(
     _make_room(out)
     pictures = _pictures(video)
     scores, note = _picture_scores(separator, model_dir, weights, pictures)
-    source = "given"
-    if objects is None:
-        source = "pictures" if scores is not None else "sound"
+    seen = None
+    if objects is None and scores is not None:
         labels = separator.model.config.labels
-        if scores is not None:
-            seen = weak_labels(scores, labels.threshold, labels.best_threshold)
-            objects = [OBJECT_NAMES[i] for i in seen.nonzero().flatten().tolist()] or None
-            source = "pictures" if objects else "sound"
+        marks = weak_labels(scores, labels.threshold, labels.best_threshold)
+        seen = [OBJECT_NAMES[i] for i in marks.nonzero().flatten().tolist()]
+    source = "given" if objects is not None else "sound" if seen is None else "pictures"
     rate = separator.stft.sample_rate
 
     def blocks() -> object:
         return media.iter_audio(video, sample_rate=rate, block=_BLOCK)
 
-    plan = separator.plan(blocks(), objects)  # type: ignore[arg-type]
+    plan = separator.plan(blocks(), objects, seen)  # type: ignore[arg-type]
     _write_wavs(plan, blocks, out, rate)
     window = plan.first_windows[0]
     picture = pictures[len(pictures) // 2] if len(pictures) else None
@@ -104,7 +102,7 @@ def separate_file(
             {
                 "name": name,
                 "file": f"{name}.wav",
-                "from": source,
+                "from": source if seen is None or name in seen else "sound",
                 "sound_score": plan.sound_scores[name],
                 "picture_score": None if scores is None else float(scores[OBJECT_NAMES.index(name)]),
                 "silent": name in plan.silent,

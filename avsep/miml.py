@@ -133,7 +133,7 @@ def basis_posteriors(relation: Tensor) -> Tensor:
 def partial_label_loss(
     relation: Tensor,
     labels: Tensor,
-    valid: Tensor | None = None,
+    weight: Tensor | None = None,
     *,
     missed: float = 0.05,
     noise: float = 0.3,
@@ -145,12 +145,13 @@ def partial_label_loss(
     picture missed (`missed`) or by noise (`noise`): `−mean over bases of log Σ_c w_c p(c|m)`. To
     it comes `presence` times the cross-entropy between `1 − exp(−8 · mean over bases of p(c|m))`
     and `0.9 · visible + 0.02`, which keeps an object from explaining everything or nothing.
+    The means weigh the bases by `weight`, `(B, M)`, for instance the root of their energy; 0 for padding.
     """
     p = basis_posteriors(relation)
     weights = torch.where(labels, 1.0, missed)
     weights = torch.cat([weights, torch.full_like(weights[:, :1], noise)], 1)
-    counted = torch.ones_like(p[:, 0]) if valid is None else valid.to(p.dtype)  # (B, M)
-    counted = counted / counted.sum(-1, keepdim=True).clamp_min(1)
+    counted = torch.ones_like(p[:, 0]) if weight is None else weight.to(p.dtype)  # (B, M)
+    counted = counted / counted.sum(-1, keepdim=True).clamp_min(1e-12)
     explained = -((p * weights.unsqueeze(2)).sum(1).clamp_min(1e-8).log() * counted).sum(-1)
     present = 1 - (-8 * (p[:, :-1] * counted.unsqueeze(1)).sum(-1)).exp()
     target = 0.9 * labels + 0.02

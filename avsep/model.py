@@ -52,8 +52,10 @@ class SeparationConfig:
     bases: str = "own"  # own, learned or both
     dictionary_power: float = 0.8  # weight of the learned bases' masks beside the own ones'
     n_iter: int = 100  # updates of the activations of learned bases
-    silent_share: float = 0.02  # an object with a smaller share of the sound is silent
-    heard_share: float = 0.12  # an object nobody named is heard from this share up
+    silent_share: float = 0.02  # an object that is said to be there is silent below this share of the sound
+    seen_share: float = 0.08  # … and one that the pictures show, which may err
+    heard_share: float = 0.2  # an object that the pictures don't show is heard from this share up
+    alone_share: float = 0.12  # … where there are no pictures
     window_s: float = 10.0
     overlap_s: float = 1.0
 

@@ -177,29 +177,47 @@ class Separator:
         parts = H.split([W.shape[1] for W in bases])
         return torch.stack([W @ h for W, h in zip(bases, parts, strict=True)])
 
-    def heard(self, sound_scores: Tensor) -> list[int]:
-        """Choose objects by sound alone: every share above `heard_share`, else the largest."""
-        chosen = (sound_scores >= self.config.heard_share).nonzero().flatten().tolist()
+    def fuse(self, seen: Sequence[int] | None, sound_scores: Tensor) -> list[int]:
+        """Choose objects from what the pictures show and what is heard; None: there are no pictures.
+
+        What is seen stays (silent, if it isn't heard); what is heard clearly is added. Without
+        pictures it is what is heard, the loudest at least.
+        """
+        least = self.config.alone_share if seen is None else self.config.heard_share
+        heard = (sound_scores >= least).nonzero().flatten().tolist()
+        chosen = list(dict.fromkeys([*(seen or ()), *heard]))
         return chosen or [int(sound_scores.argmax())]
 
-    def __call__(self, waveform: NDArray[np.float32] | Tensor, objects: Sequence[str] | None = None) -> Separation:
+    def __call__(
+        self,
+        waveform: NDArray[np.float32] | Tensor,
+        objects: Sequence[str] | None = None,
+        seen: Sequence[str] | None = None,
+    ) -> Separation:
         """Separate a mono waveform `(S,)` of any length from half a window up.
 
-        `objects` None separates what is heard. Raises ValueError for an unknown object.
+        `objects` are there for certain; else `seen` are what pictures show, and the sound may add
+        to it or find it silent; without either it is what is heard. Raises ValueError for an
+        unknown object.
         """
         mixture = torch.as_tensor(waveform, dtype=torch.float32)
         blocks = np.array_split(mixture.numpy(), max(1, len(mixture) // (1 << 20)))
-        plan = self.plan(blocks, objects)
+        plan = self.plan(blocks, objects, seen)
         parts = list(plan.render(blocks))
         estimates = torch.from_numpy(np.concatenate(parts, 1))
         return Separation(
             plan.objects, estimates[:-1], estimates[-1], plan.sound_scores, plan.silent, plan.first_windows
         )
 
-    def plan(self, blocks: Iterable[NDArray[np.float32]], objects: Sequence[str] | None = None) -> Plan:
+    def plan(
+        self,
+        blocks: Iterable[NDArray[np.float32]],
+        objects: Sequence[str] | None = None,
+        seen: Sequence[str] | None = None,
+    ) -> Plan:
         """Listen to a whole sound, given in blocks `(S,)`, and decide what to separate from it."""
-        names = None if objects is None else [self._index(n) for n in objects]
-        return Plan(self, blocks, names)
+        certain, shown = (None if names is None else [self._index(n) for n in names] for names in (objects, seen))
+        return Plan(self, blocks, certain, shown)
 
     def _index(self, name: str) -> int:
         try:
@@ -217,7 +235,11 @@ class Plan:
     """
 
     def __init__(
-        self, separator: Separator, blocks: Iterable[NDArray[np.float32]], objects: Sequence[int] | None
+        self,
+        separator: Separator,
+        blocks: Iterable[NDArray[np.float32]],
+        objects: Sequence[int] | None,
+        seen: Sequence[int] | None,
     ) -> None:
         self.separator = separator
         config, rate = separator.config, separator.stft.sample_rate
@@ -239,10 +261,11 @@ class Plan:
             raise ValueError("there is no sample to separate")
         scores = weighted / max(total, 1e-30)
         names = separator.model.config.objects
-        self.indices = list(objects) if objects is not None else separator.heard(scores)
+        self.indices = list(objects) if objects is not None else separator.fuse(seen, scores)
         self.objects = tuple(names[i] for i in self.indices)
         self.sound_scores = {n: float(s) for n, s in zip(names, scores, strict=True)}
-        self.silent = tuple(n for n in self.objects if self.sound_scores[n] < config.silent_share)
+        least = config.silent_share if objects is not None else config.seen_share
+        self.silent = tuple(n for n in self.objects if self.sound_scores[n] < least)
 
     def _store(self, window: Window) -> None:
         scale = float(window.factors.H.max()) or 1.0

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from avsep.miml import MIML, basis_posteriors, energy_shares, multilabel_margin, partial_label_loss
 
+# relation (B, L, M), labels (B, L), root of the bases' energy (B, M), zero for padding → (B,)
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "partial_label": partial_label_loss,
-    "multilabel_margin": lambda relation, labels, valid: multilabel_margin(
-        relation.masked_fill(~valid.unsqueeze(1), -torch.inf).amax(-1), labels
+    "multilabel_margin": lambda relation, labels, weight: multilabel_margin(
+        relation.masked_fill(weight.unsqueeze(1) <= 0, -torch.inf).amax(-1), labels
     ),
 }
 
@@ -118,7 +119,7 @@ def train_epoch(
             factors = 1 + config.warp * (2 * torch.rand(n_clips * n_bases, generator=generator) - 1)
             bases = warp_frequencies(bases.reshape(-1, n_bins), factors.to(device)).reshape(bases.shape)
         valid, labels = batch.valid.to(device), batch.labels.to(device)
-        losses = LOSSES[config.loss](model.relation(bases, valid), labels, valid)
+        losses = LOSSES[config.loss](model.relation(bases, valid), labels, batch.basis_energy.to(device).sqrt())
         optimiser.zero_grad(set_to_none=True)
         losses.mean().backward()
         _average_gradients(model)
@@ -152,8 +153,8 @@ def validate(model: MIML, batches: Iterable[Bags], config: TrainingConfig) -> di
     for batch in batches:
         valid, labels = batch.valid.to(device), batch.labels.to(device)
         relation = model.relation(batch.bases.to(device).float(), valid)
-        losses.append(LOSSES[config.loss](relation, labels, valid))
         weight = batch.basis_energy.to(device).sqrt()
+        losses.append(LOSSES[config.loss](relation, labels, weight))
         if config.loss == "partial_label":
             scores.append(energy_shares(basis_posteriors(relation), batch.basis_energy.to(device)))
         else:

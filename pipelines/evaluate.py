@@ -132,11 +132,11 @@ class Case:
         )
 
 
-def told(case: Case, given: str) -> list[str] | None:
-    """Return the objects that the separator is told of; None when it is told nothing."""
+def told(case: Case, given: str) -> dict[str, list[str]]:
+    """Return the arguments by which a separator is told what is there."""
     if given == "objects":
-        return case.names
-    return list(case.segment.labels or ()) or None if given == "labels" else None
+        return {"objects": case.names}
+    return {"seen": list(case.segment.labels or ())} if given == "labels" else {}
 
 
 def evaluate_clip(model_dir: str, paper_dir: str | None, references: str, segment: Segment, given: str) -> ClipResult:
@@ -174,9 +174,9 @@ def separate_case(
     An object that a separator was not told of and did not find gets the mixture: that is all
     its listener has.
     """
-    objects = told(case, given)
+    known = told(case, given)
     n_sources = len(case.names)
-    separation = separator(case.mixture, objects)
+    separation = separator(case.mixture, **known)
     window = separation.windows[0]
     everything = torch.cat([case.references, case.rest.unsqueeze(0)])
     oracle, owner = baselines.oracle_assignment(case.mixture, everything, window.factors, separator.stft)
@@ -187,7 +187,7 @@ def separate_case(
     if n_sources == 2:
         estimates["harmonic_percussive"] = baselines.harmonic_percussive(case.mixture, case.references, separator.stft)
     if paper is not None:
-        estimates["paper"] = _matched(case, paper(case.mixture, objects))
+        estimates["paper"] = _matched(case, paper(case.mixture, **known))
     estimates["default"] = _matched(case, separation)
     estimates["oracle_assignment"] = oracle[:-1]
     estimates["ideal_mask"] = baselines.ideal_ratio_mask(case.mixture, everything, separator.stft)[:-1]
@@ -324,7 +324,7 @@ def clip_section(model_dir: str, references: str, segment: Segment, given: str, 
     execution.one_thread()
     separator = Separator.load(model_dir)
     case = Case.load(segment, references, separator.stft.sample_rate)
-    separation = separator(case.mixture, told(case, given))
+    separation = separator(case.mixture, **told(case, given))
     found = dict(zip(separation.objects, separation.estimates.numpy(), strict=True))
     section = Report("")
     section.heading(f"{segment.segment_id}: {', '.join(case.names)}{note}", 3)
@@ -403,7 +403,7 @@ def add_results(report: Report, results: dict[str, Any], given: str) -> None:
     """Add the table and the other figures to a report."""
     caption = {
         "objects": "The separators are told which objects are audible.",
-        "labels": "The separators are told the table's weak labels.",
+        "labels": "The separators are told the table's weak labels, to which the sound may add.",
         "none": "The separators are told nothing and use what they hear.",
     }[given]
     report.table(table_header(results), table_rows(results), f"{caption} All figures in dB; italic rows are bounds.")
