@@ -17,10 +17,10 @@ from avsep.training import Bags, shuffled_batches
 
 def bags_from_file(path: str, labels: LabelConfig, split: str) -> Bags | None:
     """Read one clip file's bags of a split that have labels; None when there are none."""
-    columns = ["segment_id", "split", "bases", "basis_energy", "labels", "objects", "image_logits"]
+    columns = ["segment_id", "split", "bases", "basis_energy", "labels", "image_logits"]
     table = shards.read_table(path, columns)
     n_bins, n_bases = table.schema.field("bases").type.shape
-    rows, hot, known = [], [], []
+    rows, hot = [], []
     for i in range(len(table)):
         if table.column("split")[i].as_py() != split:
             continue
@@ -28,15 +28,13 @@ def bags_from_file(path: str, labels: LabelConfig, split: str) -> Bags | None:
         if marks is not None and marks.any():
             rows.append(i)
             hot.append(marks)
-            known.append(table.column("objects")[i].as_py())
     if not rows:
         return None
     table = table.take(rows)
     flat = table.column("bases").combine_chunks().storage.flatten().to_numpy(zero_copy_only=False)
     bases = torch.from_numpy(flat.reshape(-1, n_bins, n_bases).swapaxes(1, 2).copy())
     energy = torch.tensor(np.stack(table.column("basis_energy").to_pylist()), dtype=torch.float32)
-    objects = torch.stack([multi_hot(k) for k in known]) if all(k is not None for k in known) else None
-    return Bags(table.column("segment_id").to_pylist(), bases, energy > 0, energy, torch.stack(hot), objects)
+    return Bags(table.column("segment_id").to_pylist(), bases, energy > 0, energy, torch.stack(hot))
 
 
 def decide_labels(given: Sequence[str] | None, image_logits: Any, config: LabelConfig) -> Tensor | None:
@@ -56,14 +54,12 @@ def load_bags(files: Iterable[str], labels: LabelConfig, split: str) -> Bags | N
 
 
 def _join(parts: Sequence[Bags]) -> Bags:
-    objects = [p.objects for p in parts if p.objects is not None]
     whole = Bags(
         [i for p in parts for i in p.segment_ids],
         torch.cat([p.bases for p in parts]),
         torch.cat([p.valid for p in parts]),
         torch.cat([p.basis_energy for p in parts]),
         torch.cat([p.labels for p in parts]),
-        torch.cat(objects) if len(objects) == len(parts) else None,
     )
     return whole.take(torch.tensor(np.argsort(whole.segment_ids)))
 

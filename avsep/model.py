@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -25,6 +24,7 @@ CONFIG_FILE, NETWORK_FILE, DICTIONARY_FILE, LABELLER_FILE = (
     "dictionary.safetensors",
     "labeller.safetensors",
 )
+MODEL_FILES = (CONFIG_FILE, NETWORK_FILE, DICTIONARY_FILE, LABELLER_FILE)
 
 
 @dataclass(frozen=True)
@@ -169,12 +169,6 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
     }
     parsed = {k: nested[k](**v) if k in nested else v for k, v in raw.items()}
     return replace(ModelConfig(**parsed), objects=tuple(raw["objects"]))
-
-
-def labeller_file(directory: str) -> Path | None:
-    """Return the model's own labeller weights when it carries them (local directories)."""
-    path = Path(directory, LABELLER_FILE)
-    return path if path.is_file() else None
 
 
 def versions() -> dict[str, str]:

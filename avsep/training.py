@@ -44,7 +44,6 @@ class Bags:
     valid: Tensor  # boolean (B, M): bases with energy
     basis_energy: Tensor  # (B, M)
     labels: Tensor  # boolean (B, L): weak labels
-    objects: Tensor | None = None  # boolean (B, L): audible objects, where the table knows them
 
     def __len__(self) -> int:
         return len(self.segment_ids)
@@ -52,8 +51,7 @@ class Bags:
     def take(self, rows: Tensor | slice) -> Bags:
         """Select clips."""
         ids = self.segment_ids[rows] if isinstance(rows, slice) else [self.segment_ids[i] for i in rows.tolist()]
-        objects = None if self.objects is None else self.objects[rows]
-        return Bags(ids, self.bases[rows], self.valid[rows], self.basis_energy[rows], self.labels[rows], objects)
+        return Bags(ids, self.bases[rows], self.valid[rows], self.basis_energy[rows], self.labels[rows])
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 from avsep import shards
 from avsep.bags import decide_labels
@@ -49,13 +50,10 @@ def candidates_of_file(model_dir: str, path: str) -> list[Candidate]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Collect the dictionary."""
+    execution.absolute(arguments, "model", "clips")
     model = Model.load(arguments.model)
     files = shards.clip_files(arguments.clips)
-    if arguments.clips and (shape := shards.read_configuration(arguments.clips)["stft"]) != {
-        "sample_rate": model.config.stft.sample_rate,
-        "n_fft": model.config.stft.n_fft,
-        "hop_length": model.config.stft.hop_length,
-    }:
+    if (shape := shards.read_configuration(arguments.clips)["stft"]) != asdict(model.config.stft):
         fail(f"{arguments.clips} has STFT {shape}, the model {model.config.stft}: use the clips that it was trained on")
     with (
         execution.session(arguments.in_process) as runner,

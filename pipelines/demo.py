@@ -36,7 +36,7 @@ SEED = 1
 _SHARES = {"train": 0.70, "val": 0.10, "test": 0.20}
 _LEAST_CLIPS = 20
 _EMPTY_SCENE = 819  # ImageNet's "stage": what the picture network answers when it sees none of the objects
-_PICTURES_A_CLASS = 90
+_PICTURES_A_CLASS = 60
 _PAPER_EPOCHS = 40
 _SHOWN = 3  # test clips in the report
 

@@ -351,6 +351,7 @@ def clip_section(model_dir: str, references: str, segment: Segment, given: str, 
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, write results.json and report.html."""
+    execution.absolute(arguments, "model", "paper_model", "references", "out")
     segments = {s.segment_id: s for s in read_segments(arguments.segments) if s.split == arguments.split}
     if not segments:
         fail(f"{arguments.segments} holds no segments of --split {arguments.split}")

@@ -15,11 +15,20 @@ from typing import Any, NoReturn
 import torch
 from tqdm import tqdm
 
+from avsep import storage
+
 DONE, SHORTFALL, UNUSABLE = 0, 1, 2  # exit statuses
 
 
 class UsageError(Exception):
     """Arguments or input that can't be used: one line that names the value, the rule and the remedy."""
+
+
+def absolute(arguments: argparse.Namespace, *names: str) -> None:
+    """Make local paths among the arguments absolute: workers may have another working directory."""
+    for name in names:
+        if (path := getattr(arguments, name)) is not None:
+            setattr(arguments, name, storage.resolve(path, "."))
 
 
 def run(main: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:

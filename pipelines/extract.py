@@ -230,6 +230,7 @@ def plan_work(
 
 def run(arguments: argparse.Namespace) -> int:
     """Extract what is left of the segments."""
+    execution.absolute(arguments, "out", "weights", "media")
     recipe = recipes.get(arguments.recipe)
     for reason in arguments.retry_rejected or ():
         if reason not in set(Reason):

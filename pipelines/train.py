@@ -24,7 +24,7 @@ import torch
 from avsep import bags, plots, practice, shards, stages, storage, training
 from avsep.context import BasisContext
 from avsep.miml import MIML
-from avsep.model import LabellerConfig, Model, ModelConfig, versions
+from avsep.model import MODEL_FILES, LabellerConfig, Model, ModelConfig, versions
 from avsep.records import ClipRecord, clips_from_table
 from avsep.stft import STFT
 from pipelines import execution, recipes
@@ -206,12 +206,12 @@ def train_on_ray(job: dict[str, Any], runner: execution.OnRay) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, write the model, and draw its figures."""
+    execution.absolute(arguments, "clips", "out")
     recipe = recipes.get(arguments.recipe)
     if arguments.epochs is not None and arguments.epochs < 1:
         fail(f"--epochs {arguments.epochs}: at least one epoch is needed")
     training_config = replace(recipe.training, epochs=arguments.epochs or recipe.training.epochs)
-    out = storage.resolve(arguments.out, ".")
-    files = [storage.resolve(f, ".") for f in shards.clip_files(arguments.clips)]
+    out, files = arguments.out, shards.clip_files(arguments.clips)
     extracted = shards.read_configuration(arguments.clips)
     config = ModelConfig(
         stft=STFT(**extracted["stft"]),
@@ -229,8 +229,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.resume and not storage.exists(checkpoint):
         fail(f"--resume: {out} holds no checkpoint.pt; train without --resume first")
     if not arguments.resume:
-        storage.delete_file(checkpoint)
-        storage.delete_file(storage.join(out, HISTORY_FILE))
+        for old in ("checkpoint.pt", HISTORY_FILE, *(f"model/{f}" for f in MODEL_FILES)):  # of an earlier run
+            storage.delete_file(storage.join(out, old))
     counts = [_count(f, config) for f in files]
     n_train, n_val = sum(c[0] for c in counts), sum(c[1] for c in counts)
     if n_train < 2:

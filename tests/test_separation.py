@@ -10,7 +10,7 @@ import torch
 
 from avsep.dictionary import BasisDictionary
 from avsep.miml import basis_posteriors
-from avsep.model import Model, ModelConfig, NetworkConfig, SeparationConfig, labeller_file
+from avsep.model import Model, ModelConfig, NetworkConfig, SeparationConfig
 from avsep.objects import OBJECT_NAMES, object_index
 from avsep.separation import Separator, basis_shares, ratio_masks, separate
 from avsep.stft import STFT
@@ -244,7 +244,6 @@ def test_a_model_directory_brings_everything_back(tmp_path: Path) -> None:
     x = tone(DOG, 2.0) + tone(VIOLIN, 2.0)
     loaded = Separator.load(str(tmp_path / "model"))(x, ["dog", "violin"])
     assert torch.equal(loaded.estimates, Separator(trained)(x, ["dog", "violin"]).estimates)
-    assert labeller_file(str(tmp_path / "model")) is None
 
 
 def test_config_json_holds_what_a_reader_needs(tmp_path: Path) -> None:
