@@ -7,7 +7,7 @@ import contextlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def separate_file(
     separator = Separator.load(model_dir)
     for name in objects or ():
         object_index(name)
-    _make_room(out)
+    earlier = _earlier_files(out)
     pictures = _pictures(video)
     scores, note = _picture_scores(separator, model_dir, weights, pictures)
     seen = None
@@ -80,12 +80,13 @@ def separate_file(
     source = "given" if objects is not None else "sound" if seen is None else "pictures"
     rate = separator.stft.sample_rate
 
-    def blocks() -> object:
+    def blocks() -> Iterator[NDArray[np.float32]]:
         return media.iter_audio(video, sample_rate=rate, block=_BLOCK)
 
-    plan = separator.plan(blocks(), objects, seen)  # type: ignore[arg-type]
-    _write_wavs(plan, blocks, out, rate)
-    window = plan.first_windows[0]
+    plan = separator.plan(blocks(), objects, seen)
+    out.mkdir(parents=True, exist_ok=True)
+    _write_wavs(plan, blocks, out, rate, earlier)
+    window = plan.first_window
     picture = pictures[len(pictures) // 2] if len(pictures) else None
     figure = plots.relation_map(
         window.relation.numpy(), OBJECT_NAMES, window.factors.basis_energy.numpy(), picture, plan.objects
@@ -118,19 +119,17 @@ def separate_file(
     return report
 
 
-def _make_room(out: Path) -> None:
-    """Delete what an earlier separation left in the folder; refuse WAVs of other origin."""
+def _earlier_files(out: Path) -> list[Path]:
+    """List the WAVs of an earlier separation in the folder; ValueError for WAVs of other origin."""
     ours: set[str] = set()
     if (out / _REPORT).is_file():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             earlier = json.loads((out / _REPORT).read_text())
-            ours = {o["file"] for o in earlier["objects"]} | {earlier["rest"]}
-    others = [p.name for p in sorted(out.glob("*.wav")) if p.name not in ours]
-    if others:
-        raise ValueError(f"{out} holds {others[0]}, which no separation wrote; give an --out without other WAVs")
-    for name in ours:
-        (out / name).unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
+            ours = {f"{n}.wav" for n in (*(o["name"] for o in earlier["objects"]), REST)}
+    for path in sorted(out.glob("*.wav")):
+        if path.name not in ours or path.stem not in (*OBJECT_NAMES, REST):
+            raise ValueError(f"{out} holds {path.name}, which no separation wrote; give an --out without other WAVs")
+    return sorted(out.glob("*.wav"))
 
 
 def _pictures(video: Path) -> NDArray[np.uint8]:
@@ -156,18 +155,26 @@ def _picture_scores(
         return None, "the file has no pictures"
     config = separator.model.config.labeller
     own = storage.join(model_dir, LABELLER_FILE)
+    if weights is not None:  # a mistake in them is the user's to know
+        return object_scores(ImageLabeller.load(config.architecture, weights)(pictures)), ""
     try:
         with contextlib.ExitStack() as stack:
-            if weights is None and storage.exists(own):
-                weights = str(stack.enter_context(storage.local_file(own)))
-            labeller = ImageLabeller.load(config.architecture, weights)
+            path = stack.enter_context(storage.local_file(own)) if storage.exists(own) else None
+            labeller = ImageLabeller.load(config.architecture, path)
     except LabellerUnavailable as error:
         return None, str(error)
+    if config.sha256 not in (None, labeller.sha256):
+        return (
+            None,
+            f"the model's clips were labelled with other weights of {config.architecture}; pass them as --weights",
+        )
     return object_scores(labeller(pictures)), ""
 
 
-def _write_wavs(plan: Plan, blocks: object, out: Path, rate: int) -> None:
-    """Render to OBJECT.wav and _rest.wav, under other names until all are whole."""
+def _write_wavs(
+    plan: Plan, blocks: Callable[[], Iterator[NDArray[np.float32]]], out: Path, rate: int, earlier: Sequence[Path]
+) -> None:
+    """Render to OBJECT.wav and _rest.wav, under other names until all are whole; then earlier ones go."""
     names = [*plan.objects, REST]
     kind = "WAV" if plan.n_samples * 4 < 4_000_000_000 else "RF64"  # WAV's sizes have 32 bits
     parts = [out / f"{name}.wav.part" for name in names]
@@ -176,9 +183,11 @@ def _write_wavs(plan: Plan, blocks: object, out: Path, rate: int) -> None:
             files = [
                 stack.enter_context(soundfile.SoundFile(p, "w", rate, 1, subtype="FLOAT", format=kind)) for p in parts
             ]
-            for estimates in plan.render(blocks()):  # type: ignore[operator]
+            for estimates in plan.render(blocks()):
                 for file, samples in zip(files, estimates, strict=True):
                     file.write(samples)
+        for path in earlier:
+            path.unlink()
         for part in parts:
             part.replace(part.with_suffix(""))
     finally:
@@ -257,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = {"separate": separate, "inspect": inspect, "label": label}[arguments.command]
     try:
         return command(arguments)
-    except (ClipError, LabellerUnavailable, FileNotFoundError, ValueError) as error:
+    except (ClipError, LabellerUnavailable, OSError, ValueError) as error:
         print(f"avsep {arguments.command}: {error}", file=sys.stderr)
         return 2
 

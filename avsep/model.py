@@ -127,7 +127,7 @@ class Model:
         storage.write_text(storage.join(directory, CONFIG_FILE), json.dumps(asdict(self.config), indent=1) + "\n")
 
     @classmethod
-    def load(cls, directory: str, device: str = "cpu") -> Model:
+    def load(cls, directory: str) -> Model:
         """Read a model directory.
 
         Raises:
@@ -154,7 +154,7 @@ class Model:
         except (TypeError, KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
             first_line = str(error).strip().split("\n")[0]
             raise ValueError(f"{directory} is no model of format {FORMAT}: {first_line}") from None
-        return cls(config, network.eval().to(device), dictionary, context.eval() if context else None)
+        return cls(config, network.eval(), dictionary, context.eval() if context else None)
 
 
 def _parse(raw: dict[str, Any]) -> ModelConfig:

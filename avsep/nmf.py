@@ -101,8 +101,12 @@ def kl_divergence(V: Tensor, W: Tensor, H: Tensor) -> Tensor:
     >>> float(kl_divergence(V, torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0, 2.0]])))
     0.0
     """
-    V, WH = V.double(), W.double() @ H.double()
-    return (torch.special.xlogy(V, V / WH) - V + WH).nan_to_num(nan=0.0, posinf=torch.inf).sum((-2, -1))
+    total = torch.zeros(V.shape[:-2], dtype=torch.float64, device=V.device)
+    for rows in torch.arange(V.shape[-2], device=V.device).split(_CPU_BLOCK):  # float64 of long clips takes much room
+        v, wh = V[..., rows, :].double(), W[..., rows, :].double() @ H.double()
+        terms = torch.special.xlogy(v, v / wh) - v + wh
+        total += terms.nan_to_num(nan=0.0, posinf=torch.inf).sum((-2, -1))
+    return total
 
 
 def _check_magnitudes(V: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class Separation:
     rest: Tensor  # (S,)
     sound_scores: dict[str, float]  # every object's share of the sound
     silent: tuple[str, ...]  # asked for, but not heard: their estimates are zero
-    windows: list[Window]
+    first_window: Window
 
 
 class Separator:
@@ -109,9 +109,9 @@ class Separator:
             raise ValueError(f"bases are {self.config.bases!r}, and the model has no dictionary: run pipelines.collect")
 
     @classmethod
-    def load(cls, model_dir: str, device: str = "cpu") -> Separator:
+    def load(cls, model_dir: str) -> Separator:
         """Load the model directory that `pipelines.train` (and `collect`) wrote."""
-        return cls(Model.load(str(model_dir), device))
+        return cls(Model.load(str(model_dir)))
 
     @torch.inference_mode()
     def analyse(self, waveform: Tensor, seed: int = 0) -> Window:
@@ -181,12 +181,12 @@ class Separator:
         """Choose objects from what the pictures show and what is heard; None: there are no pictures.
 
         What is seen stays (silent, if it isn't heard); what is heard clearly is added. Without
-        pictures it is what is heard, the loudest at least.
+        pictures it is what is heard, the loudest at least; nothing in silence.
         """
         least = self.config.alone_share if seen is None else self.config.heard_share
         heard = (sound_scores >= least).nonzero().flatten().tolist()
         chosen = list(dict.fromkeys([*(seen or ()), *heard]))
-        return chosen or [int(sound_scores.argmax())]
+        return chosen or ([int(sound_scores.argmax())] if sound_scores.any() else [])
 
     def __call__(
         self,
@@ -206,7 +206,7 @@ class Separator:
         parts = list(plan.render(blocks))
         estimates = torch.from_numpy(np.concatenate(parts, 1))
         return Separation(
-            plan.objects, estimates[:-1], estimates[-1], plan.sound_scores, plan.silent, plan.first_windows
+            plan.objects, estimates[:-1], estimates[-1], plan.sound_scores, plan.silent, plan.first_window
         )
 
     def plan(
@@ -246,7 +246,6 @@ class Plan:
         self.length = max(int(config.window_s * rate), separator.stft.n_fft)
         self.overlap = min(int(config.overlap_s * rate), self.length // 2)
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the plan)
-        self.first_windows: list[Window] = []
         self.n_samples = 0
         total, weighted = 0.0, torch.zeros(len(separator.model.config.objects))
         for number, (window, fresh, _) in enumerate(_windows(blocks, self.length, self.overlap)):
@@ -254,8 +253,8 @@ class Plan:
             analysed = separator.analyse(torch.from_numpy(_padded(window, separator.stft)), seed=number)
             weighted += analysed.energy * analysed.sound_scores
             total += analysed.energy
-            if not self.first_windows:
-                self.first_windows.append(analysed)
+            if number == 0:
+                self.first_window = analysed
             self._store(analysed)
         if self.n_samples == 0:
             raise ValueError("there is no sample to separate")

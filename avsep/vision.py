@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import urllib.error
+import socket
+import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,23 +86,26 @@ class ImageLabeller:
             network = build_network(architecture, len(classes) if classes else N_IMAGENET_CLASSES)
             network.load_state_dict(state)
         except Exception as error:
-            first_line = str(error).strip().split("\n")[0]
-            raise LabellerUnavailable(f"--weights {path} doesn't fit {architecture}: {first_line}") from None
+            reason = str(error).split("\n")[0] if isinstance(error, RuntimeError) else "it is no weights file"
+            raise LabellerUnavailable(f"--weights {path} doesn't fit {architecture}: {reason}") from None
         return cls(architecture, network.eval().to(device), sha256, classes, device)
 
     @classmethod
     def _load_published(cls, architecture: str, device: str) -> ImageLabeller:
         published = published_weights(architecture)
+        cached = Path(torch.hub.get_dir(), "checkpoints", published.url.rsplit("/", 1)[-1])
         try:
-            state = published.get_state_dict(progress=False, check_hash=True)
-        except (urllib.error.URLError, OSError, RuntimeError) as error:
+            if not cached.exists():
+                with socket.create_connection((urllib.parse.urlsplit(published.url).hostname or "", 443), timeout=10):
+                    pass  # else a firewall would let the download hang
+            state = published.get_state_dict(progress=True, check_hash=True)
+        except (OSError, RuntimeError) as error:
             raise LabellerUnavailable(
                 f"the ImageNet weights of {architecture} can't be downloaded ({error}); "
                 f"fetch {published.url} elsewhere and pass --weights FILE"
             ) from None
         network = build_network(architecture, N_IMAGENET_CLASSES)
         network.load_state_dict(state)
-        cached = Path(torch.hub.get_dir(), "checkpoints", published.url.rsplit("/", 1)[-1])
         sha256 = hashlib.sha256(cached.read_bytes()).hexdigest()
         return cls(architecture, network.eval().to(device), sha256, None, device)
 

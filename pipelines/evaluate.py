@@ -136,7 +136,9 @@ def told(case: Case, given: str) -> dict[str, list[str]]:
     """Return the arguments by which a separator is told what is there."""
     if given == "objects":
         return {"objects": case.names}
-    return {"seen": list(case.segment.labels or ())} if given == "labels" else {}
+    if given == "labels" and case.segment.labels is not None:
+        return {"seen": list(case.segment.labels)}
+    return {}
 
 
 def evaluate_clip(model_dir: str, paper_dir: str | None, references: str, segment: Segment, given: str) -> ClipResult:
@@ -145,9 +147,13 @@ def evaluate_clip(model_dir: str, paper_dir: str | None, references: str, segmen
     separator = Separator.load(model_dir)
     try:
         case = Case.load(segment, references, separator.stft.sample_rate)
+        return _measure(case, separator, Separator.load(paper_dir) if paper_dir else None, given)
     except (ClipError, ValueError) as error:
         return ClipResult(segment.segment_id, [], {}, error=str(error))
-    estimates, analysis = separate_case(case, separator, Separator.load(paper_dir) if paper_dir else None, given)
+
+
+def _measure(case: Case, separator: Separator, paper: Separator | None, given: str) -> ClipResult:
+    estimates, analysis = separate_case(case, separator, paper, given)
     r = case.references.numpy()
     figures: dict[str, dict[str, list[float]]] = {}
     for name, estimate in estimates.items():
@@ -162,8 +168,9 @@ def evaluate_clip(model_dir: str, paper_dir: str | None, references: str, segmen
     floor = figures["mixture"]["sdr"]
     for values in figures.values():
         values["sdr_improvement"] = metrics.improvement(_bounded(values["sdr"]), _bounded(floor)).tolist()
-    visible = None if segment.labels is None else list(segment.labels)
-    return ClipResult(segment.segment_id, case.names, figures, visible=visible, **analysis)
+    labels = case.segment.labels
+    visible = None if labels is None else list(labels)
+    return ClipResult(case.segment.segment_id, case.names, figures, visible=visible, **analysis)
 
 
 def separate_case(
@@ -177,7 +184,9 @@ def separate_case(
     known = told(case, given)
     n_sources = len(case.names)
     separation = separator(case.mixture, **known)
-    window = separation.windows[0]
+    window = separation.first_window
+    if window.factors.H.shape[1] != separator.stft.n_frames(len(case.mixture)):  # it is one of several
+        window = separator.analyse(case.mixture)
     everything = torch.cat([case.references, case.rest.unsqueeze(0)])
     oracle, owner = baselines.oracle_assignment(case.mixture, everything, window.factors, separator.stft)
     estimates = {
@@ -328,7 +337,7 @@ def clip_section(model_dir: str, references: str, segment: Segment, given: str, 
     found = dict(zip(separation.objects, separation.estimates.numpy(), strict=True))
     section = Report("")
     section.heading(f"{segment.segment_id}: {', '.join(case.names)}{note}", 3)
-    window, stft = separation.windows[0], separator.stft
+    window, stft = separation.first_window, separator.stft
     section.image(
         plots.relation_map(
             window.relation.numpy(),
@@ -448,7 +457,7 @@ def console_table(results: dict[str, Any]) -> list[str]:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null, and ±1e9 dB … are written as null and ∓30."""
+    """JSON has no NaN and no infinity: null for what is undefined, −30 and 300 dB for nothing and everything."""
     if isinstance(value, dict):
         return {k: _without_nan(v) for k, v in value.items()}
     if isinstance(value, list):

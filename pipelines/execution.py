@@ -36,10 +36,11 @@ def run(main: Callable[[argparse.Namespace], int], parser: argparse.ArgumentPars
     arguments = parser.parse_args(argv)
     try:
         return main(arguments)
-    except (UsageError, FileNotFoundError, ValueError) as error:
+    except (UsageError, OSError, ValueError) as error:
         if os.environ.get("AVSEP_TRACEBACK"):
             raise
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        hint = "" if isinstance(error, UsageError) else " (AVSEP_TRACEBACK=1 shows where)"
+        print(f"{parser.prog}: {error}{hint}", file=sys.stderr)
         return UNUSABLE
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; the same command goes on from here", file=sys.stderr)

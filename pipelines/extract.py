@@ -15,8 +15,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
-from avsep import fetch, shards, stages
+from avsep import fetch, shards, stages, storage
 from avsep.egress import EgressBudget, Lease, identities
+from avsep.model import LABELLER_FILE
 from avsep.records import ClipError, ClipRecord, Reason, Rejection, Segment, read_segments
 from avsep.vision import ImageLabeller, LabellerUnavailable
 from pipelines import execution, recipes
@@ -255,6 +256,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         say(f"{len(segments)} segments: {len(segments) - todo} done, {todo} to do in {len(work)} shards")
         return execution.DONE
+    if labeller and labeller.classes is not None and arguments.weights:  # no published network: it goes with the clips
+        with storage.open_input(arguments.weights) as f:
+            storage.write_bytes(storage.join(arguments.out, LABELLER_FILE), f.read())
     seconds: Counter[str] = Counter()
     with (
         execution.session(arguments.in_process or not work) as runner,

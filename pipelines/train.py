@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import sys
@@ -24,7 +25,7 @@ import torch
 from avsep import bags, plots, practice, shards, stages, storage, training
 from avsep.context import BasisContext
 from avsep.miml import MIML
-from avsep.model import MODEL_FILES, LabellerConfig, Model, ModelConfig, versions
+from avsep.model import LABELLER_FILE, MODEL_FILES, LabellerConfig, Model, ModelConfig, versions
 from avsep.records import ClipRecord, clips_from_table
 from avsep.stft import STFT
 from pipelines import execution, recipes
@@ -37,6 +38,7 @@ EXAMPLES = """examples:
 """
 _IN_MEMORY_BYTES = 4 << 30  # of bases; more are streamed from the shards
 _SOLOS_AN_OBJECT = 100  # that practice mixtures draw from
+_SOLO_FILES = 200  # in which they are looked for
 HISTORY_FILE = "history.json"
 _MAPS = 4  # relation maps drawn
 
@@ -103,7 +105,7 @@ def fit(job: dict[str, Any], rank: int = 0, n_ranks: int = 1, report: Any = None
         if history.best() == epoch:
             best = {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
         if rank == 0:
-            _save_checkpoint(path, network, optimiser, schedule, history, best)
+            _save_checkpoint(path, job["settings"], network, optimiser, schedule, history, best)
             storage.write_text(storage.join(out, HISTORY_FILE), json.dumps(history.rows, indent=1))
         if report:
             report(row)
@@ -150,11 +152,21 @@ def following(out: str, epochs: int) -> Iterator[None]:
 def _share(batches: Iterator[training.Bags], rank: int, n_ranks: int) -> Iterator[training.Bags]:
     """Give each worker its rows of every batch, so that all take the same number of steps."""
     for batch in batches:
-        yield batch if n_ranks == 1 else batch.take(torch.arange(rank, len(batch), n_ranks))
+        rows = torch.arange(rank, max(len(batch), n_ranks), n_ranks) % len(batch)  # at least one clip each
+        yield batch if n_ranks == 1 else batch.take(rows)
+
+
+def _check_resumable(path: str, settings: dict[str, Any]) -> None:
+    if not storage.exists(path):
+        fail(f"--resume: {path} doesn't exist; train without --resume first")
+    saved = torch.load(io.BytesIO(storage.read_bytes(path)), weights_only=True)["settings"]
+    if saved != settings:
+        fail(f"--resume: {path} has recipe {saved['recipe']!r} or other settings; give its --recipe, or another --out")
 
 
 def _save_checkpoint(
     path: str,
+    settings: dict[str, Any],
     network: MIML,
     optimiser: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
@@ -167,6 +179,7 @@ def _save_checkpoint(
         "optimiser": optimiser.state_dict(),
         "schedule": schedule.state_dict(),
         "history": history.rows,
+        "settings": settings,
         "best": best,
     }
     torch.save(state, buffer)
@@ -225,16 +238,17 @@ def run(arguments: argparse.Namespace) -> int:
         recipe=recipe.name,
         versions=versions(),
     )
-    checkpoint = storage.join(out, "checkpoint.pt")
-    if arguments.resume and not storage.exists(checkpoint):
-        fail(f"--resume: {out} holds no checkpoint.pt; train without --resume first")
-    if not arguments.resume:
-        for old in ("checkpoint.pt", HISTORY_FILE, *(f"model/{f}" for f in MODEL_FILES)):  # of an earlier run
-            storage.delete_file(storage.join(out, old))
+    settings = {
+        "recipe": recipe.name,
+        "network": asdict(recipe.network),
+        "training": {k: v for k, v in asdict(recipe.training).items() if k != "epochs"},
+    }
+    if arguments.resume:
+        _check_resumable(storage.join(out, "checkpoint.pt"), settings)
     counts = [_count(f, config) for f in files]
     n_train, n_val = sum(c[0] for c in counts), sum(c[1] for c in counts)
-    if n_train < 2:
-        fail(f"{arguments.clips} has {n_train} clips of split train with labels; at least two are needed")
+    if n_train < 1:
+        fail(f"{arguments.clips} has no clip of split train with labels, so there is nothing to learn from")
     say(f"train: {n_train} clips, {n_val} for validation, recipe {recipe.name}")
     job = {
         "files": files,
@@ -244,14 +258,21 @@ def run(arguments: argparse.Namespace) -> int:
         "n_train": n_train,
         "in_memory": n_train * config.n_bases * config.stft.n_bins * 2 < _IN_MEMORY_BYTES,
         "threads": min(2, os.cpu_count() or 1),
+        "settings": settings,
     }
+    if not arguments.resume:
+        for old in ("checkpoint.pt", HISTORY_FILE, *(f"model/{f}" for f in MODEL_FILES)):  # of an earlier run
+            storage.delete_file(storage.join(out, old))
     with execution.session(arguments.in_process) as runner, following(out, training_config.epochs):
         if isinstance(runner, execution.InProcess):
             fit(job)
         else:
             train_on_ray(job, runner)
         if recipe.practice:
-            learn_context(runner, job, recipe.practice)
+            learn_context(runner, job, min(recipe.practice, 2 * n_train))
+    labeller = storage.join(arguments.clips, LABELLER_FILE)
+    if storage.exists(labeller):  # the clips' own picture network goes with the model
+        storage.write_bytes(storage.join(out, "model", LABELLER_FILE), storage.read_bytes(labeller))
     draw_figures(out, arguments.clips)
     say(f"model in {storage.join(out, 'model')}")
     return execution.DONE
@@ -272,11 +293,9 @@ def _count(path: str, config: ModelConfig) -> tuple[int, int]:
 def learn_context(runner: execution.Runner, job: dict[str, Any], n_mixtures: int) -> None:
     """Mix clips in which one object plays alone, learn on them which bases belong together, add it to the model."""
     directory = storage.join(job["out"], "model")
-    solos = [
-        s
-        for part in execution.map_in_order(runner, solos_of_file, [(directory, f) for f in job["files"]])
-        for s in part
-    ]
+    files = job["files"][:_SOLO_FILES]  # each is a random sample of the clips
+    parts = execution.map_in_order(runner, solos_of_file, [(directory, f) for f in files])
+    solos = [s for part in parts for s in part]
     counts = Counter(s.object_index for s in solos)
     if len(counts) < 2:
         say("train: the clips hold no solos of two objects to practise on, so bases are assigned one by one")
@@ -337,9 +356,7 @@ def draw_figures(out: str, clips: str) -> None:
     model = Model.load(storage.join(out, "model"))
     shown: list[ClipRecord] = []
     for split in ("val", "train"):
-        for record in shards.read_clips(clips, split=split):
-            if len(shown) < _MAPS:
-                shown.append(record)
+        shown += itertools.islice(shards.read_clips(clips, split=split), _MAPS - len(shown))
     for record in shown:
         with torch.inference_mode():
             relation = model.network.relation(torch.from_numpy(record.bases.T.astype("float32"))[None])[0]

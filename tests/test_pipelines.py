@@ -101,6 +101,39 @@ def test_evaluation_without_being_told(run, rendered, tmp_path, given):
     assert math.isfinite(results["separators"]["default"]["mean"]["sdr"])
 
 
+def test_evaluation_takes_clips_longer_than_a_window(run, rendered, tmp_path):
+    rng = np.random.default_rng(1)
+    folder = tmp_path / "references" / "long"
+    folder.mkdir(parents=True)
+    sounds = [synthetic.performance(n, rng, 17.0)[: 17 * RATE] / 4 for n in ("drum", "violin")]
+    for name, sound in zip(("drum", "violin"), sounds, strict=True):
+        soundfile.write(folder / f"{name}.flac", sound, RATE, subtype="PCM_24")
+    soundfile.write(tmp_path / "long.flac", sum(sounds), RATE, subtype="PCM_24")
+    rows = [{"segment_id": i, "source": "long.flac", "split": "test", "labels": "drum"} for i in ("long", "missing")]
+    arguments = ["--model", str(run / "run" / "model"), "--segments", table_of(tmp_path, rows), "--in-process"]
+    arguments += ["--references", str(tmp_path / "references"), "--out", str(tmp_path / "out")]
+    assert evaluate.main(arguments) == 1  # one clip has no references, and is told
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    sdr = {n: e["mean"]["sdr"] for n, e in results["separators"].items()}
+    assert sdr["mixture"] < sdr["oracle_assignment"] < sdr["ideal_mask"]
+
+
+def test_a_refused_training_leaves_the_earlier_model(run, tmp_path, rendered, capfd):
+    out = tmp_path / "run"
+    shutil.copytree(run / "run", out)
+    before = sorted(p.relative_to(out) for p in out.rglob("*") if p.is_file())
+    test_only = [
+        {"segment_id": "t", "source": str(next((rendered / "clips").iterdir())), "split": "test", "labels": ""}
+    ]
+    clips = str(tmp_path / "clips")
+    assert extract.main(["--segments", table_of(tmp_path, test_only), "--out", clips, "--in-process"]) == 0
+    assert train.main(["--clips", clips, "--out", str(out), "--in-process"]) == 2
+    resume = ["--clips", str(run / "clips"), "--out", str(out), "--in-process", "--resume", "--recipe", "paper"]
+    assert train.main(resume) == 2
+    assert "'default'" in capfd.readouterr().err
+    assert sorted(p.relative_to(out) for p in out.rglob("*") if p.is_file()) == before
+
+
 def wavs(folder: Path) -> dict[str, np.ndarray]:
     return {p.stem: soundfile.read(p, dtype="float32")[0] for p in folder.glob("*.wav")}
 
@@ -137,6 +170,26 @@ def test_separate_covers_a_long_file_in_windows(run, tmp_path):
     sounds = wavs(tmp_path / "out")
     assert len(sounds["drum"]) == len(sound)
     assert np.abs(sum(sounds.values()) - sound).max() < 1e-5
+
+
+def test_a_failed_separation_leaves_the_earlier_one_whole(run, rendered, tmp_path):
+    video, out = str(sorted((rendered / "clips").glob("*test*"))[0]), tmp_path / "out"
+    command = ["--model", str(run / "run" / "model"), "--out", str(out)]
+    assert cli.main(["separate", video, *command, "--objects", "drum"]) == 0
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    (tmp_path / "text.mp4").write_text("no media")
+    assert cli.main(["separate", str(tmp_path / "text.mp4"), *command]) == 2
+    assert cli.main(["separate", video, *command, "--weights", str(tmp_path / "text.mp4")]) == 2
+    assert cli.main(["separate", str(tmp_path / "text.mp4"), *command[:3], str(tmp_path / "new")]) == 2
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_silence_is_nobody_s_sound(run, tmp_path):
+    soundfile.write(tmp_path / "silent.wav", np.zeros(RATE, np.float32), RATE)
+    arguments = ["separate", str(tmp_path / "silent.wav"), "--model", str(run / "run" / "model")]
+    assert cli.main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    assert set(wavs(tmp_path / "out")) == {"_rest"}
 
 
 def test_separate_leaves_foreign_wavs_alone(run, rendered, tmp_path):
