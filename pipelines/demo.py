@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,7 @@ SEED = 1
 _SHARES = {"train": 0.75, "val": 0.10, "test": 0.15}
 _LEAST_CLIPS = 20
 _EMPTY_SCENE = 819  # ImageNet's "stage": what the picture network answers when it sees none of the objects
-_PICTURES_A_CLASS = 60
+_PICTURES_A_CLASS, _HELD_OUT = 85, 10
 _PAPER_EPOCHS = 20
 _SHOWN = 3  # test clips in the report
 
@@ -50,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--out", default="out/demo", help="folder of everything that the demo makes")
-    p.add_argument("--clips", type=int, default=140, help="how many clips of ten seconds to render")
+    p.add_argument("--clips", type=int, default=120, help="how many clips of ten seconds to render")
     return p
 
 
@@ -73,41 +74,43 @@ def draw_pictures(object_name: str | None, count: int, seed: int) -> NDArray[np.
     return np.stack(pictures)
 
 
-def render_clips(runner: execution.Runner, folder: Path, n_clips: int) -> None:
-    """Render all clips, and the table that names them."""
-    jobs = []
+def train_labeller(path: str) -> float:
+    """Train the picture network on drawn pictures and save it; return its accuracy on others."""
+    execution.one_thread()
+    names: list[str | None] = [*synthetic.OBJECTS, None]
+    index = {o.name: o.imagenet[0] for o in OBJECTS}
+    classes = [index[n] if n else _EMPTY_SCENE for n in names]
+    drawn = [draw_pictures(n, _PICTURES_A_CLASS + _HELD_OUT, SEED * 100 + i) for i, n in enumerate(names)]
+    shown, kept = (np.concatenate([d[part] for d in drawn]) for part in (slice(_HELD_OUT, None), slice(_HELD_OUT)))
+    targets = np.repeat(np.arange(len(names)), _PICTURES_A_CLASS)
+    labeller = vision.train_small_labeller(shown, targets.tolist(), classes)
+    labeller.save(path)
+    guesses = labeller(kept).argmax(1).reshape(len(names), _HELD_OUT)
+    return float((guesses.numpy() == np.array(classes)[:, None]).mean())
+
+
+def prepare(runner: execution.Runner, folder: Path, n_clips: int, labeller: Path) -> float:
+    """Render all clips and the table that names them, and meanwhile train the picture network."""
+    jobs: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [(train_labeller, (str(labeller),))]
     for split, share in _SHARES.items():
         for number in range(max(2, round(n_clips * share))):
             # tests are duets, with a trio now and then, so that there is something to separate
             n_objects = None if split == "train" else 3 if number % 4 == 3 else 2
-            jobs.append((str(folder), split, number, n_objects))
-    with execution.Progress("render", len(jobs), "clips") as progress:
-        segments = []
-        for segment in runner.map(render, jobs):
-            segments.append(segment)
-            progress.add(1)
+            jobs.append((render, (str(folder), split, number, n_objects)))
+    segments, accuracy = [], 0.0
+    with execution.Progress("render", len(jobs) - 1, "clips") as progress:
+        for result in runner.map(_call, jobs):
+            if isinstance(result, Segment):
+                segments.append(result)
+                progress.add(1)
+            else:
+                accuracy = result
     synthetic.write_table(sorted(segments, key=lambda s: s.segment_id), folder / "segments.csv")
+    return accuracy
 
 
-def train_labeller(runner: execution.Runner, path: Path) -> float:
-    """Train the picture network on drawn pictures; return its accuracy on others."""
-    names: list[str | None] = [*synthetic.OBJECTS, None]
-    index = {o.name: o.imagenet[0] for o in OBJECTS}
-    classes = [index[n] if n else _EMPTY_SCENE for n in names]
-    held_out = 10
-    jobs = [(n, _PICTURES_A_CLASS + held_out, SEED * 100 + i) for i, n in enumerate(names)]
-    drawn = dict(zip([j[2] for j in jobs], execution.map_in_order(runner, draw_pictures, jobs), strict=True))
-    images = np.stack(list(drawn.values()))  # (classes, pictures, 224, 224, 3)
-    targets = np.repeat(np.arange(len(names)), _PICTURES_A_CLASS)
-    (labeller,) = runner.map(_train_labeller, [(images[:, held_out:].reshape(-1, *images.shape[2:]), targets, classes)])
-    labeller.save(path)
-    guesses = labeller(images[:, :held_out].reshape(-1, *images.shape[2:])).argmax(1).reshape(len(names), held_out)
-    return float((guesses.numpy() == np.array(classes)[:, None]).mean())
-
-
-def _train_labeller(images: NDArray[np.uint8], targets: NDArray, classes: list[int]) -> vision.ImageLabeller:
-    execution.one_thread()
-    return vision.train_small_labeller(images, targets.tolist(), classes)
+def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    return function(*arguments)
 
 
 def step(title: str, main: Callable[[Sequence[str]], int], *arguments: str) -> None:
@@ -173,11 +176,9 @@ def run(arguments: argparse.Namespace) -> int:
     shards, model = str(out / "shards"), str(out / "model")
     say("starting Ray on this machine …")
     with execution.session() as runner:
-        say("rendering clips with known sources")
-        render_clips(runner, out / "clips", arguments.clips)
-        say("\ntraining a small picture network on drawn pictures")
-        accuracy = train_labeller(runner, labeller)
-        say(f"it names {accuracy:.0%} of held-out drawings")
+        say("rendering clips with known sources, and training a small picture network on drawings")
+        accuracy = prepare(runner, out / "clips", arguments.clips, labeller)
+        say(f"the picture network names {accuracy:.0%} of held-out drawings")
         table = str(out / "clips" / "segments.csv")
         step("python -m pipelines.manifest", manifest.main, "--table", table, "--out", str(out / "manifest"))
         step(

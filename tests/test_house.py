@@ -156,7 +156,7 @@ SIGNATURES = {
     "dictionary.BasisDictionary.load": "(path)",
     "separation.ratio_masks": "(magnitudes, power=1.0)",
     "separation.separate": "(waveform, masks, stft)",
-    "separation.Separator.load": "(model_dir, device='cpu')",
+    "separation.Separator.load": "(model_dir)",
     "metrics.si_sdr": "(reference, estimate)",
     "metrics.bss_eval": "(references, estimates, *, filter_length=512)",
     "records.validate": "(record)",
