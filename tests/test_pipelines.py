@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
-from avsep import cli, media, records, shards, synthetic
+from avsep import cli, media, records, shards, synthetic, vision
 from avsep.model import Model
+from avsep.objects import object_index, object_scores, weak_labels
 from pipelines import collect, evaluate, extract, manifest, train
 
 RATE = 48_000
@@ -273,6 +275,41 @@ def test_bad_clips_are_counted_rejections_and_can_be_retried(rendered, tmp_path)
     attempts = {r.segment_id: r.attempts for r in shards.read_rejections(out)}
     assert attempts == {"text": 1, "empty": 2, "silent": 1}
     assert extract.main([*retry, "nonsense"]) == 2
+
+
+def test_pictures_decide_where_no_labels_are_given(rendered, tmp_path):
+    """A network that calls everything a dog; its logits are kept, and it goes with the clips and the model."""
+    names, index = ("dog", "violin"), [151, 889]
+    network = vision.build_network("squeezenet1_1", len(names))
+    with torch.no_grad():
+        network.classifier[1].weight.zero_()
+        network.classifier[1].bias.copy_(torch.tensor([3.0, 0.0]))
+    weights = tmp_path / "small.safetensors"
+    vision.ImageLabeller("squeezenet1_1", network.eval(), "", tuple(index)).save(weights)
+    clips = sorted((rendered / "clips").glob("*train*"))[:3]
+    told = [{"segment_id": "told", "source": str(clips[0]), "labels": "violin"}]
+    seen = [{"segment_id": f"seen{i}", "source": str(c)} for i, c in enumerate(clips)]
+    (tmp_path / "a").mkdir()
+    for name, rows in (("told", told), ("seen", seen)):
+        command = ["--segments", table_of(tmp_path / "a", rows), "--out", str(tmp_path / name), "--in-process"]
+        assert extract.main([*command, "--weights", str(weights)]) == 0
+    (given,) = shards.read_clips(str(tmp_path / "told"))
+    assert (given.label_source, given.labels) == ("given", ("violin",))
+    assert given.image_logits.shape == (6, 1000)
+    assert np.isfinite(given.image_logits[0]).nonzero()[0].tolist() == index
+    pictured = list(shards.read_clips(str(tmp_path / "seen")))
+    assert [p.label_source for p in pictured] == ["pictures"] * 3 and pictured[0].labels is None
+    scores = object_scores(torch.from_numpy(pictured[0].image_logits.astype(np.float32)))
+    assert weak_labels(scores).nonzero().flatten().tolist() == [object_index("dog")]
+
+    run = tmp_path / "run"
+    arguments = ["--clips", str(tmp_path / "seen"), "--out", str(run), "--epochs", "1", "--in-process"]
+    assert train.main(arguments) == 0
+    assert (run / "model" / "labeller.safetensors").read_bytes() == weights.read_bytes()
+    assert cli.main(["separate", str(clips[0]), "--model", str(run / "model"), "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "separation.json").read_text())
+    assert report["objects_from"] == "pictures"
+    assert report["objects"][0]["name"] == "dog" and report["objects"][0]["picture_score"] > 0.9
 
 
 def test_segments_without_labels_or_weights_stop_at_the_start(rendered, tmp_path, capfd):
