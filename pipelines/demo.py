@@ -189,7 +189,8 @@ def run(arguments: argparse.Namespace) -> int:
         step("python -m pipelines.collect", collect.main, "--model", model, "--clips", shards)
         step(
             "python -m pipelines.train", train.main,
-            "--clips", shards, "--out", str(out / "paper"), "--recipe", "paper", "--epochs", str(_PAPER_EPOCHS), "--in-process",
+            "--clips", shards, "--out", str(out / "paper"), "--recipe", "paper",
+            "--epochs", str(_PAPER_EPOCHS), "--in-process",
         )  # fmt: skip
         first = next(s for s in read_segments(str(out / "manifest")) if s.split == "test")
         step(
