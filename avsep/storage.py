@@ -28,10 +28,8 @@ def filesystem(path: str) -> tuple[pafs.FileSystem, str]:
     """
     if not is_uri(path):
         return pafs.LocalFileSystem(), os.path.abspath(path)
-    try:
+    with contextlib.suppress(pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return pafs.FileSystem.from_uri(path)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        pass
     try:
         remote, inner = fsspec.core.url_to_fs(path)
     except (ValueError, ImportError) as error:

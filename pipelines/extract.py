@@ -88,7 +88,7 @@ def extract_shard(
     seconds: dict[str, float] = {}
     if fetch_only:
         rejections = store.fetch_all(segments) if store else []
-        if not rejections:
+        if not rejections and not attempts:  # a retry that succeeded must take its rejections back
             return shard, {}
     else:
         records, rejections, seconds = stages.extract_records(segments, config, label, store.locate if store else None)

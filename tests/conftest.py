@@ -1,8 +1,11 @@
 """Clips that several test files share, rendered once."""
 
 import csv
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 
@@ -43,3 +46,13 @@ def rendered(tmp_path_factory) -> Path:
         table.writeheader()
         table.writerows(rows)
     return folder
+
+
+@pytest.fixture
+def memory_folder() -> Iterator[str]:
+    """A URI of fsspec's memory: an object store's stand-in, where a write is one PUT."""
+    name = uuid.uuid4().hex
+    yield f"memory://{name}"
+    memory = fsspec.filesystem("memory")
+    if memory.exists(f"/{name}"):
+        memory.rm(f"/{name}", recursive=True)

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import hashlib
 import http.server
 import json
 import math
@@ -357,6 +358,8 @@ def test_a_killed_extraction_goes_on_exactly_once(run, rendered, tmp_path):
             break
         time.sleep(0.3)
     assert ray_processes() <= before
+    for commit in shards.read_commits(str(out)):
+        assert hashlib.sha256((out / commit.clips.path).read_bytes()).hexdigest() == commit.clips.sha256
 
 
 @pytest.mark.chaos
@@ -419,5 +422,15 @@ def test_remote_segments_are_fetched_once_and_kept(run, rendered, web, tmp_path)
     (record,) = shards.read_clips(first)
     assert record.source == f"{address}/{clip}" and record.duration_s == pytest.approx(6, abs=0.1)
     assert asked == []
+
+    # it comes back: fetching it takes the rejection back, and extraction follows
+    shutil.copy(rendered / "clips" / clip, rendered / "clips" / "gone.mp4")
+    try:
+        assert extract.main([*command, "--out", first, "--until", "fetch", "--retry-rejected"]) == 0
+    finally:
+        (rendered / "clips" / "gone.mp4").unlink()
+    assert shards.read_ids(first) == (["-a_b"], [])
+    assert extract.main([*command, "--out", first]) == 0
+    assert shards.read_ids(first) == (["-a_b", "gone"], [])
 
     assert extract.main(["--segments", segments, "--out", str(tmp_path / "x"), "--in-process"]) == 2  # no --media

@@ -6,11 +6,9 @@ import signal
 import subprocess
 import sys
 import threading
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -29,11 +27,7 @@ def out(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "local":
         yield str(tmp_path / "clips")
         return
-    name = uuid.uuid4().hex
-    yield f"memory://{name}"
-    memory = fsspec.filesystem("memory")
-    if memory.exists(f"/{name}"):
-        memory.rm(f"/{name}", recursive=True)
+    yield request.getfixturevalue("memory_folder")
 
 
 def clip(segment_id: str, split: str = "train", level: float = 1.0) -> ClipRecord:

@@ -1,10 +1,8 @@
 import os
 import threading
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 import pytest
 
 from avsep import storage
@@ -16,11 +14,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param != "memory":
         yield str(tmp_path) if request.param == "local" else f"file://{tmp_path}"
         return
-    name = uuid.uuid4().hex
-    yield f"memory://{name}"
-    memory = fsspec.filesystem("memory")
-    if memory.exists(f"/{name}"):
-        memory.rm(f"/{name}", recursive=True)
+    yield request.getfixturevalue("memory_folder")
 
 
 @pytest.mark.parametrize(
