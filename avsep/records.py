@@ -110,6 +110,10 @@ class ClipRecord:
     media_sha256: str
     label_source: str  # given, pictures or none
 
+    def factors(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return W, `(F, M)`, and H, `(M, N)`, in float32."""
+        return self.bases.astype(np.float32), self.activations.astype(np.float32) * np.float32(self.activation_scale)
+
 
 @dataclass(frozen=True)
 class Rejection:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 # Each layer may import itself and those above it in this list (DESIGN.md).
 LAYERS = (
     ("stft", "nmf", "metrics", "objects"),
-    ("miml", "training"),
+    ("miml", "training", "evidence"),
     ("media", "fetch", "egress", "storage", "vision", "records", "shards"),
     (
         "stages",
@@ -149,8 +149,8 @@ SIGNATURES = {
     "nmf.kl_divergence": "(V, W, H)",
     "objects.object_scores": "(image_logits)",
     "objects.weak_labels": "(scores, threshold=0.3, best_threshold=0.05)",
-    "miml.MIML.forward": "(self, bases, valid=None)",
-    "miml.MIML.relation": "(self, bases, valid=None)",
+    "miml.MIML.forward": "(self, bases, valid=None, statistics=None)",
+    "miml.MIML.relation": "(self, bases, valid=None, statistics=None)",
     "miml.multilabel_margin": "(scores, labels)",
     "dictionary.select_bases": "(posteriors, objects, threshold=0.5)",
     "dictionary.BasisDictionary.load": "(path)",
