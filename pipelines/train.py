@@ -331,7 +331,7 @@ def train_pass(runner: execution.Runner, job: dict[str, Any]) -> None:
 
 
 def make_mixtures(runner: execution.Runner, job: dict[str, Any], n_mixtures: int) -> list[practice.Practice]:
-    """Mix clips in which one object plays alone; training clips' mixtures are returned, and kept with validation's."""
+    """Mix clips in which one object plays alone; return training clips' mixtures, and keep them and validation's."""
     out, config = job["out"], job["config"]
     files = job["files"][:_SOLO_FILES]  # each is a random sample of the clips
     parts = execution.map_in_order(runner, solos_of_file, [(storage.join(out, "model"), f) for f in files])
@@ -355,9 +355,11 @@ def make_mixtures(runner: execution.Runner, job: dict[str, Any], n_mixtures: int
     if "train" not in made:
         say("train: the clips hold no solos of two objects to practise on, so bases are assigned one by one")
         return []
+    if "val" not in made:  # its clips hold no solos: the last mixtures of training clips stand in
+        kept_back = max(1, len(made["train"]) // 10)
+        made["train"], made["val"] = made["train"][:-kept_back], made["train"][-kept_back:]
     for split, name in (("train", _MIXTURES_FILE), ("val", _VAL_MIXTURES_FILE)):
-        if split in made:
-            _write_mixtures(out, name, made[split])
+        _write_mixtures(out, name, made[split])
     return made["train"]
 
 
