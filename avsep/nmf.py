@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+
+from avsep import nmf_cpu
 
 _TINY = torch.finfo(torch.float32).tiny  # keeps 0/0 at 0
 _FLOOR = 1e-20  # of WH, far below any audible magnitude: V / WH stays finite in float32, so 0 · (V / WH) is 0
@@ -53,8 +56,7 @@ def factorize(
         W = _checked_start("W0", W0, (*lead, n_bins, n_bases), W)
     if H0 is not None:
         H = _checked_start("H0", H0, (*lead, n_bases, n_frames), H)
-    for clip in _clips_at_once(flat):
-        _update(flat[clip], W[clip], H[clip], n_iter, update_bases=True)
+    _update(flat, W, H, n_iter, update_bases=True)
     W, H = _normalise(W, H)
     return W.reshape(*lead, n_bins, n_bases), H.reshape(*lead, n_bases, n_frames)
 
@@ -84,8 +86,7 @@ def infer_activations(V: Tensor, W: Tensor, *, n_iter: int = 100) -> Tensor:
     level = flat.sum(-2, keepdim=True) / n_bases  # every basis starts with the same share of each frame
     H = torch.where(column_sums > 0, level / column_sums.clamp_min(_TINY), 0.0).contiguous()
     W = W.contiguous()
-    for clip in _clips_at_once(flat):
-        _update(flat[clip], W[clip], H[clip], n_iter, update_bases=False)
+    _update(flat, W, H, n_iter, update_bases=False)
     return H.reshape(*lead, n_bases, n_frames)
 
 
@@ -144,13 +145,35 @@ def _checked_start(name: str, start: Tensor, shape: tuple[int, ...], like: Tenso
     return _check_magnitudes(start).to(like.device).reshape(like.shape).clone()
 
 
-def _clips_at_once(V: Tensor) -> list[slice]:
-    """On a GPU the whole batch; on a CPU one clip after the other, which stays in cache."""
-    return [slice(None)] if V.is_cuda else [slice(i, i + 1) for i in range(len(V))]
-
-
 def _update(V: Tensor, W: Tensor, H: Tensor, n_iter: int, *, update_bases: bool) -> None:
     """Run the updates in place on `(B, F, N)`, `(B, F, M)`, `(B, M, N)`.
+
+    On a GPU the whole batch at once; on a CPU one clip a thread, which stays in its core's cache.
+    """
+    if V.device.type != "cpu":
+        return _update_in_torch(V, W, H, n_iter, update_bases=update_bases)
+    kernel = nmf_cpu.load()
+
+    def update_clip(i: int) -> None:
+        if kernel is None:
+            clip = slice(i, i + 1)
+            return _update_in_torch(V[clip], W[clip], H[clip], n_iter, update_bases=update_bases)
+        problem = kernel.problem(V[i], W[i], H[i])
+        problem.run(n_iter, update_bases=update_bases)
+        for old, new in zip((W[i], H[i]), problem.factors(), strict=True):
+            old.copy_(new)
+
+    n_threads = min(torch.get_num_threads(), len(V)) if kernel else 1  # torch divides its own work
+    if n_threads < 2:
+        for i in range(len(V)):
+            update_clip(i)
+    else:
+        with ThreadPoolExecutor(n_threads) as pool:
+            list(pool.map(update_clip, range(len(V))))
+
+
+def _update_in_torch(V: Tensor, W: Tensor, H: Tensor, n_iter: int, *, update_bases: bool) -> None:
+    """Run the updates in plain torch, for any device.
 
     With H held, the new rows of W need only the same rows of V. So V is walked in blocks of
     rows: update the block's bases, then add the block's part to the activations' update.
