@@ -18,7 +18,7 @@ import hashlib
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,7 @@ class Kernel:
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine(tile))
         self._engine.add_object_file(llvm.ObjectFileRef.from_data(machine_code))
         self._engine.finalize_object()
-        pointers, sizes = [ctypes.c_void_p] * 7, [ctypes.c_int64] * 6
-        prototype = ctypes.CFUNCTYPE(ctypes.c_double, *pointers, *sizes, ctypes.c_float, *[ctypes.c_int64] * 2)
+        prototype = ctypes.CFUNCTYPE(ctypes.c_double, *[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 8)
         self._run = prototype(self._engine.get_function_address("run"))  # ctypes lets other threads run meanwhile
 
     def problem(self, V: Tensor, W: Tensor, H: Tensor) -> Problem:
@@ -83,25 +82,33 @@ class Problem:
         self.W, self.H = self._panels(W.mT), self._panels(H)
         self.n_bases = len(H)
         self._scratch = _zeros(self.n_bases * (kernel.tile.width + kernel.tile.lanes))
-        self._inverse_sums = torch.stack([W.sum(0), H.sum(1)]).clamp_min_(_TINY).reciprocal_()  # (2, M)
+        self._inverse_sums = torch.empty(2, self.n_bases)
+        self.sum_up()
 
-    def run(self, n_iter: int, *, power: float = 1.0, update_bases: bool = True, measure: bool = False) -> float:
-        """Do `n_iter` iterations; return the divergence before the last update, if it is to be measured.
-
-        `power` is that of the factor each update multiplies by: 1 is exact, more is over-relaxed.
-        """
+    def run(self, n_iter: int, *, update_bases: bool = True, measure: bool = False) -> Tensor:
+        """Do `n_iter` iterations; return the divergence before the last update, if it is to be measured, `(1,)`."""
         if n_iter < 1:
-            return float("nan")
+            return torch.full((1,), torch.nan)
         t = self.kernel.tile
-        return self.kernel._run(
+        divergence = self.kernel._run(
             *(x.data_ptr() for x in (self.V_rows, self.V_columns, self.W, self.H, self._scratch, *self._inverse_sums)),
             *(-(-n // size) for n in (self.n_bins, self.n_frames) for size in (t.lanes, t.rows)),
             self.n_bases,
             n_iter,
-            power,
             int(update_bases),
             int(measure),
         )
+        return torch.tensor([divergence])
+
+    @property
+    def state(self) -> tuple[Tensor, Tensor]:
+        """W and H in the kernel's layout, a batch of one; after changing them call `sum_up`."""
+        return self.W.unsqueeze(0), self.H.unsqueeze(0)
+
+    def sum_up(self) -> None:
+        """Sum the factors that the next iteration starts from."""
+        for X, inverse in zip((self.W, self.H), self._inverse_sums, strict=True):
+            inverse.copy_(X.sum((0, 2)).clamp_min_(_TINY).reciprocal_())
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return W `(F, M)` and H `(M, N)`."""
@@ -316,23 +323,11 @@ class _Emitter:
         y = self._fma(square, self._splat(-0.5), y)
         return self._fma(b.sitofp(exponent, self.vector), self._splat(0.6931471805599453), b.fadd(x, y))
 
-    def _exp(self, x: Any) -> Any:
-        """Exponential for |x| < 87, to float32's precision (Cephes, expf)."""
-        b = self.b
-        whole = self._call(f"llvm.rint.{self.suffix}", self.vector, [b.fmul(x, self._splat(1.4426950408889634))])
-        x = self._fma(whole, self._splat(-0.693359375), x)
-        x = self._fma(whole, self._splat(2.12194440e-4), x)
-        y = self._fma(self._polynomial(x, _EXP), b.fmul(x, x), b.fadd(x, self._splat(1.0)))
-        exponent = b.shl(b.add(b.fptosi(whole, self.ints), self._splat(127)), self._splat(23))
-        return b.fmul(y, b.bitcast(exponent, self.vector))
-
     def _sum(self, x: Any) -> Any:
         f = self._declared.get("sum")
         if f is None:
             kind = self.ir.FunctionType(self.float, [self.float, self.vector])
-            f = self._declared["sum"] = self.ir.Function(
-                self.module, kind, f"llvm.vector.reduce.fadd.{self.suffix}"
-            )
+            f = self._declared["sum"] = self.ir.Function(self.module, kind, f"llvm.vector.reduce.fadd.{self.suffix}")
         return self.b.call(f, [self.float(-0.0), x], fastmath=["reassoc"])
 
     # ------------------------------------------------------------------ the updates
@@ -340,9 +335,7 @@ class _Emitter:
     def _panel(self, n_vectors: int, measure: bool) -> Any:
         """`out ← Y (V/(XᵀY))ᵀ` for one panel of X; returns its divergence, if it is to be measured."""
         t, width = self.tile, self.tile.width
-        f = self._function(
-            f"panel_{n_vectors}_{int(measure)}", self.float, [self.pointer] * 4 + [self.i64] * 2
-        )
+        f = self._function(f"panel_{n_vectors}_{int(measure)}", self.float, [self.pointer] * 4 + [self.i64] * 2)
         V, X, Y, out, n_tiles, n_bases = f.args
         cells = [(row, vector) for row in range(t.rows) for vector in range(n_vectors)]
         zero = self.ir.Constant(self.vector, None)
@@ -388,16 +381,15 @@ class _Emitter:
     def _half(self, panels: Sequence[Any], measure: bool) -> Any:
         """Update all of X: panels of `vectors` vectors, then one of what is left; returns the divergence."""
         t, width = self.tile, self.tile.width
-        arguments = [self.pointer] * 6 + [self.i64] * 3 + [self.float]
+        arguments = [self.pointer] * 6 + [self.i64] * 3
         f = self._function(f"half_{int(measure)}", self.double, arguments)
-        V, X, Y, scratch, inverse_y, inverse_x, n_vectors, n_tiles, n_bases, power = f.args
+        V, X, Y, scratch, inverse_y, inverse_x, n_vectors, n_tiles, n_bases = f.args
         out = self._at(scratch, self.b.mul(n_bases, self.i64(t.lanes)))
         lanes, zero = self.i64(t.lanes), self.ir.Constant(self.vector, None)
         with self._loop(n_bases) as basis:
             self._store(zero, self._at(scratch, self.b.mul(basis.index, lanes)))
         panel_size, V_size = (self.b.mul(n, self.i64(k)) for n, k in ((n_bases, width), (n_tiles, t.rows * width)))
         n_panels = self.b.udiv(self.b.add(n_vectors, self.i64(t.vectors - 1)), self.i64(t.vectors))
-        plain = self.b.fcmp_ordered("==", power, self.float(1.0))
         with self._loop(n_panels, [self.double(0.0)]) as panel:
             x = self._at(X, self.b.mul(panel.index, panel_size))
             v = self._at(V, self.b.mul(panel.index, V_size))
@@ -425,7 +417,6 @@ class _Emitter:
                 for vector in range(t.vectors):  # lanes beyond the last are zero and stay so
                     place = self._at(x, offset, vector * t.lanes)
                     factor = self.b.fmul(self._load(self._at(out, offset), vector * t.lanes), inverse)
-                    factor = self._powered(factor, power, plain)
                     new = self.b.fmul(self._load(place), factor)
                     self._store(new, place)
                     summed = self.b.fadd(summed, new)
@@ -438,39 +429,22 @@ class _Emitter:
         self.b.ret(panel.next[0])
         return f
 
-    def _powered(self, factor: Any, power: Any, plain: Any) -> Any:
-        before = self.b.block
-        raised, after = self.b.append_basic_block(), self.b.append_basic_block()
-        self.b.cbranch(plain, after, raised)
-        self.b.position_at_end(raised)
-        log = self.b.fmul(self._log(self._max(factor, 1e-37)), self._splat(power))
-        for order, limit in (("<", 87.0), (">", -87.0)):
-            log = self.b.select(self.b.fcmp_ordered(order, log, self._splat(limit)), log, self._splat(limit))
-        value = self._exp(log)
-        self.b.branch(after)
-        self.b.position_at_end(after)
-        chosen = self.b.phi(self.vector)
-        chosen.add_incoming(factor, before)
-        chosen.add_incoming(value, raised)
-        return chosen
-
     def _iterations(self, plain: Any, measured: Any) -> None:
         """`run`: whole iterations, the last one's divergence measured between its two halves."""
-        arguments = [self.pointer] * 7 + [self.i64] * 6 + [self.float] + [self.i64] * 2
+        arguments = [self.pointer] * 7 + [self.i64] * 8
         f = self._function("run", self.double, arguments, public=True)
         V_rows, V_columns, W, H, scratch, inverse_w, inverse_h, *rest = f.args
-        f_vectors, f_tiles, n_vectors, n_tiles, n_bases, n_iter, power, update_bases, measure = rest
+        f_vectors, f_tiles, n_vectors, n_tiles, n_bases, n_iter, update_bases, measure = rest
         mode, saved = (self.b.alloca(self.i32) for _ in range(2))
         self._call("llvm.x86.sse.stmxcsr", self.ir.VoidType(), [saved])
         self.b.store(self.b.or_(self.b.load(saved, typ=self.i32), self.i32(_FLUSH)), mode)
         self._call("llvm.x86.sse.ldmxcsr", self.ir.VoidType(), [mode])
         with self._loop(n_iter) as turn:
             with self.b.if_then(self.b.icmp_unsigned("!=", update_bases, self.i64(0))):
-                sizes = [f_vectors, n_tiles, n_bases, power]
-                self.b.call(plain, [V_rows, W, H, scratch, inverse_h, inverse_w, *sizes])
+                self.b.call(plain, [V_rows, W, H, scratch, inverse_h, inverse_w, f_vectors, n_tiles, n_bases])
             last = self.b.icmp_unsigned("==", turn.index, self.b.sub(n_iter, self.i64(1)))
             watched = self.b.and_(last, self.b.icmp_unsigned("!=", measure, self.i64(0)))
-            operands = [V_columns, H, W, scratch, inverse_w, inverse_h, n_vectors, f_tiles, n_bases, power]
+            operands = [V_columns, H, W, scratch, inverse_w, inverse_h, n_vectors, f_tiles, n_bases]
             blocks = [self.b.append_basic_block() for _ in range(3)]
             self.b.cbranch(watched, blocks[0], blocks[1])
             results = []
@@ -490,8 +464,3 @@ _LOG = (
     7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1,
     2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1,
 )  # fmt: skip
-_EXP = (
-    1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1,
-)  # fmt: skip
-
-Update = Callable[..., float]
