@@ -187,38 +187,36 @@ def _accelerate(problem: _Blocks | nmf_cpu.Problem, n_iter: int) -> None:
     iterations are extrapolated in the factors' logarithms (SQUAREM, Varadhan and Roland 2008,
     scheme S3) and followed by one more iteration. Where that has raised the divergence it is undone.
     """
-    start, total = n_iter // 5, round(0.48 * n_iter)
-    problem.run(start)
-    limit = torch.full((len(problem.state[0]),), 4.0, device=problem.state[0].device)
+    start, total = n_iter // 5, round(0.47 * n_iter)
+    last = problem.run(start, measure=True)
+    limit = torch.full_like(last, 4.0)
+    room = [[torch.empty_like(x) for x in problem.state] for _ in range(3)]
     for _ in range(-(-(total - start) // 3)):
-        states = [[x.clone() for x in problem.state]]
-        for measure in (False, True):
-            before = problem.run(1, measure=measure)
-            states.append([x.clone() for x in problem.state])
-        first, second = (
-            [(y / x.clamp_min(_TINY)).clamp_(1e-8, 1e8).log_() for x, y in zip(a, b, strict=True)]
-            for a, b in itertools.pairwise(states)
-        )
-        change = sum(_mean_square(a, x) for a, x in zip(first, states[2], strict=True))
-        bend = sum(_mean_square(b - a, x) for a, b, x in zip(first, second, states[2], strict=True))
-        step = (change / bend.clamp_min(_TINY)).sqrt().clamp_min(1.0).minimum(limit)
-        for x, a, b in zip(problem.state, first, second, strict=True):
-            s = step.view(-1, *[1] * (x.ndim - 1))
-            x.mul_((b * (s**2 - 1) - a * (s - 1) ** 2).clamp_(-40, 40).exp_())
+        for changes in room[:2]:
+            for old, x in zip(changes, problem.state, strict=True):
+                old.copy_(x)
+            problem.run(1)
+            for change, x in zip(changes, problem.state, strict=True):
+                torch.div(x, change.clamp_min_(_TINY), out=change).clamp_(1e-8, 1e8).log_()
+        change, bend = torch.zeros_like(last), torch.zeros_like(last)
+        for x, a, b, old in zip(problem.state, *room, strict=True):
+            weights = old.copy_(x) / x.flatten(1).sum(1).clamp_min(_TINY).view(-1, *[1] * (x.ndim - 1))
+            change += (weights * a * a).flatten(1).sum(1)
+            bend += weights.mul_(b.sub_(a)).mul_(b).flatten(1).sum(1)  # b is the second difference from here on
+        step = (change / bend.clamp_min(_TINY)).sqrt_().clamp_min_(1.0).minimum(limit)
+        for x, a, b in zip(problem.state, *room[:2], strict=True):
+            s = step.view(-1, *[1] * (x.ndim - 1)).float()
+            x.mul_(a.mul_(2 * (s - 1)).add_(b.mul_(s**2 - 1)).clamp_(-40, 40).exp_())
         problem.sum_up()
-        worse = ~(problem.run(1, measure=True) <= before)
-        limit = torch.where(
-            worse, (step / 2).clamp_min(2.0), torch.where(step == limit, 2 * limit, limit).clamp_max(32.0)
-        )
+        found = problem.run(1, measure=True)
+        worse = ~(found <= last)
+        last = torch.where(worse, last, found)
+        longer = torch.where(step == limit, 2 * limit, limit).clamp_max_(32.0)
+        limit = torch.where(worse, (step / 2).clamp_min_(2.0), longer)
         if worse.any():
-            for x, old in zip(problem.state, states[2], strict=True):
+            for x, old in zip(problem.state, room[2], strict=True):
                 x[worse] = old[worse]
             problem.sum_up()
-
-
-def _mean_square(x: Tensor, weights: Tensor) -> Tensor:
-    x, weights = x.flatten(1), weights.flatten(1)
-    return (weights * x * x).sum(1) / weights.sum(1).clamp_min(_TINY)
 
 
 class _Blocks:
