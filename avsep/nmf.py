@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -190,32 +189,22 @@ def _accelerate(problem: _Blocks | nmf_cpu.Problem, n_iter: int) -> None:
     start, total = n_iter // 5, round(0.47 * n_iter)
     last = problem.run(start, measure=True)
     limit = torch.full_like(last, 4.0)
-    room = [[torch.empty_like(x) for x in problem.state] for _ in range(3)]
+    older, old, newest = ([torch.empty_like(x) for x in problem.state] for _ in range(3))
     for _ in range(-(-(total - start) // 3)):
-        for changes in room[:2]:
-            for old, x in zip(changes, problem.state, strict=True):
-                old.copy_(x)
-            problem.run(1)
-            for change, x in zip(changes, problem.state, strict=True):
-                torch.div(x, change.clamp_min_(_TINY), out=change).clamp_(1e-8, 1e8).log_()
-        change, bend = torch.zeros_like(last), torch.zeros_like(last)
-        for x, a, b, old in zip(problem.state, *room, strict=True):
-            weights = old.copy_(x) / x.flatten(1).sum(1).clamp_min(_TINY).view(-1, *[1] * (x.ndim - 1))
-            change += (weights * a * a).flatten(1).sum(1)
-            bend += weights.mul_(b.sub_(a)).mul_(b).flatten(1).sum(1)  # b is the second difference from here on
-        step = (change / bend.clamp_min(_TINY)).sqrt_().clamp_min_(1.0).minimum(limit)
-        for x, a, b in zip(problem.state, *room[:2], strict=True):
-            s = step.view(-1, *[1] * (x.ndim - 1)).float()
-            x.mul_(a.mul_(2 * (s - 1)).add_(b.mul_(s**2 - 1)).clamp_(-40, 40).exp_())
-        problem.sum_up()
+        for saved in (older, old, newest):
+            for x, now in zip(saved, problem.state, strict=True):
+                x.copy_(now)
+            if saved is not newest:
+                problem.run(1)
+        step = problem.extrapolate(older, old, limit)
         found = problem.run(1, measure=True)
         worse = ~(found <= last)
         last = torch.where(worse, last, found)
         longer = torch.where(step == limit, 2 * limit, limit).clamp_max_(32.0)
         limit = torch.where(worse, (step / 2).clamp_min_(2.0), longer)
         if worse.any():
-            for x, old in zip(problem.state, room[2], strict=True):
-                x[worse] = old[worse]
+            for now, x in zip(problem.state, newest, strict=True):
+                now[worse] = x[worse]
             problem.sum_up()
 
 
@@ -240,6 +229,22 @@ class _Blocks:
 
     def sum_up(self) -> None:
         """Nothing to do: each iteration sums for itself."""
+
+    def extrapolate(self, older: Sequence[Tensor], old: Sequence[Tensor], limit: Tensor) -> Tensor:
+        """Go on from two earlier states along the logarithms' parabola; return each clip's step, `(B,)`."""
+        change, bend, ways = torch.zeros_like(limit), torch.zeros_like(limit), []
+        for x, a, b in zip(self.state, older, old, strict=True):
+            first = (b / a.clamp_min(_TINY)).clamp_(1e-8, 1e8).log_()
+            second = (x / b.clamp_min(_TINY)).clamp_(1e-8, 1e8).log_().sub_(first)
+            weights = x / x.sum((1, 2), keepdim=True).clamp_min(_TINY)
+            change += (weights * first * first).sum((1, 2))
+            bend += (weights * second * second).sum((1, 2))
+            ways.append((first, second))
+        step = (change / bend.clamp_min(_TINY)).sqrt_().clamp_min_(1.0).minimum(limit)
+        s = step.view(-1, 1, 1).float()
+        for x, (first, second) in zip(self.state, ways, strict=True):
+            x.mul_((first * (2 * (s - 1)) + second * (s**2 - 1)).clamp_(-40, 40).exp_())
+        return step
 
     def run(self, n_iter: int, *, update_bases: bool = True, measure: bool = False) -> Tensor:
         """Do `n_iter` iterations in place; return each clip's divergence, if it is to be measured, `(B,)`."""

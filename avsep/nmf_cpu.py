@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import tempfile
@@ -67,6 +68,11 @@ class Kernel:
         self._engine.finalize_object()
         prototype = ctypes.CFUNCTYPE(ctypes.c_double, *[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 8)
         self._run = prototype(self._engine.get_function_address("run"))  # ctypes lets other threads run meanwhile
+        pointers = [ctypes.c_void_p] * 3
+        prototype = ctypes.CFUNCTYPE(None, *pointers, ctypes.c_int64, ctypes.c_void_p)
+        self._bend = prototype(self._engine.get_function_address("bend"))
+        prototype = ctypes.CFUNCTYPE(None, *pointers, ctypes.c_int64, ctypes.c_float, ctypes.c_float)
+        self._extrapolate = prototype(self._engine.get_function_address("extrapolate"))
 
     def problem(self, V: Tensor, W: Tensor, H: Tensor) -> Problem:
         """Lay one clip out: V `(F, N)`, W `(F, M)`, H `(M, N)`, float32 on the CPU."""
@@ -108,7 +114,26 @@ class Problem:
     def sum_up(self) -> None:
         """Sum the factors that the next iteration starts from."""
         for X, inverse in zip((self.W, self.H), self._inverse_sums, strict=True):
-            inverse.copy_(X.sum((0, 2)).clamp_min_(_TINY).reciprocal_())
+            torch.sum(X, (0, 2), out=inverse).clamp_min_(_TINY).reciprocal_()
+
+    def extrapolate(self, older: Sequence[Tensor], old: Sequence[Tensor], limit: Tensor) -> Tensor:
+        """Go on from two earlier states along the logarithms' parabola; return the step's length, `(1,)`."""
+        sizes = torch.zeros(3)
+        change = bend = 0.0
+        sides = [
+            (x.data_ptr(), a.data_ptr(), b.data_ptr(), x.numel() // self.kernel.tile.lanes)
+            for x, a, b in zip(self.state, older, old, strict=True)
+        ]
+        for side in sides:
+            self.kernel._bend(*side, sizes.data_ptr())
+            weight, squared_change, squared_bend = sizes.tolist()
+            change += squared_change / max(weight, _TINY)
+            bend += squared_bend / max(weight, _TINY)
+        step = min(max((change / max(bend, _TINY)) ** 0.5, 1.0), float(limit))
+        for side in sides:
+            self.kernel._extrapolate(*side, 2 * (step - 1), step**2 - 1)
+        self.sum_up()
+        return torch.tensor([step], dtype=limit.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return W `(F, M)` and H `(M, N)`."""
@@ -150,7 +175,7 @@ def load() -> Kernel | None:
 
         features = llvm.get_host_cpu_features()
         tile = next((t for t, needs in _NEEDS if all(features.get(n) for n in needs)), None)
-        return tile and Kernel(tile, _machine_code(tile))
+        return Kernel(tile, _machine_code(tile)) if tile else None
     except (ImportError, OSError, RuntimeError):
         return None
 
@@ -232,6 +257,7 @@ class _Emitter:
         panels = {(v, m): self._panel(v, m) for v in range(1, tile.vectors + 1) for m in (False, True)}
         plain, measured = (self._half([panels[v + 1, m] for v in range(tile.vectors)], m) for m in (False, True))
         self._iterations(plain, measured)
+        self._extrapolation()
 
     # ------------------------------------------------------------------ small pieces
 
@@ -302,6 +328,9 @@ class _Emitter:
     def _max(self, x: Any, least: float) -> Any:
         return self.b.select(self.b.fcmp_ordered(">", x, self._splat(least)), x, self._splat(least))
 
+    def _min(self, x: Any, most: float) -> Any:
+        return self.b.select(self.b.fcmp_ordered("<", x, self._splat(most)), x, self._splat(most))
+
     def _quotient(self, v: Any, x: Any) -> Any:
         """`v / x` to float32's precision but for a last bit: an approximation and one step of Newton's."""
         rest = [self.ir.Constant(self.vector, None), self.ir.IntType(16)(-1)] if self.tile == AVX512 else []
@@ -322,6 +351,16 @@ class _Emitter:
         y = b.fmul(b.fmul(x, square), self._polynomial(x, _LOG))
         y = self._fma(square, self._splat(-0.5), y)
         return self._fma(b.sitofp(exponent, self.vector), self._splat(0.6931471805599453), b.fadd(x, y))
+
+    def _exp(self, x: Any) -> Any:
+        """Exponential for |x| < 87, to float32's precision (Cephes, expf)."""
+        b = self.b
+        whole = self._call(f"llvm.rint.{self.suffix}", self.vector, [b.fmul(x, self._splat(1.4426950408889634))])
+        x = self._fma(whole, self._splat(-0.693359375), x)
+        x = self._fma(whole, self._splat(2.12194440e-4), x)
+        y = self._fma(self._polynomial(x, _EXP), b.fmul(x, x), b.fadd(x, self._splat(1.0)))
+        exponent = b.shl(b.add(b.fptosi(whole, self.ints), self._splat(127)), self._splat(23))
+        return b.fmul(y, b.bitcast(exponent, self.vector))
 
     def _sum(self, x: Any) -> Any:
         f = self._declared.get("sum")
@@ -459,8 +498,44 @@ class _Emitter:
         self._call("llvm.x86.sse.ldmxcsr", self.ir.VoidType(), [saved])
         self.b.ret(divergence)
 
+    def _changes(self, states: Sequence[Any], index: Any) -> tuple[Any, Any, Any, Any]:
+        """Return a place in X, its value, its logarithm's first change and the second difference."""
+        place, x0, x1 = (self._at(p, self.b.mul(index, self.i64(self.tile.lanes))) for p in states)
+        x = [self._load(p) for p in (x0, x1, place)]
+        ratios = (self._quotient(after, self._max(before, _TINY)) for before, after in itertools.pairwise(x))
+        first, second = (self._log(self._min(self._max(r, 1e-8), 1e8)) for r in ratios)
+        return place, x[2], first, self.b.fsub(second, first)
+
+    def _extrapolation(self) -> None:
+        """`bend`: sums of X and, weighted by X, of the squared change and second difference; `extrapolate`."""
+        zero = self.ir.Constant(self.vector, None)
+        f = self._function("bend", self.ir.VoidType(), [self.pointer] * 3 + [self.i64, self.pointer], public=True)
+        *states, n_vectors, out = f.args
+        with self._loop(n_vectors, [zero] * 3) as turn:
+            _, x, change, bend = self._changes(states, turn.index)
+            weight, changes, bends = turn.values
+            turn.next = [
+                self.b.fadd(weight, x),
+                self._fma(self.b.fmul(x, change), change, changes),
+                self._fma(self.b.fmul(x, bend), bend, bends),
+            ]
+        for i, total in enumerate(turn.next):
+            self.b.store(self._sum(total), self._at(out, i), align=4)
+        self.b.ret_void()
+        arguments = [self.pointer] * 3 + [self.i64] + [self.float] * 2
+        f = self._function("extrapolate", self.ir.VoidType(), arguments, public=True)
+        *states, n_vectors, by_change, by_bend = f.args
+        with self._loop(n_vectors) as turn:
+            place, x, change, bend = self._changes(states, turn.index)
+            way = self._fma(bend, self._splat(by_bend), self.b.fmul(change, self._splat(by_change)))
+            self._store(self.b.fmul(x, self._exp(self._min(self._max(way, -40.0), 40.0))), place)
+        self.b.ret_void()
+
 
 _LOG = (
     7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1,
     2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1,
+)  # fmt: skip
+_EXP = (
+    1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1,
 )  # fmt: skip

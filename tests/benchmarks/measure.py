@@ -114,4 +114,3 @@ def growth(title: str, points: Mapping[float, float]) -> float:
         exponent = float(np.polyfit(np.log(list(points)), np.log(list(points.values())), 1)[0])
         print(f"  seconds grow as size to the power {exponent:.2f}")
     return exponent
-

@@ -149,7 +149,9 @@ def main() -> None:
     arguments = p.parse_args()
     make = functools.partial(sides, arguments.bases, arguments.iterations, arguments.quick)
     kernel = nmf_cpu.load()
-    print(f"kernel: {kernel.tile.lanes if kernel else 'none:'} lanes; M = {arguments.bases}, {arguments.iterations} its")
+    print(
+        f"kernel: {kernel.tile.lanes if kernel else 'none:'} lanes; M = {arguments.bases}, {arguments.iterations} its"
+    )
     ends = divergences(make())
     figures: dict[str, Any] = {"divergence": ends}
     for n in arguments.processes:
