@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 # Each layer may import itself and those above it in this list (DESIGN.md).
 LAYERS = (
-    ("stft", "nmf", "metrics", "objects"),
+    ("stft", "nmf", "nmf_cpu", "metrics", "objects"),
     ("miml", "training", "evidence"),
     ("media", "fetch", "egress", "storage", "vision", "records", "shards"),
     (
@@ -144,7 +144,7 @@ SIGNATURES = {
     "stft.STFT": "(sample_rate=48000, n_fft=4800, hop_length=2400)",
     "stft.STFT.__call__": "(self, waveform)",
     "stft.STFT.inverse": "(self, spectrogram, length)",
-    "nmf.factorize": "(V, n_bases, *, n_iter=200, seeds=None, W0=None, H0=None)",
+    "nmf.factorize": "(V, n_bases, *, n_iter=200, seeds=None, W0=None, H0=None, accelerated=False)",
     "nmf.infer_activations": "(V, W, *, n_iter=100)",
     "nmf.kl_divergence": "(V, W, H)",
     "objects.object_scores": "(image_logits)",
