@@ -157,7 +157,7 @@ def _perform(solo: Solo, n_frames: int, rng: np.random.Generator) -> Tensor:
 
 
 def train_context(
-    network: MIML, practices: Sequence[Practice], *, epochs: int = 40, learning_rate: float = 3e-3, seed: int = 0
+    network: MIML, practices: Sequence[Practice], *, epochs: int, learning_rate: float = 3e-3, seed: int = 0
 ) -> tuple[BasisContext, dict[str, float]]:
     """Train a context on practice mixtures; return it with the cross-entropy before and after.
 

@@ -39,7 +39,7 @@ def default() -> Recipe:
             dropout=0.3,
         ),
         training=TrainingConfig(epochs=16, schedule="one_cycle", warp=0.06),
-        practice=800,
+        practice=600,
         second_pass=True,
     )
 

@@ -297,7 +297,7 @@ def run(arguments: argparse.Namespace) -> int:
         train_pass(runner, job)
         practices = make_mixtures(runner, job, min(recipe.practice, 2 * n_train)) if recipe.practice else []
         if practices:
-            learn_context(runner, job, practices)
+            learn_context(runner, job, practices, epochs=20 if recipe.second_pass else 40)
         if practices and recipe.second_pass:
             rows = json.loads(storage.read_bytes(storage.join(out, HISTORY_FILE)))
             train_pass(runner, job | {"pass": 2, "earlier_rows": [r for r in rows if r["pass"] == 1]})
@@ -363,12 +363,14 @@ def make_mixtures(runner: execution.Runner, job: dict[str, Any], n_mixtures: int
     return made["train"]
 
 
-def learn_context(runner: execution.Runner, job: dict[str, Any], practices: list[practice.Practice]) -> None:
+def learn_context(
+    runner: execution.Runner, job: dict[str, Any], practices: list[practice.Practice], epochs: int = 40
+) -> None:
     """Learn on practice mixtures which bases belong together, and add it to the model."""
     directory = storage.join(job["out"], "model")
     model = Model.load(directory)
     files = job["files"][:_SOLO_FILES]
-    item = (job["out"], model, practices, files, job["training"].seed)
+    item = (job["out"], model, practices, files, epochs, job["training"].seed)
     ((model, figures),) = runner.map(fit_context, [item])
     say(
         f"train: cross-entropy of bases of held-out mixtures: {figures['before']:.3f} one by one, "
@@ -401,11 +403,11 @@ def mix_batch(
 
 
 def fit_context(
-    out: str, model: Model, practices: list[practice.Practice], files: list[str], seed: int
+    out: str, model: Model, practices: list[practice.Practice], files: list[str], epochs: int, seed: int
 ) -> tuple[Model, dict[str, float]]:
     """Train the context, and learn how far to believe sound and pictures, in one worker."""
     execution.one_thread()
-    model.context, figures = practice.train_context(model.network, practices, seed=seed)
+    model.context, figures = practice.train_context(model.network, practices, epochs=epochs, seed=seed)
     mixtures = _read_mixtures(out, _VAL_MIXTURES_FILE) or practice.as_bags(practices)
     learned = evidence.fit_sound(training.object_shares(model.network, mixtures), mixtures.labels)
     clips = bags.load_bags(files, model.config.labels, "train")
