@@ -1,6 +1,8 @@
+import fast_bss_eval
 import numpy as np
 import pytest
 import scipy.linalg
+import torch
 
 from avsep.metrics import bss_eval, improvement, si_sdr
 
@@ -45,6 +47,31 @@ def test_bss_eval_is_its_definition_by_least_squares() -> None:
     for j in range(3):
         expected = by_projection(references, estimates[j], j, taps)
         assert (found.sdr[j], found.sir[j], found.sar[j]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_many_estimates_at_once_are_each_alone_and_agree_with_fast_bss_eval() -> None:
+    """At the length of a clip, whose last block is not a whole one."""
+    lowpass = np.hanning(41)[:, None] * np.ones(3)
+    references = np.stack([np.convolve(x, w)[:48_000] for x, w in zip(noise(3, 48_000), lowpass.T, strict=True)])
+    mixing = np.eye(3) + 0.3 * noise(4, 3, 3, seed=1)
+    estimates = mixing @ references + 0.1 * noise(4, 3, 48_000, seed=2)
+    found = bss_eval(references, estimates)
+    assert found.sdr.shape == (4, 3)
+    for k, own in enumerate(estimates):
+        alone = bss_eval(references, own)
+        expected = fast_bss_eval.bss_eval_sources(
+            torch.from_numpy(references), torch.from_numpy(own), filter_length=512, compute_permutation=False
+        )
+        for figure, theirs in zip(("sdr", "sir", "sar"), expected[:3], strict=True):
+            assert getattr(found, figure)[k] == pytest.approx(getattr(alone, figure), abs=1e-9)
+            assert getattr(found, figure)[k] == pytest.approx(theirs.numpy(), abs=1e-4)
+
+
+def test_nothing_interferes_with_a_single_source() -> None:
+    a, n = noise(2, 2000)
+    found = bss_eval(a[None], (a + 0.1 * n)[None])
+    assert np.isnan(found.sir[0]) and found.sdr[0] == pytest.approx(found.sar[0], abs=1e-6)
+    assert found.sdr[0] == pytest.approx(by_projection(a[None], a + 0.1 * n, 0, 512)[0], abs=1e-4)
 
 
 def test_bss_eval_forgives_a_filter_and_separates_interference_from_artefacts() -> None:
