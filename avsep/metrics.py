@@ -1,8 +1,9 @@
-"""How good separated sounds are, in dB. Every function takes the reference first."""
+"""How good separated sounds are, in dB, and how far scores can be believed. The reference comes first."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.fft
@@ -93,9 +94,7 @@ def _projections(r: NDArray, e: NDArray, taps: int) -> tuple[NDArray, NDArray]:
     flat = e.reshape(-1, e.shape[-1])
     lagged = _correlate(r, np.concatenate([r, flat]), taps)  # [i, k, a] = Σ_t r_i(t) x_k(t + a)
     own, cross = lagged[:, :n_sources], lagged[:, n_sources:].swapaxes(0, 1)
-    gram = np.block(
-        [[scipy.linalg.toeplitz(own[i, k], own[k, i]) for k in range(n_sources)] for i in range(n_sources)]
-    )
+    gram = np.block([[scipy.linalg.toeplitz(own[i, k], own[k, i]) for k in range(n_sources)] for i in range(n_sources)])
     everything = _solved_energy(gram, cross.reshape(len(flat), -1))
     target = np.empty(len(flat))
     for j in range(n_sources):
@@ -138,6 +137,24 @@ def _correlate(r: NDArray, x: NDArray, taps: int) -> NDArray:
 def improvement(of_estimate: ArrayLike, of_mixture: ArrayLike) -> NDArray[np.float64]:
     """Return a figure's gain over the mixture as estimate, in dB; NaN where either is undefined."""
     return np.asarray(of_estimate, np.float64) - np.asarray(of_mixture, np.float64)
+
+
+def calibration(happened: ArrayLike, scores: ArrayLike, *, n_bins: int = 10) -> dict[str, Any]:
+    """Compare scores in [0, 1] with how often what they announce is so, `(n,)` boolean, `(n,)`.
+
+    Returns `expected_calibration_error`, the mean over scores of |share that happened − mean score|
+    of their bin (Naeini et al. 2015), and the `bins`, equally wide, those without a score left out:
+    `score` and `share` (means), `count`.
+    """
+    y, x = np.asarray(happened, bool), np.asarray(scores, np.float64)
+    place = np.clip((x * n_bins).astype(int), 0, n_bins - 1)
+    bins = [
+        {"score": float(x[here].mean()), "share": float(y[here].mean()), "count": int(here.sum())}
+        for here in (place == b for b in range(n_bins))
+        if here.any()
+    ]
+    gaps = sum(b["count"] * abs(b["share"] - b["score"]) for b in bins)
+    return {"expected_calibration_error": float(gaps / len(x)) if len(x) else float("nan"), "bins": bins}
 
 
 def _pair(reference: ArrayLike, estimate: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,6 +106,7 @@ class Separator:
         self.config = separation or model.config.separation
         self.stft = model.config.stft
         self.extraction = ExtractionConfig(self.stft, model.config.n_bases, model.config.n_iter)
+        self.factorize: Callable[[Tensor, int], Factors] = functools.partial(factorize, config=self.extraction)
         if self.config.bases != "own" and model.dictionary is None:
             raise ValueError(f"bases are {self.config.bases!r}, and the model has no dictionary: run pipelines.collect")
 
@@ -116,7 +118,7 @@ class Separator:
     @torch.inference_mode()
     def analyse(self, waveform: Tensor, seed: int = 0) -> Window:
         """Factorise one window `(S,)` and relate its bases to the objects."""
-        factors = factorize(waveform, seed, self.extraction)
+        factors = self.factorize(waveform, seed)
         relation = self.model.network.relation(factors.W.T.unsqueeze(0))[0]
         energy = factors.basis_energy
         if self.config.assignment == "soft":

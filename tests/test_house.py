@@ -47,7 +47,7 @@ FLAGS = {
     "collect": {"--model", "--clips", "--in-process"},
     "evaluate": {
         "--model", "--paper-model", "--segments", "--references", "--out", "--split", "--given",
-        "--in-process",
+        "--protocol", "--in-process",
     },
     "serve": {"--model", "--port"},
     "avsep separate": {"--model", "--out", "--objects", "--weights"},
