@@ -120,14 +120,14 @@ def train_epoch(
         losses = LOSSES[config.loss](model.relation(bases, valid), labels, batch.basis_energy.to(device).sqrt())
         optimiser.zero_grad(set_to_none=True)
         losses.mean().backward()
-        _average_gradients(model)
+        average_gradients(model)
         optimiser.step()
         total += float(losses.detach().sum())
         count += len(batch)
     return {"train_loss": total / max(count, 1)}
 
 
-def _average_gradients(model: MIML) -> None:
+def average_gradients(model: torch.nn.Module) -> None:
     """Average over the workers of a distributed run; MIML is called by `relation`, which DDP doesn't wrap."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:

@@ -50,7 +50,7 @@ _LOST_DB = -30.0  # what a sound that was lost altogether counts, instead of −
 _WORST = 10
 _MOST_PAIRS = 200
 _ALONE_DB = 20.0  # an object sounds alone when whatever else there is stays this far below it
-_REST_BELOW = 0.5  # where there is noise for certain, a basis goes to the rest when the objects explain less of it
+_REST_BELOW = 0.05  # where there is noise for certain, a basis goes to the rest when the objects explain less of it
 _HEARD = 0.01  # scores below it are no claim that an object is audible
 
 
