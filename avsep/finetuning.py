@@ -197,8 +197,11 @@ def train_epoch(
 ) -> float:
     """Train over the batches once; return the mean loss by clip. `learning_rate` is that at a share of the run."""
     rng = np.random.default_rng([config.seed, epoch, 1])
-    network, device = labeller.network.train(), labeller.device
+    device = labeller.device
+    network = labeller.network.train().to(memory_format=torch.channels_last)
     groups = class_groups(labeller.classes).to(device)
+    kind = torch.device(device).type
+    halved = kind == "cuda" or torch.cpu._is_amx_tile_supported()  # there bfloat16 is 3 times as fast for a ResNet
     total, count = 0.0, 0
     for number, (pictures, labels) in enumerate(parts):
         share = (epoch + min(number / n_batches, 1)) / config.epochs
@@ -206,7 +209,9 @@ def train_epoch(
             group["lr"] = learning_rate(share)
         shape = pictures.shape[:2]
         pixels = augment(normalise(pictures.flatten(0, 1).to(device)), rng)
-        losses = picture_loss(network(pixels).unflatten(0, shape), labels.to(device), groups, config.presence)
+        with torch.autocast(kind, torch.bfloat16, enabled=halved):
+            logits = network(pixels.contiguous(memory_format=torch.channels_last)).float()
+        losses = picture_loss(logits.unflatten(0, shape), labels.to(device), groups, config.presence)
         optimiser.zero_grad(set_to_none=True)
         losses.mean().backward()
         training.average_gradients(network)
