@@ -76,11 +76,14 @@ def mfcc(W: Tensor, stft: STFT, n_bands: int = 40, n_coefficients: int = 13) -> 
     return torch.from_numpy(dct(log_energy, axis=0, norm="ortho")[1 : n_coefficients + 1].T.astype(np.float32))
 
 
-def harmonic_percussive(mixture: Tensor, references: Tensor, stft: STFT, size: int = 17) -> Tensor:
-    """Median-filter separation into two parts (FitzGerald 2010), in the best order; two sources only."""
+def harmonic_percussive(mixture: Tensor, stft: STFT, size: int = 17) -> Tensor:
+    """Separate what lasts from what strikes by median filters over time and over frequency (FitzGerald 2010).
+
+    `(S,)` → `(2, S)`: harmonic, percussive. `size` is in frames and in bins.
+    """
     V = stft(mixture).abs().numpy()
     parts = torch.from_numpy(np.stack([median_filter(V, (1, size)), median_filter(V, (size, 1))]))
-    return _best_order(references, separate(mixture, ratio_masks(parts, 2.0), stft))
+    return separate(mixture, ratio_masks(parts, 2.0), stft)
 
 
 def _best_order(references: Tensor, estimates: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ def relation_map(
     basis_energy: NDArray,
     picture: NDArray[np.uint8] | None = None,
     highlighted: Sequence[str] = (),
+    owners: Sequence[int] | None = None,
 ) -> bytes:
     """Draw objects × bases, the loudest basis first, beside a frame of the clip.
 
@@ -56,10 +57,12 @@ def relation_map(
         objects: the L names. `highlighted` ones are set in bold.
         basis_energy: `(M,)`.
         picture: `(height, width, 3)` uint8, or None.
+        owners: each basis's true object, `(M,)` rows of the map (L for none), ringed; None when unknown.
     """
     scores = np.concatenate([relation, np.zeros_like(relation[:1])])
     scores = np.exp(scores - scores.max(0))
-    scores = (scores / scores.sum(0))[:, np.argsort(-basis_energy, kind="stable")]
+    order = np.argsort(-basis_energy, kind="stable")
+    scores = (scores / scores.sum(0))[:, order]
     figure = Figure((8.5 if picture is not None else 5.5, 4.6), layout="constrained")
     if picture is not None:
         grid = figure.add_gridspec(1, 2, width_ratios=(1, 1.6))
@@ -70,12 +73,29 @@ def relation_map(
     else:
         axes = figure.subplots()
     image = axes.imshow(scores, aspect="auto", cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+    if owners is not None:
+        axes.plot(np.asarray(owners)[order], "o", color="none", markeredgecolor="cyan", markersize=5)
     axes.set_yticks(range(len(objects) + 1), [*objects, "noise"], fontsize=7)
     for label in axes.get_yticklabels():
         if label.get_text() in highlighted:
             label.set_fontweight("bold")
     axes.set_xlabel("NMF bases, loudest first")
     figure.colorbar(image, ax=axes, label="p(object | basis)")
+    return _png(figure)
+
+
+def reliability(curves: dict[str, Sequence[dict[str, float]]]) -> bytes:
+    """Draw how often it is so against the score, by the bins of `metrics.calibration`; a marker's area is its count."""
+    figure = Figure((4.2, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="0.6", linewidth=1)
+    for label, bins in curves.items():
+        (line,) = axes.plot([b["score"] for b in bins], [b["share"] for b in bins], label=label)
+        sizes = [10 + 3 * b["count"] ** 0.5 for b in bins]
+        axes.scatter([b["score"] for b in bins], [b["share"] for b in bins], sizes, color=line.get_color())
+    axes.set(xlabel="score", ylabel="share audible", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
     return _png(figure)
 
 

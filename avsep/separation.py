@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,6 +107,7 @@ class Separator:
         self.config = separation or model.config.separation
         self.stft = model.config.stft
         self.extraction = ExtractionConfig(self.stft, model.config.n_bases, model.config.n_iter)
+        self.factorize: Callable[[Tensor, int], Factors] = functools.partial(factorize, config=self.extraction)
         if self.config.bases != "own" and model.dictionary is None:
             raise ValueError(f"bases are {self.config.bases!r}, and the model has no dictionary: run pipelines.collect")
 
@@ -121,7 +123,7 @@ class Separator:
         The factorisations' bases stand side by side, each factorisation's one after the other.
         """
         count = self.config.n_factorizations
-        runs = [factorize(waveform, seed + i, self.extraction) for i in range(count)]
+        runs = [self.factorize(waveform, seed + i) for i in range(count)]
         divergence = sum(f.kl_divergence for f in runs) / count
         factors = Factors(torch.cat([f.W for f in runs], 1), torch.cat([f.H for f in runs]) / count, divergence)
         relation = self.model.network.relate(factors.W, factors.H)

@@ -137,7 +137,7 @@ def train_epoch(
             losses = losses + target_loss(relation, batch.targets.to(device), weight)
         optimiser.zero_grad(set_to_none=True)
         losses.mean().backward()
-        _average_gradients(model)
+        average_gradients(model)
         optimiser.step()
         total += float(losses.detach().sum())
         count += len(batch)
@@ -148,7 +148,7 @@ def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(device)
 
 
-def _average_gradients(model: MIML) -> None:
+def average_gradients(model: torch.nn.Module) -> None:
     """Average over the workers of a distributed run; MIML is called by `relation`, which DDP doesn't wrap."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:

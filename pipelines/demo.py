@@ -140,8 +140,8 @@ def write_report(out: Path, seconds: float, labeller_accuracy: float) -> Path:
     evaluate.add_results(report, results, "objects")
     report.heading("Listen")
     for segment in segments[:_SHOWN]:
-        references = str(out / "clips" / "references")
-        report.append(evaluate.clip_section(str(out / "model"), references, segment, "objects"))
+        job = evaluate.Job(str(out / "model"), None, str(out / "clips" / "references"))
+        report.append(evaluate.clip_section(job, [segment]))
     report.heading("Training")
     report.image((out / "loss.png").read_bytes(), "Loss and validation figures by epoch")
     report.paragraph(f"The small picture network names {labeller_accuracy:.0%} of held-out drawings.")

@@ -1,22 +1,26 @@
 """Measure separators on mixtures with known sources: results.json and report.html.
 
-Floor (the mixture) and ceiling (the ideal mask) are rows of the table like the others.
+Floor (the mixture) and ceiling (the ideal mask) are rows of the table like the others. The
+published protocols take the clips in which one object sounds alone: `pairs` mixes each two of
+different objects as they are (200 of them, drawn once, where there are more), `denoising` adds
+white noise as loud as the clip, and the SDR gain is then NSDR.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import soundfile
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
@@ -24,7 +28,7 @@ from avsep import baselines, media, metrics, plots, stages, storage, training
 from avsep.objects import OBJECT_NAMES
 from avsep.records import ClipError, Segment, read_segments
 from avsep.report import Report
-from avsep.separation import REST, Separator
+from avsep.separation import REST, Separation, Separator, Window
 from pipelines import execution
 from pipelines.execution import fail, say
 
@@ -33,11 +37,20 @@ EXAMPLES = """examples:
       --out out/results
   python -m pipelines.evaluate --model out/run/model --paper-model out/paper/model --segments out/manifest \\
       --references clips/references --out out/results --given labels
+  python -m pipelines.evaluate --model out/run/model --segments out/manifest --references clips/references \\
+      --out out/pairs --protocol pairs
 """
-FIGURES = ("sdr", "sir", "sar", "si_sdr", "sdr_improvement")
+FIGURES = ("sdr", "sir", "sar", "si_sdr")
+GAINS = tuple(f"{f}_improvement" for f in FIGURES)
 BOUNDS = ("mixture", "oracle_assignment", "ideal_mask")
+STRUCK = {"drum"}
+UNPITCHED = STRUCK | {"cat", "dog", "chicken", "frog", "car", "train", "plane", "motorcycle"}
+_STRUCK_METHOD = "harmonic_percussive"
 _LOST_DB = -30.0  # what a sound that was lost altogether counts, instead of −inf
 _WORST = 10
+_MOST_PAIRS = 200
+_ALONE_DB = 20.0  # an object sounds alone when whatever else there is stays this far below it
+_HEARD = 0.01  # scores below it are no claim that an object is audible
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,20 +73,38 @@ def parser() -> argparse.ArgumentParser:
         default="objects",
         help="what the separator is told is there: the true objects, the table's labels, or nothing",
     )
+    p.add_argument(
+        "--protocol",
+        choices=("mixtures", "pairs", "denoising"),
+        default="mixtures",
+        help="the clips as they are, all pairs of single-source clips, or those with noise at 0 dB",
+    )
     p.add_argument("--in-process", action="store_true", help="a plain loop without Ray")
     return p
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to measure with, and how."""
+
+    model: str
+    paper_model: str | None
+    references: str
+    given: str = "objects"
+    protocol: str = "mixtures"
 
 
 @dataclass
 class ClipResult:
     """One clip's figures."""
 
-    segment_id: str
+    segment_id: str  # of a pair: both, with " + " between
     objects: list[str]  # audible, with a reference
     figures: dict[str, dict[str, list[float]]]  # separator → figure → one value an object
     basis_energy: list[float] = field(default_factory=list)  # of bases that belong to an object
     basis_right: list[bool] = field(default_factory=list)
     sound_scores: dict[str, float] = field(default_factory=dict)
+    confidence: dict[str, float] = field(default_factory=dict)  # of the objects separated, where the separator says it
     visible: list[str] | None = None  # as the table's labels say
     error: str = ""
 
@@ -131,6 +162,74 @@ class Case:
             torch.from_numpy(rest if rest is not None else np.zeros(length, np.float32)),
         )
 
+    @property
+    def everything(self) -> Tensor:
+        """The objects' references and, last, the rest: `(J + 1, S)`."""
+        return torch.cat([self.references, self.rest.unsqueeze(0)])
+
+
+def build_case(segments: Sequence[Segment], references: str, sample_rate: int, protocol: str) -> Case:
+    """Load a clip, or mix what the protocol says of clips in which one object is alone."""
+    cases = [Case.load(s, references, sample_rate) for s in segments]
+    if protocol == "pairs":
+        return mix_pair(*cases)
+    return add_noise(cases[0]) if protocol == "denoising" else cases[0]
+
+
+def mix_pair(one: Case, other: Case) -> Case:
+    """Mix two clips as they are, the longer cut to the shorter."""
+    first, second = sorted((one, other), key=lambda c: c.names)
+    length = min(len(one.mixture), len(other.mixture))
+    segment = replace(first.segment, segment_id=f"{one.segment.segment_id} + {other.segment.segment_id}", labels=None)
+    return Case(
+        segment,
+        first.mixture[:length] + second.mixture[:length],
+        [*first.names, *second.names],
+        torch.cat([first.references[:, :length], second.references[:, :length]]),
+        first.rest[:length] + second.rest[:length],
+    )
+
+
+def add_noise(case: Case) -> Case:
+    """Add white noise of the clip's own power, the same for the same clip."""
+    rng = np.random.default_rng(stages.seed_of(case.segment.segment_id))
+    noise = torch.from_numpy(rng.standard_normal(len(case.mixture)).astype(np.float32))
+    noise *= case.mixture.square().mean().sqrt()
+    return Case(case.segment, case.mixture + noise, case.names, case.references, case.rest + noise)
+
+
+def alone(references: str, segment: Segment) -> tuple[str | None, str]:
+    """Return the object that sounds alone in a clip, None when there isn't one, and why a clip can't be used."""
+    try:
+        waveforms, _ = references_of(references, segment.segment_id)
+    except ValueError as error:
+        return None, str(error)
+    power = {n: float(np.square(w, dtype=np.float64).mean()) for n, w in waveforms.items()}
+    rest = power.pop(REST, 0.0)
+    audible = [n for n, p in power.items() if p > 1e-12]
+    is_alone = len(audible) == 1 and rest <= power[audible[0]] * 10 ** (-_ALONE_DB / 10)
+    return (audible[0] if is_alone else None), ""
+
+
+def choose(
+    runner: execution.Runner, segments: Sequence[Segment], job: Job
+) -> tuple[list[tuple[Segment, ...]], list[str]]:
+    """Return what a protocol measures, clips or pairs of them, and what is wrong with clips that can't be used."""
+    if job.protocol == "mixtures":
+        return [(s,) for s in segments], []
+    found = execution.map_in_order(runner, alone, [(job.references, s) for s in segments])
+    errors = [error for _, error in found if error]
+    singles = [(s, name) for s, (name, _) in zip(segments, found, strict=True) if name is not None]
+    say(f"evaluate: one object sounds alone in {len(singles)} of {len(segments)} clips")
+    if job.protocol == "denoising":
+        return [(s,) for s, _ in singles], errors
+    pairs = [(a, b) for (a, x), (b, y) in itertools.combinations(singles, 2) if x != y]
+    if len(pairs) > _MOST_PAIRS:
+        say(f"evaluate: {_MOST_PAIRS} of their {len(pairs)} pairs of different objects are measured")
+        chosen = np.random.default_rng(0).choice(len(pairs), _MOST_PAIRS, replace=False)
+        pairs = [pairs[i] for i in sorted(chosen)]
+    return list(pairs), errors
+
 
 def told(case: Case, given: str) -> dict[str, list[str]]:
     """Return the arguments by which a separator is told what is there."""
@@ -141,65 +240,65 @@ def told(case: Case, given: str) -> dict[str, list[str]]:
     return {}
 
 
-def evaluate_clip(model_dir: str, paper_dir: str | None, references: str, segment: Segment, given: str) -> ClipResult:
-    """Run every separator on one clip and measure it."""
+def evaluate_clip(job: Job, segments: Sequence[Segment]) -> ClipResult:
+    """Run every separator on one clip, or pair of clips, and measure it."""
     execution.one_thread()
-    separator = Separator.load(model_dir)
+    separator = Separator.load(job.model)
     try:
-        case = Case.load(segment, references, separator.stft.sample_rate)
-        return _measure(case, separator, Separator.load(paper_dir) if paper_dir else None, given)
+        case = build_case(segments, job.references, separator.stft.sample_rate, job.protocol)
+        paper = Separator.load(job.paper_model) if job.paper_model else None
+        return _measure(case, separator, paper, job.given, job.protocol == "denoising")
     except (ClipError, ValueError) as error:
-        return ClipResult(segment.segment_id, [], {}, error=str(error))
+        return ClipResult(segments[0].segment_id, [], {}, error=str(error))
 
 
-def _measure(case: Case, separator: Separator, paper: Separator | None, given: str) -> ClipResult:
-    estimates, analysis = separate_case(case, separator, paper, given)
-    r = case.references.numpy()
-    figures: dict[str, dict[str, list[float]]] = {}
-    for name, estimate in estimates.items():
-        e = estimate.numpy()
-        bss = metrics.bss_eval(r, e)
-        figures[name] = {
-            "sdr": bss.sdr.tolist(),
-            "sir": bss.sir.tolist(),
-            "sar": bss.sar.tolist(),
-            "si_sdr": metrics.si_sdr(r, e).tolist(),
-        }
-    floor = figures["mixture"]["sdr"]
-    for values in figures.values():
-        values["sdr_improvement"] = metrics.improvement(_bounded(values["sdr"]), _bounded(floor)).tolist()
+def _measure(case: Case, separator: Separator, paper: Separator | None, given: str, noisy: bool) -> ClipResult:
+    estimates, analysis = separate_case(case, separator, paper, given, noisy)
+    r, e = case.references.numpy(), np.stack([e.numpy() for e in estimates.values()])
+    bss = metrics.bss_eval(r, e)
+    measured = {"sdr": bss.sdr, "sir": bss.sir, "sar": bss.sar, "si_sdr": metrics.si_sdr(r, e)}  # (separators, J)
+    floor = list(estimates).index("mixture")
+    for figure, values in list(measured.items()):
+        measured[f"{figure}_improvement"] = metrics.improvement(_bounded(values), _bounded(values[floor]))
+    figures = {n: {f: v[i].tolist() for f, v in measured.items()} for i, n in enumerate(estimates)}
     labels = case.segment.labels
     visible = None if labels is None else list(labels)
     return ClipResult(case.segment.segment_id, case.names, figures, visible=visible, **analysis)
 
 
 def separate_case(
-    case: Case, separator: Separator, paper: Separator | None, given: str
+    case: Case, separator: Separator, paper: Separator | None, given: str, noisy: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return each separator's estimates of the case's objects, `(J, S)`, and what the default made of its bases.
 
     An object that a separator was not told of and did not find gets the mixture: that is all
-    its listener has.
+    its listener has. `noisy` says that there is noise for certain: to the blind method it is
+    one source more.
     """
     known = told(case, given)
     n_sources = len(case.names)
+    separator.factorize = _once(separator.factorize)
+    if paper is not None and paper.extraction == separator.extraction:
+        paper.factorize = separator.factorize
     separation = separator(case.mixture, **known)
-    window = separation.first_window
-    if window.factors.H.shape[1] != separator.stft.n_frames(len(case.mixture)):  # it is one of several
-        window = separator.analyse(case.mixture)
-    everything = torch.cat([case.references, case.rest.unsqueeze(0)])
-    oracle, owner = baselines.oracle_assignment(case.mixture, everything, window.factors, separator.stft)
+    window = whole_window(separator, separation, case)
+    oracle, owner = baselines.oracle_assignment(case.mixture, case.everything, window.factors, separator.stft)
+    grouped = case.everything if noisy else case.references
+    n_bases = separator.extraction.n_bases
+    single = separator.factorize(case.mixture, 0) if window.factors.H.shape[0] > n_bases else window.factors
     estimates = {
         "mixture": baselines.mixture_as_estimate(case.mixture, n_sources),
-        "nmf_clustering": baselines.blind_clustering(case.mixture, case.references, window.factors, separator.stft),
+        "nmf_clustering": baselines.blind_clustering(case.mixture, grouped, single, separator.stft)[:n_sources],
     }
-    if n_sources == 2:
-        estimates["harmonic_percussive"] = baselines.harmonic_percussive(case.mixture, case.references, separator.stft)
+    struck = [n in STRUCK for n in case.names]
+    if n_sources == 2 and sum(struck) == 1 and sum(n in UNPITCHED for n in case.names) == 1:
+        lasting, striking = baselines.harmonic_percussive(case.mixture, separator.stft)
+        estimates[_STRUCK_METHOD] = torch.stack([striking if s else lasting for s in struck])
     if paper is not None:
         estimates["paper"] = _matched(case, paper(case.mixture, **known))
     estimates["default"] = _matched(case, separation)
     estimates["oracle_assignment"] = oracle[:-1]
-    estimates["ideal_mask"] = baselines.ideal_ratio_mask(case.mixture, everything, separator.stft)[:-1]
+    estimates["ideal_mask"] = baselines.ideal_ratio_mask(case.mixture, case.everything, separator.stft)[:-1]
     index = [OBJECT_NAMES.index(n) for n in case.names]
     guess = separator.shares(window, index)[:-1].argmax(0)
     belongs = owner < n_sources
@@ -208,7 +307,29 @@ def separate_case(
         "basis_energy": energy[belongs].tolist(),
         "basis_right": (guess == owner)[belongs].tolist(),
         "sound_scores": separation.sound_scores,
+        "confidence": dict(getattr(separation, "confidence", None) or {}),
     }
+
+
+def _once(factorize: Callable[[Tensor, int], stages.Factors]) -> Callable[[Tensor, int], stages.Factors]:
+    """Keep the factors of one sound's windows, which several separators ask for: seed and length tell them apart."""
+    kept: dict[tuple[int, int], stages.Factors] = {}
+
+    def factorize_once(waveform: Tensor, seed: int) -> stages.Factors:
+        key = seed, len(waveform)
+        if key not in kept:
+            kept[key] = factorize(waveform, seed)
+        return kept[key]
+
+    return factorize_once
+
+
+def whole_window(separator: Separator, separation: Separation, case: Case) -> Window:
+    """Return the analysis of the whole sound at once: the first window, where there is no other."""
+    window = separation.first_window
+    if window.factors.H.shape[1] == separator.stft.n_frames(len(case.mixture)):
+        return window
+    return separator.analyse(case.mixture)
 
 
 def _matched(case: Case, separation: Any) -> Tensor:
@@ -216,33 +337,45 @@ def _matched(case: Case, separation: Any) -> Tensor:
     return torch.stack([found.get(n, case.mixture) for n in case.names])
 
 
-def _bounded(values: Sequence[float]) -> NDArray[np.float64]:
+def _bounded(values: ArrayLike) -> NDArray[np.float64]:
     """A sound lost altogether counts −30 dB; what is undefined stays NaN."""
     return np.maximum(np.asarray(values, np.float64), _LOST_DB)
 
 
 def summarise(clips: Sequence[ClipResult]) -> dict[str, Any]:
     """Average clips into the contract's `results.json`."""
-    names = list(dict.fromkeys(n for c in clips for n in c.figures))
-    separators = {}
-    for name in names:
-        with_it = [c for c in clips if name in c.figures]
-        separators[name] = {
-            "mean": _means(with_it, name),
-            "interval_95": _interval(with_it, name),
-            "by_sources": {
-                str(k): _means([c for c in with_it if len(c.objects) == k], name)
-                for k in sorted({len(c.objects) for c in with_it})
-            },
-            "by_object": {o: _means(with_it, name, only=o) for o in sorted({o for c in with_it for o in c.objects})},
-        }
+    struck = [c for c in clips if _STRUCK_METHOD in c.figures]
     return {
-        "separators": separators,
+        "separators": _separators(clips),
+        "struck_beside_pitched": {"clips": len(struck), "separators": _separators(struck)},
         "clips": [{k: v for k, v in vars(c).items() if not k.startswith("basis_")} for c in clips],
         "basis_accuracy": basis_accuracy(clips),
         "silent_auc": silent_auc(clips),
         "map": clip_map(clips),
+        "calibration": {
+            "sound_score": _calibration(clips, [_claims(c) for c in clips]),
+            "confidence": _calibration(clips, [c.confidence for c in clips]),
+        },
     }
+
+
+def _separators(clips: Sequence[ClipResult]) -> dict[str, Any]:
+    """Average each separator's figures over the clips that it was run on."""
+    names = list(dict.fromkeys(n for c in clips for n in c.figures))
+    separators = {}
+    for name in names:
+        with_it = [c for c in clips if name in c.figures]
+        counts = sorted({len(c.objects) for c in with_it})
+        groups = {str(k): [c for c in with_it if len(c.objects) == k] for k in counts}
+        separators[name] = {
+            "clips": len(with_it),
+            "mean": _means(with_it, name),
+            "interval_95": _interval(with_it, name),
+            "default_ahead": _ahead(with_it, name),
+            "by_sources": {k: _means(g, name) | {"interval_95": _interval(g, name)} for k, g in groups.items()},
+            "by_object": {o: _means(with_it, name, only=o) for o in sorted({o for c in with_it for o in c.objects})},
+        }
+    return separators
 
 
 def _values(clips: Sequence[ClipResult], name: str, figure: str, only: str | None = None) -> list[NDArray[np.float64]]:
@@ -254,19 +387,42 @@ def _values(clips: Sequence[ClipResult], name: str, figure: str, only: str | Non
 
 def _means(clips: Sequence[ClipResult], name: str, only: str | None = None) -> dict[str, float]:
     means = {}
-    for figure in FIGURES:
+    for figure in (*FIGURES, *GAINS):
         values = np.concatenate([np.zeros(0), *_values(clips, name, figure, only)])
-        means[figure] = float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+        finite = values[np.isfinite(values)]  # what is undefined, or perfect, has no place in a mean
+        means[figure] = float(finite.mean()) if len(finite) else float("nan")
     return means
 
 
 def _interval(clips: Sequence[ClipResult], name: str) -> list[float]:
     """Return a 95 % bootstrap interval of the mean SDR, over clips."""
-    values = _values(clips, name, "sdr")
+    return _bootstrap(_values(clips, name, "sdr"))
+
+
+def _ahead(clips: Sequence[ClipResult], name: str) -> dict[str, Any]:
+    """Return by how much the default's mean SDR is above a separator's on the same clips, with a 95 % interval."""
+    ours, theirs = (_values(clips, n, "sdr") for n in ("default", name))
+    gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
+    return {"sdr": float(np.nanmean(np.concatenate(gaps))), "interval_95": _bootstrap(gaps)}
+
+
+def _bootstrap(values: Sequence[NDArray[np.float64]]) -> list[float]:
+    """Return a 95 % interval of the mean over all values, clips drawn with replacement."""
     sums, counts = np.array([np.nansum(v) for v in values]), np.array([np.isfinite(v).sum() for v in values])
     rows = np.random.default_rng(0).integers(len(values), size=(1000, len(values)))
     means = sums[rows].sum(1) / np.maximum(counts[rows].sum(1), 1)
     return [float(x) for x in np.percentile(means, [2.5, 97.5])]
+
+
+def _claims(clip: ClipResult) -> dict[str, float]:
+    """Return the sound scores of objects that may be asked after: heard at all, or shown."""
+    return {n: s for n, s in clip.sound_scores.items() if s >= _HEARD or n in (clip.visible or ())}
+
+
+def _calibration(clips: Sequence[ClipResult], claims: Sequence[dict[str, float]]) -> dict[str, Any] | None:
+    """Compare claims that an object is audible, in [0, 1], with the truth; None where nothing is claimed."""
+    pairs = [(n in c.objects, s) for c, own in zip(clips, claims, strict=True) for n, s in own.items()]
+    return metrics.calibration(*zip(*pairs, strict=True)) if pairs else None
 
 
 def basis_accuracy(clips: Sequence[ClipResult]) -> float:
@@ -292,168 +448,217 @@ def clip_map(clips: Sequence[ClipResult]) -> float:
     return training.mean_average_precision(labels, scores) if scored else float("nan")
 
 
-def table_rows(results: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """Format the separators for a report's table."""
+def table_rows(results: dict[str, Any], figures: Sequence[str] = FIGURES) -> list[tuple[str, list[str]]]:
+    """Format separators that were run on every clip for a report's table, a row each."""
+    entries = results["separators"]
     rows = []
-    for name, entry in results["separators"].items():
-        kind = "bound" if name in BOUNDS else "ours" if name == "default" else ""
-        low, high = entry["interval_95"]
-        counts = entry["by_sources"]
-        by_sources = [_db(counts[k]["sdr"]) if k in counts else "–" for k in _source_counts(results)]
-        means = [_db(entry["mean"][f]) for f in FIGURES]
-        rows.append((kind, [name.replace("_", " "), *means, f"{low:.1f} … {high:.1f}", *by_sources]))
+    for name, entry in entries.items():
+        if entry["clips"] == entries["mixture"]["clips"]:
+            means = [_db(entry["mean"][f]) for f in figures]
+            by_sources = [_db(group["sdr"]) for group in entry["by_sources"].values()]
+            rows.append((_kind(name), [name.replace("_", " "), *means, *_intervals(name, entry), *by_sources]))
     return rows
 
 
 def table_header(results: dict[str, Any]) -> list[str]:
     """Return the header of `table_rows`."""
+    counts = results["separators"]["mixture"]["by_sources"]
+    names = ["SDR", "SIR", "SAR", "SI-SDR", "95 % of SDR", "default ahead by"]
+    return ["separator", *names, *(f"SDR, {k} source{'s' * (k != '1')}" for k in counts)]
+
+
+def _intervals(name: str, entry: dict[str, Any]) -> list[str]:
+    ahead = entry["default_ahead"]
+    low, high = ahead["interval_95"]
     return [
-        "separator",
-        "SDR",
-        "SIR",
-        "SAR",
-        "SI-SDR",
-        "SDR gain",
-        "95 % of SDR",
-        *(f"SDR, {k} sources" for k in _source_counts(results)),
+        "{:.1f} … {:.1f}".format(*entry["interval_95"]),
+        "–" if name == "default" else f"{ahead['sdr']:.1f} ({low:.1f} … {high:.1f})",
     ]
 
 
-def _source_counts(results: dict[str, Any]) -> list[str]:
-    """Every separator can do the mixture's counts; some do fewer."""
-    return list(results["separators"]["mixture"]["by_sources"])
+def _kind(name: str) -> str:
+    return "bound" if name in BOUNDS else "ours" if name == "default" else ""
 
 
 def _db(value: float) -> str:
     return "–" if np.isnan(value) else f"{value:.1f}"
 
 
-def clip_section(model_dir: str, references: str, segment: Segment, given: str, note: str = "") -> Report:
-    """Show one clip: a frame and relation map, then players of mixture, references and estimates."""
+def clip_section(job: Job, segments: Sequence[Segment], clip: ClipResult | None = None) -> Report:
+    """Show one clip: frame and relation map, figures if there are any, players of mixture, references and estimates.
+
+    On the map each basis's true owner is ringed.
+    """
     execution.one_thread()
-    separator = Separator.load(model_dir)
-    case = Case.load(segment, references, separator.stft.sample_rate)
-    separation = separator(case.mixture, **told(case, given))
+    separator = Separator.load(job.model)
+    stft, names = separator.stft, separator.model.config.objects
+    case = build_case(segments, job.references, stft.sample_rate, job.protocol)
+    separation = separator(case.mixture, **told(case, job.given))
     found = dict(zip(separation.objects, separation.estimates.numpy(), strict=True))
     section = Report("")
-    section.heading(f"{segment.segment_id}: {', '.join(case.names)}{note}", 3)
-    window, stft = separation.first_window, separator.stft
-    section.image(
-        plots.relation_map(
-            window.relation.numpy(),
-            separator.model.config.objects,
-            window.factors.basis_energy.numpy(),
-            stages.middle_picture(segment.source, segment.start_s, segment.end_s),
-            separation.objects,
-        ),
-        f"Relation map of {segment.segment_id} beside a frame of it",
+    section.heading(f"{case.segment.segment_id}: {', '.join(case.names)}", 3)
+    window = whole_window(separator, separation, case)
+    _, owner = baselines.oracle_assignment(case.mixture, case.everything, window.factors, stft)
+    rows = [*(names.index(n) for n in case.names), len(names)]
+    frames = [f for f in (stages.middle_picture(s.source, s.start_s, s.end_s) for s in segments) if f is not None]
+    figure = plots.relation_map(
+        window.relation.numpy(),
+        names,
+        window.factors.basis_energy.numpy(),
+        np.concatenate(frames, 1) if frames else None,
+        separation.objects,
+        [rows[o] for o in owner.tolist()],
     )
+    section.image(figure, f"Relation map of {case.segment.segment_id} beside a frame of it; rings: the true owners")
+    if clip is not None:
+        section.table(
+            ["SDR, dB", *case.names],
+            [(_kind(n), [n.replace("_", " "), *map(_db, f["sdr"])]) for n, f in clip.figures.items()],
+            why(clip),
+        )
     sounds = [("mixture", case.mixture.numpy())]
     for name, reference in zip(case.names, case.references.numpy(), strict=True):
         sounds.append((f"{name}, reference", reference))
         if name in found:
             sounds.append((f"{name}, separated", found[name]))
-    sounds.append(("rest, separated", separation.rest.numpy()))
+    sounds += [("rest, reference", case.rest.numpy()), ("rest, separated", separation.rest.numpy())]
     section.sounds([(c, w, plots.spectrogram(w, stft)) for c, w in sounds], stft.sample_rate)
     return section
+
+
+def why(clip: ClipResult) -> str:
+    """Say where a clip's dB go: to bases with the wrong object, to bases that hold two, to the phase."""
+    mean = {n: float(np.nanmean(_bounded(f["sdr"]))) for n, f in clip.figures.items()}
+    energy, right = np.asarray(clip.basis_energy), np.asarray(clip.basis_right, bool)
+    share = f"{energy[right].sum() / energy.sum():.0%}" if len(energy) and energy.sum() else "none"
+    return (
+        f"Of the bases' energy {share} went to the right object. True owners would bring "
+        f"{mean['oracle_assignment'] - mean['default']:.1f} dB, and masks finer than these bases' another "
+        f"{mean['ideal_mask'] - mean['oracle_assignment']:.1f} dB."
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, write results.json and report.html."""
     execution.absolute(arguments, "model", "paper_model", "references", "out")
-    segments = {s.segment_id: s for s in read_segments(arguments.segments) if s.split == arguments.split}
+    protocol, out = arguments.protocol, arguments.out
+    if protocol != "mixtures" and arguments.given != "objects":
+        fail(f"--given {arguments.given}: with --protocol {protocol} the audible objects are told; leave --given out")
+    segments = sorted(
+        (s for s in read_segments(arguments.segments) if s.split == arguments.split), key=lambda s: s.segment_id
+    )
     if not segments:
         fail(f"{arguments.segments} holds no segments of --split {arguments.split}")
     for model in filter(None, (arguments.model, arguments.paper_model)):
         Separator.load(model)  # a mistake is told before the work begins
-    with (
-        execution.session(arguments.in_process) as runner,
-        execution.Progress("evaluate", len(segments), "clips") as progress,
-    ):
+    job = Job(arguments.model, arguments.paper_model, arguments.references, arguments.given, protocol)
+    with execution.session(arguments.in_process) as runner:
+        cases, errors = choose(runner, segments, job)
+        if not cases:
+            fail(f"{arguments.segments} has nothing for --protocol {protocol}: too few clips with one object alone")
         clips = []
-        fixed = (arguments.model, arguments.paper_model, arguments.references)
-        for clip in runner.map(evaluate_clip, ((*fixed, s, arguments.given) for s in segments.values())):
-            clips.append(clip)
-            progress.add(1)
+        with execution.Progress("evaluate", len(cases), "clips") as progress:
+            for clip in runner.map(evaluate_clip, ((job, c) for c in cases)):
+                clips.append(clip)
+                progress.add(1)
         usable = sorted((c for c in clips if not c.error), key=lambda c: c.segment_id)
-        unusable = [c for c in clips if c.error]
+        errors += [f"{c.segment_id}: {c.error}" for c in clips if c.error]
         if not usable:
-            fail(f"no clip of split {arguments.split} could be measured; the first: {unusable[0].error}")
+            fail(f"no clip of split {arguments.split} could be measured; the first: {errors[0]}")
         worst = sorted(usable, key=lambda c: float(np.nanmean(_bounded(c.figures["default"]["sdr"]))))[:_WORST]
-        sections = execution.map_in_order(
-            runner,
-            clip_section,
-            [
-                (arguments.model, arguments.references, segments[c.segment_id], arguments.given, _sdr_note(c))
-                for c in worst
-            ],
-        )
-    results = summarise(usable)
-    storage.write_text(storage.join(arguments.out, "results.json"), json.dumps(_without_nan(results), indent=1))
-    report = Report(f"Separation of {len(usable)} {arguments.split} clips")
+        by_id = {" + ".join(s.segment_id for s in c): c for c in cases}
+        sections = execution.map_in_order(runner, clip_section, [(job, by_id[c.segment_id], c) for c in worst])
+    results = summarise(usable) | {"protocol": protocol}
+    storage.write_text(storage.join(out, "results.json"), json.dumps(_without_nan(results), indent=1))
+    title = {"mixtures": "clips", "pairs": "pairs of single-source clips", "denoising": "single-source clips in noise"}
+    report = Report(f"Separation of {len(usable)} {arguments.split} {title[protocol]}")
     add_results(report, results, arguments.given)
     report.heading("The worst clips")
     for section in sections:
         report.append(section)
-    storage.write_text(storage.join(arguments.out, "report.html"), report.html())
+    storage.write_text(storage.join(out, "report.html"), report.html())
     for line in console_table(results):
         say(line)
-    for clip in unusable:
-        say(f"not measured: {clip.segment_id}: {clip.error}")
-    say(f"{storage.join(arguments.out, 'results.json')} and {storage.join(arguments.out, 'report.html')}")
-    return execution.SHORTFALL if unusable else execution.DONE
-
-
-def _sdr_note(clip: ClipResult) -> str:
-    pairs = zip(clip.objects, clip.figures["default"]["sdr"], strict=True)
-    return f" ({', '.join(f'{o} {s:.1f} dB' for o, s in pairs)})"
+    for error in errors:
+        say(f"not measured: {error}")
+    say(f"{storage.join(out, 'results.json')} and {storage.join(out, 'report.html')}")
+    return execution.SHORTFALL if errors else execution.DONE
 
 
 def add_results(report: Report, results: dict[str, Any], given: str) -> None:
-    """Add the table and the other figures to a report."""
+    """Add the tables and the other figures to a report."""
     caption = {
         "objects": "The separators are told which objects are audible.",
         "labels": "The separators are told the table's weak labels, to which the sound may add.",
         "none": "The separators are told nothing and use what they hear.",
     }[given]
-    report.table(table_header(results), table_rows(results), f"{caption} All figures in dB; italic rows are bounds.")
-    auc = results["silent_auc"]
-    report.paragraph(
-        f"Bases given to the right object, by energy: {results['basis_accuracy']:.2f}. "
-        f"mAP of what is heard: {results['map']:.2f}. "
-        + ("" if auc is None else f"Silent visible objects told apart, AUC: {auc:.3f}.")
-    )
-    separators = results["separators"]
-    objects = list(separators["default"]["by_object"])
-    report.heading("By object")
+    bounds = "All figures in dB; italic rows are bounds. 95 % intervals are bootstrapped over clips."
+    report.table(table_header(results), table_rows(results), f"{caption} {bounds}")
+    nsdr = " The SDR gain is NSDR." if results.get("protocol") == "denoising" else ""
     report.table(
-        ["SDR, dB", *objects],
-        [
-            (
-                "bound" if n in BOUNDS else "ours" if n == "default" else "",
-                [
-                    n.replace("_", " "),
-                    *(_db(e["by_object"][o]["sdr"]) if o in e["by_object"] else "–" for o in objects),
-                ],
-            )
-            for n, e in separators.items()
-        ],
+        ["gain over the mixture", "SDR", "SIR", "SAR", "SI-SDR"],
+        [(kind, [row[0], *row[1 : 1 + len(GAINS)]]) for kind, row in table_rows(results, GAINS)],
+        f"The mixture has no artefacts, so whatever separates loses SAR.{nsdr}",
+    )
+    report.paragraph(_summary(results) + ".")
+    report.heading("By object")
+    report.table(*_by_object(results, "sdr", "SDR, dB"))
+    report.table(*_by_object(results, "sdr_improvement", "SDR gain, dB"))
+    struck = results["struck_beside_pitched"]
+    if struck["clips"]:
+        report.heading("Harmonic–percussive separation")
+        header, rows = table_header(struck), table_rows(struck)
+        report.table(header, rows, f"Over the {struck['clips']} duets of a struck object and a pitched one.")
+    curves = {k.replace("_", " "): c for k, c in results["calibration"].items() if c}
+    if curves:
+        report.heading("Calibration")
+        figure = plots.reliability({k: c["bins"] for k, c in curves.items()})
+        report.image(figure, "How often objects are audible, by score")
+        errors = (f"{k}, expected calibration error: {c['expected_calibration_error']:.3f}" for k, c in curves.items())
+        report.paragraph(
+            f"Objects that are shown, or heard from {_HEARD:.0%} of the sound up. {'. '.join(errors).capitalize()}. "
+            "The sound score is a share of the sound, so an audible object's is below one where others play."
+        )
+
+
+def _by_object(results: dict[str, Any], figure: str, title: str) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    entries = results["separators"]
+    objects = list(entries["mixture"]["by_object"])
+    rows = [
+        (_kind(n), [n.replace("_", " "), *(_db(e["by_object"][o][figure]) for o in objects)])
+        for n, e in entries.items()
+        if e["clips"] == entries["mixture"]["clips"]
+    ]
+    return [title, *objects], rows
+
+
+def _summary(results: dict[str, Any]) -> str:
+    auc = results["silent_auc"]
+    return (
+        f"Bases given to the right object, by energy: {results['basis_accuracy']:.3f}; "
+        f"mAP of what is heard: {results['map']:.3f}"
+        + ("" if auc is None else f"; silent visible objects told apart, AUC: {auc:.3f}")
     )
 
 
 def console_table(results: dict[str, Any]) -> list[str]:
     """Format the results for a terminal."""
-    rows = [table_header(results), *(r for _, r in table_rows(results))]
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join([r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:], widths[1:], strict=True))]) for r in rows
-    ]
-    auc = results["silent_auc"]
-    lines.append(
-        f"basis accuracy {results['basis_accuracy']:.3f}, mAP {results['map']:.3f}"
-        + ("" if auc is None else f", silent AUC {auc:.3f}")
-    )
+    lines = _aligned([table_header(results), *(r for _, r in table_rows(results))])
+    struck = results["struck_beside_pitched"]
+    if struck["clips"]:
+        lines.append(f"duets of a struck object and a pitched one ({struck['clips']}):")
+        lines += _aligned([r for _, r in table_rows(struck)])
+    lines.append(_summary(results))
+    for name, curve in results["calibration"].items():
+        if curve:
+            error = curve["expected_calibration_error"]
+            lines.append(f"{name.replace('_', ' ')}, expected calibration error: {error:.3f}")
     return lines
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    first, *others = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    return ["  ".join([r[0].ljust(first), *(c.rjust(w) for c, w in zip(r[1:], others, strict=True))]) for r in rows]
 
 
 def _without_nan(value: Any) -> Any:

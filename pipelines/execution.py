@@ -144,6 +144,28 @@ class RemoteCall:
         return self.actor.call.remote(*arguments).future()
 
 
+def train_workers(fit: Callable[[dict[str, Any]], None], job: dict[str, Any], out: str, runner: OnRay) -> None:
+    """Run `fit(job)` in Ray Train's workers, one a GPU, else one; a worker that dies is started again."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    trainer = TorchTrainer(
+        fit,
+        train_loop_config=job,
+        scaling_config=ScalingConfig(
+            num_workers=runner.n_gpus or 1,
+            use_gpu=bool(runner.n_gpus),
+            resources_per_worker={"CPU": 1} | ({"GPU": 1} if runner.n_gpus else {}),
+        ),
+        run_config=RunConfig(
+            name=f"train-{time.time_ns():x}",  # an old name would resume Ray's own record of an old run
+            storage_path=storage.join(out, "ray"),
+            failure_config=FailureConfig(max_failures=2),
+        ),
+    )
+    trainer.fit()
+
+
 Runner = InProcess | OnRay
 
 

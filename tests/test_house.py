@@ -26,6 +26,7 @@ LAYERS = (
         "bags",
         "context",
         "practice",
+        "finetuning",
     ),
     ("cli",),
 )
@@ -44,10 +45,14 @@ FLAGS = {
     },
     "audit": {"--clips", "--out"},
     "train": {"--clips", "--out", "--recipe", "--epochs", "--resume", "--in-process"},
+    "finetune": {
+        "--segments", "--clips", "--model", "--out", "--targets", "--weights", "--architecture", "--epochs",
+        "--media", "--in-process",
+    },
     "collect": {"--model", "--clips", "--in-process"},
     "evaluate": {
         "--model", "--paper-model", "--segments", "--references", "--out", "--split", "--given",
-        "--in-process",
+        "--protocol", "--in-process",
     },
     "serve": {"--model", "--port"},
     "avsep separate": {"--model", "--out", "--objects", "--weights"},

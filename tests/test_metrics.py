@@ -1,8 +1,10 @@
+import fast_bss_eval
 import numpy as np
 import pytest
 import scipy.linalg
+import torch
 
-from avsep.metrics import bss_eval, improvement, si_sdr
+from avsep.metrics import bss_eval, calibration, improvement, si_sdr
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -47,6 +49,32 @@ def test_bss_eval_is_its_definition_by_least_squares() -> None:
         assert (found.sdr[j], found.sir[j], found.sar[j]) == pytest.approx(expected, abs=1e-4)
 
 
+def test_many_estimates_at_once_are_each_alone_and_agree_with_fast_bss_eval() -> None:
+    """At the length of a clip, whose last block is not a whole one."""
+    lowpass = np.hanning(41)[:, None] * np.ones(3)
+    references = np.stack([np.convolve(x, w)[:48_000] for x, w in zip(noise(3, 48_000), lowpass.T, strict=True)])
+    mixing = np.eye(3) + 0.3 * noise(4, 3, 3, seed=1)
+    estimates = mixing @ references + 0.1 * noise(4, 3, 48_000, seed=2)
+    found = bss_eval(references, estimates)
+    assert found.sdr.shape == (4, 3)
+    for k, own in enumerate(estimates):
+        alone = bss_eval(references, own)
+        expected = fast_bss_eval.bss_eval_sources(
+            torch.from_numpy(references), torch.from_numpy(own), filter_length=512, compute_permutation=False
+        )
+        for figure, theirs in zip(("sdr", "sir", "sar"), expected[:3], strict=True):
+            assert getattr(found, figure)[k] == pytest.approx(getattr(alone, figure), abs=1e-9)
+            assert getattr(found, figure)[k] == pytest.approx(theirs.numpy(), abs=1e-4)
+
+
+def test_nothing_interferes_with_a_single_source() -> None:
+    a, n = noise(2, 2000)
+    found = bss_eval(a[None], (a + 0.1 * n)[None])
+    with np.errstate(divide="ignore"):
+        expected = by_projection(a[None], a + 0.1 * n, 0, 512)
+    assert np.isnan(found.sir[0]) and (found.sdr[0], found.sar[0]) == pytest.approx(expected[::2], abs=1e-4)
+
+
 def test_bss_eval_forgives_a_filter_and_separates_interference_from_artefacts() -> None:
     a, b = noise(2, 8000)
     filtered = np.convolve(a, [0.5, 0.0, -0.3, 0.2])[:8000]
@@ -87,6 +115,18 @@ def test_references_that_are_copies_of_each_other_do_not_crash() -> None:
 def test_improvement_is_a_difference_that_keeps_the_undefined() -> None:
     gains = improvement([5.0, np.nan, -np.inf], [1.0, 0.0, 2.0])
     assert gains[0] == 4 and np.isnan(gains[1]) and np.isneginf(gains[2])
+
+
+def test_calibration_is_the_gap_between_scores_and_what_happened() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.uniform(0, 1, 20_000)
+    honest = calibration(rng.uniform(0, 1, 20_000) < scores, scores)
+    assert honest["expected_calibration_error"] < 0.02 and sum(b["count"] for b in honest["bins"]) == 20_000
+    boastful = calibration([True, False, False, False], [0.9, 0.9, 0.9, 0.9])
+    assert boastful["expected_calibration_error"] == pytest.approx(0.65)
+    assert boastful["bins"] == [{"score": pytest.approx(0.9), "share": 0.25, "count": 4}]
+    assert calibration([True, False], [1.0, 0.0])["expected_calibration_error"] == 0
+    assert np.isnan(calibration([], [])["expected_calibration_error"])
 
 
 def test_errors_name_the_value_and_the_rule() -> None:

@@ -23,7 +23,7 @@ import torch
 from avsep import cli, media, records, shards, synthetic, vision
 from avsep.model import Model
 from avsep.objects import object_index, object_scores, weak_labels
-from pipelines import collect, evaluate, extract, manifest, train
+from pipelines import collect, evaluate, extract, finetune, manifest, train
 
 RATE = 48_000
 
@@ -90,9 +90,59 @@ def test_results_hold_floor_and_ceiling_in_order(run):
     assert set(results["separators"]["default"]["by_sources"]) == {"2"}
     for figure in ("basis_accuracy", "silent_auc", "map", "clips"):
         assert figure in results
+    entry = results["separators"]["mixture"]
+    assert entry["default_ahead"]["sdr"] == pytest.approx(sdr["default"] - sdr["mixture"])
+    assert entry["interval_95"][0] <= sdr["mixture"] <= entry["interval_95"][1]
+    curve = results["calibration"]["sound_score"]
+    assert 0 <= curve["expected_calibration_error"] <= 1 and sum(b["count"] for b in curve["bins"]) >= 6
     assert len(results["clips"]) == 3
     page = (run / "results" / "report.html").read_text()
     assert "<audio" in page and "ideal mask" in page and "http://" not in page and "https://" not in page
+
+
+@pytest.fixture(scope="module")
+def solos(tmp_path_factory) -> Path:
+    """Three objects alone, four seconds each, with references: REFERENCES/ID and table.csv."""
+    folder = tmp_path_factory.mktemp("solos")
+    for name in ("drum", "flute", "violin"):
+        sound = synthetic.performance(name, np.random.default_rng(2), 4.0)[: 4 * RATE] / 4
+        (folder / "references" / name).mkdir(parents=True)
+        for file in (folder / f"{name}.flac", folder / "references" / name / f"{name}.flac"):
+            soundfile.write(file, sound, RATE, subtype="PCM_24")
+    table_of(folder, [{"segment_id": n, "source": f"{n}.flac", "split": "test"} for n in ("drum", "flute", "violin")])
+    return folder
+
+
+@pytest.mark.parametrize("protocol", ["pairs", "denoising"])
+def test_the_published_protocols(run, solos, tmp_path, protocol):
+    arguments = ["--model", str(run / "run" / "model"), "--segments", str(solos / "table.csv"), "--in-process"]
+    arguments += ["--references", str(solos / "references"), "--out", str(tmp_path), "--protocol", protocol]
+    assert evaluate.main([*arguments, "--given", "labels"]) == 2
+    assert evaluate.main(arguments) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    separators, ids = results["separators"], [c["segment_id"] for c in results["clips"]]
+    assert separators["mixture"]["mean"]["sdr"] == pytest.approx(0, abs=1.5)
+    assert separators["ideal_mask"]["mean"]["sdr_improvement"] > 8
+    if protocol == "pairs":
+        assert ids == ["drum + flute", "drum + violin", "flute + violin"]
+        struck = results["struck_beside_pitched"]
+        assert struck["clips"] == 2 == separators["harmonic_percussive"]["clips"]
+        assert struck["separators"]["mixture"]["clips"] == 2
+        assert struck["separators"]["harmonic_percussive"]["mean"]["sdr_improvement"] > 0.5
+    else:
+        assert ids == ["drum", "flute", "violin"]
+        assert set(separators["default_with_rest"]["by_sources"]) == {"1"}
+        assert separators["default"]["mean"]["sir"] is None  # nothing else sounds that has a reference
+        again = evaluate.add_noise(
+            evaluate.Case.load(
+                segment := records.read_segments(str(solos / "table.csv"))[0], str(solos / "references"), RATE
+            )
+        )
+        assert torch.equal(
+            again.mixture, evaluate.build_case([segment], str(solos / "references"), RATE, protocol).mixture
+        )
+        noise = again.rest.square().mean() / again.references[0].square().mean()
+        assert 10 * math.log10(noise) == pytest.approx(0, abs=0.05)
 
 
 @pytest.mark.parametrize("given", ["labels", "none"])
@@ -311,6 +361,33 @@ def test_pictures_decide_where_no_labels_are_given(rendered, tmp_path):
     report = json.loads((tmp_path / "out" / "separation.json").read_text())
     assert report["objects_from"] == "pictures"
     assert report["objects"][0]["name"] == "dog" and report["objects"][0]["picture_score"] > 0.9
+
+
+def test_a_fine_tuned_network_goes_with_the_model(run, rendered, tmp_path, capsys):
+    model, out = str(shutil.copytree(run / "run" / "model", tmp_path / "model")), tmp_path / "out"
+    command = ["--segments", str(run / "manifest"), "--clips", str(run / "clips"), "--model", model, "--in-process"]
+    status = finetune.main([*command, "--out", str(out), "--epochs", "2"])
+    printed = capsys.readouterr().out
+    assert "from scratch" in printed and "before: mAP" in printed
+    rows = json.loads((out / "history.json").read_text())
+    assert [r["epoch"] for r in rows] == [0, 1] and {"map", "agreement", "train_loss"} <= set(rows[0])
+    if status == 1:  # two epochs on nine clips may bring nothing: then nothing is written
+        assert "nothing was written" in printed and not (out / "labeller.safetensors").exists()
+        weights = out / "start.safetensors"
+    else:
+        assert status == 0 and "after mAP" in printed
+        weights = tmp_path / "model" / "labeller.safetensors"
+        labeller = vision.ImageLabeller.load(weights=weights)
+        entry = json.loads((tmp_path / "model" / "config.json").read_text())["labeller"]
+        assert entry == {"architecture": labeller.architecture, "sha256": labeller.sha256}
+        assert Model.load(model).context is not None or Model.load(str(run / "run" / "model")).context is None
+    video = str(sorted((rendered / "clips").glob("*val*"))[0])
+    assert cli.main(["label", video, "--weights", str(weights)]) == 0
+    rows = [{"segment_id": "again", "source": video, "labels": "drum"}]
+    again = ["--segments", table_of(tmp_path, rows), "--out", str(tmp_path / "again"), "--in-process"]
+    assert extract.main([*again, "--weights", str(weights)]) == 0
+    (record,) = shards.read_clips(str(tmp_path / "again"))
+    assert np.isfinite(record.image_logits[0]).sum() == 24
 
 
 def test_segments_without_labels_or_weights_stop_at_the_start(rendered, tmp_path, capfd):

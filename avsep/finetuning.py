@@ -1,0 +1,260 @@
+"""Fine-tune the picture network on clips' own pictures, from weak labels, from the sound, or from both."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from avsep import shards, storage, training
+from avsep.miml import basis_posteriors, energy_shares, partial_label_loss
+from avsep.model import Model
+from avsep.objects import N_IMAGENET_CLASSES, OBJECTS, object_scores, weak_labels
+from avsep.records import ClipRecord
+from avsep.vision import ImageLabeller, build_network, normalise
+
+BACKGROUND = 819  # ImageNet's "stage": what a network trained from scratch answers when it sees no object
+_JPEG_QUALITY = 90
+_ALBUM = pa.schema([("segment_id", pa.string()), ("pictures", pa.list_(pa.binary()))])
+
+
+@dataclass(frozen=True)
+class FinetuningConfig:
+    """How the picture network is trained."""
+
+    epochs: int = 8
+    learning_rate: float = 3e-4  # the highest, of one cycle
+    batch_clips: int = 12
+    pictures_a_clip: int = 5  # an epoch; others take their turn in the next
+    presence: float = 8.0  # weight of finding every label in some picture
+    dropout: float = 0.0  # before the last layer
+    seed: int = 0
+
+
+# ------------------------------------------------------------------------------------ pictures
+
+
+def write_album(path: str, clips: Sequence[tuple[str, NDArray[np.uint8]]]) -> None:
+    """Write clips' pictures, each `(n, height, width, 3)`, as JPEGs in one Parquet file."""
+    rows = [{"segment_id": i, "pictures": [_jpeg(p) for p in pictures]} for i, pictures in clips]
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=_ALBUM), buffer)
+    storage.write_bytes(path, buffer.getbuffer())
+
+
+def read_album(path: str) -> list[tuple[str, list[bytes]]]:
+    """Read each clip's id and JPEGs."""
+    return [(row["segment_id"], row["pictures"]) for row in shards.read_table(path).to_pylist()]
+
+
+def _jpeg(picture: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=_JPEG_QUALITY)
+    return buffer.getvalue()
+
+
+def open_pictures(jpegs: Sequence[bytes]) -> NDArray[np.uint8]:
+    """Decode JPEGs of one size, `(n, height, width, 3)`."""
+    return np.stack([np.asarray(Image.open(io.BytesIO(j))) for j in jpegs])
+
+
+def score_album(labeller: ImageLabeller, path: str) -> dict[str, Tensor]:
+    """Score the objects in each clip's pictures, `(L,)`."""
+    return {i: object_scores(labeller(open_pictures(jpegs))) for i, jpegs in read_album(path)}
+
+
+# ------------------------------------------------------------------------------------- targets
+
+
+@torch.inference_mode()
+def sound_shares(model: Model, records: Iterable[ClipRecord]) -> dict[str, Tensor]:
+    """Return each clip's objects' shares of the sound, `(L,)`, as the relation map of its bases has them."""
+    shares = {}
+    for record in records:
+        relation = model.network.relate(*(torch.from_numpy(x) for x in record.factors()))[None]
+        energy = torch.from_numpy(record.basis_energy)[None]
+        shares[record.segment_id] = energy_shares(basis_posteriors(relation), energy)[0]
+    return shares
+
+
+def targets(
+    kind: str, given: Tensor | None, shares: Tensor | None, scores: Tensor | None, model: Model | None
+) -> Tensor | None:
+    """Decide what a clip's pictures show, boolean `(L,)`; None where there is nothing to go by.
+
+    `labels`: the given ones. `agreement`: what both the pictures and the sound point to: picture
+    score × confidence of the sound from `labels.best_threshold` up; where no picture network is to be
+    had yet (`scores` None), what is heard with `separation.least_confidence`.
+    `both`: what two of three voices say, given labels, pictures and sound; without pictures the
+    given labels that are heard, all of them where none is; without given labels as `agreement`.
+    """
+    if kind == "labels" or model is None or shares is None:
+        return given
+    confidence = model.config.evidence.confidence(shares)
+    heard = confidence >= model.config.separation.least_confidence
+    if scores is None:
+        if kind == "agreement" or given is None:
+            return heard
+        audible = shares >= model.config.separation.silent_share
+        return given & audible if (given & heard).any() else given
+    if kind == "agreement" or given is None:
+        return scores * confidence >= model.config.labels.best_threshold
+    votes = given.int() + (scores >= model.config.labels.threshold).int() + heard.int()
+    return votes >= 2
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+def untrained(architecture: str, seed: int) -> ImageLabeller:
+    """Build a picture network of the objects' first ImageNet classes and BACKGROUND, from scratch."""
+    torch.manual_seed(seed)
+    classes = (*(o.imagenet[0] for o in OBJECTS), BACKGROUND)
+    return ImageLabeller(architecture, build_network(architecture, len(classes)).eval(), "", classes)
+
+
+def class_groups(classes: Sequence[int] | None) -> Tensor:
+    """Say which object, or last none, each of a network's outputs stands for: `(C, L + 1)` of zeros and ones."""
+    index = {c: row for row, o in enumerate(OBJECTS) for c in o.imagenet}
+    rows = [index.get(c, len(OBJECTS)) for c in (classes if classes is not None else range(N_IMAGENET_CLASSES))]
+    return nn.functional.one_hot(torch.tensor(rows), len(OBJECTS) + 1).float()
+
+
+def picture_loss(logits: Tensor, labels: Tensor, groups: Tensor, presence: float) -> Tensor:
+    """Return each clip's loss from weak labels of the whole clip, `(B, P, C), (B, L), (C, L + 1)` → `(B,)`.
+
+    The pictures are a bag, as the bases are one for the sound (`miml.partial_label_loss`): each
+    is explained by one of the clip's labels, seldom by an object that was missed, or by none,
+    and every label must be found in the pictures as a whole, weighed by `presence`.
+    """
+    p = (logits.softmax(-1) @ groups).clamp_min(1e-8)  # (B, P, L + 1)
+    relation = (p[..., :-1].log() - p[..., -1:].log()).transpose(1, 2)
+    return partial_label_loss(relation, labels, presence=presence)
+
+
+def batches(
+    files: Sequence[str],
+    labels: dict[str, Tensor],
+    config: FinetuningConfig,
+    epoch: int,
+    rank: int = 0,
+    n_ranks: int = 1,
+    held_clips: int = 2048,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield pictures `(B, P, height, width, 3)` and labels `(B, L)` of the clips that have labels.
+
+    Files come in random order, `held_clips` clips at a time are shuffled together, and of a clip
+    come P pictures spread over its length. Each rank gets its clips of every batch.
+    """
+    rng = np.random.default_rng([config.seed, epoch])
+    held: list[tuple[str, list[bytes]]] = []
+    order = rng.permutation(len(files)).tolist()
+    for position, index in enumerate(order):
+        held += [(i, jpegs) for i, jpegs in read_album(files[index]) if i in labels]
+        if len(held) < held_clips and position < len(order) - 1:
+            continue
+        rng.shuffle(held)
+        for first in range(0, len(held), config.batch_clips):
+            batch = held[first : first + config.batch_clips]
+            places = [np.arange(config.pictures_a_clip) + rng.random() for _ in batch]
+            share = [k % len(batch) for k in range(rank, max(len(batch), n_ranks), n_ranks)]  # one clip at least
+            pictures = [
+                open_pictures([batch[k][1][int(x * len(batch[k][1]) / config.pictures_a_clip)] for x in places[k]])
+                for k in share
+            ]
+            if len(pictures) * config.pictures_a_clip > 1:  # batch norm needs two
+                yield torch.from_numpy(np.stack(pictures)), torch.stack([labels[batch[k][0]] for k in share])
+        held = []
+
+
+def augment(pictures: Tensor, rng: np.random.Generator) -> Tensor:
+    """Mirror, crop and brighten a batch of pictures, `(n, 3, height, width)`, normalised ones."""
+    height, width = pictures.shape[-2:]
+    share = rng.uniform(0.75, 1)
+    h, w = int(share * height), int(share * width)
+    top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+    cropped = pictures[..., top : top + h, left : left + w]
+    pictures = nn.functional.interpolate(cropped, (height, width), mode="bilinear", antialias=False)
+    pictures = pictures * rng.uniform(0.8, 1.2) + rng.uniform(-0.2, 0.2)
+    return pictures.flip(-1) if rng.random() < 0.5 else pictures
+
+
+def train_epoch(
+    labeller: ImageLabeller,
+    parts: Iterable[tuple[Tensor, Tensor]],
+    optimiser: torch.optim.Optimizer,
+    config: FinetuningConfig,
+    learning_rate: Callable[[float], float],
+    n_batches: int,
+    epoch: int,
+) -> float:
+    """Train over the batches once; return the mean loss by clip. `learning_rate` is that at a share of the run."""
+    rng = np.random.default_rng([config.seed, epoch, 1])
+    device = labeller.device
+    network = labeller.network.train().to(memory_format=torch.channels_last)
+    groups = class_groups(labeller.classes).to(device)
+    kind = torch.device(device).type
+    halved = kind == "cuda" or torch.cpu._is_amx_tile_supported()  # there bfloat16 is 3 times as fast for a ResNet
+    total, count = 0.0, 0
+    for number, (pictures, labels) in enumerate(parts):
+        share = (epoch + min(number / n_batches, 1)) / config.epochs
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(share)
+        shape = pictures.shape[:2]
+        pixels = augment(normalise(pictures.flatten(0, 1).to(device)), rng)
+        with torch.autocast(kind, torch.bfloat16, enabled=halved):
+            logits = network(pixels.contiguous(memory_format=torch.channels_last)).float()
+        losses = picture_loss(logits.unflatten(0, shape), labels.to(device), groups, config.presence)
+        optimiser.zero_grad(set_to_none=True)
+        losses.mean().backward()
+        training.average_gradients(network)
+        optimiser.step()
+        total += float(losses.detach().sum())
+        count += len(losses)
+    network.eval()
+    return total / max(count, 1)
+
+
+def one_cycle(highest: float) -> Callable[[float], float]:
+    """Rise over the first fifth of a run, then fall along a cosine to nothing."""
+
+    def at(share: float) -> float:
+        rising = min(1.0, 0.04 + share / 0.2)
+        return highest * rising * (1 if share < 0.2 else 0.5 * (1 + np.cos(np.pi * (share - 0.2) / 0.8)))
+
+    return at
+
+
+def add_dropout(network: nn.Module, share: float) -> None:
+    """Drop inputs of the last layer in training; the weights keep their names."""
+    last = [m for m in network.modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
+    last.register_forward_pre_hook(
+        lambda module, inputs: (nn.functional.dropout(inputs[0], share, module.training), *inputs[1:])
+    )
+
+
+def agreement(
+    scores: dict[str, Tensor], truth: dict[str, Tensor], threshold: float = 0.3, best_threshold: float = 0.05
+) -> dict[str, float]:
+    """Compare picture scores with what clips show: `map`, and `agreement`.
+
+    Agreement is the mean over clips of the labels that both have among those that either has.
+    """
+    ids = [i for i in scores if i in truth]
+    if not ids:
+        return {"map": float("nan"), "agreement": float("nan")}
+    labels, found = torch.stack([truth[i] for i in ids]), torch.stack([scores[i] for i in ids])
+    chosen = weak_labels(found, threshold, best_threshold)
+    both, either = (chosen & labels).sum(1), (chosen | labels).sum(1)
+    return {
+        "map": training.mean_average_precision(labels, found),
+        "agreement": float(torch.where(either > 0, both / either.clamp_min(1), 1.0).mean()),
+    }

@@ -1,0 +1,168 @@
+"""Fine-tuning the picture network: closed forms, then generated pictures."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from avsep import finetuning, synthetic, vision
+from avsep.finetuning import FinetuningConfig
+from avsep.miml import MIML, partial_label_loss
+from avsep.model import Model, ModelConfig
+from avsep.objects import OBJECTS, multi_hot
+from pipelines import finetune
+
+SIZE = 64  # pixels
+NAMES = ("drum", "flute", "violin")
+
+
+def model() -> Model:
+    return Model(ModelConfig(), MIML(9, len(OBJECTS), 1, 4))
+
+
+def test_a_network_s_outputs_are_grouped_into_objects_and_none() -> None:
+    groups = finetuning.class_groups(None)
+    assert groups.shape == (1000, 24) and torch.equal(groups.sum(1), torch.ones(1000))
+    assert groups[:, 1].nonzero().flatten().tolist() == list(range(151, 269))  # dog
+    assert finetuning.class_groups((889, finetuning.BACKGROUND))[:, [18, 23]].tolist() == [[1, 0], [0, 1]]
+
+
+def logits_for(pictures: list[list[str]], groups: torch.Tensor, classes: tuple[int, ...]) -> torch.Tensor:
+    """One clip's logits, sure of what each picture shows, shared equally where it shows several."""
+    logits = torch.full((1, len(pictures), len(classes)), -8.0)
+    for i, names in enumerate(pictures):
+        for name in names:
+            logits[0, i, classes.index(next(o for o in OBJECTS if o.name == name).imagenet[0])] = 8.0
+    return logits
+
+
+def test_every_picture_needs_a_label_and_every_label_a_picture() -> None:
+    classes = finetuning.untrained("squeezenet1_1", 0).classes
+    assert classes is not None
+    groups, labels = finetuning.class_groups(classes), multi_hot(["drum", "flute"])[None]
+
+    def loss(*pictures: list[str]) -> float:
+        return float(finetuning.picture_loss(logits_for(list(pictures), groups, classes), labels, groups, 8.0))
+
+    each = loss(["drum"], ["flute"], ["drum"], ["flute"])
+    assert each < loss(["drum"], ["drum"], ["drum"], ["drum"]) - 0.5  # the flute is nowhere
+    assert each < loss(["drum"], ["flute"], ["dog"], ["flute"]) - 0.5  # nobody labelled a dog
+    assert loss(["drum", "flute"], ["drum", "flute"]) < loss(["drum"], ["drum"]) - 0.5
+
+
+def test_pictures_are_a_bag_like_bases() -> None:
+    torch.manual_seed(0)
+    relation = torch.randn(2, 23, 5)
+    probabilities = torch.cat([relation, torch.zeros(2, 1, 5)], 1).softmax(1).transpose(1, 2)  # (B, P, L + 1)
+    labels = torch.rand(2, 23) < 0.2
+    found = finetuning.picture_loss(probabilities.log(), labels, torch.eye(24), 3.0)
+    torch.testing.assert_close(found, partial_label_loss(relation, labels, presence=3.0))
+
+
+def test_targets_weigh_three_voices() -> None:
+    given, none = multi_hot(["drum", "dog"]), torch.zeros(23)
+    scores, shares = none.clone(), none.clone()
+    for name, score, share in (("drum", 0.1, 0.5), ("dog", 0.1, 0.0), ("flute", 0.9, 0.3), ("cat", 0.9, 0.01)):
+        scores[multi_hot([name])], shares[multi_hot([name])] = score, share
+    assert finetuning.targets("labels", given, shares, scores, model()) is given
+    expected = {
+        "agreement": ["drum", "flute"],  # both heard for sure, and 0.1 and 0.9 are above 0.05
+        "both": ["drum", "flute"],  # given and heard; seen and heard; the dog is only given, the cat only seen
+    }
+    for kind, names in expected.items():
+        found = finetuning.targets(kind, given, shares, scores, model())
+        assert found is not None and torch.equal(found, multi_hot(names))
+    unseen = finetuning.targets("agreement", given, shares, None, model())
+    assert unseen is not None and torch.equal(unseen, multi_hot(["drum", "flute"]))
+    kept = finetuning.targets("both", given, shares, None, model())
+    assert kept is not None and torch.equal(kept, multi_hot(["drum"]))
+    assert finetuning.targets("labels", None, shares, scores, model()) is None
+
+
+@pytest.fixture(scope="module")
+def albums(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, dict[str, torch.Tensor]]]:
+    """Generated videos' pictures by split, and what each clip shows."""
+    folder = tmp_path_factory.mktemp("albums")
+    config = synthetic.SceneConfig(objects=NAMES, hidden_share=0, silent_share=0, pictures_per_s=1)
+    found = {}
+    for split, count in (("train", 40), ("val", 20)):
+        clips, labels = [], {}
+        for number in range(count):
+            plan = synthetic.plan_scene(number, split, 3, config)
+            pictures = [
+                np.asarray(Image.fromarray(f).crop((40, 0, 280, 240)).resize((SIZE, SIZE)))
+                for f in synthetic.frames(plan)
+            ]
+            clips.append((plan.segment_id, np.stack(pictures)))
+            labels[plan.segment_id] = multi_hot(list(plan.visible))
+        path = str(folder / f"{split}.parquet")
+        finetuning.write_album(path, clips)
+        found[split] = path, labels
+    return found
+
+
+def test_an_epoch_has_every_clip_once_and_ranks_share_it(albums) -> None:
+    path, labels = albums["train"]
+    config = FinetuningConfig(batch_clips=10, pictures_a_clip=4)
+    whole = list(finetuning.batches([path], labels, config, 0))
+    assert [p.shape for p, _ in whole] == [(10, 4, SIZE, SIZE, 3)] * 4
+    seen = sorted(map(tuple, torch.cat([y for _, y in whole]).tolist()))
+    assert seen == sorted(map(tuple, torch.stack(list(labels.values())).tolist()))
+    parts = [list(finetuning.batches([path], labels, config, 0, rank, 2)) for rank in (0, 1)]
+    for (pictures, _), (a, _), (b, _) in zip(whole, *parts, strict=True):
+        assert torch.equal(pictures[0::2], a) and torch.equal(pictures[1::2], b)
+    other = next(iter(finetuning.batches([path], labels, config, 1)))
+    assert not torch.equal(other[0], whole[0][0])
+
+
+def test_a_weak_start_learns_from_labels_of_whole_clips(albums) -> None:
+    """It saw four drawings an object; no picture of the clips is labelled, only each clip as a whole."""
+    rng = np.random.default_rng(0)
+    drawn = [synthetic.picture(n, rng).resize((SIZE, SIZE)) for n in (*NAMES, None) for _ in range(4)]
+    index = {o.name: o.imagenet[0] for o in OBJECTS}
+    classes = [*(index[n] for n in NAMES), finetuning.BACKGROUND]
+    pixels = np.stack([np.asarray(d) for d in drawn])
+    labeller = vision.train_small_labeller(pixels, np.repeat(range(4), 4).tolist(), classes, epochs=3, batch_size=8)
+    before = finetuning.agreement(finetuning.score_album(labeller, albums["val"][0]), albums["val"][1])
+
+    config = FinetuningConfig(epochs=10, batch_clips=6, learning_rate=3e-3)
+    path, labels = albums["train"]
+    optimiser = torch.optim.AdamW(labeller.network.parameters(), config.learning_rate, weight_decay=1e-2)
+    rate = finetuning.one_cycle(config.learning_rate)
+    losses = []
+    for epoch in range(config.epochs):
+        parts = finetuning.batches([path], labels, config, epoch)
+        losses.append(finetuning.train_epoch(labeller, parts, optimiser, config, rate, 8, epoch))
+    after = finetuning.agreement(finetuning.score_album(labeller, albums["val"][0]), albums["val"][1])
+    assert losses[-1] < losses[0]
+    assert after["map"] > before["map"] + 0.05 and after["agreement"] > before["agreement"] + 0.05
+
+
+def test_dropout_leaves_names_and_answers_alone() -> None:
+    torch.manual_seed(0)
+    network = vision.build_network("shufflenet_v2_x0_5", 5).eval()
+    x, names = torch.randn(2, 3, 64, 64), list(network.state_dict())
+    plain = network(x)
+    finetuning.add_dropout(network, 0.5)
+    assert list(network.state_dict()) == names and torch.equal(network(x), plain)
+    network.fc.train()
+    assert not torch.equal(network(x), plain)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--targets", "agreement"], ["--clips", "--model"]),
+        (["--targets", "labels", "--epochs", "0"], ["--epochs 0"]),
+        (["--targets", "labels", "--weights", "nowhere.pth"], ["nowhere.pth"]),
+        (["--targets", "labels", "--architecture", "nosuchnet"], ["nosuchnet"]),
+    ],
+)
+def test_mistakes_get_one_line_and_status_2(rendered: Path, tmp_path: Path, capfd, arguments, words) -> None:
+    command = ["--segments", str(rendered / "segments.csv"), "--out", str(tmp_path), "--in-process", *arguments]
+    assert finetune.main(command) == 2
+    (message,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("pipelines.finetune:")]
+    for word in words:
+        assert word in message
