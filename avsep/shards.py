@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -33,7 +34,9 @@ from avsep.records import (
     validate,
 )
 
+LOCK_FILE = "extract.lock"  # under OUT, while a driver is at work
 _ROW_GROUP_BYTES = 32 << 20
+_READERS = 16  # files read at a time
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Commit:
     rejections: DataFile | None
     timings_s: dict[str, float] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+    retried: tuple[str, ...] = ()  # ids that were rejected before, perhaps in another shard
 
     @property
     def clip_ids(self) -> tuple[str, ...]:
@@ -108,6 +112,7 @@ def write_shard(
     configuration: dict[str, Any],
     shape: tuple[int, int],
     timings_s: dict[str, float] | None = None,
+    retried: Sequence[str] = (),
 ) -> Commit:
     """Write one generation of a shard and commit it; return the commit that stands.
 
@@ -117,6 +122,7 @@ def write_shard(
         out: the extraction's folder or URI.
         configuration: what the records were made with, stored in each file.
         shape: (F, M) of the bases.
+        retried: those of the segments that were rejected before.
 
     Raises:
         ValueError: a record breaks its contract, or an id is there twice.
@@ -142,10 +148,11 @@ def write_shard(
         _write_table(out, "clips", stem, clips_to_table(clips, *shape), metadata) if clips else None,
         _write_table(out, "rejections", stem, rejections_to_table(rejections), metadata) if rejections else None,
         timings_s or {},
+        retried=tuple(retried),
     )
     path = storage.join(out, "commits", f"{stem}.json")
     storage.write_bytes(path, json.dumps(asdict(commit), indent=1).encode(), exclusive=True)
-    standing = _read_commit(path)
+    standing = read_commit(path)
     _withdraw(out, commit, standing)
     return standing
 
@@ -184,19 +191,20 @@ def _hash(*parts: str) -> str:
 
 def read_commits(out: str) -> list[Commit]:
     """Read every commit record, ordered by shard and generation; [] where nothing is committed."""
-    commits = [
-        _read_commit(path) for path in storage.list_files(storage.join(out, "commits")) if path.endswith(".json")
-    ]
+    paths = [path for path in storage.list_files(storage.join(out, "commits")) if path.endswith(".json")]
+    with ThreadPoolExecutor(_READERS) as pool:  # an object store takes its time for each
+        commits = list(pool.map(read_commit, paths))
     return sorted(commits, key=lambda c: (c.shard, c.generation))
 
 
-def _read_commit(path: str) -> Commit:
+def read_commit(path: str) -> Commit:
+    """Read one commit record; ValueError where it is none."""
     try:
         raw = json.loads(storage.read_bytes(path))
         for kind in ("clips", "rejections"):
             if raw[kind]:
                 raw[kind] = DataFile(raw[kind]["path"], raw[kind]["sha256"], tuple(raw[kind]["ids"]))
-        return Commit(**raw)
+        return Commit(**{**raw, "retried": tuple(raw.get("retried", ()))})
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no commit record ({error}); remove it to have its shard done again") from None
 
@@ -211,6 +219,40 @@ def read_ids(out: str) -> tuple[list[str], list[str]]:
     return sorted(clips), sorted(set(_latest_rejections(commits)) - set(clips))
 
 
+@dataclass(frozen=True)
+class State:
+    """What is committed, read once."""
+
+    commits: list[Commit]
+    clip_ids: frozenset[str]
+    rejections: dict[str, Rejection]  # those that stand, by segment_id
+
+
+def read_state(out: str) -> State:
+    """Read every commit record, and the rejections that stand."""
+    commits = read_commits(out)
+    files = rejection_files(commits)
+
+    def read(item: tuple[str, set[str]]) -> list[Rejection]:
+        with storage.open_input(storage.join(out, item[0])) as f:
+            return [Rejection(**row) for row in pq.read_table(f).to_pylist() if row["segment_id"] in item[1]]
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = {r.segment_id: r for part in pool.map(read, sorted(files.items())) for r in part}
+    return State(commits, frozenset(i for c in commits for i in c.clip_ids), {i: found[i] for i in sorted(found)})
+
+
+def rejection_files(commits: Iterable[Commit]) -> dict[str, set[str]]:
+    """Map each file with rejections that stand to the ids of those."""
+    commits = list(commits)
+    clips = {i for c in commits for i in c.clip_ids}
+    files: dict[str, set[str]] = {}
+    for i, file in _latest_rejections(commits).items():
+        if i not in clips:
+            files.setdefault(file.path, set()).add(i)
+    return files
+
+
 def _latest_rejections(commits: Iterable[Commit]) -> dict[str, DataFile]:
     """Map each rejected id to the file of its shard's last generation."""
     last = {c.shard: c for c in commits}  # commits come in order of generation
@@ -219,18 +261,7 @@ def _latest_rejections(commits: Iterable[Commit]) -> dict[str, DataFile]:
 
 def read_rejections(out: str) -> list[Rejection]:
     """Read the rejections that stand, in order of their ids."""
-    commits = read_commits(out)
-    standing = _latest_rejections(commits)
-    for commit in commits:
-        for clip_id in commit.clip_ids:
-            standing.pop(clip_id, None)
-    rejections: dict[str, Rejection] = {}
-    for path in sorted({f.path for f in standing.values()}):
-        with storage.open_input(storage.join(out, path)) as f:
-            for row in pq.read_table(f).to_pylist():
-                if row["segment_id"] in standing and standing[row["segment_id"]].path == path:
-                    rejections[row["segment_id"]] = Rejection(**row)
-    return [rejections[i] for i in sorted(rejections)]
+    return list(read_state(out).rejections.values())
 
 
 def clip_files(out: str) -> list[str]:

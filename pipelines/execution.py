@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from avsep import storage
 
 DONE, SHORTFALL, UNUSABLE = 0, 1, 2  # exit statuses
+LOCAL_RUNNER = "FnApiRunner"  # Beam's default one tries to download another runner first
 
 
 class UsageError(Exception):
@@ -34,16 +36,21 @@ def absolute(arguments: argparse.Namespace, *names: str) -> None:
 def run(main: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     """Parse arguments, run a program's main function, and turn a user's mistake into one line and status 2."""
     arguments = parser.parse_args(argv)
+    return guarded(lambda: main(arguments), parser.prog)
+
+
+def guarded(main: Callable[[], int], program: str) -> int:
+    """Turn a user's mistake into one line and status 2."""
     try:
-        return main(arguments)
+        return main()
     except (UsageError, OSError, ValueError) as error:
         if os.environ.get("AVSEP_TRACEBACK"):
             raise
         hint = "" if isinstance(error, UsageError) else " (AVSEP_TRACEBACK=1 shows where)"
-        print(f"{parser.prog}: {error}{hint}", file=sys.stderr)
+        print(f"{program}: {error}{hint}", file=sys.stderr)
         return UNUSABLE
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; the same command goes on from here", file=sys.stderr)
+        print(f"{program}: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
 
 
@@ -232,6 +239,33 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def beam_options(arguments: list[str]) -> Any:
+    """Turn arguments that aren't ours into Beam's options. Raises ValueError for what it doesn't know."""
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    if arguments and not arguments[0].startswith("--"):
+        raise ValueError(f"unexpected argument {arguments[0]!r}; see --help")
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):  # argparse would print all of Beam's options
+            options = PipelineOptions([f"--runner={LOCAL_RUNNER}", *arguments])
+            given = options.get_all_options(retain_unknown_options=True)
+    except SystemExit:
+        raise ValueError(messages.getvalue().rsplit("error: ", 1)[-1].strip()) from None
+    unknown = set(given) - set(PipelineOptions([]).get_all_options())
+    if unknown and is_local(options):  # other runners bring options of their own
+        option = next(a for a in arguments if a.split("=")[0].lstrip("-").replace("-", "_") in unknown)
+        raise ValueError(f"unknown option {option}: neither ours (see --help) nor Beam's")
+    return options
+
+
+def is_local(options: Any) -> bool:
+    """Tell our default Beam runner from others."""
+    from apache_beam.options.pipeline_options import StandardOptions
+
+    return options.view_as(StandardOptions).runner == LOCAL_RUNNER
 
 
 def say(text: str) -> None:

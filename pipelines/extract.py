@@ -26,7 +26,7 @@ from pipelines.execution import fail, say
 EXAMPLES = """examples:
   python -m pipelines.extract --segments out/manifest --out out/clips
   python -m pipelines.extract --segments out/manifest --out out/clips --weights resnet152-394f9c45.pth
-  python -m pipelines.extract --segments out/manifest --out out/clips --retry-rejected timeout missing
+  python -m pipelines.extract --segments out/manifest --out out/clips --retry-rejected timed_out missing
   python -m pipelines.extract --segments out/audioset --out out/clips --media out/media --rate 250
   python -m pipelines.extract --segments out/audioset --out out/clips --media out/media --until fetch
   python -m pipelines.extract --segments out/manifest --out out/clips --in-process   # no Ray, for a debugger

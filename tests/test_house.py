@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("stft", "nmf", "metrics", "objects"),
     ("miml", "training"),
-    ("media", "fetch", "egress", "storage", "vision", "records", "shards"),
+    ("media", "fetch", "egress", "storage", "vision", "records", "shards", "lock"),
     (
         "stages",
         "dictionary",
@@ -23,6 +23,7 @@ LAYERS = (
         "plots",
         "report",
         "audioset",
+        "audit",
         "bags",
         "context",
         "practice",
@@ -54,7 +55,7 @@ FLAGS = {
     "avsep inspect": set(),
     "avsep label": {"--weights", "--architecture"},
 }  # fmt: skip
-LATER_PIPELINES = {"audit", "serve"}
+LATER_PIPELINES = {"serve"}
 
 
 def imports(path: Path) -> set[str]:
