@@ -576,7 +576,7 @@ def markdown(card: Mapping[str, Any], title: str) -> str:
     """Write the card for people; plots are named as `pipelines.audit` saves them."""
     n_clips, n_rejected = sum(card["clips"].values()), sum(card["rejections"].values())
     hours = sum(card["hours"].values())
-    lines = [f"# {title}", "", f"{n_clips:,} clips, {hours:,.1f} hours, and {n_rejected:,} rejected segments.", ""]
+    lines = [f"# {title}", "", f"{n_clips:,} clips, {hours:,.2f} hours, and {n_rejected:,} rejected segments.", ""]
 
     def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         rows = list(rows)

@@ -101,8 +101,7 @@ def is_held(path: str) -> bool:
     if holder.machine == _machine():
         return True
     fs, inner = storage.filesystem(path)
-    modified = fs.get_file_info(inner).mtime
-    return modified is None or time.time() - modified.timestamp() < STALE_S
+    return not storage.is_older(fs.get_file_info(inner), STALE_S)
 
 
 class Lock:

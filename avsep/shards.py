@@ -11,15 +11,18 @@ file that no commit names, and two processes that do the same shard leave one co
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from avsep import storage
@@ -35,6 +38,7 @@ from avsep.records import (
 )
 
 LOCK_FILE = "extract.lock"  # under OUT, while a driver is at work
+_DATA_FILE = re.compile(r"(?P<shard>.+)-g(?P<generation>\d+)-[0-9a-f]{12}\.parquet")
 _ROW_GROUP_BYTES = 32 << 20
 _READERS = 16  # files read at a time
 
@@ -178,6 +182,30 @@ def _withdraw(out: str, mine: Commit, standing: Commit) -> None:
     for f in (mine.clips, mine.rejections):
         if f and f.path not in named:
             storage.delete_file(storage.join(out, f.path))
+
+
+def sweep(out: str, commits: Iterable[Commit]) -> list[str]:
+    """Delete what killed writers left: temporary files, and data files that no commit will ever name.
+
+    A data file whose generation has a commit that doesn't name it is a loser's; one whose generation has
+    none may be a live writer's, and is left until it is old. Returns the names.
+    """
+    named = {(c.shard, c.generation): {f.path for f in (c.clips, c.rejections) if f} for c in commits}
+    swept = storage.sweep(storage.join(out, "commits"))
+    for kind in ("clips", "rejections"):
+        swept += storage.sweep(storage.join(out, kind))
+        fs, inner = storage.filesystem(storage.join(out, kind))
+        for info in fs.get_file_info(pafs.FileSelector(inner, allow_not_found=True)):
+            match = _DATA_FILE.fullmatch(info.base_name)
+            if not match or info.type != pafs.FileType.File:
+                continue
+            standing = named.get((match["shard"], int(match["generation"])))
+            lost = storage.is_older(info, storage.ABANDONED_S) if standing is None else True
+            if lost and f"{kind}/{info.base_name}" not in (standing or ()):
+                with contextlib.suppress(FileNotFoundError):
+                    fs.delete_file(info.path)
+                    swept.append(f"{kind}/{info.base_name}")
+    return swept
 
 
 def configuration_digest(configuration: dict[str, Any]) -> str:
