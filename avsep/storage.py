@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 ABANDONED_S = 3600.0  # a file that was begun this long ago has no writer any more
-_TEMPORARY = re.compile(r"\.(?P<host>[^/]*)\.(?P<pid>\d+)\.[0-9a-f]+\.tmp$")
+_TEMPORARY = re.compile(r"(?P<before>.*)\.(?P<pid>\d+)\.[0-9a-f]+\.tmp")
 
 
 def is_uri(path: str) -> bool:
@@ -149,9 +149,10 @@ def sweep(path: str, *, recursive: bool = False, older_s: float = ABANDONED_S) -
     fs, inner = filesystem(path)
     swept = []
     for info in fs.get_file_info(pafs.FileSelector(inner, recursive=recursive, allow_not_found=True)):
-        match = _TEMPORARY.search(info.base_name)
+        match = _TEMPORARY.fullmatch(info.base_name)
         if match and info.type == pafs.FileType.File:
-            ended = match["host"] == socket.gethostname() and not os.path.exists(f"/proc/{match['pid']}")
+            here = match["before"].endswith(f".{socket.gethostname()}")
+            ended = here and not os.path.exists(f"/proc/{match['pid']}")
             if ended or is_older(info, older_s):
                 with contextlib.suppress(FileNotFoundError):
                     fs.delete_file(info.path)

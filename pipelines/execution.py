@@ -227,7 +227,7 @@ def session(in_process: bool = False) -> Iterator[Runner]:
     """Give a runner: a plain loop, the cluster that RAY_ADDRESS names, or Ray on this machine.
 
     Ray on this machine starts quietly and is stopped at the end; sessions nest, and an inner one
-    uses the outer one's Ray.
+    uses the outer one's Ray. AVSEP_CPUS says how many workers this machine is to have, other than its cores.
     """
     if in_process:
         threads = torch.get_num_threads()
@@ -243,6 +243,7 @@ def session(in_process: bool = False) -> Iterator[Runner]:
     os.environ.setdefault("RAY_task_oom_retries", "2")  # else a task that needs too much memory comes again for ever
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning about GPUs to come
+    cpus = int(os.environ["AVSEP_CPUS"]) if os.environ.get("AVSEP_CPUS") else None
     import ray
 
     if ray.is_initialized():
@@ -253,7 +254,7 @@ def session(in_process: bool = False) -> Iterator[Runner]:
         logging_level=logging.ERROR,
         log_to_driver=False,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
-        **({"include_dashboard": False} if address == "local" else {}),
+        **({"include_dashboard": False, "num_cpus": cpus} if address == "local" else {}),
     )
     try:
         yield OnRay()

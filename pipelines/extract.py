@@ -154,7 +154,7 @@ class Crashes:
     """Finds the segment that takes its worker along, and has the rest of its shard done without it.
 
     A shard whose worker died again and again is taken apart: its segments are tried one by one, and
-    those whose worker dies are rejected. A shard that can't be written is tried once more, since
+    those whose worker dies are rejected. A shard that can't be written is tried twice again, since
     an object store may have failed for a moment; then the run stops.
     """
 
@@ -184,9 +184,9 @@ class Crashes:
                 self._queue.add(self._item(replace(work, segments=(s,), probe=True)))
             return
         self._failed[work.shard] += 1
-        if not isinstance(error, OSError) or self._failed[work.shard] > 1:
+        if not isinstance(error, OSError) or self._failed[work.shard] > 2:
             raise error
-        say(f"shard {work.shard}: {error}; once more")
+        say(f"shard {work.shard}: {error}; trying again")
         self._queue.add(self._item(work))
 
     def tried(self, work: Work) -> None:
@@ -462,11 +462,16 @@ def dry_run(
     say(f"  what takes longest: {max(hours, key=lambda k: hours[k])}")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Extract what is left of the segments."""
+def run(
+    arguments: argparse.Namespace, *, recipe: recipes.Recipe | None = None, process: Process = stages.extract_records
+) -> int:
+    """Extract what is left of the segments.
+
+    `process` is what is done to a shard's segments, `recipe` what is run in place of the named one.
+    """
     execution.absolute(arguments, "out", "weights", "media")
     out = arguments.out
-    recipe = recipes.get(arguments.recipe)
+    recipe = recipe or recipes.get(arguments.recipe)
     for reason in arguments.retry_rejected or ():
         if reason not in set(Reason):
             fail(f"--retry-rejected {reason}: no such reason; the reasons are {', '.join(Reason)}")
@@ -486,7 +491,7 @@ def run(arguments: argparse.Namespace) -> int:
     configuration = recipe.extraction.as_dict(labeller.sha256 if labeller else None)
     configuration["labeller"] = labeller.architecture if labeller else None
     digest = shards.configuration_digest(configuration)
-    job = Job(out, recipe.extraction, configuration, fetch_only=bool(arguments.until))
+    job = Job(out, recipe.extraction, configuration, process, fetch_only=bool(arguments.until))
     if arguments.dry_run:
         state = shards.read_state(out)
         check_digest(state, out, digest)
