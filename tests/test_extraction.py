@@ -192,10 +192,10 @@ def test_a_store_that_keeps_failing_stops_the_run_and_the_next_one_goes_on(sound
 
 
 def lethal(segments, config, label, locate):
-    """Stages in which two segments kill their worker, as a decoder loaded into it would."""
+    """Stages in which one segment kills its worker, as a decoder loaded into it would."""
     records, rejections, seconds = [], [], {"decode": 0.0}
     for s in segments:
-        if s.segment_id in ("s3", "s11"):
+        if s.segment_id == "s3":
             os.kill(os.getpid(), signal.SIGKILL)
         if s.segment_id == "s5":
             rejections.append(Rejection("s5", "decode", "silent"))
@@ -208,18 +208,22 @@ def lethal(segments, config, label, locate):
 
 
 @pytest.mark.chaos
-def test_segments_that_kill_their_workers_are_found_and_cost_themselves_alone(sounds, tmp_path, capfd):
+@pytest.mark.timeout(600)
+def test_a_segment_that_kills_its_worker_is_found_and_costs_itself_alone(sounds, tmp_path, capfd, monkeypatch):
+    here = Path(__file__).parent
+    paths = map(str, (here, here / "benchmarks", os.environ.get("PYTHONPATH", "")))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))  # workers import `lethal`, too
     out = tmp_path / "out"
     arguments = extract.parser().parse_args(["--segments", str(sounds), "--out", str(out)])
     assert extract.run(arguments, recipe=simulation.TINY, process=lethal) == 0
     assert "looking for the segment" in capfd.readouterr().out
     clips, rejections = shards.read_ids(str(out))
-    assert rejections == ["s11", "s3", "s5"] and len(clips) == N - 3
+    assert rejections == ["s3", "s5"] and len(clips) == N - 2
     reasons = {r.segment_id: (r.reason, r.transient, r.attempts) for r in shards.read_rejections(str(out))}
-    assert reasons["s3"] == reasons["s11"] == ("crashed_decoder", True, 1) and reasons["s5"][0] == "silent"
+    assert reasons["s3"] == ("crashed_decoder", True, 1) and reasons["s5"][0] == "silent"
     status = json.loads((out / "status.json").read_text())
     assert (status["done"], status["total"], status["state"]) == (N, N, "finished")
-    assert status["rejected"] == {"crashed_decoder": 2, "silent": 1} and status["in_flight"] == 0
+    assert status["rejected"] == {"crashed_decoder": 1, "silent": 1} and status["in_flight"] == 0
     assert files(out) == committed(out) | {"status.json"}
 
     # it was the machine, or has been mended: a retry visits those alone
@@ -227,7 +231,7 @@ def test_segments_that_kill_their_workers_are_found_and_cost_themselves_alone(so
     before = Counter(c.shard for c in shards.read_commits(str(out)))
     assert extract.run(extract.parser().parse_args(retry), recipe=simulation.TINY) == 0
     assert shards.read_ids(str(out))[1] == ["s5"]
-    assert sum((Counter(c.shard for c in shards.read_commits(str(out))) - before).values()) <= 2
+    assert sum((Counter(c.shard for c in shards.read_commits(str(out))) - before).values()) == 1
 
 
 # ---------------------------------------------------------------------------------- progress
