@@ -69,9 +69,9 @@ def test_whatever_is_killed_each_segment_ends_up_once(tmp_path, monkeypatch):
     table, out, calm = make_media(tmp_path / "media", N_FILES), tmp_path / "out", tmp_path / "calm"
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     for name, value in {
-        "period_ms": "1000",
-        "timeout_ms": "2000",
-        "failure_threshold": "3",
+        "period_ms": "2000",
+        "timeout_ms": "5000",
+        "failure_threshold": "4",
         "initial_delay_ms": "0",
     }.items():
         monkeypatch.setenv(f"RAY_health_check_{name}", value)
