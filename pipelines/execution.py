@@ -352,9 +352,15 @@ class Progress:
             parts.append(f"{self.rejected.total()} rejected ({most})")
         if self.in_flight:
             parts.append(f"{self.in_flight} in flight")
+        if stages := self._throughput():
+            parts.append("a worker: " + ", ".join(f"{stage} {rate:.2g}/s" for stage, rate in stages.items()))
         if self.note:
             parts.append(self.note)
         return "; ".join(parts)
+
+    def _throughput(self) -> dict[str, float]:
+        """Items a worker-second, by stage."""
+        return {stage: (self.count - self._at_start) / s for stage, s in self.seconds.items() if s > 0}
 
     def write_status(self, state: str = "running") -> None:
         """Write the status file, at most every few seconds while the run lasts."""
@@ -364,9 +370,8 @@ class Progress:
         self._written = now
         left = self.seconds_left
         stages = {
-            stage: {"worker_seconds": round(s, 1), "per_worker_second": round((self.count - self._at_start) / s, 3)}
-            for stage, s in self.seconds.items()
-            if s > 0
+            stage: {"worker_seconds": round(self.seconds[stage], 1), "per_worker_second": round(rate, 3)}
+            for stage, rate in self._throughput().items()
         }
         raw = {
             "what": self.what,

@@ -112,8 +112,8 @@ def test_whatever_is_killed_each_segment_ends_up_once(tmp_path, monkeypatch):
                 assert driver.returncode == 0, (tmp_path / "log").read_text()[-3000:]
                 break
             at_work = workers()
-            if not at_work:
-                continue
+            if not at_work or (len(stand(out)) == len(stood) and rng.random() < 0.8):
+                continue  # mostly something is committed between two kills
             what = rng.choice(["driver", "worker", "worker", "node"])
             if what == "driver":
                 driver.send_signal(signal.SIGKILL)

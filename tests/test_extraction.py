@@ -256,6 +256,7 @@ def test_the_status_file_says_where_a_run_stands(tmp_path, capsys):
     assert done["stages"]["decode"] == {"worker_seconds": 18.0, "per_worker_second": 5.0}
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith("extract: 100/100 segments, ") and "11 rejected (silent 6, removed 5)" in line
+    assert "a worker: decode 5/s, label 10/s" in line
 
 
 def test_the_rate_forgets_what_is_longer_ago_than_an_hour(monkeypatch):
