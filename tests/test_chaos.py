@@ -17,8 +17,8 @@ import soundfile
 
 from avsep import audit, media, shards, storage
 
-N_FILES = int(os.environ.get("AVSEP_CHAOS_FILES", "96"))  # 300 takes about ten minutes on two free cores
-N_KILLS = int(os.environ.get("AVSEP_CHAOS_KILLS", "8"))
+N_FILES = int(os.environ.get("AVSEP_CHAOS_FILES", "64"))  # 300 for a thorough run
+N_KILLS = int(os.environ.get("AVSEP_CHAOS_KILLS", "6"))
 RATE = 48_000
 
 
