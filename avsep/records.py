@@ -36,7 +36,8 @@ class Reason(StrEnum):
     TOO_LONG = "too_long"
     TOO_LARGE = "too_large"  # pictures or streams beyond the decoder's limits
     SILENT = "silent"
-    TIMEOUT = "timeout"
+    TIMEOUT = "timed_out"
+    CRASHED_DECODER = "crashed_decoder"  # or took its worker along
     # fetching
     REMOVED = "removed"
     PRIVATE = "private"

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("stft", "nmf", "nmf_cpu", "metrics", "objects"),
     ("miml", "training", "evidence"),
-    ("media", "fetch", "egress", "storage", "vision", "records", "shards"),
+    ("media", "fetch", "egress", "storage", "vision", "records", "shards", "lock"),
     (
         "stages",
         "dictionary",
@@ -23,6 +23,7 @@ LAYERS = (
         "plots",
         "report",
         "audioset",
+        "audit",
         "bags",
         "context",
         "practice",
@@ -59,7 +60,7 @@ FLAGS = {
     "avsep inspect": set(),
     "avsep label": {"--weights", "--architecture"},
 }  # fmt: skip
-LATER_PIPELINES = {"audit", "serve"}
+LATER_PIPELINES = {"serve"}
 
 
 def imports(path: Path) -> set[str]:
