@@ -154,6 +154,7 @@ class Flaky(MemoryFileSystem):
             close = file.close
 
             def close_and_fail():
+                file.close = close  # the store keeps this very file, to be read later
                 close()
                 raise OSError("connection reset")
 
