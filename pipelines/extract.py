@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -60,7 +61,9 @@ def parser() -> argparse.ArgumentParser:
         help="try rejected segments again: all of them, or those of these reasons",
     )
     p.add_argument("--in-process", action="store_true", help="a plain loop without Ray")
-    p.add_argument("--profile", action="store_true", help="print each stage's time")
+    p.add_argument(
+        "--profile", action="store_true", help="print each stage's time and rates, and the run's beside them"
+    )
     p.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     return p
 
@@ -183,6 +186,26 @@ def open_store(
     return MediaStore(arguments.media, known, SharedBudget(runner.actors(make, 1, gpu=False)[0]))
 
 
+@functools.lru_cache(maxsize=1)
+def _own_labeller(architecture: str, weights: str | None, sha256: str) -> ImageLabeller:
+    return ImageLabeller.load(architecture, weights)
+
+
+@dataclass(frozen=True)
+class LabelHere:
+    """Label in the worker's own process: without a GPU to share, sending pictures away gains nothing."""
+
+    architecture: str
+    weights: str | None
+    sha256: str  # of the weights: another file of the same name is another network
+
+    def __call__(self, images: Any) -> Future:
+        """Return a finished future of the logits."""
+        future: Future = Future()
+        future.set_result(_own_labeller(self.architecture, self.weights, self.sha256)(images))
+        return future
+
+
 def open_labeller(architecture: str, weights: str | None, device: str) -> ImageLabeller:
     """Load the picture network: what a labelling actor holds."""
     return ImageLabeller.load(architecture, weights, device)
@@ -266,10 +289,11 @@ def run(arguments: argparse.Namespace) -> int:
     ):
         callers: list[Any] = [None]
         store = open_store(arguments, [s for w in work for s in w[2]], runner)
-        if labeller and work:
-            device = "cuda" if runner.n_gpus else "cpu"
-            make = functools.partial(open_labeller, labeller.architecture, arguments.weights, device)
-            callers = runner.actors(make, runner.n_gpus or min(runner.n_workers, len(work)), gpu=bool(runner.n_gpus))
+        if labeller and work and runner.n_gpus:
+            make = functools.partial(open_labeller, labeller.architecture, arguments.weights, "cuda")
+            callers = runner.actors(make, runner.n_gpus, gpu=True)
+        elif labeller and work:
+            callers = [LabelHere(labeller.architecture, arguments.weights, labeller.sha256)]
         items = (
             (
                 arguments.out,
@@ -282,28 +306,29 @@ def run(arguments: argparse.Namespace) -> int:
             )
             for i, w in enumerate(work)
         )
-        sizes = {w[0]: len(w[2]) for w in work}
+        sizes, n_workers, started = {w[0]: len(w[2]) for w in work}, runner.n_workers, time.monotonic()
         for shard, spent in runner.map(extract_shard, items):
             seconds.update(spent)
             progress.add(sizes[shard])
+        elapsed_s = time.monotonic() - started
     if arguments.until:
         rejected = set(shards.read_ids(arguments.out)[1]) & {s.segment_id for s in segments}
         say(f"fetched to {arguments.media}; {len(rejected)} of {len(segments)} segments can't be had")
         return execution.DONE
-    return _report(arguments, segments, seconds)
+    status = _report(arguments, segments)
+    if arguments.profile:
+        for line in stages.profile(seconds, todo, min(n_workers, len(work)), elapsed_s):
+            say(f"  {line}")
+    return status
 
 
-def _report(arguments: argparse.Namespace, segments: Sequence[Segment], seconds: Counter[str]) -> int:
+def _report(arguments: argparse.Namespace, segments: Sequence[Segment]) -> int:
     ours = {s.segment_id for s in segments}
     clips = ours & set(shards.read_ids(arguments.out)[0])
     reasons = Counter(r.reason for r in shards.read_rejections(arguments.out) if r.segment_id in ours)
     say(f"{len(clips)} clips and {sum(reasons.values())} rejections of {len(segments)} segments in {arguments.out}")
     for reason, count in reasons.most_common():
         say(f"  rejected, {reason}: {count}")
-    if arguments.profile and seconds:
-        total = sum(seconds.values())
-        for stage, spent in seconds.most_common():
-            say(f"  {stage}: {spent:.1f} worker-seconds, {spent / total:.0%}")
     missing = len(segments) - len(clips) - sum(reasons.values())
     if missing:
         say(f"{missing} segments are in neither; run the same command again")
