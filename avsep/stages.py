@@ -60,8 +60,8 @@ class Decoded:
     sha256: str  # of the media file
 
 
-def decode(segment: Segment, config: ExtractionConfig) -> Decoded:
-    """Decode a segment's excerpt; ClipError says why it can't be used."""
+def decode(segment: Segment, config: ExtractionConfig, *, pictures: bool = True) -> Decoded:
+    """Decode a segment's excerpt, its pictures where they are wanted; ClipError says why it can't be used."""
     try:
         with storage.local_file(segment.source) as path:
             clip = media.decode(
@@ -71,6 +71,7 @@ def decode(segment: Segment, config: ExtractionConfig) -> Decoded:
                 sample_rate=config.stft.sample_rate,
                 image_size=config.image_size,
                 limits=config.limits,
+                pictures=pictures,
             )
             with open(path, "rb") as f:
                 sha256 = hashlib.file_digest(f, "sha256").hexdigest()
@@ -189,7 +190,8 @@ def extract_records(
                         found = locate(segment)
                 stage = "decode"
                 with _timed(seconds, stage):
-                    decoded.append((segment, decode(found, config)))
+                    pictured = label is not None or segment.labels is None
+                    decoded.append((segment, decode(found, config, pictures=pictured)))
             except ClipError as error:
                 rejection = Rejection(segment.segment_id, stage, error.reason, error.transient, detail=error.detail)
                 rejections.append(rejection)
