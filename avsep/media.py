@@ -94,6 +94,7 @@ def decode(
     sample_rate: int = 48_000,
     image_size: int = 224,
     limits: DecodeLimits = DecodeLimits(),
+    pictures: bool = True,
 ) -> Clip:
     """Decode the excerpt `start_s … end_s` (None: the file's end) in one pass of ffmpeg.
 
@@ -104,7 +105,8 @@ def decode(
 
     The images are `(n_images, image_size, image_size, 3)` RGB uint8: what a player shows 0.5,
     1.5, … s into the excerpt, upright, the short side resized to 8/7 of `image_size`, the centre
-    cut out. Video too short for that gives its first picture, a file without video none.
+    cut out. Video too short for that gives its first picture, a file without video none. Without
+    `pictures` the video is only looked at where it may outlast the sound.
 
     A file that ends before `end_s` gives a shorter clip. Raises ValueError for times that bound no
     excerpt, and ClipError: MISSING, EMPTY, UNREADABLE, NO_AUDIO, PAST_END, TRUNCATED, TOO_LONG,
@@ -127,11 +129,15 @@ def decode(
         raise too_long
 
     length_s = min(end_s - start_s, limits.max_duration_s + 1)  # headers may promise too little
-    with _excerpt(path, header, start_s, length_s, sample_rate, image_size, limits) as excerpt:
+    wanted = header if pictures else replace(header, info=replace(info, has_video=False))
+    with _excerpt(path, wanted, start_s, length_s, sample_rate, image_size, limits) as excerpt:
         waveform, images = _read(excerpt, length_s, sample_rate, image_size, deadline - time.monotonic())
 
     sound_s = len(waveform) / sample_rate
     decoded_s = start_s + max(sound_s, len(images) - 0.5)
+    if not pictures and info.has_video and decoded_s < promised_s - _SLACK_S:
+        limits = replace(limits, timeout_s=max(0.0, deadline - time.monotonic()))
+        return decode(path, start_s, end_s, sample_rate=sample_rate, image_size=image_size, limits=limits)
     nothing = not len(waveform) and not len(images)
     if decoded_s - start_s > limits.max_duration_s + 0.5:  # codecs pad the end
         raise too_long

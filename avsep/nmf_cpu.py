@@ -176,7 +176,7 @@ def load() -> Kernel | None:
         features = llvm.get_host_cpu_features()
         tile = next((t for t, needs in _NEEDS if all(features.get(n) for n in needs)), None)
         return Kernel(tile, _machine_code(tile)) if tile else None
-    except (ImportError, OSError, RuntimeError):
+    except (ImportError, OSError, RuntimeError, AttributeError):  # the last: no user ids on this system
         return None
 
 

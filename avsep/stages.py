@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -60,8 +60,8 @@ class Decoded:
     sha256: str  # of the media file
 
 
-def decode(segment: Segment, config: ExtractionConfig) -> Decoded:
-    """Decode a segment's excerpt; ClipError says why it can't be used."""
+def decode(segment: Segment, config: ExtractionConfig, *, pictures: bool = True) -> Decoded:
+    """Decode a segment's excerpt, its pictures where they are wanted; ClipError says why it can't be used."""
     try:
         with storage.local_file(segment.source) as path:
             clip = media.decode(
@@ -71,6 +71,7 @@ def decode(segment: Segment, config: ExtractionConfig) -> Decoded:
                 sample_rate=config.stft.sample_rate,
                 image_size=config.image_size,
                 limits=config.limits,
+                pictures=pictures,
             )
             with open(path, "rb") as f:
                 sha256 = hashlib.file_digest(f, "sha256").hexdigest()
@@ -189,12 +190,14 @@ def extract_records(
                         found = locate(segment)
                 stage = "decode"
                 with _timed(seconds, stage):
-                    decoded.append((segment, decode(found, config)))
+                    pictured = label is not None or segment.labels is None
+                    decoded.append((segment, decode(found, config, pictures=pictured)))
             except ClipError as error:
                 rejection = Rejection(segment.segment_id, stage, error.reason, error.transient, detail=error.detail)
                 rejections.append(rejection)
         pictures = [d.clip.images for _, d in decoded]
-        future = label(np.concatenate(pictures)) if label and sum(map(len, pictures)) else None
+        with _timed(seconds, "label"):  # at once where the network is in this process
+            future = label(np.concatenate(pictures)) if label and sum(map(len, pictures)) else None
         with _timed(seconds, "factorize"):
             factors = [factorize(d.clip.waveform, seed_of(s.segment_id), config) for s, d in decoded]
         with _timed(seconds, "label"):
@@ -204,6 +207,27 @@ def extract_records(
             for (s, d), f, x in zip(decoded, factors, logits, strict=True)
         ]
     return records, rejections, seconds
+
+
+def profile(seconds: Mapping[str, float], n_clips: int, n_workers: int, elapsed_s: float) -> list[str]:
+    """Say where the workers' time went, a line each.
+
+    A stage's rate is what the workers would reach if they did nothing else; together the stages
+    allow the rate of workers that are never idle, and the run's own is given as a share of that.
+    """
+    used = {stage: s for stage, s in sorted(seconds.items(), key=lambda x: -x[1]) if s > 0}
+    total = sum(used.values())
+    if not used or not n_clips or elapsed_s <= 0:
+        return []
+    rates = {stage: n_clips * n_workers / s for stage, s in used.items()}
+    lines = [f"{stage}: {s:.1f} s, {s / total:.0%}, alone {rates[stage]:.2f} clips/s" for stage, s in used.items()]
+    rate, allowed = n_clips / elapsed_s, n_clips * n_workers / total
+    slowest = next(iter(used))
+    return [
+        *lines,
+        f"the run: {rate:.2f} clips/s on {n_workers} workers, {rate / rates[slowest]:.0%} of {slowest} alone, "
+        f"{rate / allowed:.0%} of the {allowed:.2f} clips/s that the stages together allow",
+    ]
 
 
 @contextlib.contextmanager

@@ -186,7 +186,7 @@ def _in_bfloat16(network: nn.Module, device: str) -> nn.Module | None:
     try:
         folded = fuse(network)  # a copy
         name, last = linear[-1]
-        folded.to(torch.bfloat16).to(memory_format=torch.channels_last)
+        folded.to(dtype=torch.bfloat16).to(memory_format=torch.channels_last)
         folded.set_submodule(name, _Cast(copy.deepcopy(last), dtype=torch.float32))
         quick = _Cast(folded, dtype=torch.bfloat16, memory_format=torch.channels_last).eval()
         pictures = normalise(_drawn_pictures().to(device))

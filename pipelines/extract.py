@@ -74,7 +74,9 @@ def parser() -> argparse.ArgumentParser:
         help="try rejected segments again: all of them, or those of these reasons",
     )
     p.add_argument("--in-process", action="store_true", help="a plain loop without Ray")
-    p.add_argument("--profile", action="store_true", help="print each stage's time")
+    p.add_argument(
+        "--profile", action="store_true", help="print each stage's time and rates, and the run's beside them"
+    )
     p.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     return p
 
@@ -371,6 +373,26 @@ def open_budget(arguments: argparse.Namespace, store: MediaStore, runner: execut
     return SharedBudget(runner.actors(make, 1, gpu=False)[0])
 
 
+@functools.lru_cache(maxsize=1)
+def _own_labeller(architecture: str, weights: str | None, sha256: str) -> ImageLabeller:
+    return ImageLabeller.load(architecture, weights)
+
+
+@dataclass(frozen=True)
+class LabelHere:
+    """Label in the worker's own process: without a GPU to share, sending pictures away gains nothing."""
+
+    architecture: str
+    weights: str | None
+    sha256: str  # of the weights: another file of the same name is another network
+
+    def __call__(self, images: Any) -> Future:
+        """Return a finished future of the logits."""
+        future: Future = Future()
+        future.set_result(_own_labeller(self.architecture, self.weights, self.sha256)(images))
+        return future
+
+
 def open_labeller(architecture: str, weights: str | None, device: str) -> ImageLabeller:
     """Load the picture network: what a labelling actor holds."""
     return ImageLabeller.load(architecture, weights, device)
@@ -507,7 +529,7 @@ def run(
         if labeller and labeller.classes is not None and arguments.weights:  # no published one: it goes with the clips
             with storage.open_input(arguments.weights) as f:
                 storage.write_bytes(storage.join(out, LABELLER_FILE), f.read())
-        seconds = _drive(arguments, segments, state, job, labeller, mine)
+        profile = _drive(arguments, segments, state, job, labeller, mine)
         state = shards.read_state(out)
         if not arguments.until:
             shards.sweep(out, state.commits)
@@ -515,7 +537,10 @@ def run(
         rejected = state.rejections.keys() & {s.segment_id for s in segments}
         say(f"fetched to {arguments.media}; {len(rejected)} of {len(segments)} segments can't be had")
         return execution.DONE
-    return _report(arguments, segments, state, seconds)
+    status = _report(arguments, segments, state)
+    for line in profile if arguments.profile else ():
+        say(f"  {line}")
+    return status
 
 
 def _drive(
@@ -525,8 +550,8 @@ def _drive(
     job: Job,
     labeller: ImageLabeller | None,
     mine: lock.Lock,
-) -> Counter[str]:
-    """Do what is left, following another run's downloads where one is at it; return each stage's seconds."""
+) -> list[str]:
+    """Do what is left, following another run's downloads where one is at it; return the profile's lines."""
     works = plan_work(state, segments, arguments.retry_rejected)
     todo = sum(len(w.segments) for w in works)
     ours = {s.segment_id for s in segments} - {s.segment_id for w in works for s in w.segments}
@@ -545,11 +570,12 @@ def _drive(
         ) as progress,
     ):
         callers: list[Any] = [None]
-        if labeller and works:
-            device = "cuda" if runner.n_gpus else "cpu"
-            make = functools.partial(open_labeller, labeller.architecture, arguments.weights, device)
-            callers = runner.actors(make, runner.n_gpus or min(runner.n_workers, len(works)), gpu=bool(runner.n_gpus))
-        following = False
+        if labeller and works and runner.n_gpus:
+            make = functools.partial(open_labeller, labeller.architecture, arguments.weights, "cuda")
+            callers = runner.actors(make, runner.n_gpus, gpu=True)
+        elif labeller and works:
+            callers = [LabelHere(labeller.architecture, arguments.weights, labeller.sha256)]
+        following, n_shards, started = False, len(works), time.monotonic()
         while works:
             store = open_store(arguments.media, [s for w in works for s in w.segments])
             with contextlib.ExitStack() as stack:
@@ -578,22 +604,17 @@ def _drive(
             time.sleep(_FOLLOW_S)
             works = plan_work(shards.read_state(job.out), segments)
             progress.count = len(segments) - sum(len(w.segments) for w in works)
-        return progress.seconds
+        elapsed_s = time.monotonic() - started
+        return stages.profile(progress.seconds, todo, min(runner.n_workers, n_shards), elapsed_s)
 
 
-def _report(
-    arguments: argparse.Namespace, segments: Sequence[Segment], state: shards.State, seconds: Counter[str]
-) -> int:
+def _report(arguments: argparse.Namespace, segments: Sequence[Segment], state: shards.State) -> int:
     ours = {s.segment_id for s in segments}
     clips = ours & state.clip_ids
     reasons = Counter(r.reason for i, r in state.rejections.items() if i in ours)
     say(f"{len(clips)} clips and {sum(reasons.values())} rejections of {len(segments)} segments in {arguments.out}")
     for reason, count in reasons.most_common():
         say(f"  rejected, {reason}: {count}")
-    if arguments.profile and seconds:
-        total = sum(seconds.values())
-        for stage, spent in seconds.most_common():
-            say(f"  {stage}: {spent:.1f} worker-seconds, {spent / total:.0%}")
     missing = len(segments) - len(clips) - sum(reasons.values())
     if missing:
         say(f"{missing} segments are in neither; run the same command again")

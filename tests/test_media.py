@@ -343,6 +343,14 @@ def test_streams_of_different_lengths(make: Make) -> None:
     assert decode(dark, 6.0, 9.0).images.shape == (0, 224, 224, 3)
 
 
+def test_without_pictures_the_sound_is_the_same(movie: Path, make: Make) -> None:
+    clip = decode(movie, 2.3, 5.1, pictures=False)
+    assert np.array_equal(clip.waveform, decode(movie, 2.3, 5.1).waveform) and len(clip.images) == 0
+    late = make("quiet_end.mkv", [FRAMES, "sine=r=48000:d=4"], *X264, "-c:a", "flac")
+    clip = decode(late, pictures=False)  # the pictures go on, so nothing is missing
+    assert np.array_equal(clip.waveform, decode(late).waveform)
+
+
 def test_transport_stream(make: Make) -> None:
     """No index, a late first timestamp, key frames four seconds apart, a change of size."""
     path = make("stream.ts", [FRAMES, CLICKS], *X264, "-g", "100", "-c:a", "aac")

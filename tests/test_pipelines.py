@@ -328,7 +328,7 @@ def test_bad_clips_are_counted_rejections_and_can_be_retried(rendered, tmp_path)
     assert extract.main([*retry, "nonsense"]) == 2
 
 
-def test_pictures_decide_where_no_labels_are_given(rendered, tmp_path):
+def test_pictures_decide_where_no_labels_are_given(rendered, tmp_path, capfd):
     """A network that calls everything a dog; its logits are kept, and it goes with the clips and the model."""
     names, index = ("dog", "violin"), [151, 889]
     network = vision.build_network("squeezenet1_1", len(names))
@@ -343,7 +343,10 @@ def test_pictures_decide_where_no_labels_are_given(rendered, tmp_path):
     (tmp_path / "a").mkdir()
     for name, rows in (("told", told), ("seen", seen)):
         command = ["--segments", table_of(tmp_path / "a", rows), "--out", str(tmp_path / name), "--in-process"]
-        assert extract.main([*command, "--weights", str(weights)]) == 0
+        assert extract.main([*command, "--weights", str(weights), "--profile"]) == 0
+        printed = capfd.readouterr().out
+        assert "clips/s that the stages together allow" in printed
+        assert {"decode", "factorize", "label"} <= {line.split(":")[0].strip() for line in printed.splitlines()}
     (given,) = shards.read_clips(str(tmp_path / "told"))
     assert (given.label_source, given.labels) == ("given", ("violin",))
     assert given.image_logits.shape == (6, 1000)

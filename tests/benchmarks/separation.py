@@ -1,0 +1,64 @@
+"""Separation of a 10 s clip after warm-up, pictures included and with the objects given, on one core each.
+
+python -m tests.benchmarks.separation
+python -m tests.benchmarks.separation --rounds 1 --processes 1 --objects 2
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from avsep.context import BasisContext
+from avsep.model import Model, ModelConfig
+from avsep.objects import OBJECT_NAMES, object_scores
+from avsep.separation import Separator
+from avsep.synthetic import SceneConfig, render_scene
+from avsep.vision import ImageLabeller, build_network
+from pipelines import recipes
+from tests.benchmarks import measure
+
+
+def separator(n_bases: int = 25) -> Separator:
+    """The default recipe's model, untrained: what it costs doesn't depend on its weights."""
+    torch.manual_seed(0)
+    recipe = recipes.default()
+    config = ModelConfig(network=recipe.network, separation=recipe.separation, n_bases=n_bases, context=True)
+    return Separator(Model(config, config.build().eval(), None, BasisContext().eval()))
+
+
+def sides(seconds: int, n_objects: int) -> dict[str, Callable[[], Any]]:
+    """Objects given, and found in ten pictures (whose decoding extraction measures)."""
+    model, names = separator(), OBJECT_NAMES[:n_objects]
+    mix = torch.as_tensor(render_scene(0, "test", 5, SceneConfig(seconds=10), 2).mix)
+    mix = mix.repeat(-(-seconds // 10))[: 48_000 * seconds]
+    labeller = ImageLabeller("resnet152", build_network("resnet152", 1000).eval(), "")
+    images = np.random.default_rng(0).integers(0, 256, (10, 224, 224, 3), np.uint8)
+
+    def with_pictures() -> None:
+        object_scores(labeller(images))
+        model(mix, seen=names)
+
+    return {"objects given": functools.partial(model, mix, names), "with pictures": with_pictures}
+
+
+def main() -> None:
+    """Run the command."""
+    p = measure.parser(__doc__ or "")
+    p.add_argument("--seconds", type=int, default=10, help="of sound")
+    p.add_argument("--objects", type=int, default=2)
+    arguments = p.parse_args()
+    figures: dict[str, Any] = {}
+    for n in arguments.processes:
+        make = functools.partial(sides, arguments.seconds, arguments.objects)
+        figures[f"seconds, {n} processes"] = times = measure.compare(make, arguments.rounds, n)
+        print(f"\n{arguments.seconds} s of sound, {arguments.objects} objects, {n} process(es) at once")
+        for side, t in times.items():
+            print(f"  {side:<16} {t:.3f} s, {arguments.seconds / t:.0f} times faster than it sounds")
+    measure.write(arguments.json, figures)
+
+
+if __name__ == "__main__":
+    main()
