@@ -170,9 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "rss_mb": [round(m) for m in second.rss_mb],
         }
         print("a segment, in ms: the driver's CPU time; wall clock beyond the sleep, Ray's start included.")
-        print(
-            "then seconds from the restart to the next commit (and the driver's CPU time until then), and the driver's memory along the way"
-        )
+        print("then seconds from the restart to the next commit, the driver's CPU time until then, and its memory")
         print(json.dumps(figures))
     return 0
 
