@@ -154,6 +154,7 @@ class Flaky(MemoryFileSystem):
             close = file.close
 
             def close_and_fail():
+                file.close = close  # the object is what the store keeps
                 close()
                 raise OSError("connection reset")
 
