@@ -310,7 +310,7 @@ def test_the_driver_costs_little_a_segment_and_restarts_fast(tmp_path):
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["driver_cpu_ms"] < 2.0, done.stdout
-    assert figures["restart_s"] < 30, done.stdout
+    assert figures["restart_cpu_s"] < 10, done.stdout  # wall clock is Ray's and the machine's
     memory = figures["rss_mb"]
     assert max(memory) < min(memory) + 30, done.stdout
 

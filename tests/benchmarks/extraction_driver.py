@@ -94,6 +94,7 @@ class Measured:
     cpu_s: float
     wall_s: float
     first_s: float  # until a shard was committed
+    first_cpu_s: float  # of this process, until then
     rss_mb: list[float]  # every fiftieth of the run
 
 
@@ -103,29 +104,29 @@ def drive(segments: Path, out: Path, scale: float, die_at: float = 2.0) -> Measu
     n_shards = -(-n // shards.default_shard_size(n))
     before = len(list((out / "commits").glob("*.json"))) if out.exists() else 0
     memory: list[float] = []
-    first: list[float] = []
+    first: list[tuple[float, float]] = []
     ended = threading.Event()
 
     def watch() -> None:
         while not ended.wait(0.5):
             done = len(os.listdir(out / "commits")) if (out / "commits").exists() else 0
             if done > before and not first:
-                first.append(time.monotonic())
+                first.append((time.monotonic() - started, time.process_time() - cpu))
             if (done - before) * 50 >= len(memory) * max(1, n_shards - before) and done > before:
                 memory.append(rss_mb())
             if done >= die_at * n_shards:
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    started, cpu = time.monotonic(), time.process_time()
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    started, cpu = time.monotonic(), time.process_time()
     arguments = extract.parser().parse_args(["--segments", str(segments), "--out", str(out)])
     status = extract.run(arguments, recipe=TINY, process=Sleep(scale))
     ended.set()
     watcher.join()
     assert status == 0, status
-    ended_at = time.monotonic()
-    return Measured(time.process_time() - cpu, ended_at - started, (first or [ended_at])[0] - started, memory)
+    wall_s, cpu_s = time.monotonic() - started, time.process_time() - cpu
+    return Measured(cpu_s, wall_s, *(first or [(wall_s, cpu_s)])[0], memory)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -165,10 +166,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "driver_cpu_ms": round(1e3 * second.cpu_s / left, 4),
             "wall_beyond_sleep_ms": round(1e3 * (second.wall_s - slept_s) / left, 4),
             "restart_s": round(second.first_s, 1),
+            "restart_cpu_s": round(second.first_cpu_s, 1),
             "rss_mb": [round(m) for m in second.rss_mb],
         }
         print("a segment, in ms: the driver's CPU time; wall clock beyond the sleep, Ray's start included.")
-        print("then seconds from the restart to the next commit, and the driver's memory along the way")
+        print("then seconds from the restart to the next commit, the driver's CPU time until then, and its memory")
         print(json.dumps(figures))
     return 0
 
