@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,14 +10,19 @@ import torch
 from torch import Tensor
 
 from avsep import shards
+from avsep.miml import activation_statistics
 from avsep.model import LabelConfig
 from avsep.objects import N_IMAGENET_CLASSES, multi_hot, object_scores, weak_labels
 from avsep.training import Bags, shuffled_batches
 
+# a clip's W (F, M), H (M, N), shares of energy (M,) and labels (L,) → whose its bases are, (L + 1, M)
+Teacher = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-def bags_from_file(path: str, labels: LabelConfig, split: str) -> Bags | None:
-    """Read one clip file's bags of a split that have labels; None when there are none."""
+
+def bags_from_file(path: str, labels: LabelConfig, split: str, teacher: Teacher | None = None) -> Bags | None:
+    """Read one clip file's bags of a split that have labels, with targets where there is a teacher; or None."""
     columns = ["segment_id", "split", "bases", "basis_energy", "labels", "image_logits"]
+    columns += ["activations", "activation_scale"]
     table = shards.read_table(path, columns)
     n_bins, n_bases = table.schema.field("bases").type.shape
     rows, hot = [], []
@@ -34,7 +39,16 @@ def bags_from_file(path: str, labels: LabelConfig, split: str) -> Bags | None:
     flat = table.column("bases").combine_chunks().storage.flatten().to_numpy(zero_copy_only=False)
     bases = torch.from_numpy(flat.reshape(-1, n_bins, n_bases).swapaxes(1, 2).copy())
     energy = torch.tensor(np.stack(table.column("basis_energy").to_pylist()), dtype=torch.float32)
-    return Bags(table.column("segment_id").to_pylist(), bases, energy > 0, energy, torch.stack(hot))
+    H = [
+        torch.from_numpy(np.array(h.values, np.float32)).reshape(n_bases, -1) * scale.as_py()
+        for h, scale in zip(table.column("activations"), table.column("activation_scale"), strict=True)
+    ]
+    statistics = torch.stack([activation_statistics(h.unsqueeze(0))[0] for h in H])
+    targets = None
+    if teacher is not None:
+        targets = torch.stack([teacher(bases[i].float().T, h, energy[i], hot[i]) for i, h in enumerate(H)])
+    ids = table.column("segment_id").to_pylist()
+    return Bags(ids, bases, energy > 0, energy, torch.stack(hot), statistics, targets)
 
 
 def decide_labels(given: Sequence[str] | None, image_logits: Any, config: LabelConfig) -> Tensor | None:
@@ -47,20 +61,19 @@ def decide_labels(given: Sequence[str] | None, image_logits: Any, config: LabelC
     return weak_labels(object_scores(logits), config.threshold, config.best_threshold)
 
 
-def load_bags(files: Iterable[str], labels: LabelConfig, split: str) -> Bags | None:
-    """Read the bags of a split from clip files into memory, in order of their ids; None when there are none."""
-    parts = [b for b in (bags_from_file(f, labels, split) for f in files) if b is not None]
-    return _join(parts) if parts else None
+def load_bags(
+    files: Iterable[str], labels: LabelConfig, split: str, teacher: Teacher | None = None, more: Bags | None = None
+) -> Bags | None:
+    """Read the bags of a split from clip files into memory, in order of their ids, then `more`; None for none."""
+    parts = [b for b in (bags_from_file(f, labels, split, teacher) for f in files) if b is not None]
+    if not parts:
+        return None
+    whole = _join(parts)
+    return whole if more is None else Bags.join([whole, more])
 
 
 def _join(parts: Sequence[Bags]) -> Bags:
-    whole = Bags(
-        [i for p in parts for i in p.segment_ids],
-        torch.cat([p.bases for p in parts]),
-        torch.cat([p.valid for p in parts]),
-        torch.cat([p.basis_energy for p in parts]),
-        torch.cat([p.labels for p in parts]),
-    )
+    whole = Bags.join(parts)
     return whole.take(torch.tensor(np.argsort(whole.segment_ids)))
 
 
@@ -71,16 +84,18 @@ def streamed_batches(
     batch_size: int,
     seed: int,
     buffer_clips: int = 8192,
+    teacher: Teacher | None = None,
+    more: Bags | None = None,
 ) -> Iterator[Bags]:
     """Yield batches from more clips than fit in memory.
 
     Files (each a random sample of the clips) come in random order; `buffer_clips` at a time are
-    shuffled together.
+    shuffled together, the first of them with `more`.
     """
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
-    held: list[Bags] = []
+    held: list[Bags] = [] if more is None else [more]
     for position, index in enumerate(order):
-        bags = bags_from_file(files[index], labels, split)
+        bags = bags_from_file(files[index], labels, split, teacher)
         held += [bags] if bags is not None else []
         if held and (sum(map(len, held)) >= buffer_clips or position == len(order) - 1):
             yield from shuffled_batches(_join(held), batch_size, seed + position)

@@ -88,8 +88,13 @@ def separate_file(
     _write_wavs(plan, blocks, out, rate, earlier)
     window = plan.first_window
     picture = pictures[len(pictures) // 2] if len(pictures) else None
+    first = slice(separator.model.config.n_bases)  # of the factorisations
     figure = plots.relation_map(
-        window.relation.numpy(), OBJECT_NAMES, window.factors.basis_energy.numpy(), picture, plan.objects
+        window.relation[:, first].numpy(),
+        OBJECT_NAMES,
+        window.factors.basis_energy[first].numpy(),
+        picture,
+        plan.objects,
     )
     (out / "relation_map.png").write_bytes(figure)
     report: dict[str, object] = {
@@ -104,6 +109,7 @@ def separate_file(
                 "name": name,
                 "file": f"{name}.wav",
                 "from": source if seen is None or name in seen else "sound",
+                "confidence": plan.confidence[name],
                 "sound_score": plan.sound_scores[name],
                 "picture_score": None if scores is None else float(scores[OBJECT_NAMES.index(name)]),
                 "silent": name in plan.silent,

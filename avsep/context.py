@@ -13,11 +13,12 @@ TOP_SHARE = 2 / 3  # of the bins that are looked at, from the lowest: 16 kHz at 
 
 
 class BasisContext(nn.Module):
-    """Let a clip's bases vote on each other's object, given which objects are present.
+    """Let a clip's bases vote on each other's object, given which objects are present, or for the rest.
 
     A conditional random field without classes of its own: `phi(m, n)`, a small network of how
     bases m and n relate, says how far m should follow n. Mean-field updates
-    `q = a·z + phi (p − 1/J)` start from the relation map's log posteriors z. It learns from
+    `q = a·z + phi (p − 1/(J + 1))` start from z, the relation map's log posteriors of the present
+    objects and, for the rest, of everything else: noise and objects that aren't there. It learns from
     mixtures whose sources are known (`avsep.practice`), so it works for any set of objects.
 
     Args:
@@ -30,7 +31,7 @@ class BasisContext(nn.Module):
 
     def __init__(self, hidden: int = 32, n_iter: int = 3) -> None:
         super().__init__()
-        n_inputs = N_PAIR_FEATURES + 2
+        n_inputs = N_PAIR_FEATURES + 4
         self.n_iter = n_iter
         self.phi = nn.Sequential(
             nn.Linear(n_inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1)
@@ -38,37 +39,45 @@ class BasisContext(nn.Module):
         for parameter in self.phi[-1].parameters():
             nn.init.zeros_(parameter)  # it starts as the identity
         self.scale = nn.Parameter(torch.tensor(1.0))
+        self.rest_scale = nn.Parameter(torch.tensor(1.0))
+        self.rest_bias = nn.Parameter(torch.tensor(-1.0))
         self.register_buffer("mean", torch.zeros(n_inputs))
         self.register_buffer("deviation", torch.ones(n_inputs))
 
-    def forward(self, log_posteriors: Tensor, pairs: Tensor, present: Tensor) -> Tensor:
-        """Return log posteriors among the present objects, `(B, L, M)`; absent ones get −inf.
+    def forward(self, posteriors: Tensor, pairs: Tensor, present: Tensor) -> Tensor:
+        """Return log posteriors of the present objects and the rest, `(B, L + 1, M)`; absent ones get −inf.
 
         Args:
-            log_posteriors: `(B, L, M)` from the relation map.
+            posteriors: `(B, L + 1, M)` of the relation map, noise last (`miml.basis_posteriors`).
             pairs: `(B, M, M, features)` from `pair_features`.
-            present: boolean `(B, L)`, at least one a clip.
+            present: boolean `(B, L)`.
         """
-        absent = ~present.unsqueeze(2)
-        x = (self.inputs(log_posteriors, pairs, present) - self.mean) / self.deviation
+        rest = _rest(posteriors, present).clamp_min(1e-4).log() * self.rest_scale + self.rest_bias
+        z = torch.cat([posteriors[:, :-1].clamp_min(1e-9).log(), rest.unsqueeze(1)], 1)
+        there = torch.cat([present, torch.ones_like(present[:, :1])], 1).unsqueeze(2)
+        x = (self.inputs(posteriors, pairs, present) - self.mean) / self.deviation
         phi = self.phi(x).squeeze(-1) * (1 - torch.eye(pairs.shape[1], device=pairs.device))
-        uniform = 1 / present.sum(1).clamp_min(1)[:, None, None]
-        q = log_posteriors
+        uniform = 1 / there.sum(1, keepdim=True)
+        q = z
         for _ in range(self.n_iter):
-            p = q.masked_fill(absent, -torch.inf).softmax(1)
-            votes = ((p - uniform) * present.unsqueeze(2)) @ phi.mT
-            q = self.scale * log_posteriors + votes
-        return q.masked_fill(absent, -torch.inf).log_softmax(1)
+            p = q.masked_fill(~there, -torch.inf).softmax(1)
+            q = self.scale * z + ((p - uniform) * there) @ phi.mT
+        return q.masked_fill(~there, -torch.inf).log_softmax(1)
 
     @staticmethod
-    def inputs(log_posteriors: Tensor, pairs: Tensor, present: Tensor) -> Tensor:
-        """Append both bases' uncertainty, the entropy of their posteriors, to the pairs' features."""
-        p = log_posteriors.masked_fill(~present.unsqueeze(2), -torch.inf).softmax(1)
-        entropy = -torch.special.xlogy(p, p).sum(1)  # (B, M)
+    def inputs(posteriors: Tensor, pairs: Tensor, present: Tensor) -> Tensor:
+        """Append to the pairs' features both bases' uncertainty among the present objects, and their rest."""
+        p = posteriors[:, :-1] * present.unsqueeze(2)
+        p = p / p.sum(1, keepdim=True).clamp_min(1e-9)
+        entropy, rest = -torch.special.xlogy(p, p).sum(1), _rest(posteriors, present)  # (B, M)
         shape = pairs.shape[:3]
-        return torch.cat(
-            [pairs, entropy[:, :, None, None].expand(*shape, 1), entropy[:, None, :, None].expand(*shape, 1)], -1
-        )
+        of_each = [x.unsqueeze(d).unsqueeze(3).expand(*shape, 1) for x in (entropy, rest) for d in (2, 1)]
+        return torch.cat([pairs, *of_each], -1)
+
+
+def _rest(posteriors: Tensor, present: Tensor) -> Tensor:
+    """Return what neither of the present objects explains of each basis, `(B, M)`."""
+    return (posteriors[:, :-1] * ~present.unsqueeze(2)).sum(1) + posteriors[:, -1]
 
 
 def pair_features(bases: Tensor, activations: Tensor, basis_energy: Tensor) -> Tensor:

@@ -52,8 +52,8 @@ def candidate_bases(
         threshold: the least posterior.
         per_clip: how many of an object's bases one clip may offer, so that no clip dominates.
     """
-    bases = torch.from_numpy(record.bases.astype(np.float32))
-    posteriors = basis_posteriors(model.relation(bases.T.unsqueeze(0)))
+    W, H = (torch.from_numpy(x) for x in record.factors())
+    posteriors = basis_posteriors(model.relate(W, H).unsqueeze(0))
     chosen = select_bases(posteriors, labels.unsqueeze(0), threshold)[0]  # (L, M)
     chosen &= torch.from_numpy(record.basis_energy > 0)
     scores = posteriors[0, :-1] * torch.from_numpy(np.sqrt(record.basis_energy))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import threading
@@ -9,6 +10,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from avsep import storage
 from avsep.records import Reason
@@ -16,6 +18,7 @@ from avsep.records import Reason
 _PROXY = re.compile(r"(https?|socks4a?|socks5h?)://(?:[^@/\s]*@)?(\[[0-9A-Fa-f:.]+\]|[^:/@\s]+)(:\d+)?/?")
 _UNANSWERED = (Reason.EGRESS_BLOCKED, Reason.TRANSIENT, Reason.TIMEOUT)  # the download comes again
 _TRIAL_POLL_S = 5.0
+_SOURCE_POLL_S = 2.0
 _WINDOW_S = 3600.0  # the present rate is that of the last hour …
 _FEWEST = 20  # … once this many downloads have been seen
 
@@ -35,6 +38,7 @@ class Lease:
 
     identity: EgressIdentity
     pauses: int = 0  # of this identity so far: tells late answers from new ones
+    source: str = ""  # what is downloaded
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,11 @@ class TokenBucket:
         missing = 1 - self.level
         return missing * 3600 / self.per_hour if missing > 1e-9 else 0.0
 
+    def restore(self, level: float, past_s: float) -> None:
+        """Go on from a level that was left some seconds ago."""
+        self._level = min(self.burst, max(0.0, level) + past_s * self.per_hour / 3600)
+        self._at = self._clock()
+
     def take(self) -> bool:
         """Take a token if there is one."""
         if self.wait_s:
@@ -144,11 +153,12 @@ class EgressBudget:
         max_cooldown_s: float = 7200.0,
         trial_s: float = 1800.0,  # a lease on trial that isn't answered is given up after this
         clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,  # which goes on between two runs
         jitter: Callable[[], float] = random.random,  # 0 … 1; a pause is up to a tenth longer
     ) -> None:
         self._per_hour, self._burst = per_hour, burst
         self._cooldown_s, self._max_cooldown_s, self._trial_s = cooldown_s, max_cooldown_s, trial_s
-        self._clock, self._jitter = clock, jitter
+        self._clock, self._wall, self._jitter = clock, wall, jitter
         self._lock = threading.Lock()
         self._finished: deque[float] = deque()
         self._began: float | None = None
@@ -156,11 +166,17 @@ class EgressBudget:
         self._accounts: dict[str, _Account] = {}
         for identity in identities:
             self._open(identity)
+        self._busy: dict[str, float] = {}  # source → until when it surely is
         self.outdated_in_a_row = 0  # many: every download fails until yt-dlp is updated, so stop
 
-    def acquire(self, machine: str = "") -> Lease | float:
-        """Take an identity's token for a download from `machine`, or say how many seconds to wait."""
+    def acquire(self, machine: str = "", source: str = "") -> Lease | float:
+        """Take an identity's token for a download of `source` from `machine`, or say how many seconds to wait.
+
+        While one lease is out for a source there is no second: what comes of it may serve both.
+        """
         with self._lock:
+            if source and self._busy.get(source, -math.inf) > self._clock():
+                return _SOURCE_POLL_S
             accounts = list(self._accounts.values())
             if self._by_machine:
                 name = f"machine {machine}".strip()
@@ -176,7 +192,9 @@ class EgressBudget:
             account.bucket.take()
             if account.strikes:
                 account.trial_until = now + self._trial_s
-            return Lease(account.identity, account.pauses)
+            if source:
+                self._busy[source] = now + self._trial_s
+            return Lease(account.identity, account.pauses, source)
 
     def report(self, lease: Lease, outcome: Reason | None) -> None:
         """Answer a lease: None when the download came, else why it didn't."""
@@ -184,6 +202,7 @@ class EgressBudget:
             # unknown after a restart
             account = self._accounts.get(lease.identity.name) or self._open(lease.identity)
             now = self._clock()
+            self._busy.pop(lease.source, None)
             account.outcomes["ok" if outcome is None else str(outcome)] += 1
             self.outdated_in_a_row = self.outdated_in_a_row + 1 if outcome == Reason.TOOL_OUTDATED else 0
             if outcome not in _UNANSWERED:
@@ -231,6 +250,29 @@ class EgressBudget:
                 IdentityStatus(a.identity.name, a.paused_s(now), a.strikes, a.bucket.level, dict(a.outcomes))
                 for a in self._accounts.values()
             ]
+
+    def state(self) -> dict[str, Any]:
+        """Return what a restarted program must know, for JSON: tokens, pauses, strikes, by identity."""
+        with self._lock:
+            now = self._clock()
+            accounts = {
+                name: {"tokens": a.bucket.level, "paused_s": a.paused_s(now), "strikes": a.strikes}
+                for name, a in self._accounts.items()
+            }
+            return {"at": self._wall(), "identities": accounts}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned some time ago; what it doesn't know starts anew."""
+        with self._lock:
+            past_s = max(0.0, self._wall() - state["at"])
+            for name, spent in state["identities"].items():
+                account = self._accounts.get(name)
+                if account is None and self._by_machine:
+                    account = self._open(EgressIdentity(name))
+                if account is not None:
+                    account.bucket.restore(spent["tokens"], past_s)
+                    account.paused_until = self._clock() + max(0.0, spent["paused_s"] - past_s)
+                    account.strikes = spent["strikes"]
 
     def _open(self, identity: EgressIdentity) -> _Account:
         if identity.name in self._accounts:

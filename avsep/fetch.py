@@ -90,7 +90,7 @@ class FetchResult:
 class Budget(Protocol):
     """What `fetch` asks for leave: an `EgressBudget`, or a stand-in that calls a shared one."""
 
-    def acquire(self, machine: str = "") -> Lease | float:
+    def acquire(self, machine: str = "", source: str = "") -> Lease | float:
         """Give a lease, or the seconds to wait."""
 
     def report(self, lease: Lease, outcome: Reason | None) -> None:
@@ -125,12 +125,20 @@ def _key(segment_id: str) -> str:
     return f"{hashlib.sha256(segment_id.encode()).hexdigest()[:2]}/{segment_id}.mkv"
 
 
-def fetch(segment: Segment, store: str, budget: Budget, options: FetchOptions = FetchOptions()) -> FetchResult:
+def fetch(
+    segment: Segment,
+    store: str,
+    budget: Budget,
+    options: FetchOptions = FetchOptions(),
+    *,
+    siblings: Sequence[Segment] = (),
+) -> FetchResult:
     """Bring a segment's excerpt into the media store, unless it is there.
 
-    Waits for the budget's leave, reports to it, and tries again, later or as another identity,
-    where that can help. Raises ClipError with the last attempt's reason, OSError when the disk is
-    full, ModuleNotFoundError without yt-dlp, ValueError for a source that isn't remote.
+    `siblings` are other segments of the same source, which are cut from the same download. Waits for
+    the budget's leave, reports to it, and tries again, later or as another identity, where that can
+    help. Raises ClipError with the last attempt's reason, OSError when the disk is full,
+    ModuleNotFoundError without yt-dlp, ValueError for a source that isn't remote.
     """
     path = store_path(store, segment.segment_id)
     url = _url(segment.source)
@@ -138,10 +146,12 @@ def fetch(segment: Segment, store: str, budget: Budget, options: FetchOptions = 
         return FetchResult(path)
     machine = socket.gethostname()
     for attempt in range(1, options.attempts + 1):
-        lease = _wait_for_lease(budget, machine)
+        lease = _wait_for_lease(budget, machine, segment.source, path)
+        if lease is None:
+            return FetchResult(path)
         outcome: Reason | None = Reason.TRANSIENT  # of what is no clip's fault
         try:
-            result = download(segment, store, lease.identity, options, url=url)
+            result = download(segment, store, lease.identity, options, url=url, siblings=siblings)
             outcome = None
             return replace(result, attempts=attempt)
         except ClipError as error:
@@ -162,6 +172,7 @@ def download(
     options: FetchOptions = FetchOptions(),
     *,
     url: str | None = None,
+    siblings: Sequence[Segment] = (),
 ) -> FetchResult:
     """Download, cut, check and store a segment's excerpt: one attempt, as `identity`; the store isn't asked.
 
@@ -183,6 +194,14 @@ def download(
             raise ClipError(error.reason, error.detail, transient=error.transient or again) from None
         path = store_path(store, segment.segment_id)
         storage.write_bytes(path, target.read_bytes(), exclusive=True)
+        for sibling in siblings:  # one that can't be cut is told when its turn comes
+            other = store_path(store, sibling.segment_id)
+            if sibling.segment_id != segment.segment_id and not storage.exists(other):
+                with contextlib.suppress(ClipError):
+                    target.unlink(missing_ok=True)
+                    late = max(deadline, time.monotonic() + options.limits.timeout_s)
+                    cut(files, sibling.start_s, sibling.end_s, target, options, said_s=said_s, deadline=late)
+                    storage.write_bytes(other, target.read_bytes(), exclusive=True)
     return FetchResult(path, identity.name, time.monotonic() - started, received, 1)
 
 
@@ -417,9 +436,12 @@ def _url(source: str) -> str:
     return f"https://www.youtube.com/watch?v={video}"
 
 
-def _wait_for_lease(budget: Budget, machine: str) -> Lease:
-    while not isinstance(answer := budget.acquire(machine), Lease):
+def _wait_for_lease(budget: Budget, machine: str, source: str, path: str) -> Lease | None:
+    """Wait for a lease; None when the file is there meanwhile, as somebody's sibling."""
+    while not isinstance(answer := budget.acquire(machine, source), Lease):
         time.sleep(min(answer, _WAIT_S) * random.uniform(1.0, 1.1) + 0.001)
+        if storage.exists(path):
+            return None
     return answer
 
 

@@ -79,7 +79,7 @@ def sound_shares(model: Model, records: Iterable[ClipRecord]) -> dict[str, Tenso
     """Return each clip's objects' shares of the sound, `(L,)`, as the relation map of its bases has them."""
     shares = {}
     for record in records:
-        relation = model.network.relation(torch.from_numpy(record.bases.T.astype(np.float32))[None])
+        relation = model.network.relate(*(torch.from_numpy(x) for x in record.factors()))[None]
         energy = torch.from_numpy(record.basis_energy)[None]
         shares[record.segment_id] = energy_shares(basis_posteriors(relation), energy)[0]
     return shares
@@ -91,22 +91,23 @@ def targets(
     """Decide what a clip's pictures show, boolean `(L,)`; None where there is nothing to go by.
 
     `labels`: the given ones. `agreement`: what both the pictures and the sound point to: picture
-    score × share of the sound from `labels.threshold × separation.seen_share` up; where no
-    picture network is to be had yet (`scores` None), what is heard from `alone_share` up.
+    score × confidence of the sound from `labels.best_threshold` up; where no picture network is to be
+    had yet (`scores` None), what is heard with `separation.least_confidence`.
     `both`: what two of three voices say, given labels, pictures and sound; without pictures the
     given labels that are heard, all of them where none is; without given labels as `agreement`.
     """
     if kind == "labels" or model is None or shares is None:
         return given
-    config, threshold = model.config.separation, model.config.labels.threshold
+    confidence = model.config.evidence.confidence(shares)
+    heard = confidence >= model.config.separation.least_confidence
     if scores is None:
-        heard = shares >= config.alone_share
         if kind == "agreement" or given is None:
             return heard
-        return given & (shares >= config.silent_share) if (given & heard).any() else given
+        audible = shares >= model.config.separation.silent_share
+        return given & audible if (given & heard).any() else given
     if kind == "agreement" or given is None:
-        return scores * shares >= threshold * config.seen_share
-    votes = given.int() + (scores >= threshold).int() + (shares >= config.seen_share).int()
+        return scores * confidence >= model.config.labels.best_threshold
+    votes = given.int() + (scores >= model.config.labels.threshold).int() + heard.int()
     return votes >= 2
 
 

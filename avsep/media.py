@@ -81,7 +81,7 @@ def ffmpeg_executable() -> str:
 def probe(path: Path, *, timeout_s: float = 30.0) -> MediaInfo:
     """Read a file's header.
 
-    Raises ClipError: MISSING, EMPTY, UNREADABLE, TIMEOUT (transient).
+    Raises ClipError: MISSING, EMPTY, UNREADABLE, CRASHED_DECODER, TIMEOUT (transient).
     """
     return _probe(path, DecodeLimits(timeout_s=timeout_s)).info
 
@@ -108,7 +108,7 @@ def decode(
 
     A file that ends before `end_s` gives a shorter clip. Raises ValueError for times that bound no
     excerpt, and ClipError: MISSING, EMPTY, UNREADABLE, NO_AUDIO, PAST_END, TRUNCATED, TOO_LONG,
-    TOO_LARGE, TIMEOUT (transient).
+    TOO_LARGE, CRASHED_DECODER, TIMEOUT (transient).
     """
     if not (math.isfinite(start_s) and start_s >= 0 and (end_s is None or start_s < end_s)):
         raise ValueError(f"the excerpt is {start_s}…{end_s} s; it must start from 0 up and end after that")
@@ -155,7 +155,7 @@ def iter_audio(
 
     Memory stays the same however long the file is: `max_duration_s` doesn't apply, and
     `timeout_s` bounds the wait for each piece. Raises ClipError while iterating: MISSING, EMPTY,
-    UNREADABLE, NO_AUDIO, TOO_LARGE, TIMEOUT (transient) and, after the last block, TRUNCATED.
+    UNREADABLE, NO_AUDIO, TOO_LARGE, CRASHED_DECODER, TIMEOUT (transient) and, after the last block, TRUNCATED.
     """
     if block < 1:
         raise ValueError(f"block is {block}; it must be a positive number of samples")
@@ -368,7 +368,7 @@ class _FFmpeg:
         """Give the outputs as they come, as (number, data), until ffmpeg ends and `log` is complete.
 
         `renewed` starts the time anew after each piece. Raises ClipError: TIMEOUT when it is over,
-        TOO_LARGE when memory is, UNREADABLE when ffmpeg crashes.
+        TOO_LARGE when memory is, CRASHED_DECODER when ffmpeg dies.
         """
         assert self._process.stdout and self._process.stderr
         log = b""
@@ -402,7 +402,7 @@ class _FFmpeg:
         if self.returncode < 0:
             killed = self.returncode == -signal.SIGKILL  # from outside: the system may be short of memory
             detail = f"ffmpeg died of {signal.Signals(-self.returncode).name}"
-            raise ClipError(Reason.UNREADABLE, detail, transient=killed)
+            raise ClipError(Reason.CRASHED_DECODER, detail, transient=killed)
 
     @property
     def too_many_errors(self) -> bool:

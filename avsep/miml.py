@@ -10,6 +10,8 @@ from torch import Tensor, nn
 _N_LOG_BANDS = 192
 _LOG_BANDS_BINS = (4.0, 1600.0)  # centres of the lowest and highest; 40 Hz and 16 kHz at the default STFT
 _LOG_HIDDEN = 384
+N_STATISTICS = 15
+_STATISTICS_HIDDEN, _STATISTICS_NOISE = 64, 0.1
 
 
 class MIML(nn.Module):
@@ -30,6 +32,8 @@ class MIML(nn.Module):
         square_root: take the square root of each basis, which lifts its weak partials.
         log_bands: a second shared layer reads the basis in dB on a logarithmic frequency axis,
             where a change of pitch is a shift.
+        statistics: a third reads how the basis moves over time (`activation_statistics`), so that
+            struck sounds differ from blown ones; training adds a little noise to it.
         dropout: share of the shared layers' outputs dropped in training.
     """
 
@@ -44,6 +48,7 @@ class MIML(nn.Module):
         linear_bins: int | None = None,
         square_root: bool = False,
         log_bands: bool = False,
+        statistics: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -53,31 +58,44 @@ class MIML(nn.Module):
         self.shared = _layer(self.linear_bins, hidden)
         self.register_buffer("bands", _log_bands(n_bins) if log_bands else None, persistent=False)
         self.shared_log = _layer(_N_LOG_BANDS, _LOG_HIDDEN) if log_bands else None
+        self.statistics_norm = nn.BatchNorm1d(N_STATISTICS) if statistics else None
+        self.shared_statistics = _layer(N_STATISTICS, _STATISTICS_HIDDEN) if statistics else None
         self.dropout = nn.Dropout(dropout)
         n_outputs = n_subconcepts * n_objects
-        self.subconcepts = nn.Linear(hidden + (_LOG_HIDDEN if log_bands else 0), n_outputs)
+        width = hidden + (_LOG_HIDDEN if log_bands else 0) + (_STATISTICS_HIDDEN if statistics else 0)
+        self.subconcepts = nn.Linear(width, n_outputs)
         self.head = nn.Sequential(nn.BatchNorm1d(n_outputs), nn.ReLU()) if published_head else nn.Identity()
 
-    def relation(self, bases: Tensor, valid: Tensor | None = None) -> Tensor:
+    def relation(self, bases: Tensor, valid: Tensor | None = None, statistics: Tensor | None = None) -> Tensor:
         """Score every basis for every object, `(B, M, F)` → `(B, L, M)`.
 
         `valid`, boolean `(B, M)`, marks the bases that are there: padding gets zeros and takes
-        no part in batch statistics. Raises ValueError when the last axis isn't F.
+        no part in batch statistics. `statistics`, `(B, M, 15)` from `activation_statistics`, are
+        read by a network that was built to. Raises ValueError when the last axis isn't F, or
+        statistics are needed and missing.
         """
+        if self.shared_statistics is not None and statistics is None:
+            raise ValueError("this network also reads the activations' statistics: pass them, or call `relate`")
         if bases.ndim != 3 or bases.shape[-1] != self.n_bins:
             raise ValueError(f"bases are {tuple(bases.shape)}; the network takes (B, M, F = {self.n_bins})")
         n_clips, n_bases, _ = bases.shape
         flat = bases.reshape(-1, self.n_bins)
         rows = slice(None) if valid is None else valid.reshape(-1)
-        scores = self._score(flat[rows])
+        moves = None if statistics is None else statistics.reshape(-1, N_STATISTICS)[rows]
+        scores = self._score(flat[rows], moves)
         if valid is not None:
             padded = scores.new_zeros(len(flat), self.n_objects)
             padded[rows] = scores
             scores = padded
         return scores.reshape(n_clips, n_bases, self.n_objects).mT
 
-    def _score(self, bases: Tensor) -> Tensor:
-        """`(n, F)` → `(n, L)`."""
+    def relate(self, W: Tensor, H: Tensor) -> Tensor:
+        """Relate one clip's factors, `(F, M)` and `(M, N)` → `(L, M)`."""
+        statistics = activation_statistics(H.unsqueeze(0)) if self.shared_statistics is not None else None
+        return self.relation(W.T.unsqueeze(0), statistics=statistics)[0]
+
+    def _score(self, bases: Tensor, statistics: Tensor | None = None) -> Tensor:
+        """`(n, F)`, `(n, 15)` → `(n, L)`."""
         x = bases.float()
         x = x / x.amax(-1, keepdim=True).clamp_min(1e-12)
         linear = x[:, : self.linear_bins]
@@ -86,12 +104,17 @@ class MIML(nn.Module):
             level = x @ self.bands
             level = level / level.amax(-1, keepdim=True).clamp_min(1e-12)
             features.append(self.shared_log((level + 1e-4).log() / 4 + 1))  # 80 dB, as about −1.3 … 1
+        if self.shared_statistics is not None and self.statistics_norm is not None and statistics is not None:
+            moves = self.statistics_norm(statistics)
+            if self.training:
+                moves = moves + _STATISTICS_NOISE * torch.randn_like(moves)
+            features.append(self.shared_statistics(moves))
         x = self.head(self.subconcepts(self.dropout(torch.cat(features, -1))))
         return x.reshape(-1, self.n_objects, self.n_subconcepts).amax(-1)
 
-    def forward(self, bases: Tensor, valid: Tensor | None = None) -> Tensor:
+    def forward(self, bases: Tensor, valid: Tensor | None = None, statistics: Tensor | None = None) -> Tensor:
         """Score every object in each clip by its best basis, `(B, M, F)` → `(B, L)`."""
-        relation = self.relation(bases, valid)
+        relation = self.relation(bases, valid, statistics)
         if valid is not None:
             relation = relation.masked_fill(~valid.unsqueeze(1), -torch.inf)
         return relation.amax(-1)
@@ -109,6 +132,45 @@ def _log_bands(n_bins: int) -> Tensor:
     bins = torch.arange(n_bins, dtype=torch.float32).unsqueeze(1)
     weights = (1 - (bins - centres).abs() / width).clamp_min(0)
     return weights / weights.sum(0).clamp_min(1e-6)
+
+
+def activation_statistics(activations: Tensor) -> Tensor:
+    """Describe how each basis moves over time, `(B, M, N)` → `(B, M, 15)`; its level means nothing.
+
+    Of the root of the activations, maximum one: mean and deviation, how long above 10 and 50 %,
+    the largest rise and fall and the roots of their sums of squares, the autocorrelation at 1, 2,
+    4 and 8 frames; of their logarithm, while it sounds: mean fall and rise, and how often steady.
+    """
+    h = activations / activations.amax(2, keepdim=True).clamp_min(1e-12)
+    level = h.sqrt()
+    change = _diff(level)
+    rise, fall = change.clamp_min(0), (-change).clamp_min(0)
+    centred = level - level.mean(2, keepdim=True)
+    power = centred.square().sum(2).clamp_min(1e-6)
+    slope, sounding = _diff((h + 1e-3).log()), (h[..., : change.shape[2]] > 0.05).float()
+    duration = sounding.sum(2).clamp_min(1)
+    return torch.stack(
+        [
+            level.mean(2),
+            centred.square().mean(2).sqrt(),
+            (h > 0.1).float().mean(2),
+            (h > 0.5).float().mean(2),
+            rise.amax(2),
+            fall.amax(2),
+            rise.square().sum(2).sqrt(),
+            fall.square().sum(2).sqrt(),
+            *((centred[..., lag:] * centred[..., :-lag]).sum(2) / power for lag in (1, 2, 4, 8)),
+            3 * (slope.clamp(max=0) * sounding).sum(2) / duration,
+            3 * (slope.clamp(min=0) * sounding).sum(2) / duration,
+            ((slope.abs() < 0.1) * sounding).sum(2) / duration,
+        ],
+        -1,
+    )
+
+
+def _diff(x: Tensor) -> Tensor:
+    """Return differences in time; of a single frame, none: zero."""
+    return x.diff(dim=2) if x.shape[2] > 1 else torch.zeros_like(x)
 
 
 def multilabel_margin(scores: Tensor, labels: Tensor) -> Tensor:
@@ -158,6 +220,18 @@ def partial_label_loss(
     present = present.clamp(1e-6, 1 - 1e-6)
     entropy = -(target * present.log() + (1 - target) * (1 - present).log()).mean(1)
     return explained + presence * entropy
+
+
+def target_loss(relation: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+    """Return each clip's cross-entropy between `p(object or noise | basis)` and known shares of its bases → `(B,)`.
+
+    Args:
+        relation: `(B, L, M)`.
+        targets: `(B, L + 1, M)`, noise last; a basis's column sums to one.
+        weight: `(B, M)`, 0 for padding.
+    """
+    log_p = torch.cat([relation, torch.zeros_like(relation[:, :1])], 1).log_softmax(1)
+    return -((targets * log_p).sum(1) * weight).sum(-1) / weight.sum(-1).clamp_min(1e-12)
 
 
 def energy_shares(posteriors: Tensor, basis_energy: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from avsep import storage
 from avsep.context import BasisContext
 from avsep.dictionary import BasisDictionary
+from avsep.evidence import Evidence
 from avsep.miml import MIML
 from avsep.objects import OBJECT_NAMES
 from avsep.stft import STFT
@@ -37,6 +38,7 @@ class NetworkConfig:
     linear_bins: int | None = None
     square_root: bool = False
     log_bands: bool = False
+    statistics: bool = False
     dropout: float = 0.0
 
 
@@ -47,15 +49,14 @@ class SeparationConfig:
     assignment: str = "soft"  # soft: posteriors share each basis; threshold: as published
     threshold: float = 0.5  # of an object's largest score, for assignment by threshold
     posterior_power: float = 1.0
-    mask_power: float = 1.5
+    mask_power: float = 2.0
+    n_factorizations: int = 3  # of each window, from other starts; their masks are averaged
     rest_below: float = 0.0  # a basis of which the given objects explain less than this goes to the rest
     bases: str = "own"  # own, learned or both
     dictionary_power: float = 0.8  # weight of the learned bases' masks beside the own ones'
     n_iter: int = 100  # updates of the activations of learned bases
-    silent_share: float = 0.02  # an object that is said to be there is silent below this share of the sound
-    seen_share: float = 0.08  # … and one that the pictures show, which may err
-    heard_share: float = 0.2  # an object that the pictures don't show is heard from this share up
-    alone_share: float = 0.12  # … where there are no pictures
+    silent_share: float = 0.02  # an object is silent below this share of the sound
+    least_confidence: float = 0.5  # of objects that nobody names: below it a seen one is silent, an unseen one absent
     window_s: float = 10.0
     overlap_s: float = 1.0
 
@@ -95,6 +96,7 @@ class ModelConfig:
     labels: LabelConfig = field(default_factory=LabelConfig)
     labeller: LabellerConfig = field(default_factory=LabellerConfig)
     separation: SeparationConfig = field(default_factory=SeparationConfig)
+    evidence: Evidence = field(default_factory=Evidence)
     context: bool = False  # the network carries a trained BasisContext
     recipe: str = ""
     training: dict[str, Any] = field(default_factory=dict)
@@ -166,6 +168,7 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
         "labels": LabelConfig,
         "labeller": LabellerConfig,
         "separation": SeparationConfig,
+        "evidence": Evidence,
     }
     parsed = {k: nested[k](**v) if k in nested else v for k, v in raw.items()}
     return replace(ModelConfig(**parsed), objects=tuple(raw["objects"]))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+
+from avsep import nmf_cpu
 
 _TINY = torch.finfo(torch.float32).tiny  # keeps 0/0 at 0
 _FLOOR = 1e-20  # of WH, far below any audible magnitude: V / WH stays finite in float32, so 0 · (V / WH) is 0
@@ -20,6 +23,7 @@ def factorize(
     seeds: Sequence[int] | int | None = None,
     W0: Tensor | None = None,
     H0: Tensor | None = None,
+    accelerated: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Factorise `V ≈ W H`, minimising the generalised KL divergence by multiplicative updates.
 
@@ -34,6 +38,8 @@ def factorize(
         seeds: one seed a clip (a single one serves all); equal seeds give equal starts,
             whatever the batch and the device. None means 0.
         W0, H0: explicit starts, `(…, F, M)` and `(…, M, N)`, instead of random ones.
+        accelerated: extrapolate, to reach the divergence of `n_iter` iterations in half the time;
+            the factors are others. Of LOG.md's 200 factorisations none ended 0.2 % above the exact one's.
 
     Returns:
         W `(…, F, M)`, each column with maximum one (or all zero), and H `(…, M, N)`, float32.
@@ -53,8 +59,7 @@ def factorize(
         W = _checked_start("W0", W0, (*lead, n_bins, n_bases), W)
     if H0 is not None:
         H = _checked_start("H0", H0, (*lead, n_bases, n_frames), H)
-    for clip in _clips_at_once(flat):
-        _update(flat[clip], W[clip], H[clip], n_iter, update_bases=True)
+    _update(flat, W, H, n_iter, update_bases=True, accelerated=accelerated)
     W, H = _normalise(W, H)
     return W.reshape(*lead, n_bins, n_bases), H.reshape(*lead, n_bases, n_frames)
 
@@ -84,8 +89,7 @@ def infer_activations(V: Tensor, W: Tensor, *, n_iter: int = 100) -> Tensor:
     level = flat.sum(-2, keepdim=True) / n_bases  # every basis starts with the same share of each frame
     H = torch.where(column_sums > 0, level / column_sums.clamp_min(_TINY), 0.0).contiguous()
     W = W.contiguous()
-    for clip in _clips_at_once(flat):
-        _update(flat[clip], W[clip], H[clip], n_iter, update_bases=False)
+    _update(flat, W, H, n_iter, update_bases=False)
     return H.reshape(*lead, n_bases, n_frames)
 
 
@@ -144,35 +148,122 @@ def _checked_start(name: str, start: Tensor, shape: tuple[int, ...], like: Tenso
     return _check_magnitudes(start).to(like.device).reshape(like.shape).clone()
 
 
-def _clips_at_once(V: Tensor) -> list[slice]:
-    """On a GPU the whole batch; on a CPU one clip after the other, which stays in cache."""
-    return [slice(None)] if V.is_cuda else [slice(i, i + 1) for i in range(len(V))]
-
-
-def _update(V: Tensor, W: Tensor, H: Tensor, n_iter: int, *, update_bases: bool) -> None:
+def _update(V: Tensor, W: Tensor, H: Tensor, n_iter: int, *, update_bases: bool, accelerated: bool = False) -> None:
     """Run the updates in place on `(B, F, N)`, `(B, F, M)`, `(B, M, N)`.
+
+    On a GPU the whole batch at once; on a CPU one clip a thread, which stays in its core's cache.
+    """
+    kernel = nmf_cpu.load() if V.device.type == "cpu" else None
+
+    def update_clips(clips: slice) -> None:
+        v, w, h = V[clips], W[clips], H[clips]
+        problem = kernel.problem(v[0], w[0], h[0]) if kernel else _Blocks(v, w, h)
+        if accelerated and n_iter >= _WORTH_ACCELERATING:
+            _accelerate(problem, n_iter)
+        else:
+            problem.run(n_iter, update_bases=update_bases)
+        if isinstance(problem, nmf_cpu.Problem):
+            for old, new in zip((w[0], h[0]), problem.factors(), strict=True):
+                old.copy_(new)
+
+    clips = [slice(i, i + 1) for i in range(len(V))] if V.device.type == "cpu" else [slice(None)]
+    n_threads = min(torch.get_num_threads(), len(clips)) if kernel else 1  # torch divides its own work
+    if n_threads < 2:
+        for clip in clips:
+            update_clips(clip)
+    else:
+        with ThreadPoolExecutor(n_threads) as pool:
+            list(pool.map(update_clips, clips))
+
+
+_WORTH_ACCELERATING = 50  # iterations
+
+
+def _accelerate(problem: _Blocks | nmf_cpu.Problem, n_iter: int) -> None:
+    """Reach the divergence of `n_iter` iterations in about half of them.
+
+    After a fifth of them, done as ever (the basin of the minimum is chosen there), pairs of
+    iterations are extrapolated in the factors' logarithms (SQUAREM, Varadhan and Roland 2008,
+    scheme S3) and followed by one more iteration. Where that has raised the divergence it is undone.
+    """
+    start, total = n_iter // 5, round(0.47 * n_iter)
+    last = problem.run(start, measure=True)
+    limit = torch.full_like(last, 4.0)
+    older, old, newest = ([torch.empty_like(x) for x in problem.state] for _ in range(3))
+    for _ in range(-(-(total - start) // 3)):
+        for saved in (older, old, newest):
+            for x, now in zip(saved, problem.state, strict=True):
+                x.copy_(now)
+            if saved is not newest:
+                problem.run(1)
+        step = problem.extrapolate(older, old, limit)
+        found = problem.run(1, measure=True)
+        worse = ~(found <= last)
+        last = torch.where(worse, last, found)
+        longer = torch.where(step == limit, 2 * limit, limit).clamp_max_(32.0)
+        limit = torch.where(worse, (step / 2).clamp_min_(2.0), longer)
+        if worse.any():
+            for now, x in zip(problem.state, newest, strict=True):
+                now[worse] = x[worse]
+            problem.sum_up()
+
+
+class _Blocks:
+    """Clips' factorisations under way in plain torch, on any device: V `(B, F, N)`, W `(B, F, M)`, H `(B, M, N)`.
 
     With H held, the new rows of W need only the same rows of V. So V is walked in blocks of
     rows: update the block's bases, then add the block's part to the activations' update.
     """
-    n_bins = V.shape[1]
-    rows = n_bins if V.is_cuda else _CPU_BLOCK
-    blocks = [slice(i, min(i + rows, n_bins)) for i in range(0, n_bins, rows)]
-    buffers = {b.stop - b.start: torch.empty_like(V[:, b]) for b in (blocks[0], blocks[-1])}
-    numerator, part = torch.empty_like(H), torch.empty_like(H)
-    for _ in range(n_iter):
-        activation_sums = H.sum(2).unsqueeze(1).clamp_min_(_TINY)  # (B, 1, M)
-        for i, block in enumerate(blocks):
-            V_block, W_block = V[:, block], W[:, block]
-            ratio = buffers[block.stop - block.start]
-            if update_bases:
+
+    def __init__(self, V: Tensor, W: Tensor, H: Tensor) -> None:
+        self.V, self.W, self.H = V, W, H
+        n_bins = V.shape[1]
+        rows = n_bins if V.is_cuda else _CPU_BLOCK
+        self.blocks = [slice(i, min(i + rows, n_bins)) for i in range(0, n_bins, rows)]
+        self.buffers = {b.stop - b.start: torch.empty_like(V[:, b]) for b in (self.blocks[0], self.blocks[-1])}
+
+    @property
+    def state(self) -> tuple[Tensor, Tensor]:
+        """W and H, to be changed in place."""
+        return self.W, self.H
+
+    def sum_up(self) -> None:
+        """Nothing to do: each iteration sums for itself."""
+
+    def extrapolate(self, older: Sequence[Tensor], old: Sequence[Tensor], limit: Tensor) -> Tensor:
+        """Go on from two earlier states along the logarithms' parabola; return each clip's step, `(B,)`."""
+        change, bend, ways = torch.zeros_like(limit), torch.zeros_like(limit), []
+        for x, a, b in zip(self.state, older, old, strict=True):
+            first = (b / a.clamp_min(_TINY)).clamp_(1e-8, 1e8).log_()
+            second = (x / b.clamp_min(_TINY)).clamp_(1e-8, 1e8).log_().sub_(first)
+            weights = x / x.sum((1, 2), keepdim=True).clamp_min(_TINY)
+            change += (weights * first * first).sum((1, 2))
+            bend += (weights * second * second).sum((1, 2))
+            ways.append((first, second))
+        step = (change / bend.clamp_min(_TINY)).sqrt_().clamp_min_(1.0).minimum(limit)
+        s = step.view(-1, 1, 1).float()
+        for x, (first, second) in zip(self.state, ways, strict=True):
+            x.mul_((first * (2 * (s - 1)) + second * (s**2 - 1)).clamp_(-40, 40).exp_())
+        return step
+
+    def run(self, n_iter: int, *, update_bases: bool = True, measure: bool = False) -> Tensor:
+        """Do `n_iter` iterations in place; return each clip's divergence, if it is to be measured, `(B,)`."""
+        V, W, H = self.V, self.W, self.H
+        numerator, part = torch.empty_like(H), torch.empty_like(H)
+        for _ in range(n_iter):
+            activation_sums = H.sum(2).unsqueeze(1).clamp_min_(_TINY)  # (B, 1, M)
+            for i, block in enumerate(self.blocks):
+                V_block, W_block = V[:, block], W[:, block]
+                ratio = self.buffers[block.stop - block.start]
+                if update_bases:
+                    _ratio(V_block, W_block, H, out=ratio)
+                    W_block.mul_(torch.bmm(ratio, H.mT).div_(activation_sums))
                 _ratio(V_block, W_block, H, out=ratio)
-                W_block.mul_(torch.bmm(ratio, H.mT).div_(activation_sums))
-            _ratio(V_block, W_block, H, out=ratio)
-            torch.bmm(W_block.mT, ratio, out=numerator if i == 0 else part)
-            if i:
-                numerator.add_(part)
-        H.mul_(numerator.div_(W.sum(1).unsqueeze(2).clamp_min_(_TINY)))
+                torch.bmm(W_block.mT, ratio, out=numerator if i == 0 else part)
+                if i:
+                    numerator.add_(part)
+            H.mul_(numerator.div_(W.sum(1).unsqueeze(2).clamp_min_(_TINY)))
+        return kl_divergence(V, W, H) if measure else torch.full(V.shape[:1], torch.nan, device=V.device)
 
 
 def _ratio(V: Tensor, W: Tensor, H: Tensor, *, out: Tensor) -> None:

@@ -147,3 +147,35 @@ def spectrogram(waveform: NDArray[np.float32], stft: STFT, title: str = "", top_
     if title:
         axes.set_title(title, fontsize=9)
     return _png(figure)
+
+
+def histograms(panels: Sequence[tuple[str, Sequence[float | None], Sequence[int]]]) -> bytes:
+    """Draw distributions side by side: axis label, bin edges (the last may be None, without end), counts."""
+    figure = Figure((4.5 * len(panels), 3), layout="constrained")
+    for axes, (label, edges, counts) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+        filled = np.flatnonzero(counts)
+        if len(filled):  # what is filled, with a bin on either side
+            first, last = max(0, filled[0] - 1), min(len(counts), filled[-1] + 2)
+            width = float(edges[1] or 0) - float(edges[0] or 0)
+            axes.bar([float(e or 0) for e in edges[first:last]], counts[first:last], width, align="edge")
+        if filled.size and filled[-1] == len(counts) - 1 and edges[-1] is None:
+            axes.set_title(f"the last bar: {edges[-2]:g} and more", fontsize=8)
+        axes.set_xlabel(label)
+        axes.set_ylabel("clips")
+        axes.grid(alpha=0.3, axis="y")
+        axes.yaxis.get_major_locator().set_params(integer=True)
+    return _png(figure)
+
+
+def cooccurrence(together: NDArray, names: Sequence[str]) -> bytes:
+    """Draw how often labels occur together as shares of rows, from `(L, L)` counts, a label's own on the diagonal."""
+    figure = Figure((0.32 * len(names) + 3, 0.3 * len(names) + 2.2), layout="constrained")
+    axes = figure.subplots()
+    share = together / np.maximum(np.diag(together)[:, None], 1)
+    np.fill_diagonal(share, np.nan)
+    image = axes.imshow(share, cmap="viridis", vmin=0, vmax=max(0.05, float(np.nanmax(share, initial=0))))
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    counts = np.diag(together).astype(int)
+    axes.set_yticks(range(len(names)), [f"{n} ({c:,})" for n, c in zip(names, counts, strict=True)], fontsize=7)
+    figure.colorbar(image, ax=axes, label="share of the row's clips", shrink=0.8)
+    return _png(figure)

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from avsep import nmf
 from avsep.context import TOP_SHARE, BasisContext, pair_features
-from avsep.miml import MIML, basis_posteriors, energy_shares
+from avsep.miml import MIML, activation_statistics, basis_posteriors, energy_shares
 from avsep.records import ClipRecord
-from avsep.training import warp_frequencies
+from avsep.training import Bags, warp_frequencies
 
 _MISSED, _NOISE = 0.05, 0.1  # how likely an unseen object or noise is, beside a visible one
-_COUNTS = (0.6, 0.4)  # shares of mixtures of two and three
+_HEARD = 0.15  # share of the sound from which an unseen object is taken for present
+_COUNTS = (0.1, 0.5, 0.4)  # shares of mixtures of one, two and three
+_HIDDEN, _SILENT = 0.25, 0.1  # shares of mixtures, in a training step, of which one object isn't told, or one too many
 _WARP, _COLOUR_DB, _GAIN_DB, _FLOOR_DB = 0.06, 3.0, 4.0, -45.0
 
 
@@ -46,27 +48,59 @@ class Practice:
 @torch.inference_mode()
 def find_solo(network: MIML, record: ClipRecord, labels: Tensor, threshold: float = 0.85) -> Solo | None:
     """Return a clip's sounding object with its bases, when one visible object has `threshold` of the sound."""
-    bases = torch.from_numpy(record.bases.astype(np.float32))
-    energy = torch.from_numpy(record.basis_energy)
-    posteriors = basis_posteriors(network.relation(bases.T.unsqueeze(0)))
-    prior = torch.cat([torch.where(labels, 1.0, _MISSED), torch.tensor([_NOISE])])
-    posteriors = posteriors * prior[:, None]
-    posteriors = posteriors / posteriors.sum(1, keepdim=True)
-    shares = energy_shares(posteriors, energy.unsqueeze(0))[0]
-    shares = shares / shares.sum().clamp_min(1e-9)
+    bases, activations = (torch.from_numpy(x) for x in record.factors())
+    posteriors, shares = _informed(network, bases, activations, torch.from_numpy(record.basis_energy), labels)
     index = int(shares.argmax())
-    own = posteriors[0, index] > 0.5
+    own = posteriors[index] > 0.5
     if not labels[index] or shares[index] < threshold or not own.any():
         return None
     top = int(bases.shape[0] * TOP_SHARE) + 1
-    activations = torch.from_numpy(record.activations.astype(np.float32)) * record.activation_scale
     return Solo(index, bases[:top, own].half(), activations[own])
+
+
+def _informed(network: MIML, W: Tensor, H: Tensor, basis_energy: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Weigh a clip's posteriors by what its pictures show: `(L + 1, M)`, and the objects' shares of it, `(L,)`."""
+    prior = torch.cat([torch.where(labels, 1.0, _MISSED), torch.tensor([_NOISE])])
+    posteriors = basis_posteriors(network.relate(W, H).unsqueeze(0)) * prior[:, None]
+    posteriors = posteriors / posteriors.sum(1, keepdim=True)
+    shares = energy_shares(posteriors, basis_energy.unsqueeze(0))[0]
+    return posteriors[0], shares / shares.sum().clamp_min(1e-9)
+
+
+@dataclass
+class Teacher:
+    """Say whose a training clip's bases are: a trained network, its context, and what the pictures show."""
+
+    network: MIML
+    context: BasisContext
+
+    @torch.inference_mode()
+    def __call__(self, W: Tensor, H: Tensor, basis_energy: Tensor, labels: Tensor) -> Tensor:
+        """Return each basis's shares, `(L + 1, M)`, noise last; an object that is clearly heard counts as shown."""
+        posteriors, shares = _informed(self.network, W, H, basis_energy, labels)
+        present = (labels | (shares > _HEARD)).unsqueeze(0)
+        pairs = pair_features(W.T[None], H[None], basis_energy[None])
+        return self.context(posteriors[None], pairs, present)[0].exp()
+
+
+def as_bags(practices: Sequence[Practice]) -> Bags:
+    """Turn practice mixtures into bags whose bases' owners are known."""
+    shares = torch.stack([p.shares for p in practices])
+    return Bags(
+        [f"practice-{i}" for i in range(len(practices))],
+        torch.stack([p.bases for p in practices]),
+        torch.stack([p.basis_energy for p in practices]) > 0,
+        torch.stack([p.basis_energy for p in practices]),
+        torch.stack([p.present for p in practices]),
+        torch.stack([activation_statistics(p.activations[None])[0] for p in practices]),
+        torch.cat([shares, torch.zeros_like(shares[:, :1])], 1),
+    )
 
 
 def mix_solos(
     solos: Sequence[Solo], n_objects: int, n_bins: int, n_bases: int, n_frames: int, seed: int, n_iter: int = 150
 ) -> Practice:
-    """Mix solos of two or three objects, each changed in pitch, colour, level and time, and factorise the mixture.
+    """Mix solos of one to three objects, each changed in pitch, colour, level and time, and factorise the mixture.
 
     Args:
         solos: of at least two objects.
@@ -79,7 +113,7 @@ def mix_solos(
         by_object.setdefault(solo.object_index, []).append(solo)
     if len(by_object) < 2:
         raise ValueError("the solos are all of one object; mixtures need two at least")
-    count = min(2 + int(rng.choice(2, p=_COUNTS)), len(by_object))
+    count = min(1 + int(rng.choice(3, p=_COUNTS)), len(by_object))
     chosen = [int(i) for i in rng.choice(sorted(by_object), count, replace=False)]
     parts = torch.stack([_perform(by_object[i][rng.integers(len(by_object[i]))], n_frames, rng) for i in chosen])
     phases = torch.from_numpy(rng.uniform(0, 2 * np.pi, parts.shape).astype(np.float32))
@@ -123,45 +157,34 @@ def _perform(solo: Solo, n_frames: int, rng: np.random.Generator) -> Tensor:
 
 
 def train_context(
-    network: MIML, practices: Sequence[Practice], *, epochs: int = 60, learning_rate: float = 3e-3, seed: int = 0
+    network: MIML, practices: Sequence[Practice], *, epochs: int, learning_rate: float = 3e-3, seed: int = 0
 ) -> tuple[BasisContext, dict[str, float]]:
     """Train a context on practice mixtures; return it with the cross-entropy before and after.
 
-    The last eighth of the mixtures is held out for the figures.
+    Now and then one of a mixture's objects isn't told, and what is its becomes the rest's, or one is told
+    that isn't there. The last eighth of the mixtures is held out for the figures.
     """
     torch.manual_seed(seed)
-    bases = torch.stack([p.bases for p in practices])
-    energy = torch.stack([p.basis_energy for p in practices])
+    mixtures = as_bags(practices)
+    activations = [p.activations for p in practices]
+    posteriors, pairs = [], []
     with torch.inference_mode():
-        z = torch.cat([log_posteriors(network, b.float()) for b in bases.split(64)])
-        pairs = torch.cat(
-            [
-                pair_features(
-                    bases[i : i + 64].float(),
-                    torch.stack([p.activations for p in practices[i : i + 64]]),
-                    energy[i : i + 64],
-                )
-                for i in range(0, len(practices), 64)
-            ]
-        )
-    z, pairs = z.clone(), pairs.clone()  # out of inference mode
-    present = torch.stack([p.present for p in practices])
-    target = torch.stack([p.shares for p in practices])
-    weight = energy.sqrt()
-    n_train = len(practices) - max(1, len(practices) // 8)
+        for i in range(0, len(mixtures), 64):
+            part = mixtures.take(slice(i, i + 64))
+            bases = part.bases.float()
+            posteriors.append(basis_posteriors(network.relation(bases, statistics=part.statistics)))
+            pairs.append(pair_features(bases, torch.stack(activations[i : i + 64]), part.basis_energy))
+    p, features = torch.cat(posteriors).clone(), torch.cat(pairs).clone()  # out of inference mode
+    assert mixtures.targets is not None
+    n_train = len(mixtures) - max(1, len(mixtures) // 8)
+    heard = mixtures.labels.any(0).nonzero().flatten()
     context = BasisContext()
-    x = context.inputs(z, pairs, present)[:n_train].flatten(0, 2)
+    x = context.inputs(p, features, mixtures.labels)[:n_train].flatten(0, 2)
     context.mean.copy_(x.mean(0))
     context.deviation.copy_(x.std(0) + 1e-6)
 
-    def loss(rows: Tensor, refined: bool) -> Tensor:
-        q = (
-            context(z[rows], pairs[rows], present[rows])
-            if refined
-            else z[rows].masked_fill(~present[rows].unsqueeze(2), -torch.inf).log_softmax(1)
-        )
-        entropy = -(target[rows] * q.clamp_min(-20)).sum(1)
-        return (entropy * weight[rows]).sum() / weight[rows].sum()
+    def loss(rows: Tensor, told: Tensor, targets: Tensor) -> Tensor:
+        return _cross_entropy(context(p[rows], features[rows], told), targets, mixtures.basis_energy[rows].sqrt())
 
     optimiser = torch.optim.Adam(context.parameters(), learning_rate, weight_decay=1e-5)
     batch_size = min(32, n_train)
@@ -170,16 +193,36 @@ def train_context(
     for _ in range(epochs):
         for rows in torch.randperm(n_train).split(batch_size):
             optimiser.zero_grad()
-            loss(rows, True).backward()
+            loss(rows, *_told(mixtures.labels[rows], mixtures.targets[rows], heard)).backward()
             optimiser.step()
             schedule.step()
-    held = torch.arange(n_train, len(practices))
+    held = torch.arange(n_train, len(mixtures))
+    present, targets, weight = mixtures.labels[held], mixtures.targets[held], mixtures.basis_energy[held].sqrt()
+    alone = p[held, :-1].clamp_min(1e-9).log().masked_fill(~present.unsqueeze(2), -torch.inf).log_softmax(1)
     with torch.no_grad():
-        figures = {"before": float(loss(held, False)), "after": float(loss(held, True))}
+        figures = {
+            "before": float(_cross_entropy(alone, targets[:, :-1], weight)),
+            "after": float(loss(held, present, targets)),
+        }
     return context.eval(), figures
 
 
-@torch.inference_mode()
-def log_posteriors(network: MIML, bases: Tensor) -> Tensor:
-    """Return `log p(object | basis)`, `(B, M, F)` → `(B, L, M)`, noise counted but left out."""
-    return basis_posteriors(network.relation(bases))[:, :-1].clamp_min(1e-9).log()
+def _cross_entropy(log_q: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+    return (-(targets * log_q.clamp_min(-20)).sum(1) * weight).sum() / weight.sum()
+
+
+def _told(present: Tensor, targets: Tensor, heard: Tensor) -> tuple[Tensor, Tensor]:
+    """Leave an object out, or add one, in some of the clips: `(B, L)` and `(B, L + 1, M)`, with the targets moved."""
+    told, moved = present.clone(), targets.clone()
+    draws = torch.rand(len(present), 2)
+    for clip, (hide, add) in enumerate(draws.tolist()):
+        there = present[clip].nonzero().flatten()
+        if hide < _HIDDEN and len(there) > 1:
+            hidden = int(there[int(torch.randint(len(there), ()))])
+            told[clip, hidden] = False
+            moved[clip, -1] += moved[clip, hidden]
+            moved[clip, hidden] = 0
+        if add < _SILENT:
+            extra = int(heard[int(torch.randint(len(heard), ()))])
+            told[clip, extra] = told[clip, extra] or not present[clip, extra]
+    return told, moved

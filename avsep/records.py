@@ -36,7 +36,8 @@ class Reason(StrEnum):
     TOO_LONG = "too_long"
     TOO_LARGE = "too_large"  # pictures or streams beyond the decoder's limits
     SILENT = "silent"
-    TIMEOUT = "timeout"
+    TIMEOUT = "timed_out"
+    CRASHED_DECODER = "crashed_decoder"  # or took its worker along
     # fetching
     REMOVED = "removed"
     PRIVATE = "private"
@@ -109,6 +110,10 @@ class ClipRecord:
     rms_db: float  # full scale = 0
     media_sha256: str
     label_source: str  # given, pictures or none
+
+    def factors(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return W, `(F, M)`, and H, `(M, N)`, in float32."""
+        return self.bases.astype(np.float32), self.activations.astype(np.float32) * np.float32(self.activation_scale)
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,7 @@ class Separation:
     estimates: Tensor  # (J, S)
     rest: Tensor  # (S,)
     sound_scores: dict[str, float]  # every object's share of the sound
+    confidence: dict[str, float]  # every object's probability of sounding, by sound and pictures
     silent: tuple[str, ...]  # asked for, but not heard: their estimates are zero
     first_window: Window
 
@@ -117,9 +118,15 @@ class Separator:
 
     @torch.inference_mode()
     def analyse(self, waveform: Tensor, seed: int = 0) -> Window:
-        """Factorise one window `(S,)` and relate its bases to the objects."""
-        factors = self.factorize(waveform, seed)
-        relation = self.model.network.relation(factors.W.T.unsqueeze(0))[0]
+        """Factorise one window `(S,)`, as often as configured, and relate its bases to the objects.
+
+        The factorisations' bases stand side by side, each factorisation's one after the other.
+        """
+        count = self.config.n_factorizations
+        runs = [self.factorize(waveform, seed + i) for i in range(count)]
+        divergence = sum(f.kl_divergence for f in runs) / count
+        factors = Factors(torch.cat([f.W for f in runs], 1), torch.cat([f.H for f in runs]) / count, divergence)
+        relation = self.model.network.relate(factors.W, factors.H)
         energy = factors.basis_energy
         if self.config.assignment == "soft":
             posteriors = basis_posteriors(relation.unsqueeze(0))
@@ -134,20 +141,20 @@ class Separator:
         """Say how much of each basis goes to each object and, last, to the rest, `(J + 1, M)`.
 
         Where the model has learned how a clip's bases belong together, they vote among the
-        objects that are there; else each is taken by itself (`basis_shares`).
+        objects that are there and the rest; else each is taken by itself (`basis_shares`).
         """
-        shares = basis_shares(window.relation, objects, self.config)
         context = self.model.context
-        if context is None or self.config.assignment == "threshold" or len(objects) < 2:
-            return shares
-        factors, index = window.factors, list(objects)
-        present = torch.zeros(1, len(self.model.config.objects), dtype=torch.bool)
-        present[0, index] = True
-        pairs = pair_features(factors.W.T[None], factors.H[None], factors.basis_energy[None])
-        posteriors = basis_posteriors(window.relation[None])[:, :-1].clamp_min(1e-9)
-        refined = context(posteriors.log(), pairs, present)[0, index].exp() ** self.config.posterior_power
-        shares[:-1] = (1 - shares[-1]) * refined / refined.sum(0).clamp_min(1e-12)
-        return shares
+        if context is None or self.config.assignment == "threshold" or not len(objects):
+            return basis_shares(window.relation, objects, self.config)
+        index, n_runs = list(objects), window.factors.W.shape[1] // self.model.config.n_bases
+        present = torch.zeros(n_runs, len(self.model.config.objects), dtype=torch.bool)
+        present[:, index] = True
+        W, H = (torch.stack(x.chunk(n_runs)) for x in (window.factors.W.T, window.factors.H))  # only those of
+        energy = torch.stack(window.factors.basis_energy.chunk(n_runs))  # one factorisation vote on each other
+        pairs = pair_features(W, H, energy / energy.sum(1, keepdim=True).clamp_min(1e-12))
+        posteriors = torch.stack(basis_posteriors(window.relation[None])[0].chunk(n_runs, 1))
+        refined = torch.cat(list(context(posteriors, pairs, present).exp()), 1)
+        return refined[[*index, -1]] ** self.config.posterior_power
 
     @torch.inference_mode()
     def masks(self, waveform: Tensor, window: Window, objects: Sequence[int]) -> Tensor:
@@ -179,16 +186,15 @@ class Separator:
         parts = H.split([W.shape[1] for W in bases])
         return torch.stack([W @ h for W, h in zip(bases, parts, strict=True)])
 
-    def fuse(self, seen: Sequence[int] | None, sound_scores: Tensor) -> list[int]:
-        """Choose objects from what the pictures show and what is heard; None: there are no pictures.
+    def fuse(self, seen: Sequence[int] | None, confidence: Tensor) -> list[int]:
+        """Choose objects from what the pictures show and how sure it is that each sounds; None: no pictures.
 
-        What is seen stays (silent, if it isn't heard); what is heard clearly is added. Without
-        pictures it is what is heard, the loudest at least; nothing in silence.
+        What is seen stays (silent, if it isn't heard); what surely sounds is added, the likeliest at
+        least where nothing else is. The published method believes the pictures.
         """
-        least = self.config.alone_share if seen is None else self.config.heard_share
-        heard = (sound_scores >= least).nonzero().flatten().tolist()
-        chosen = list(dict.fromkeys([*(seen or ()), *heard]))
-        return chosen or ([int(sound_scores.argmax())] if sound_scores.any() else [])
+        published = self.config.assignment == "threshold"
+        heard = [] if published else (confidence >= self.config.least_confidence).nonzero().flatten().tolist()
+        return list(dict.fromkeys([*(seen or ()), *heard])) or [int(confidence.argmax())]
 
     def __call__(
         self,
@@ -208,7 +214,13 @@ class Separator:
         parts = list(plan.render(blocks))
         estimates = torch.from_numpy(np.concatenate(parts, 1))
         return Separation(
-            plan.objects, estimates[:-1], estimates[-1], plan.sound_scores, plan.silent, plan.first_window
+            plan.objects,
+            estimates[:-1],
+            estimates[-1],
+            plan.sound_scores,
+            plan.confidence,
+            plan.silent,
+            plan.first_window,
         )
 
     def plan(
@@ -262,22 +274,33 @@ class Plan:
             raise ValueError("there is no sample to separate")
         scores = weighted / max(total, 1e-30)
         names = separator.model.config.objects
-        self.indices = list(objects) if objects is not None else separator.fuse(seen, scores)
+        shown = (
+            None if seen is None else torch.isin(torch.arange(len(names)), torch.tensor(list(seen), dtype=torch.long))
+        )
+        confidence = separator.model.config.evidence.confidence(scores, shown)
+        heard = scores >= config.silent_share
+        if objects is not None:
+            self.indices = list(objects)
+        else:
+            self.indices = separator.fuse(seen, confidence) if scores.any() or seen else []
+            if config.assignment == "soft" and (len(self.indices) > 1 or seen):
+                heard &= confidence >= config.least_confidence
         self.objects = tuple(names[i] for i in self.indices)
         self.sound_scores = {n: float(s) for n, s in zip(names, scores, strict=True)}
-        least = config.silent_share if objects is not None else config.seen_share
-        self.silent = tuple(n for n in self.objects if self.sound_scores[n] < least)
+        self.confidence = {n: float(c) for n, c in zip(names, confidence, strict=True)}
+        self.silent = tuple(names[i] for i in self.indices if not heard[i])
 
     def _store(self, window: Window) -> None:
         scale = float(window.factors.H.max()) or 1.0
         np.save(self._file, window.factors.W.numpy().astype(np.float16))
         np.save(self._file, (window.factors.H / scale).numpy().astype(np.float16))
         np.save(self._file, window.relation.numpy())
+        np.save(self._file, window.sound_scores.numpy())
         np.save(self._file, np.float64(scale))
 
     def _stored(self) -> Window:
-        W, H, relation, scale = (torch.from_numpy(np.asarray(np.load(self._file))) for _ in range(4))
-        return Window(Factors(W.float(), H.float() * scale.float(), 0.0), relation, torch.empty(0), 0.0)
+        W, H, relation, scores, scale = (torch.from_numpy(np.asarray(np.load(self._file))) for _ in range(5))
+        return Window(Factors(W.float(), H.float() * scale.float(), 0.0), relation, scores, 0.0)
 
     def render(self, blocks: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
         """Yield the estimates and, last, the rest, `(J + 1, …)`, of the same sound in order.
@@ -285,13 +308,15 @@ class Plan:
         Windows are cross-faded; what comes out adds up to what went in.
         """
         self._file.seek(0)
-        loud = [i for i, name in zip(self.indices, self.objects, strict=True) if name not in self.silent]
-        rows = [k for k, name in enumerate(self.objects) if name not in self.silent]
+        sounding = [k for k, name in enumerate(self.objects) if name not in self.silent]
+        least = self.separator.config.silent_share
         tail = np.zeros((len(self.objects) + 1, 0), np.float32)
         fade_in = np.sin(np.linspace(0, np.pi / 2, self.overlap, endpoint=False, dtype=np.float32)) ** 2
         for window, _, last in _windows(blocks, self.length, self.overlap):
             padded = torch.from_numpy(_padded(window, self.separator.stft))
-            masks = self.separator.masks(padded, self._stored(), loud)
+            analysed = self._stored()
+            rows = [k for k in sounding if analysed.sound_scores[self.indices[k]] >= least]  # heard in this window
+            masks = self.separator.masks(padded, analysed, [self.indices[k] for k in rows])
             estimates = np.zeros((len(self.objects) + 1, len(window)), np.float32)
             estimates[[*rows, -1]] = separate(padded, masks, self.separator.stft).numpy()[:, : len(window)]
             estimates[-1] += window - estimates.sum(0)  # rounding of the transform

@@ -11,14 +11,18 @@ file that no commit names, and two processes that do the same shard leave one co
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from avsep import storage
@@ -33,7 +37,10 @@ from avsep.records import (
     validate,
 )
 
+LOCK_FILE = "extract.lock"  # under OUT, while a driver is at work
+_DATA_FILE = re.compile(r"(?P<shard>.+)-g(?P<generation>\d+)-[0-9a-f]{12}\.parquet")
 _ROW_GROUP_BYTES = 32 << 20
+_READERS = 16  # files read at a time
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,7 @@ class Commit:
     rejections: DataFile | None
     timings_s: dict[str, float] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+    retried: tuple[str, ...] = ()  # ids that were rejected before, perhaps in another shard
 
     @property
     def clip_ids(self) -> tuple[str, ...]:
@@ -108,6 +116,7 @@ def write_shard(
     configuration: dict[str, Any],
     shape: tuple[int, int],
     timings_s: dict[str, float] | None = None,
+    retried: Sequence[str] = (),
 ) -> Commit:
     """Write one generation of a shard and commit it; return the commit that stands.
 
@@ -117,6 +126,7 @@ def write_shard(
         out: the extraction's folder or URI.
         configuration: what the records were made with, stored in each file.
         shape: (F, M) of the bases.
+        retried: those of the segments that were rejected before.
 
     Raises:
         ValueError: a record breaks its contract, or an id is there twice.
@@ -142,10 +152,11 @@ def write_shard(
         _write_table(out, "clips", stem, clips_to_table(clips, *shape), metadata) if clips else None,
         _write_table(out, "rejections", stem, rejections_to_table(rejections), metadata) if rejections else None,
         timings_s or {},
+        retried=tuple(retried),
     )
     path = storage.join(out, "commits", f"{stem}.json")
     storage.write_bytes(path, json.dumps(asdict(commit), indent=1).encode(), exclusive=True)
-    standing = _read_commit(path)
+    standing = read_commit(path)
     _withdraw(out, commit, standing)
     return standing
 
@@ -173,6 +184,30 @@ def _withdraw(out: str, mine: Commit, standing: Commit) -> None:
             storage.delete_file(storage.join(out, f.path))
 
 
+def sweep(out: str, commits: Iterable[Commit]) -> list[str]:
+    """Delete what killed writers left: temporary files, and data files that no commit will ever name.
+
+    A data file whose generation has a commit that doesn't name it is a loser's; one whose generation has
+    none may be a live writer's, and is left until it is old. Returns the names.
+    """
+    named = {(c.shard, c.generation): {f.path for f in (c.clips, c.rejections) if f} for c in commits}
+    swept = storage.sweep(storage.join(out, "commits"))
+    for kind in ("clips", "rejections"):
+        swept += storage.sweep(storage.join(out, kind))
+        fs, inner = storage.filesystem(storage.join(out, kind))
+        for info in fs.get_file_info(pafs.FileSelector(inner, allow_not_found=True)):
+            match = _DATA_FILE.fullmatch(info.base_name)
+            if not match or info.type != pafs.FileType.File:
+                continue
+            standing = named.get((match["shard"], int(match["generation"])))
+            lost = storage.is_older(info, storage.ABANDONED_S) if standing is None else True
+            if lost and f"{kind}/{info.base_name}" not in (standing or ()):
+                with contextlib.suppress(FileNotFoundError):
+                    fs.delete_file(info.path)
+                    swept.append(f"{kind}/{info.base_name}")
+    return swept
+
+
 def configuration_digest(configuration: dict[str, Any]) -> str:
     """Return a short hash of a JSON-able configuration."""
     return _hash(json.dumps(configuration, sort_keys=True))[:16]
@@ -184,19 +219,20 @@ def _hash(*parts: str) -> str:
 
 def read_commits(out: str) -> list[Commit]:
     """Read every commit record, ordered by shard and generation; [] where nothing is committed."""
-    commits = [
-        _read_commit(path) for path in storage.list_files(storage.join(out, "commits")) if path.endswith(".json")
-    ]
+    paths = [path for path in storage.list_files(storage.join(out, "commits")) if path.endswith(".json")]
+    with ThreadPoolExecutor(_READERS) as pool:  # an object store takes its time for each
+        commits = list(pool.map(read_commit, paths))
     return sorted(commits, key=lambda c: (c.shard, c.generation))
 
 
-def _read_commit(path: str) -> Commit:
+def read_commit(path: str) -> Commit:
+    """Read one commit record; ValueError where it is none."""
     try:
         raw = json.loads(storage.read_bytes(path))
         for kind in ("clips", "rejections"):
             if raw[kind]:
                 raw[kind] = DataFile(raw[kind]["path"], raw[kind]["sha256"], tuple(raw[kind]["ids"]))
-        return Commit(**raw)
+        return Commit(**{**raw, "retried": tuple(raw.get("retried", ()))})
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no commit record ({error}); remove it to have its shard done again") from None
 
@@ -211,6 +247,40 @@ def read_ids(out: str) -> tuple[list[str], list[str]]:
     return sorted(clips), sorted(set(_latest_rejections(commits)) - set(clips))
 
 
+@dataclass(frozen=True)
+class State:
+    """What is committed, read once."""
+
+    commits: list[Commit]
+    clip_ids: frozenset[str]
+    rejections: dict[str, Rejection]  # those that stand, by segment_id
+
+
+def read_state(out: str) -> State:
+    """Read every commit record, and the rejections that stand."""
+    commits = read_commits(out)
+    files = rejection_files(commits)
+
+    def read(item: tuple[str, set[str]]) -> list[Rejection]:
+        with storage.open_input(storage.join(out, item[0])) as f:
+            return [Rejection(**row) for row in pq.read_table(f).to_pylist() if row["segment_id"] in item[1]]
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = {r.segment_id: r for part in pool.map(read, sorted(files.items())) for r in part}
+    return State(commits, frozenset(i for c in commits for i in c.clip_ids), {i: found[i] for i in sorted(found)})
+
+
+def rejection_files(commits: Iterable[Commit]) -> dict[str, set[str]]:
+    """Map each file with rejections that stand to the ids of those."""
+    commits = list(commits)
+    clips = {i for c in commits for i in c.clip_ids}
+    files: dict[str, set[str]] = {}
+    for i, file in _latest_rejections(commits).items():
+        if i not in clips:
+            files.setdefault(file.path, set()).add(i)
+    return files
+
+
 def _latest_rejections(commits: Iterable[Commit]) -> dict[str, DataFile]:
     """Map each rejected id to the file of its shard's last generation."""
     last = {c.shard: c for c in commits}  # commits come in order of generation
@@ -219,18 +289,7 @@ def _latest_rejections(commits: Iterable[Commit]) -> dict[str, DataFile]:
 
 def read_rejections(out: str) -> list[Rejection]:
     """Read the rejections that stand, in order of their ids."""
-    commits = read_commits(out)
-    standing = _latest_rejections(commits)
-    for commit in commits:
-        for clip_id in commit.clip_ids:
-            standing.pop(clip_id, None)
-    rejections: dict[str, Rejection] = {}
-    for path in sorted({f.path for f in standing.values()}):
-        with storage.open_input(storage.join(out, path)) as f:
-            for row in pq.read_table(f).to_pylist():
-                if row["segment_id"] in standing and standing[row["segment_id"]].path == path:
-                    rejections[row["segment_id"]] = Rejection(**row)
-    return [rejections[i] for i in sorted(rejections)]
+    return list(read_state(out).rejections.values())
 
 
 def clip_files(out: str) -> list[str]:

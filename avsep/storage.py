@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -13,6 +16,9 @@ from typing import IO, Any
 import fsspec
 import pyarrow as pa
 import pyarrow.fs as pafs
+
+ABANDONED_S = 3600.0  # a file that was begun this long ago has no writer any more
+_TEMPORARY = re.compile(r"(?P<before>.*)\.(?P<pid>\d+)\.[0-9a-f]+\.tmp")
 
 
 def is_uri(path: str) -> bool:
@@ -115,7 +121,7 @@ def write_bytes(path: str, data: bytes | memoryview | pa.Buffer, *, exclusive: b
             stream.write(data)
         return True
     os.makedirs(os.path.dirname(inner), exist_ok=True)
-    temporary = f"{inner}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    temporary = f"{inner}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
     try:
         with open(temporary, "wb") as f:
             f.write(data)
@@ -132,6 +138,31 @@ def write_bytes(path: str, data: bytes | memoryview | pa.Buffer, *, exclusive: b
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def sweep(path: str, *, recursive: bool = False, older_s: float = ABANDONED_S) -> list[str]:
+    """Delete temporary files that killed writers left in a directory; return their names.
+
+    A writer is gone when it was a process of this machine that has ended, or when its file is
+    older than `older_s`.
+    """
+    fs, inner = filesystem(path)
+    swept = []
+    for info in fs.get_file_info(pafs.FileSelector(inner, recursive=recursive, allow_not_found=True)):
+        match = _TEMPORARY.fullmatch(info.base_name)
+        if match and info.type == pafs.FileType.File:
+            here = match["before"].endswith(f".{socket.gethostname()}")
+            ended = here and not os.path.exists(f"/proc/{match['pid']}")
+            if ended or is_older(info, older_s):
+                with contextlib.suppress(FileNotFoundError):
+                    fs.delete_file(info.path)
+                    swept.append(info.base_name)
+    return swept
+
+
+def is_older(info: pafs.FileInfo, seconds: float) -> bool:
+    """Tell whether a file was last written more than `seconds` ago; False where the store doesn't say."""
+    return info.mtime_ns is not None and time.time() - info.mtime_ns / 1e9 > seconds
 
 
 def write_text(path: str, text: str) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from avsep.miml import MIML, basis_posteriors, energy_shares, multilabel_margin, partial_label_loss
+from avsep.miml import MIML, basis_posteriors, energy_shares, multilabel_margin, partial_label_loss, target_loss
 
 # relation (B, L, M), labels (B, L), root of the bases' energy (B, M), zero for padding → (B,)
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -44,6 +45,8 @@ class Bags:
     valid: Tensor  # boolean (B, M): bases with energy
     basis_energy: Tensor  # (B, M)
     labels: Tensor  # boolean (B, L): weak labels
+    statistics: Tensor | None = None  # (B, M, 15): how each basis moves
+    targets: Tensor | None = None  # (B, L + 1, M): how much of each basis is whose, noise last, where that is known
 
     def __len__(self) -> int:
         return len(self.segment_ids)
@@ -51,7 +54,18 @@ class Bags:
     def take(self, rows: Tensor | slice) -> Bags:
         """Select clips."""
         ids = self.segment_ids[rows] if isinstance(rows, slice) else [self.segment_ids[i] for i in rows.tolist()]
-        return Bags(ids, self.bases[rows], self.valid[rows], self.basis_energy[rows], self.labels[rows])
+        tensors: dict[str, Any] = {n: None if (t := getattr(self, n)) is None else t[rows] for n in _TENSORS}
+        return Bags(ids, **tensors)
+
+    @staticmethod
+    def join(parts: Sequence[Bags]) -> Bags:
+        """Put bags one after the other; what one of them lacks, the whole lacks."""
+        columns = {n: [getattr(p, n) for p in parts] for n in _TENSORS}
+        whole: dict[str, Any] = {n: None if any(t is None for t in c) else torch.cat(c) for n, c in columns.items()}
+        return Bags([i for p in parts for i in p.segment_ids], **whole)
+
+
+_TENSORS = ("bases", "valid", "basis_energy", "labels", "statistics", "targets")
 
 
 @dataclass
@@ -116,8 +130,11 @@ def train_epoch(
             n_clips, n_bases, n_bins = bases.shape
             factors = 1 + config.warp * (2 * torch.rand(n_clips * n_bases, generator=generator) - 1)
             bases = warp_frequencies(bases.reshape(-1, n_bins), factors.to(device)).reshape(bases.shape)
-        valid, labels = batch.valid.to(device), batch.labels.to(device)
-        losses = LOSSES[config.loss](model.relation(bases, valid), labels, batch.basis_energy.to(device).sqrt())
+        weight = batch.basis_energy.to(device).sqrt()
+        relation = model.relation(bases, batch.valid.to(device), _on(device, batch.statistics))
+        losses = LOSSES[config.loss](relation, batch.labels.to(device), weight)
+        if batch.targets is not None:
+            losses = losses + target_loss(relation, batch.targets.to(device), weight)
         optimiser.zero_grad(set_to_none=True)
         losses.mean().backward()
         average_gradients(model)
@@ -125,6 +142,10 @@ def train_epoch(
         total += float(losses.detach().sum())
         count += len(batch)
     return {"train_loss": total / max(count, 1)}
+
+
+def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
 
 
 def average_gradients(model: torch.nn.Module) -> None:
@@ -138,19 +159,23 @@ def average_gradients(model: torch.nn.Module) -> None:
 
 
 @torch.inference_mode()
-def validate(model: MIML, batches: Iterable[Bags], config: TrainingConfig) -> dict[str, float]:
-    """Return validation figures: loss, mAP of the clips' scores against their labels, and agreement.
+def validate(
+    model: MIML, batches: Iterable[Bags], config: TrainingConfig, mixtures: Bags | None = None
+) -> dict[str, float]:
+    """Return validation figures: loss, mAP of the clips' scores against their labels, agreement and assignment.
 
-    Agreement is the share of energy (square root) in bases whose best object is a visible one.
-    `val_selection`, which picks the epoch, is the mean of mAP and agreement: both look at what
-    the relation map is for, where the loss alone is a poor guide.
+    Agreement is the share of energy (square root) in bases whose best object is a visible one;
+    assignment, on `mixtures` whose bases' owners are known, the share in bases whose best object, of
+    those that are there, is their owner. `val_selection`, which picks the epoch, is the mean of what
+    there is of mAP, agreement and assignment: all look at what the relation map is for, where the
+    loss alone is a poor guide.
     """
     model.eval()
     device = next(model.parameters()).device
     losses, scores, targets, agreements = [], [], [], []
     for batch in batches:
         valid, labels = batch.valid.to(device), batch.labels.to(device)
-        relation = model.relation(batch.bases.to(device).float(), valid)
+        relation = model.relation(batch.bases.to(device).float(), valid, _on(device, batch.statistics))
         weight = batch.basis_energy.to(device).sqrt()
         losses.append(LOSSES[config.loss](relation, labels, weight))
         if config.loss == "partial_label":
@@ -164,12 +189,34 @@ def validate(model: MIML, batches: Iterable[Bags], config: TrainingConfig) -> di
         return {}
     mean_ap = mean_average_precision(torch.cat(targets).cpu(), torch.cat(scores).cpu())
     agreement = float(torch.cat(agreements).mean())
-    return {
-        "val_loss": float(torch.cat(losses).mean()),
-        "val_map": mean_ap,
-        "val_agreement": agreement,
-        "val_selection": float(np.nanmean([mean_ap, agreement])),
-    }
+    row = {"val_loss": float(torch.cat(losses).mean()), "val_map": mean_ap, "val_agreement": agreement}
+    if mixtures is not None:
+        row["val_assignment"] = assignment(model, mixtures)
+    return row | {"val_selection": float(np.nanmean([mean_ap, agreement, row.get("val_assignment", math.nan)]))}
+
+
+@torch.inference_mode()
+def assignment(model: MIML, mixtures: Bags) -> float:
+    """Return the share of energy (square root) in bases that the relation map gives to their true owner."""
+    assert mixtures.targets is not None
+    device = next(model.parameters()).device
+    statistics = _on(device, mixtures.statistics)
+    relation = model.relation(mixtures.bases.to(device).float(), mixtures.valid.to(device), statistics).cpu()
+    guess = relation.masked_fill(~mixtures.labels.unsqueeze(2), -torch.inf).argmax(1)
+    weight = mixtures.basis_energy.sqrt()
+    return float((weight * (guess == mixtures.targets[:, :-1].argmax(1))).sum() / weight.sum())
+
+
+@torch.inference_mode()
+def object_shares(model: MIML, bags: Bags, batch_size: int = 64) -> Tensor:
+    """Return each object's share of each clip's sound, `(B, L)`."""
+    model.eval()
+    shares = []
+    for i in range(0, len(bags), batch_size):
+        part = bags.take(slice(i, i + batch_size))
+        relation = model.relation(part.bases.float(), part.valid, part.statistics)
+        shares.append(energy_shares(basis_posteriors(relation), part.basis_energy))
+    return torch.cat(shares)
 
 
 def mean_average_precision(labels: Tensor, scores: Tensor) -> float:

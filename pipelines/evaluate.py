@@ -50,7 +50,6 @@ _LOST_DB = -30.0  # what a sound that was lost altogether counts, instead of −
 _WORST = 10
 _MOST_PAIRS = 200
 _ALONE_DB = 20.0  # an object sounds alone when whatever else there is stays this far below it
-_REST_BELOW = 0.05  # where there is noise for certain, a basis goes to the rest when the objects explain less of it
 _HEARD = 0.01  # scores below it are no claim that an object is audible
 
 
@@ -274,7 +273,7 @@ def separate_case(
 
     An object that a separator was not told of and did not find gets the mixture: that is all
     its listener has. `noisy` says that there is noise for certain: to the blind method it is
-    one source more, and the default is also run with bases free to go to the rest.
+    one source more.
     """
     known = told(case, given)
     n_sources = len(case.names)
@@ -285,9 +284,11 @@ def separate_case(
     window = whole_window(separator, separation, case)
     oracle, owner = baselines.oracle_assignment(case.mixture, case.everything, window.factors, separator.stft)
     grouped = case.everything if noisy else case.references
+    n_bases = separator.extraction.n_bases
+    single = separator.factorize(case.mixture, 0) if window.factors.H.shape[0] > n_bases else window.factors
     estimates = {
         "mixture": baselines.mixture_as_estimate(case.mixture, n_sources),
-        "nmf_clustering": baselines.blind_clustering(case.mixture, grouped, window.factors, separator.stft)[:n_sources],
+        "nmf_clustering": baselines.blind_clustering(case.mixture, grouped, single, separator.stft)[:n_sources],
     }
     struck = [n in STRUCK for n in case.names]
     if n_sources == 2 and sum(struck) == 1 and sum(n in UNPITCHED for n in case.names) == 1:
@@ -296,10 +297,6 @@ def separate_case(
     if paper is not None:
         estimates["paper"] = _matched(case, paper(case.mixture, **known))
     estimates["default"] = _matched(case, separation)
-    if noisy:
-        free = Separator(separator.model, replace(separator.config, rest_below=_REST_BELOW))
-        free.factorize = separator.factorize
-        estimates["default_with_rest"] = _matched(case, free(case.mixture, **known))
     estimates["oracle_assignment"] = oracle[:-1]
     estimates["ideal_mask"] = baselines.ideal_ratio_mask(case.mixture, case.everything, separator.stft)[:-1]
     index = [OBJECT_NAMES.index(n) for n in case.names]

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
+import json
 import logging
+import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NoReturn
 
@@ -18,6 +22,7 @@ from tqdm import tqdm
 from avsep import storage
 
 DONE, SHORTFALL, UNUSABLE = 0, 1, 2  # exit statuses
+LOCAL_RUNNER = "FnApiRunner"  # Beam's default one tries to download another runner first
 
 
 class UsageError(Exception):
@@ -34,17 +39,48 @@ def absolute(arguments: argparse.Namespace, *names: str) -> None:
 def run(main: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     """Parse arguments, run a program's main function, and turn a user's mistake into one line and status 2."""
     arguments = parser.parse_args(argv)
+    return guarded(lambda: main(arguments), parser.prog)
+
+
+def guarded(main: Callable[[], int], program: str) -> int:
+    """Turn a user's mistake into one line and status 2."""
     try:
-        return main(arguments)
+        return main()
     except (UsageError, OSError, ValueError) as error:
         if os.environ.get("AVSEP_TRACEBACK"):
             raise
         hint = "" if isinstance(error, UsageError) else " (AVSEP_TRACEBACK=1 shows where)"
-        print(f"{parser.prog}: {error}{hint}", file=sys.stderr)
+        print(f"{program}: {error}{hint}", file=sys.stderr)
         return UNUSABLE
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; the same command goes on from here", file=sys.stderr)
+        print(f"{program}: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+
+
+class WorkerLost(Exception):
+    """The process that worked on an item died, more than once: of the item, or of the machine."""
+
+
+Recover = Callable[[tuple[Any, ...], Exception], None]  # deals with an item that failed, or raises
+
+
+class Queue(Iterator[tuple[Any, ...]]):
+    """Items for `map`, to which more can be added while it runs."""
+
+    def __init__(self, items: Iterable[tuple[Any, ...]]) -> None:
+        self._items = iter(items)
+        self._added: deque[tuple[Any, ...]] = deque()
+
+    def add(self, item: tuple[Any, ...]) -> None:
+        """Add an item, to be done before those that wait."""
+        self._added.append(item)
+
+    def __next__(self) -> tuple[Any, ...]:
+        return self._added.popleft() if self._added else next(self._items)
+
+
+def _raise(_: tuple[Any, ...], error: Exception) -> None:
+    raise error
 
 
 class InProcess:
@@ -53,10 +89,18 @@ class InProcess:
     n_workers = 1
     n_gpus = 0
 
-    def map(self, function: Callable[..., Any], items: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        """Yield `function(*item)` for each item."""
-        for item in items:
-            yield function(*item)
+    def map(
+        self, function: Callable[..., Any], items: Iterable[tuple[Any, ...]], recover: Recover = _raise
+    ) -> Iterator[Any]:
+        """Yield `function(*item)` for each item; `recover` deals with those that raise."""
+        waiting = iter(items)
+        while (item := next(waiting, None)) is not None:
+            try:
+                result = function(*item)
+            except Exception as error:
+                recover(item, error)
+                continue
+            yield result
 
     def share(self, value: Any) -> Any:
         """Return a value to pass to many items."""
@@ -85,21 +129,30 @@ class OnRay:
         self.n_workers = max(1, int(resources.get("CPU", 1)))
         self.n_gpus = int(resources.get("GPU", 0))
 
-    def map(self, function: Callable[..., Any], items: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+    def map(
+        self, function: Callable[..., Any], items: Iterable[tuple[Any, ...]], recover: Recover = _raise
+    ) -> Iterator[Any]:
         """Yield `function(*item)` for each item, in the order they finish.
 
-        A task whose worker died is tried again; one that raises, raises here.
+        A task whose worker died is tried twice again, then it is WorkerLost. `recover` gets the item
+        with that, or with what it raised; without it both raise here.
         """
-        task = self._ray.remote(function).options(num_cpus=1, max_retries=3)
+        task = self._ray.remote(function).options(num_cpus=1, max_retries=2)
         waiting = iter(items)
-        pending: list[Any] = []
+        pending: dict[Any, tuple[Any, ...]] = {}
         while True:
             while len(pending) < 2 * self.n_workers and (item := next(waiting, None)) is not None:
-                pending.append(task.remote(*item))
+                pending[task.remote(*item)] = item
             if not pending:
                 return
-            ready, pending = self._ray.wait(pending, num_returns=1)
-            yield self._get(ready[0])
+            ready, _ = self._ray.wait(list(pending), num_returns=1)
+            item = pending.pop(ready[0])
+            try:
+                result = self._get(ready[0])
+            except Exception as error:
+                recover(item, error)
+                continue
+            yield result
 
     def share(self, value: Any) -> Any:
         """Store a value once, to pass to many items."""
@@ -110,6 +163,8 @@ class OnRay:
             return self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, Exception) else error from None
+        except _lost_errors(self._ray) as error:
+            raise WorkerLost(" ".join(str(error).split())[:200]) from None
 
     def actors(self, make: Callable[[], Any], count: int, *, gpu: bool) -> list[Callable[..., Future]]:
         """Start `count` actors, each holding what `make` builds; return a caller for each.
@@ -117,8 +172,13 @@ class OnRay:
         A caller can be sent to tasks. With `gpu` each takes one; of CPUs they claim none, since
         they work while the tasks that call them wait.
         """
-        actor = self._ray.remote(Held).options(num_cpus=0, num_gpus=int(gpu), max_restarts=3, max_task_retries=3)
+        actor = self._ray.remote(Held).options(num_cpus=0, num_gpus=int(gpu), max_restarts=-1, max_task_retries=3)
         return [RemoteCall(actor.remote(make)) for _ in range(count)]
+
+
+def _lost_errors(ray: Any) -> tuple[type[Exception], ...]:
+    e = ray.exceptions
+    return (e.WorkerCrashedError, e.OutOfMemoryError, e.NodeDiedError, e.ObjectLostError)
 
 
 class Held:
@@ -189,7 +249,7 @@ def session(in_process: bool = False) -> Iterator[Runner]:
     """Give a runner: a plain loop, the cluster that RAY_ADDRESS names, or Ray on this machine.
 
     Ray on this machine starts quietly and is stopped at the end; sessions nest, and an inner one
-    uses the outer one's Ray.
+    uses the outer one's Ray. AVSEP_CPUS says how many workers this machine is to have, other than its cores.
     """
     if in_process:
         threads = torch.get_num_threads()
@@ -202,8 +262,10 @@ def session(in_process: bool = False) -> Iterator[Runner]:
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else a token file appears in the home folder
+    os.environ.setdefault("RAY_task_oom_retries", "2")  # else a task that needs too much memory comes again for ever
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning about GPUs to come
+    cpus = int(os.environ["AVSEP_CPUS"]) if os.environ.get("AVSEP_CPUS") else None
     import ray
 
     if ray.is_initialized():
@@ -214,7 +276,7 @@ def session(in_process: bool = False) -> Iterator[Runner]:
         logging_level=logging.ERROR,
         log_to_driver=False,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
-        **({"include_dashboard": False} if address == "local" else {}),
+        **({"include_dashboard": False, "num_cpus": cpus} if address == "local" else {}),
     )
     try:
         yield OnRay()
@@ -223,37 +285,211 @@ def session(in_process: bool = False) -> Iterator[Runner]:
 
 
 class Progress:
-    """Show how far a run is: a bar with rate and time left on a terminal, a plain line now and then elsewhere."""
+    """Show how far a run is, over seconds or weeks.
 
-    def __init__(self, what: str, total: int, unit: str, *, done: int = 0, every_s: float = 5.0) -> None:
+    A bar with rate and time left on a terminal, a plain line now and then elsewhere. With `status` the
+    same goes to a JSON file, and with `metrics` to Ray's metrics. The rate is that of the last hour.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        total: int,
+        unit: str,
+        *,
+        done: int = 0,
+        rejected: Mapping[str, int] | None = None,
+        every_s: float = 5.0,
+        status: str | None = None,
+        metrics: bool = False,
+    ) -> None:
         self.what, self.total, self.unit, self.every_s = what, total, unit, every_s
         self.count = done
+        self.rejected = Counter(rejected or {})
+        self.in_flight = 0
+        self.details: dict[str, Any] = {}  # more for the status file
+        self.note = ""
+        self._status = status
+        self.seconds: Counter[str] = Counter()  # by stage
         self._at_start, self._started, self._said = done, time.monotonic(), time.monotonic()
+        self._began, self._written = time.time(), -math.inf
+        self._window: deque[tuple[float, int]] = deque([(self._started, done)])
+        self._metrics = _Metrics(what) if metrics else None
         self._bar = tqdm(total=total, initial=done, desc=what, unit=unit) if sys.stderr.isatty() else None
 
-    def add(self, count: int, note: str = "") -> None:
-        """Count finished items."""
+    def add(
+        self,
+        count: int,
+        note: str = "",
+        *,
+        rejected: Mapping[str, int] | None = None,
+        seconds: Mapping[str, float] | None = None,
+    ) -> None:
+        """Count finished items, those that were rejected by reason, and the worker-seconds of each stage."""
         self.count += count
+        self.note = note or self.note
+        self.rejected.update(rejected or {})
+        self.seconds.update(seconds or {})
+        now = time.monotonic()
+        if now - self._window[-1][0] >= 1.0:
+            self._window.append((now, self.count))
+            while now - self._window[1][0] > _RATE_WINDOW_S:
+                self._window.popleft()
+        if self._metrics:
+            n_rejected = sum((rejected or {}).values())
+            self._metrics.add({"done": count - n_rejected, **(rejected or {})}, seconds or {})
+            self._metrics.show(self.in_flight, self.rate, self.total - self.count)
         if self._bar is not None:
-            if note:
-                self._bar.set_postfix_str(note)
+            self._bar.set_postfix_str(self._tail())
             self._bar.update(count)
-        elif time.monotonic() - self._said >= self.every_s or self.count == self.total:
-            self._said = time.monotonic()
-            rate = (self.count - self._at_start) / max(self._said - self._started, 1e-9)
-            left = (self.total - self.count) / rate if rate else float("inf")
-            tail = f", {note}" if note else ""
+        elif now - self._said >= self._interval_s() or self.count == self.total:
+            self._said = now
+            tail = self._tail()
             print(
-                f"{self.what}: {self.count}/{self.total} {self.unit}, {rate:.2f}/s, {left:.0f} s left{tail}",
+                f"{self.what}: {self.count}/{self.total} {self.unit}, {self.rate:.2f}/s, "
+                f"{duration(self.seconds_left)} left{'; ' if tail else ''}{tail}",
                 flush=True,
             )
+        self.write_status()
+
+    @property
+    def rate(self) -> float:
+        """Items a second, in the last hour."""
+        since, count = self._window[0]
+        return (self.count - count) / max(time.monotonic() - since, 1e-3)
+
+    @property
+    def seconds_left(self) -> float:
+        """How long the rest takes at that rate."""
+        left = self.total - self.count
+        return left / self.rate if self.rate else math.inf if left else 0.0
+
+    def _interval_s(self) -> float:
+        return self.every_s if time.monotonic() - self._started < 300 else 12 * self.every_s
+
+    def _tail(self) -> str:
+        parts = []
+        if self.rejected.total():
+            most = ", ".join(f"{reason} {n}" for reason, n in self.rejected.most_common(3))
+            parts.append(f"{self.rejected.total()} rejected ({most})")
+        if self.in_flight:
+            parts.append(f"{self.in_flight} in flight")
+        if stages := self._throughput():
+            parts.append("a worker: " + ", ".join(f"{stage} {rate:.2g}/s" for stage, rate in stages.items()))
+        if self.note:
+            parts.append(self.note)
+        return "; ".join(parts)
+
+    def _throughput(self) -> dict[str, float]:
+        """Items a worker-second, by stage."""
+        return {stage: (self.count - self._at_start) / s for stage, s in self.seconds.items() if s > 0}
+
+    def write_status(self, state: str = "running") -> None:
+        """Write the status file, at most every few seconds while the run lasts."""
+        now = time.monotonic()
+        if self._status is None or (state == "running" and now - self._written < _STATUS_EVERY_S):
+            return
+        self._written = now
+        left = self.seconds_left
+        stages = {
+            stage: {"worker_seconds": round(self.seconds[stage], 1), "per_worker_second": round(rate, 3)}
+            for stage, rate in self._throughput().items()
+        }
+        raw = {
+            "what": self.what,
+            "state": state,
+            "updated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._began)),
+            "total": self.total,
+            "done": self.count,
+            "rejected": dict(self.rejected.most_common()),
+            "in_flight": self.in_flight,
+            "rate_per_s": round(self.rate, 4),
+            "seconds_left": round(left) if math.isfinite(left) else None,
+            "stages": stages,
+            **self.details,
+        }
+        with contextlib.suppress(OSError):  # a full disk stops the shards, with a better message
+            storage.write_text(self._status, json.dumps(raw, indent=1) + "\n")
 
     def __enter__(self) -> Progress:
+        self.write_status()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.in_flight = 0
+        self.write_status("stopped" if kind else "finished")
         if self._bar is not None:
             self._bar.close()
+
+
+_RATE_WINDOW_S = 3600.0
+_STATUS_EVERY_S = 5.0
+
+
+class _Metrics:
+    """A run's figures among Ray's metrics, where Prometheus finds them."""
+
+    def __init__(self, what: str) -> None:
+        from ray.util import metrics
+
+        self._segments = metrics.Counter(f"avsep_{what}_items", "finished, by outcome", tag_keys=("outcome",))
+        self._stages = metrics.Counter(f"avsep_{what}_stage_seconds", "worker-seconds by stage", tag_keys=("stage",))
+        self._in_flight = metrics.Gauge(f"avsep_{what}_in_flight", "items that workers have")
+        self._rate = metrics.Gauge(f"avsep_{what}_rate", "items a second in the last hour")
+        self._left = metrics.Gauge(f"avsep_{what}_left", "items still to do")
+
+    def add(self, outcomes: Mapping[str, int], seconds: Mapping[str, float]) -> None:
+        for counter, tag, values in ((self._segments, "outcome", outcomes), (self._stages, "stage", seconds)):
+            for name, value in values.items():
+                if value > 0:
+                    counter.inc(value, {tag: name})
+
+    def show(self, in_flight: int, rate: float, left: int) -> None:
+        self._in_flight.set(in_flight)
+        self._rate.set(rate)
+        self._left.set(left)
+
+
+def duration(seconds: float) -> str:
+    """Say a time in the unit that suits it.
+
+    >>> [duration(s) for s in (42, 600, 20_000, 2_300_000)]
+    ['42 s', '10 min', '5.6 h', '26.6 days']
+    """
+    if not math.isfinite(seconds):
+        return "an unknown time"
+    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min")):
+        if seconds < limit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+def beam_options(arguments: list[str]) -> Any:
+    """Turn arguments that aren't ours into Beam's options. Raises ValueError for what it doesn't know."""
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    if arguments and not arguments[0].startswith("--"):
+        raise ValueError(f"unexpected argument {arguments[0]!r}; see --help")
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):  # argparse would print all of Beam's options
+            options = PipelineOptions([f"--runner={LOCAL_RUNNER}", *arguments])
+            given = options.get_all_options(retain_unknown_options=True)
+    except SystemExit:
+        raise ValueError(messages.getvalue().rsplit("error: ", 1)[-1].strip()) from None
+    unknown = set(given) - set(PipelineOptions([]).get_all_options())
+    if unknown and is_local(options):  # other runners bring options of their own
+        option = next(a for a in arguments if a.split("=")[0].lstrip("-").replace("-", "_") in unknown)
+        raise ValueError(f"unknown option {option}: neither ours (see --help) nor Beam's")
+    return options
+
+
+def is_local(options: Any) -> bool:
+    """Tell our default Beam runner from others."""
+    from apache_beam.options.pipeline_options import StandardOptions
+
+    return options.view_as(StandardOptions).runner == LOCAL_RUNNER
 
 
 def say(text: str) -> None:

@@ -7,16 +7,22 @@ on where it stopped, and each segment ends up once, in the clips or in the rejec
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import itertools
+import json
+import math
+import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from avsep import fetch, shards, stages, storage
-from avsep.egress import EgressBudget, Lease, identities
+from avsep import fetch, lock, shards, stages, storage
+from avsep.egress import EgressBudget, IdentityStatus, Lease, identities
 from avsep.model import LABELLER_FILE
 from avsep.records import ClipError, ClipRecord, Reason, Rejection, Segment, read_segments
 from avsep.vision import ImageLabeller, LabellerUnavailable
@@ -26,13 +32,21 @@ from pipelines.execution import fail, say
 EXAMPLES = """examples:
   python -m pipelines.extract --segments out/manifest --out out/clips
   python -m pipelines.extract --segments out/manifest --out out/clips --weights resnet152-394f9c45.pth
-  python -m pipelines.extract --segments out/manifest --out out/clips --retry-rejected timeout missing
+  python -m pipelines.extract --segments out/manifest --out out/clips --retry-rejected timed_out missing
   python -m pipelines.extract --segments out/audioset --out out/clips --media out/media --rate 250
   python -m pipelines.extract --segments out/audioset --out out/clips --media out/media --until fetch
   python -m pipelines.extract --segments out/manifest --out out/clips --in-process   # no Ray, for a debugger
 """
 
 
+FETCH_LOCK = "fetch.lock"  # in a media store, and in --out, while a run downloads
+EGRESS_FILE = "egress.json"  # in a media store: what each identity has spent
+_ASK_EVERY_S = 30.0
+_SAVE_EVERY_S = 5.0
+_FOLLOW_S = 20.0  # between looks at what another run has downloaded
+_SECONDS_A_CLIP, _SECONDS_OF_PICTURES = 1.2, 2.2  # of one worker without GPU, until it is measured
+_MEDIA_BYTES = 1_000_000  # an excerpt of 10 s
+_FRAMES_A_CLIP = 201
 _OUTDATED_IN_A_ROW = 20  # downloads that fail as if yt-dlp no longer understood YouTube
 
 
@@ -65,45 +79,162 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def extract_shard(
-    out: str,
-    shard: str,
-    generation: int,
-    segments: Sequence[Segment],
-    kept: Sequence[Rejection],
-    attempts: dict[str, int],
-    config: stages.ExtractionConfig,
-    configuration: dict[str, Any],
-    label: stages.Label | None,
-    store: MediaStore | None = None,
-    fetch_only: bool = False,
-) -> tuple[str, dict[str, float]]:
-    """Extract one shard's segments and commit them; return its name and the seconds of each stage.
+Process = Callable[
+    [Sequence[Segment], stages.ExtractionConfig, stages.Label | None, stages.Locate | None],
+    tuple[list[ClipRecord], list[Rejection], dict[str, float]],
+]
 
-    `kept` are rejections that stand. With `fetch_only` media are only brought into the store, and
-    what can't be had is committed as rejected.
+
+@dataclass(frozen=True)
+class Job:
+    """What the shards of one extraction have in common."""
+
+    out: str
+    config: stages.ExtractionConfig
+    configuration: dict[str, Any]  # stored with the data
+    process: Process = stages.extract_records
+    fetch_only: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is left to do of one shard."""
+
+    shard: str
+    generation: int
+    segments: tuple[Segment, ...]
+    kept: tuple[Rejection, ...] = ()  # which stand
+    culprits: tuple[Rejection, ...] = ()  # which took their workers along, in this run
+    attempts: dict[str, int] = field(default_factory=dict)  # earlier ones, of segments that were rejected
+    probe: bool = False  # only try whether the worker survives: commit nothing
+
+
+@dataclass
+class Done:
+    """What became of it."""
+
+    work: Work
+    n_clips: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def extract_shard(job: Job, work: Work, label: stages.Label | None = None, store: MediaStore | None = None) -> Done:
+    """Extract what is left of a shard and commit it.
+
+    With `fetch_only` media are only brought into the store, and what can't be had is committed as rejected.
     """
     execution.one_thread()
     records: list[ClipRecord] = []
     seconds: dict[str, float] = {}
-    if fetch_only:
-        rejections = store.fetch_all(segments) if store else []
-        if not rejections and not attempts:  # a retry that succeeded must take its rejections back
-            return shard, {}
+    if job.fetch_only:
+        rejections = store.fetch_all(work.segments) if store else []
     else:
-        records, rejections, seconds = stages.extract_records(segments, config, label, store.locate if store else None)
-    rejections = [replace(r, attempts=attempts.get(r.segment_id, 0) + 1) for r in rejections]
+        locate = store.locate if store else None
+        records, rejections, seconds = job.process(work.segments, job.config, label, locate)
+    # in a fetch, only a retry that succeeded has something to take back
+    if work.probe or (job.fetch_only and not (rejections or work.attempts or work.culprits)):
+        return Done(work)
+    rejections = [replace(r, attempts=work.attempts.get(r.segment_id, 0) + 1) for r in (*work.culprits, *rejections)]
     commit = shards.write_shard(
-        out,
-        shard,
-        generation,
+        job.out,
+        work.shard,
+        work.generation,
         records,
-        [*kept, *rejections],
-        configuration=configuration,
-        shape=config.shape,
+        [*work.kept, *rejections],
+        configuration=job.configuration,
+        shape=job.config.shape,
         timings_s=seconds,
+        retried=sorted(work.attempts),
     )
-    return shard, commit.timings_s
+    return Done(work, len(commit.clip_ids), Counter(str(r.reason) for r in rejections), commit.timings_s)
+
+
+class Crashes:
+    """Finds the segment that takes its worker along, and has the rest of its shard done without it.
+
+    A shard whose worker died again and again is taken apart: its segments are tried one by one, and
+    those whose worker dies are rejected. A shard that can't be written is tried twice again, since
+    an object store may have failed for a moment; then the run stops.
+    """
+
+    def __init__(self, queue: execution.Queue, item: Callable[[Work], tuple[Any, ...]]) -> None:
+        self._queue, self._item = queue, item
+        self._failed: Counter[str] = Counter()
+        self._whole: dict[str, Work] = {}
+        self._to_try: Counter[str] = Counter()
+        self._culprits: dict[str, list[Rejection]] = {}
+
+    def recover(self, item: tuple[Any, ...], error: Exception) -> None:
+        """Deal with an item that failed, or raise."""
+        work: Work = item[1]
+        if isinstance(error, execution.WorkerLost):
+            if work.probe:
+                segment_id = work.segments[0].segment_id
+                detail = f"its worker died with it each time: {error}"
+                self._culprits[work.shard].append(
+                    Rejection(segment_id, "decode", Reason.CRASHED_DECODER, True, detail=detail)
+                )
+                self.tried(work)
+                return
+            say(f"shard {work.shard}: its worker died again and again; looking for the segment that does it")
+            self._whole[work.shard], self._culprits[work.shard] = work, []
+            self._to_try[work.shard] = len(work.segments)
+            for s in work.segments:
+                self._queue.add(self._item(replace(work, segments=(s,), probe=True)))
+            return
+        self._failed[work.shard] += 1
+        if not isinstance(error, OSError) or self._failed[work.shard] > 2:
+            raise error
+        say(f"shard {work.shard}: {error}; trying again")
+        self._queue.add(self._item(work))
+
+    def tried(self, work: Work) -> None:
+        """Take note that a probe has ended; after the last the shard is done without the culprits."""
+        self._to_try[work.shard] -= 1
+        if self._to_try[work.shard] == 0:
+            whole, culprits = self._whole.pop(work.shard), self._culprits.pop(work.shard)
+            ids = {r.segment_id for r in culprits}
+            rest = tuple(s for s in whole.segments if s.segment_id not in ids)
+            self._queue.add(self._item(replace(whole, segments=rest, culprits=(*whole.culprits, *culprits))))
+
+
+def extract(
+    works: Sequence[Work],
+    job: Job,
+    runner: execution.Runner,
+    progress: execution.Progress,
+    *,
+    callers: Sequence[Any] = (None,),
+    store: MediaStore | None = None,
+    locks: Sequence[lock.Lock] = (),
+) -> None:
+    """Have every shard done: the driver, which holds a bounded number of shards in flight.
+
+    `job.process` is what is done to a shard's segments, and `callers` label pictures. Raises lock.Held
+    when one of the locks was lost.
+    """
+    numbers = itertools.count()
+    in_flight: dict[str, int] = {}
+
+    def item(work: Work) -> tuple[Any, ...]:
+        in_flight[work.shard] = len(work.segments) if not work.probe else in_flight[work.shard]
+        return job, work, callers[next(numbers) % len(callers)], store.of(work.segments) if store else None
+
+    queue = execution.Queue(map(item, works))
+    crashes = Crashes(queue, item)
+    for done in runner.map(extract_shard, queue, crashes.recover):
+        for one in locks:
+            one.check()
+        work = done.work
+        if work.probe:
+            crashes.tried(work)
+            continue
+        del in_flight[work.shard]
+        progress.in_flight = sum(in_flight.values())
+        if store:
+            store.settle(work.segments, progress)
+        progress.add(len(work.segments) + len(work.culprits), rejected=done.rejected, seconds=done.seconds)
 
 
 @dataclass
@@ -112,13 +243,31 @@ class MediaStore:
 
     uri: str
     known: dict[str, str]  # segment_id → path, as listed at the start
-    budget: SharedBudget
+    missing: set[str]  # remote segments that aren't there
+    siblings: dict[str, tuple[Segment, ...]]  # source → its missing segments, where there are several
+    budget: SharedBudget | None = None  # None: somebody else downloads
+    _asked: float = -math.inf
+
+    def of(self, segments: Sequence[Segment]) -> MediaStore:
+        """Return the part that a task with these segments needs."""
+        ids, sources = {s.segment_id for s in segments}, {s.source for s in segments}
+        return MediaStore(
+            self.uri,
+            {i: self.known[i] for i in ids & self.known.keys()},
+            ids & self.missing,
+            {s: self.siblings[s] for s in sources & self.siblings.keys()},
+            self.budget,
+        )
 
     def locate(self, segment: Segment) -> Segment:
         """Return the segment as it is in the store, fetched when it isn't there; ClipError says why it can't be."""
         if not fetch.is_remote(segment):
             return segment
-        path = self.known.get(segment.segment_id) or fetch.fetch(segment, self.uri, self.budget).path
+        path = self.known.get(segment.segment_id)
+        if path is None:
+            if self.budget is None:
+                raise ClipError(Reason.MISSING, f"not in {self.uri} yet", transient=True)
+            path = fetch.fetch(segment, self.uri, self.budget, siblings=self.siblings.get(segment.source, ())).path
         return fetch.within(segment, path)
 
     def fetch_all(self, segments: Sequence[Segment]) -> list[Rejection]:
@@ -131,6 +280,24 @@ class MediaStore:
                 rejections.append(Rejection(s.segment_id, "fetch", error.reason, error.transient, detail=error.detail))
         return rejections
 
+    def settle(self, segments: Sequence[Segment], progress: execution.Progress) -> None:
+        """Take note that these segments are done with, and now and then show how downloads go."""
+        self.missing -= {s.segment_id for s in segments}
+        if self.budget is None or time.monotonic() - self._asked < _ASK_EVERY_S:
+            return
+        self._asked = time.monotonic()
+        left_s, identities = self.budget.outlook(len(self.missing))
+        progress.details["egress"] = {
+            "to_fetch": len(self.missing),
+            "seconds_left": round(left_s) if math.isfinite(left_s) else None,
+            "identities": [asdict(i) for i in identities],
+        }
+        progress.note = ""
+        if self.missing:
+            paused = sum(i.paused_s > 0 for i in identities)
+            resting = f", {paused} of {len(identities)} identities paused" if paused else ""
+            progress.note = f"{len(self.missing)} to fetch, {execution.duration(left_s)} at this rate{resting}"
+
 
 @dataclass
 class SharedBudget:
@@ -138,9 +305,9 @@ class SharedBudget:
 
     call: Callable[..., Future]
 
-    def acquire(self, machine: str = "") -> Lease | float:
+    def acquire(self, machine: str = "", source: str = "") -> Lease | float:
         """Give a lease, or the seconds to wait; stop the run where YouTube has changed."""
-        outdated, answer = self.call("acquire", machine).result()
+        outdated, answer = self.call("acquire", machine, source).result()
         if outdated >= _OUTDATED_IN_A_ROW:
             fail(f"{outdated} downloads in a row failed as if YouTube had changed: update yt-dlp, then run this again")
         return answer
@@ -149,38 +316,59 @@ class SharedBudget:
         """Take a lease's outcome, None for success."""
         self.call("report", lease, outcome).result()
 
+    def outlook(self, downloads: int) -> tuple[float, list[IdentityStatus]]:
+        """Say how long so many downloads more will take at the present rate, and how the identities are."""
+        return self.call("seconds_left", downloads).result()[1], self.call("status").result()[1]
+
 
 class HeldBudget:
-    """The budget itself, behind one callable."""
+    """The budget itself, behind one callable; what it has spent is kept beside the media store."""
 
-    def __init__(self, proxies: Sequence[str], cookies: Sequence[str], per_hour: float) -> None:
+    def __init__(self, proxies: Sequence[str], cookies: Sequence[str], per_hour: float, store: str) -> None:
         self.budget = EgressBudget(identities(proxies, cookies), per_hour=per_hour)
+        self.path = storage.join(store, EGRESS_FILE)
+        self._saved = -math.inf
+        with contextlib.suppress(FileNotFoundError):
+            self.budget.restore(json.loads(storage.read_bytes(self.path)))
 
     def __call__(self, method: str, *arguments: Any) -> tuple[int, Any]:
         """Call a method; the number of 'tool outdated' answers in a row comes with its result."""
         result = getattr(self.budget, method)(*arguments)
+        paused = method == "report" and arguments[1] == Reason.EGRESS_BLOCKED
+        if paused or (isinstance(result, Lease) and time.monotonic() - self._saved > _SAVE_EVERY_S):
+            self._saved = time.monotonic()
+            storage.write_text(self.path, json.dumps(self.budget.state(), indent=1) + "\n")
         return self.budget.outdated_in_a_row, result
 
 
-def open_store(
-    arguments: argparse.Namespace, segments: Sequence[Segment], runner: execution.Runner
-) -> MediaStore | None:
+def open_store(uri: str, segments: Sequence[Segment]) -> MediaStore | None:
     """List what the media store holds; None where no segment needs one."""
     remote = [s for s in segments if fetch.is_remote(s)]
     if not remote:
         return None
-    known = fetch.find_media(arguments.media, remote)
-    missing = len(remote) - len(known)
-    if missing:
-        try:
-            fetch.check_tools()
-        except ModuleNotFoundError as error:
-            fail(str(error))
-        n_identities = max(1, len(identities(arguments.proxies, arguments.cookies)))
-        hours = missing / (arguments.rate * n_identities)
-        say(f"{missing} of {len(remote)} remote segments are to be fetched: {hours:.1f} hours at the rate allowed")
-    make = functools.partial(HeldBudget, arguments.proxies, arguments.cookies, arguments.rate)
-    return MediaStore(arguments.media, known, SharedBudget(runner.actors(make, 1, gpu=False)[0]))
+    known = fetch.find_media(uri, remote)
+    missing = {s.segment_id for s in remote if s.segment_id not in known}
+    by_source: dict[str, list[Segment]] = {}
+    for s in remote:
+        if s.segment_id in missing:
+            by_source.setdefault(s.source, []).append(s)
+    siblings = {source: tuple(several) for source, several in by_source.items() if len(several) > 1}
+    return MediaStore(uri, known, missing, siblings)
+
+
+def open_budget(arguments: argparse.Namespace, store: MediaStore, runner: execution.Runner) -> SharedBudget:
+    """Make ready for downloads: check the tools, start the budget, say how long it will take."""
+    try:
+        for note in fetch.check_tools():
+            say(f"note: {note}")
+    except ModuleNotFoundError as error:
+        fail(str(error))
+    n_identities = max(1, len(identities(arguments.proxies, arguments.cookies)))
+    left = execution.duration(3600 * len(store.missing) / (arguments.rate * n_identities))
+    say(f"{len(store.missing)} remote segments are to be fetched: {left} at the rate allowed")
+    storage.sweep(store.uri, recursive=True)
+    make = functools.partial(HeldBudget, arguments.proxies, arguments.cookies, arguments.rate, store.uri)
+    return SharedBudget(runner.actors(make, 1, gpu=False)[0])
 
 
 def open_labeller(architecture: str, weights: str | None, device: str) -> ImageLabeller:
@@ -201,38 +389,89 @@ def load_labeller(arguments: argparse.Namespace, recipe: recipes.Recipe, needed:
 
 
 def plan_work(
-    out: str, segments: Sequence[Segment], retry_reasons: Sequence[str] | None, digest: str
-) -> list[tuple[str, int, list[Segment], list[Rejection], dict[str, int]]]:
-    """Say what is left to do: (shard, generation, segments, rejections that stand, earlier attempts).
-
-    `retry_reasons` None retries nothing, an empty list every rejection.
-    """
-    commits = shards.read_commits(out)
-    if stale := {c.digest for c in commits if c.clips} - {digest}:
-        fail(f"{out} was extracted with another configuration (digest {stale.pop()}, now {digest}); give another --out")
-    generations = Counter({c.shard: c.generation + 1 for c in commits})
-    rejections = {r.segment_id: r for r in shards.read_rejections(out)}
+    state: shards.State, segments: Sequence[Segment], retry_reasons: Sequence[str] | None = None
+) -> list[Work]:
+    """Say what is left to do. `retry_reasons` None retries nothing, an empty list every rejection."""
+    generations = Counter({c.shard: c.generation + 1 for c in state.commits})
+    own_rejections = {c.shard: c.rejection_ids for c in state.commits}
+    rejections = state.rejections
     retried = {
         i
         for i, r in rejections.items()
         if retry_reasons is not None and (not retry_reasons or r.reason in retry_reasons)
     }
-    done = set(shards.read_ids(out)[0]) | (set(rejections) - retried)
-    own_rejections = {c.shard: c.rejection_ids for c in commits}
-    work = []
+    done = state.clip_ids | (rejections.keys() - retried)
+    works = []
     for shard in shards.plan(segments):
-        todo = [s for s in shard.segments if s.segment_id not in done]
+        todo = tuple(s for s in shard.segments if s.segment_id not in done)
         if todo:
-            kept = [rejections[i] for i in own_rejections.get(shard.name, ()) if i in done and i in rejections]
+            kept = tuple(rejections[i] for i in own_rejections.get(shard.name, ()) if i in done and i in rejections)
             attempts = {s.segment_id: rejections[s.segment_id].attempts for s in todo if s.segment_id in rejections}
-            work.append((shard.name, generations[shard.name], todo, kept, attempts))
-    return work
+            works.append(Work(shard.name, generations[shard.name], todo, kept, attempts=attempts))
+    return works
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Extract what is left of the segments."""
+def check_digest(state: shards.State, out: str, digest: str) -> None:
+    """Refuse to mix clips of two configurations."""
+    if stale := {c.digest for c in state.commits if c.clips} - {digest}:
+        fail(f"{out} was extracted with another configuration (digest {stale.pop()}, now {digest}); give another --out")
+
+
+def dry_run(
+    arguments: argparse.Namespace,
+    segments: Sequence[Segment],
+    state: shards.State,
+    works: Sequence[Work],
+    config: stages.ExtractionConfig,
+    pictured: bool,
+) -> None:
+    """Say what there is to do and what it will cost: measured in earlier shards where there are any, else assumed."""
+    todo = [s for w in works for s in w.segments]
+    say(f"{len(segments)} segments: {len(segments) - len(todo)} done, {len(todo)} to do in {len(works)} shards")
+    if not todo:
+        return
+    store = open_store(arguments.media, todo) if arguments.media else None
+    hours: dict[str, float] = {}
+    if store and store.missing:
+        n_identities = max(1, len(identities(arguments.proxies, arguments.cookies)))
+        hours["downloads"] = len(store.missing) / (arguments.rate * n_identities)
+        say(
+            f"  fetch: {len(store.missing)} downloads at {arguments.rate:g} an hour and identity, "
+            f"{n_identities} of these: {execution.duration(3600 * hours['downloads'])}; media store about "
+            f"{len(store.missing) * _MEDIA_BYTES / 1e9:,.1f} GB (assumed)"
+        )
+    if arguments.until:
+        return
+    spent = sum(sum(c.timings_s.values()) - c.timings_s.get("fetch", 0.0) for c in state.commits)
+    n_clips = len(state.clip_ids)
+    each_s = spent / n_clips if n_clips and spent else _SECONDS_A_CLIP + pictured * _SECONDS_OF_PICTURES
+    n_cores = os.cpu_count() or 1
+    hours["computing"] = len(todo) * each_s / 3600 / n_cores
+    measured = "measured" if n_clips and spent else "assumed"
+    say(
+        f"  compute: {each_s:.2f} worker-seconds a segment ({measured}), "
+        f"{len(todo) * each_s / 3600:,.1f} worker-hours: "
+        f"{execution.duration(3600 * hours['computing'])} on {n_cores} cores like these"
+    )
+    n_bins, n_bases = config.shape
+    each_bytes = 2 * n_bases * (n_bins + _FRAMES_A_CLIP) + pictured * 2 * 1000 * 10
+    say(
+        f"  write: about {len(todo) * each_bytes / 1e9:,.2f} GB of clips ({each_bytes / 1e3:.0f} kB each), "
+        f"{len(works)} commits, {3 * len(works)} files at most"
+    )
+    say(f"  what takes longest: {max(hours, key=lambda k: hours[k])}")
+
+
+def run(
+    arguments: argparse.Namespace, *, recipe: recipes.Recipe | None = None, process: Process = stages.extract_records
+) -> int:
+    """Extract what is left of the segments.
+
+    `process` is what is done to a shard's segments, `recipe` what is run in place of the named one.
+    """
     execution.absolute(arguments, "out", "weights", "media")
-    recipe = recipes.get(arguments.recipe)
+    out = arguments.out
+    recipe = recipe or recipes.get(arguments.recipe)
     for reason in arguments.retry_rejected or ():
         if reason not in set(Reason):
             fail(f"--retry-rejected {reason}: no such reason; the reasons are {', '.join(Reason)}")
@@ -251,52 +490,103 @@ def run(arguments: argparse.Namespace) -> int:
         labeller = load_labeller(arguments, recipe, needed=any(s.labels is None for s in segments))
     configuration = recipe.extraction.as_dict(labeller.sha256 if labeller else None)
     configuration["labeller"] = labeller.architecture if labeller else None
-    work = plan_work(arguments.out, segments, arguments.retry_rejected, shards.configuration_digest(configuration))
-    todo = sum(len(w[2]) for w in work)
+    digest = shards.configuration_digest(configuration)
+    job = Job(out, recipe.extraction, configuration, process, fetch_only=bool(arguments.until))
     if arguments.dry_run:
-        say(f"{len(segments)} segments: {len(segments) - todo} done, {todo} to do in {len(work)} shards")
+        state = shards.read_state(out)
+        check_digest(state, out, digest)
+        works = plan_work(state, segments, arguments.retry_rejected)
+        dry_run(arguments, segments, state, works, recipe.extraction, labeller is not None)
         return execution.DONE
-    if labeller and labeller.classes is not None and arguments.weights:  # no published network: it goes with the clips
-        with storage.open_input(arguments.weights) as f:
-            storage.write_bytes(storage.join(arguments.out, LABELLER_FILE), f.read())
-    seconds: Counter[str] = Counter()
-    with (
-        execution.session(arguments.in_process or not work) as runner,
-        execution.Progress("extract", len(segments), "segments", done=len(segments) - todo) as progress,
-    ):
-        callers: list[Any] = [None]
-        store = open_store(arguments, [s for w in work for s in w[2]], runner)
-        if labeller and work:
-            device = "cuda" if runner.n_gpus else "cpu"
-            make = functools.partial(open_labeller, labeller.architecture, arguments.weights, device)
-            callers = runner.actors(make, runner.n_gpus or min(runner.n_workers, len(work)), gpu=bool(runner.n_gpus))
-        items = (
-            (
-                arguments.out,
-                *w,
-                recipe.extraction,
-                configuration,
-                callers[i % len(callers)],
-                store,
-                bool(arguments.until),
-            )
-            for i, w in enumerate(work)
-        )
-        sizes = {w[0]: len(w[2]) for w in work}
-        for shard, spent in runner.map(extract_shard, items):
-            seconds.update(spent)
-            progress.add(sizes[shard])
+    name = FETCH_LOCK if arguments.until else shards.LOCK_FILE  # extraction may follow a fetch to the same folder
+    with lock.Lock(storage.join(out, name), f"--out {out}", tell=say) as mine:
+        state = shards.read_state(out)
+        if not arguments.until:
+            check_digest(state, out, digest)
+            shards.sweep(out, state.commits)
+        if labeller and labeller.classes is not None and arguments.weights:  # no published one: it goes with the clips
+            with storage.open_input(arguments.weights) as f:
+                storage.write_bytes(storage.join(out, LABELLER_FILE), f.read())
+        seconds = _drive(arguments, segments, state, job, labeller, mine)
+        state = shards.read_state(out)
+        if not arguments.until:
+            shards.sweep(out, state.commits)
     if arguments.until:
-        rejected = set(shards.read_ids(arguments.out)[1]) & {s.segment_id for s in segments}
+        rejected = state.rejections.keys() & {s.segment_id for s in segments}
         say(f"fetched to {arguments.media}; {len(rejected)} of {len(segments)} segments can't be had")
         return execution.DONE
-    return _report(arguments, segments, seconds)
+    return _report(arguments, segments, state, seconds)
 
 
-def _report(arguments: argparse.Namespace, segments: Sequence[Segment], seconds: Counter[str]) -> int:
+def _drive(
+    arguments: argparse.Namespace,
+    segments: Sequence[Segment],
+    state: shards.State,
+    job: Job,
+    labeller: ImageLabeller | None,
+    mine: lock.Lock,
+) -> Counter[str]:
+    """Do what is left, following another run's downloads where one is at it; return each stage's seconds."""
+    works = plan_work(state, segments, arguments.retry_rejected)
+    todo = sum(len(w.segments) for w in works)
+    ours = {s.segment_id for s in segments} - {s.segment_id for w in works for s in w.segments}
+    rejected = Counter(str(r.reason) for i, r in state.rejections.items() if i in ours)
+    status = storage.join(job.out, "fetch-status.json" if job.fetch_only else "status.json")
+    with (
+        execution.session(arguments.in_process or not works) as runner,
+        execution.Progress(
+            "fetch" if job.fetch_only else "extract",
+            len(segments),
+            "segments",
+            done=len(segments) - todo,
+            rejected=rejected,
+            status=status,
+            metrics=isinstance(runner, execution.OnRay),
+        ) as progress,
+    ):
+        callers: list[Any] = [None]
+        if labeller and works:
+            device = "cuda" if runner.n_gpus else "cpu"
+            make = functools.partial(open_labeller, labeller.architecture, arguments.weights, device)
+            callers = runner.actors(make, runner.n_gpus or min(runner.n_workers, len(works)), gpu=bool(runner.n_gpus))
+        following = False
+        while works:
+            store = open_store(arguments.media, [s for w in works for s in w.segments])
+            with contextlib.ExitStack() as stack:
+                locks = [mine]
+                if store and store.missing:
+                    try:
+                        what = f"media store {arguments.media}"
+                        theirs = lock.Lock(storage.join(arguments.media, FETCH_LOCK), what, tell=say)
+                        locks.append(stack.enter_context(theirs))
+                        store.budget = open_budget(arguments, store, runner)
+                        following = False
+                    except lock.Held:
+                        if job.fetch_only:
+                            raise
+                        if not following:
+                            say(
+                                f"another run downloads to {arguments.media}; shards are extracted as they are complete"
+                            )
+                        following = True
+                        works = [w for w in works if not any(s.segment_id in store.missing for s in w.segments)]
+                else:
+                    following = False
+                extract(works, job, runner, progress, callers=callers, store=store, locks=locks)
+            if not following:
+                break
+            time.sleep(_FOLLOW_S)
+            works = plan_work(shards.read_state(job.out), segments)
+            progress.count = len(segments) - sum(len(w.segments) for w in works)
+        return progress.seconds
+
+
+def _report(
+    arguments: argparse.Namespace, segments: Sequence[Segment], state: shards.State, seconds: Counter[str]
+) -> int:
     ours = {s.segment_id for s in segments}
-    clips = ours & set(shards.read_ids(arguments.out)[0])
-    reasons = Counter(r.reason for r in shards.read_rejections(arguments.out) if r.segment_id in ours)
+    clips = ours & state.clip_ids
+    reasons = Counter(r.reason for i, r in state.rejections.items() if i in ours)
     say(f"{len(clips)} clips and {sum(reasons.values())} rejections of {len(segments)} segments in {arguments.out}")
     for reason, count in reasons.most_common():
         say(f"  rejected, {reason}: {count}")

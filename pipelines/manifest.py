@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
 import json
 import logging
 import math
@@ -17,7 +16,7 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import redirect_stderr, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,10 +29,10 @@ from avsep import audioset, storage
 from avsep.audioset import BadLine, Counts
 from avsep.objects import OBJECT_NAMES, OBJECTS
 from avsep.records import SEGMENT_SCHEMA, SPLITS, Segment, segment_from_row, segments_to_table
+from pipelines import execution
 
 logging.disable(logging.WARNING)  # beam warns of cloud clients that nobody asked for
 import apache_beam as beam  # noqa: E402
-from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions  # noqa: E402
 from apache_beam.pvalue import AsSingleton, TaggedOutput  # noqa: E402
 
 logging.disable(logging.NOTSET)
@@ -43,7 +42,6 @@ BATCH_ROWS = 10_000
 SHARD_ROWS = 500_000  # about 40 MB in memory
 ROW_GROUP_ROWS = 50_000
 SAMPLE_PERCENT = 2.0  # of the ids, to find the ranges of several shards
-LOCAL_RUNNER = "FnApiRunner"  # Beam's default one tries to download another runner first
 STAGING = "_manifest_in_progress"
 
 EPILOG = """\
@@ -459,29 +457,6 @@ def _check_columns(uri: str, columns: Sequence[str]) -> None:
         print("the table has no column 'split': every segment is in split train")
 
 
-def beam_options(arguments: list[str]) -> PipelineOptions:
-    """Turn arguments that aren't ours into Beam's options. Raises ValueError for what it doesn't know."""
-    if arguments and not arguments[0].startswith("--"):
-        raise ValueError(f"unexpected argument {arguments[0]!r}; see --help")
-    messages = io.StringIO()
-    try:
-        with redirect_stderr(messages):  # argparse would print all of Beam's options
-            options = PipelineOptions([f"--runner={LOCAL_RUNNER}", *arguments])
-            given = options.get_all_options(retain_unknown_options=True)
-    except SystemExit:
-        raise ValueError(messages.getvalue().rsplit("error: ", 1)[-1].strip()) from None
-    unknown = set(given) - set(PipelineOptions([]).get_all_options())
-    if unknown and is_local(options):  # other runners bring options of their own
-        option = next(a for a in arguments if a.split("=")[0].lstrip("-").replace("-", "_") in unknown)
-        raise ValueError(f"unknown option {option}: neither ours (see --help) nor Beam's")
-    return options
-
-
-def is_local(options: PipelineOptions) -> bool:
-    """Tell our default runner from others."""
-    return options.view_as(StandardOptions).runner == LOCAL_RUNNER
-
-
 def report_lines(statistics: dict[str, Any], out: str, segments: list[str]) -> list[str]:
     """Say in a few lines what a run made."""
     dropped = {"no_object": "without our objects", "duplicate": "duplicates", "also_in_eval": "also in eval"}
@@ -523,7 +498,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
-        options = beam_options(others)
+        options = execution.beam_options(others)
         out = storage.resolve(args.out, ".")
         if args.table:
             if args.ontology or args.own_node_only:
@@ -550,7 +525,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"reading {', '.join(map(storage.name, uris))} in {len(blocks)} blocks", flush=True)
     try:
         build(pipeline, blocks, read, uris, staging, repeats_are_bad=bool(args.table))
-        if is_local(options):  # what a step raises comes back to us; Beam would print its traceback first
+        if execution.is_local(options):  # what a step raises comes back to us; Beam would print its traceback first
             logging.getLogger("apache_beam.runners.common").setLevel(logging.CRITICAL)
         pipeline.run().wait_until_finish()
         segments = commit(staging, out)

@@ -21,6 +21,7 @@ class Recipe:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     practice: int = 0  # mixtures of solos, on which the bases' context is learned; 0: none
+    second_pass: bool = False  # train again, on the mixtures too, with targets from the first pass and its context
     separation: SeparationConfig = field(default_factory=SeparationConfig)
 
 
@@ -29,10 +30,17 @@ def default() -> Recipe:
     return Recipe(
         "default",
         network=NetworkConfig(
-            published_head=False, hidden=768, linear_bins=801, square_root=True, log_bands=True, dropout=0.3
+            published_head=False,
+            hidden=768,
+            linear_bins=801,
+            square_root=True,
+            log_bands=True,
+            statistics=True,
+            dropout=0.3,
         ),
         training=TrainingConfig(epochs=16, schedule="one_cycle", warp=0.06),
-        practice=400,
+        practice=600,
+        second_pass=True,
     )
 
 
@@ -41,12 +49,12 @@ def paper() -> Recipe:
     return Recipe(
         "paper",
         training=TrainingConfig(loss="multilabel_margin", epochs=140),
-        separation=SeparationConfig(assignment="threshold", mask_power=1.0),
+        separation=SeparationConfig(assignment="threshold", mask_power=1.0, n_factorizations=1),
     )
 
 
 def audioset() -> Recipe:
-    """The default for AudioSet's 190,000 clips: fewer passes over many more clips."""
+    """The default for AudioSet's 190,000 clips: fewer epochs over many more clips, once."""
     base = default()
     return Recipe(
         "audioset",

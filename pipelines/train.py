@@ -1,6 +1,8 @@
 """Train the MIML network on clip shards with Ray Train, and write the model directory.
 
-After every epoch a checkpoint is written to OUT/checkpoint.pt; a killed run goes on with --resume.
+The default recipe then mixes clips in which one object plays alone, learns on the mixtures which bases
+belong together, and trains the network a second time, on them too. After every epoch a checkpoint is
+written to OUT; a killed run goes on with --resume.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import os
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -22,8 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from avsep import bags, plots, practice, shards, stages, storage, training
-from avsep.context import BasisContext
+from avsep import bags, evidence, plots, practice, shards, stages, storage, training
 from avsep.miml import MIML
 from avsep.model import LABELLER_FILE, MODEL_FILES, LabellerConfig, Model, ModelConfig, versions
 from avsep.records import ClipRecord, clips_from_table
@@ -41,6 +41,8 @@ _SOLOS_AN_OBJECT = 100  # that practice mixtures draw from
 _SOLO_FILES = 200  # in which they are looked for
 HISTORY_FILE = "history.json"
 _MAPS = 4  # relation maps drawn
+_VAL_MIXTURES = 64
+_MIXTURES_FILE, _VAL_MIXTURES_FILE = "practice.pt", "practice-val.pt"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def fit(job: dict[str, Any], rank: int = 0, n_ranks: int = 1, report: Any = None) -> None:
-    """Train to the end from the job's checkpoint, if there is one: the body of one training worker."""
+    """Train to the end of a pass from its checkpoint, if there is one: the body of one training worker."""
     files, out = job["files"], job["out"]
     config: ModelConfig = job["config"]
     training_config: training.TrainingConfig = job["training"]
@@ -72,30 +74,36 @@ def fit(job: dict[str, Any], rank: int = 0, n_ranks: int = 1, report: Any = None
     optimiser, schedule = training.optimiser_for(network, training_config)
     history = training.History()
     best: dict[str, torch.Tensor] = {}
-    path = storage.join(out, "checkpoint.pt")
+    path = _checkpoint(out, job["pass"])
     if storage.exists(path):
         saved = torch.load(io.BytesIO(storage.read_bytes(path)), map_location=device, weights_only=True)
         network.load_state_dict(saved["network"])
         optimiser.load_state_dict(saved["optimiser"])
         schedule.load_state_dict(saved["schedule"])
         history.rows, best = saved["history"], saved["best"]
+    teacher, mixtures, val_mixtures = None, None, None
+    if job["pass"] > 1:
+        taught = Model.load(storage.join(out, "model"))
+        teacher = practice.Teacher(taught.network, taught.context) if taught.context else None
+        mixtures, val_mixtures = _read_mixtures(out, _MIXTURES_FILE), _read_mixtures(out, _VAL_MIXTURES_FILE)
     val = bags.load_bags(files, config.labels, "val")
-    train = bags.load_bags(files, config.labels, "train") if job["in_memory"] else None
+    whole = bags.load_bags(files, config.labels, "train", teacher, mixtures) if job["in_memory"] else None
     batch_size = training.batch_size_for(job["n_train"], training_config)
     for epoch in range(len(history.rows), training_config.epochs):
         started = time.monotonic()
         torch.manual_seed(training_config.seed * 1_000_003 + epoch)  # dropout, alike after a resume
         seed = training_config.seed * 1_000_003 + epoch
         batches = (
-            training.shuffled_batches(train, batch_size, seed)
-            if train is not None
-            else bags.streamed_batches(files, config.labels, "train", batch_size, seed)
+            training.shuffled_batches(whole, batch_size, seed)
+            if whole is not None
+            else bags.streamed_batches(files, config.labels, "train", batch_size, seed, teacher=teacher, more=mixtures)
         )
         row = training.train_epoch(network, _share(batches, rank, n_ranks), optimiser, training_config, epoch)
         if val is not None:
             pieces = (val.take(slice(i, i + 256)) for i in range(0, len(val), 256))
-            row |= training.validate(network, pieces, training_config)
+            row |= training.validate(network, pieces, training_config, val_mixtures)
         row |= {
+            "pass": job["pass"],
             "epoch": epoch,
             "learning_rate": float(schedule.get_last_lr()[0]),
             "seconds": time.monotonic() - started,
@@ -106,7 +114,8 @@ def fit(job: dict[str, Any], rank: int = 0, n_ranks: int = 1, report: Any = None
             best = {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
         if rank == 0:
             _save_checkpoint(path, job["settings"], network, optimiser, schedule, history, best)
-            storage.write_text(storage.join(out, HISTORY_FILE), json.dumps(history.rows, indent=1))
+            rows = [*job["earlier_rows"], *history.rows]
+            storage.write_text(storage.join(out, HISTORY_FILE), json.dumps(rows, indent=1))
         if report:
             report(row)
     if rank == 0:
@@ -115,6 +124,23 @@ def fit(job: dict[str, Any], rank: int = 0, n_ranks: int = 1, report: Any = None
         Model(replace(config, training=asdict(training_config) | {"chosen": chosen}), network).save(
             storage.join(out, "model")
         )
+
+
+def _checkpoint(out: str, number: int) -> str:
+    return storage.join(out, "checkpoint.pt" if number == 1 else f"checkpoint-{number}.pt")
+
+
+def _read_mixtures(out: str, name: str) -> training.Bags | None:
+    path = storage.join(out, name)
+    if not storage.exists(path):
+        return None
+    return training.Bags(**torch.load(io.BytesIO(storage.read_bytes(path)), weights_only=True))
+
+
+def _write_mixtures(out: str, name: str, practices: Sequence[practice.Practice]) -> None:
+    buffer = io.BytesIO()
+    torch.save(vars(practice.as_bags(practices)), buffer)
+    storage.write_bytes(storage.join(out, name), buffer.getbuffer())
 
 
 @contextlib.contextmanager
@@ -128,7 +154,7 @@ def following(out: str, epochs: int) -> Iterator[None]:
         if (now := len(rows)) > said:
             said = now
             row = rows[-1]
-            keys = [k for k in ("val_loss", "val_map", "val_agreement") if k in row]
+            keys = [k for k in ("val_loss", "val_map", "val_agreement", "val_assignment") if k in row]
             figures = ", ".join(f"{k.removeprefix('val_')} {row[k]:.3f}" for k in keys)
             seconds = sum(r["seconds"] for r in rows) / now
             tail = f"; validation {figures}" if figures else ""
@@ -259,17 +285,23 @@ def run(arguments: argparse.Namespace) -> int:
         "in_memory": n_train * config.n_bases * config.stft.n_bins * 2 < _IN_MEMORY_BYTES,
         "threads": min(2, os.cpu_count() or 1),
         "settings": settings,
+        "pass": 1,
+        "earlier_rows": [],
     }
     if not arguments.resume:
-        for old in ("checkpoint.pt", HISTORY_FILE, *(f"model/{f}" for f in MODEL_FILES)):  # of an earlier run
+        made = ("checkpoint.pt", "checkpoint-2.pt", HISTORY_FILE, _MIXTURES_FILE, _VAL_MIXTURES_FILE)
+        for old in (*made, *(f"model/{f}" for f in MODEL_FILES)):  # of an earlier run
             storage.delete_file(storage.join(out, old))
-    with execution.session(arguments.in_process) as runner, following(out, training_config.epochs):
-        if isinstance(runner, execution.InProcess):
-            fit(job)
-        else:
-            train_on_ray(job, runner)
-        if recipe.practice:
-            learn_context(runner, job, min(recipe.practice, 2 * n_train))
+    passes = 2 if recipe.second_pass else 1
+    with execution.session(arguments.in_process) as runner, following(out, passes * training_config.epochs):
+        train_pass(runner, job)
+        practices = make_mixtures(runner, job, min(recipe.practice, 2 * n_train)) if recipe.practice else []
+        if practices:
+            learn_context(runner, job, practices, epochs=20 if recipe.second_pass else 40)
+        if practices and recipe.second_pass:
+            rows = json.loads(storage.read_bytes(storage.join(out, HISTORY_FILE)))
+            train_pass(runner, job | {"pass": 2, "earlier_rows": [r for r in rows if r["pass"] == 1]})
+            learn_context(runner, job, practices)
     labeller = storage.join(arguments.clips, LABELLER_FILE)
     if storage.exists(labeller):  # the clips' own picture network goes with the model
         storage.write_bytes(storage.join(out, "model", LABELLER_FILE), storage.read_bytes(labeller))
@@ -290,49 +322,76 @@ def _count(path: str, config: ModelConfig) -> tuple[int, int]:
     return counts["train"], counts["val"]
 
 
-def learn_context(runner: execution.Runner, job: dict[str, Any], n_mixtures: int) -> None:
-    """Mix clips in which one object plays alone, learn on them which bases belong together, add it to the model."""
-    directory = storage.join(job["out"], "model")
+def train_pass(runner: execution.Runner, job: dict[str, Any]) -> None:
+    """Train the network over all epochs."""
+    if isinstance(runner, execution.InProcess):
+        fit(job)
+    else:
+        train_on_ray(job, runner)
+
+
+def make_mixtures(runner: execution.Runner, job: dict[str, Any], n_mixtures: int) -> list[practice.Practice]:
+    """Mix clips in which one object plays alone; return training clips' mixtures, and keep them and validation's."""
+    out, config = job["out"], job["config"]
     files = job["files"][:_SOLO_FILES]  # each is a random sample of the clips
-    parts = execution.map_in_order(runner, solos_of_file, [(directory, f) for f in files])
-    solos = [s for part in parts for s in part]
-    counts = Counter(s.object_index for s in solos)
-    if len(counts) < 2:
+    parts = execution.map_in_order(runner, solos_of_file, [(storage.join(out, "model"), f) for f in files])
+    made: dict[str, list[practice.Practice]] = {}
+    for split, wanted in (("train", n_mixtures), ("val", min(_VAL_MIXTURES, n_mixtures))):
+        solos = [s for part in parts for s in part[split]]
+        objects = {s.object_index for s in solos}
+        if len(objects) < 2:
+            continue
+        kept = [s for i in sorted(objects) for s in [t for t in solos if t.object_index == i][:_SOLOS_AN_OBJECT]]
+        n_frames = int(np.median([s.activations.shape[1] for s in kept]))
+        shape = (len(config.objects), config.stft.n_bins, config.n_bases, n_frames)
+        shared = runner.share(kept)
+        items = [(shared, *shape, range(i, min(i + 10, wanted))) for i in range(0, wanted, 10)]
+        with execution.Progress(f"practise ({split})", wanted, "mixtures") as progress:
+            done: dict[int, list[practice.Practice]] = {}
+            for first, mixtures in runner.map(mix_batch, items):
+                done[first] = mixtures
+                progress.add(len(mixtures))
+        made[split] = [p for first in sorted(done) for p in done[first]]
+    if "train" not in made:
         say("train: the clips hold no solos of two objects to practise on, so bases are assigned one by one")
-        return
-    kept = [s for i in counts for s in [t for t in solos if t.object_index == i][:_SOLOS_AN_OBJECT]]
+        return []
+    if "val" not in made:  # its clips hold no solos: the last mixtures of training clips stand in
+        kept_back = max(1, len(made["train"]) // 10)
+        made["train"], made["val"] = made["train"][:-kept_back], made["train"][-kept_back:]
+    for split, name in (("train", _MIXTURES_FILE), ("val", _VAL_MIXTURES_FILE)):
+        _write_mixtures(out, name, made[split])
+    return made["train"]
+
+
+def learn_context(
+    runner: execution.Runner, job: dict[str, Any], practices: list[practice.Practice], epochs: int = 40
+) -> None:
+    """Learn on practice mixtures which bases belong together, and add it to the model."""
+    directory = storage.join(job["out"], "model")
     model = Model.load(directory)
-    config = model.config
-    n_frames = int(np.median([s.activations.shape[1] for s in kept]))
-    shared = runner.share(kept)
-    items = [
-        (shared, len(config.objects), config.stft.n_bins, config.n_bases, n_frames, range(i, min(i + 10, n_mixtures)))
-        for i in range(0, n_mixtures, 10)
-    ]
-    with execution.Progress("practise", n_mixtures, "mixtures") as progress:
-        done: dict[int, list[practice.Practice]] = {}
-        for first, mixtures in runner.map(mix_batch, items):
-            done[first] = mixtures
-            progress.add(len(mixtures))
-    practices = [p for first in sorted(done) for p in done[first]]
-    ((model.context, figures),) = runner.map(fit_context, [(model.network, practices, job["training"].seed)])
+    files = job["files"][:_SOLO_FILES]
+    item = (job["out"], model, practices, files, epochs, job["training"].seed)
+    ((model, figures),) = runner.map(fit_context, [item])
     say(
         f"train: cross-entropy of bases of held-out mixtures: {figures['before']:.3f} one by one, "
         f"{figures['after']:.3f} together"
     )
-    Model(replace(config, context=True), model.network, None, model.context).save(directory)
+    heard, silent = model.config.evidence.shown_when_heard, model.config.evidence.shown_when_silent
+    say(f"train: labels name {heard:.0%} of the objects that sound, and {silent:.1%} of those that don't")
+    model.save(directory)
 
 
-def solos_of_file(model_dir: str, path: str) -> list[practice.Solo]:
-    """Find one file's training clips in which an object plays alone."""
+def solos_of_file(model_dir: str, path: str) -> dict[str, list[practice.Solo]]:
+    """Find one file's clips, by split, in which an object plays alone."""
     execution.one_thread()
     model = Model.load(model_dir)
-    solos = []
+    solos: dict[str, list[practice.Solo]] = {"train": [], "val": []}
     for record in clips_from_table(shards.read_table(path)):
         labels = bags.decide_labels(record.labels, record.image_logits, model.config.labels)
-        if record.split == "train" and labels is not None and labels.any():
-            solos.append(practice.find_solo(model.network, record, labels))
-    return [s for s in solos if s is not None]
+        if record.split in solos and labels is not None and labels.any():
+            solo = practice.find_solo(model.network, record, labels)
+            solos[record.split] += [solo] if solo else []
+    return solos
 
 
 def mix_batch(
@@ -343,10 +402,19 @@ def mix_batch(
     return seeds[0], [practice.mix_solos(solos, n_objects, n_bins, n_bases, n_frames, seed) for seed in seeds]
 
 
-def fit_context(network: MIML, practices: list[practice.Practice], seed: int) -> tuple[BasisContext, dict[str, float]]:
-    """Train the context, in one worker."""
+def fit_context(
+    out: str, model: Model, practices: list[practice.Practice], files: list[str], epochs: int, seed: int
+) -> tuple[Model, dict[str, float]]:
+    """Train the context, and learn how far to believe sound and pictures, in one worker."""
     execution.one_thread()
-    return practice.train_context(network, practices, seed=seed)
+    model.context, figures = practice.train_context(model.network, practices, epochs=epochs, seed=seed)
+    mixtures = _read_mixtures(out, _VAL_MIXTURES_FILE) or practice.as_bags(practices)
+    learned = evidence.fit_sound(training.object_shares(model.network, mixtures), mixtures.labels)
+    clips = bags.load_bags(files, model.config.labels, "train")
+    if clips is not None:
+        learned = evidence.fit_pictures(learned, training.object_shares(model.network, clips), clips.labels)
+    model.config = replace(model.config, context=True, evidence=learned)
+    return model, figures
 
 
 def draw_figures(out: str, clips: str) -> None:
@@ -359,7 +427,7 @@ def draw_figures(out: str, clips: str) -> None:
         shown += itertools.islice(shards.read_clips(clips, split=split), _MAPS - len(shown))
     for record in shown:
         with torch.inference_mode():
-            relation = model.network.relation(torch.from_numpy(record.bases.T.astype("float32"))[None])[0]
+            relation = model.network.relate(*(torch.from_numpy(x) for x in record.factors()))
         frame = stages.middle_picture(record.source, record.start_s, record.start_s + record.duration_s)
         figure = plots.relation_map(relation.numpy(), model.config.objects, record.basis_energy, frame)
         storage.write_bytes(storage.join(out, "relation_maps", f"{record.segment_id}.png"), figure)

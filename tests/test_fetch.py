@@ -830,3 +830,77 @@ def test_what_the_exceptions_are_counts() -> None:
     assert classify("Nothing here", status=410) == (Reason.REMOVED, False)
     assert classify(f"timed out{REPORT}", kinds=["TransportError"]) == (Reason.TRANSIENT, True)
     assert json.dumps(classify("Private video")) == '["private", false]'
+
+
+# What outlives a run
+
+
+def test_a_restarted_budget_goes_on_where_the_last_one_stopped() -> None:
+    """Tokens are spent, pauses last, strikes count; time that passed in between does, too."""
+    clock, wall = Clock(), Clock()
+    made = [EgressIdentity("a"), EgressIdentity("b")]
+
+    def open_budget() -> EgressBudget:
+        return EgressBudget(made, per_hour=360, burst=5, clock=Clock(), wall=wall, jitter=lambda: 0.0)
+
+    first = EgressBudget(made, per_hour=360, burst=5, clock=clock, wall=wall, jitter=lambda: 0.0)
+    one, two = of(first.acquire()), of(first.acquire())
+    first.report(one, Reason.EGRESS_BLOCKED)
+    first.report(two, None)
+    kept = json.loads(json.dumps(first.state()))
+
+    wall.now += 100
+    second = open_budget()
+    second.restore(kept)
+    status = {s.name: s for s in second.status()}
+    assert status[one.identity.name].paused_s == 500 and status[one.identity.name].strikes == 1
+    assert status[two.identity.name].paused_s == 0
+    assert [s.tokens for s in second.status()] == [5.0, 5.0]  # 100 s are ten tokens; five are kept
+
+    wall.now += 3600
+    third = open_budget()
+    third.restore(kept)
+    assert all(s.paused_s == 0 for s in third.status())
+
+    again = EgressBudget(made, per_hour=360, burst=5, clock=Clock(), wall=lambda: kept["at"])
+    again.restore(kept)  # at once: nothing is to be had that wasn't before
+    assert isinstance(again.acquire(), float)
+
+
+def test_machines_restarted_budget_knows_them() -> None:
+    first = EgressBudget(per_hour=60, wall=lambda: 0.0)
+    of(first.acquire("x"))
+    second = EgressBudget(per_hour=60, wall=lambda: 0.0)
+    second.restore(first.state())
+    assert isinstance(second.acquire("x"), float) and isinstance(second.acquire("y"), Lease)
+
+
+def test_a_source_is_downloaded_by_one_at_a_time() -> None:
+    clock = Clock()
+    shared = EgressBudget([EgressIdentity("a")], per_hour=36_000, burst=10, clock=clock, trial_s=60)
+    clock.now += 10
+    first = of(shared.acquire("m", "youtube:x"))
+    assert isinstance(shared.acquire("n", "youtube:x"), float)
+    assert isinstance(shared.acquire("n", "youtube:y"), Lease)
+    shared.report(first, None)
+    of(shared.acquire("n", "youtube:x"))
+    clock.now += 61  # its worker was killed and never answered
+    of(shared.acquire("m", "youtube:x"))
+
+
+def test_segments_of_one_video_share_its_download(server: Server, store: str, options: FetchOptions) -> None:
+    """Four workers, four segments, one transfer; one of them goes past the end and says so in its turn."""
+    shared = EgressBudget([EgressIdentity("a")], per_hour=1e6, burst=10)
+    url = server.url("ok/film.mp4")
+    several = [segment(url, 2.0 * i, 2.0 * i + 2, name=f"s{i}") for i in range(3)]
+    late = segment(url, LENGTH_S + 5.0, LENGTH_S + 7.0, name="late")
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(fetch, s, store, shared, options, siblings=(*several, late)) for s in several]
+        results = [j.result() for j in jobs]
+    assert sorted(r.attempts for r in results) == [0, 0, 1]
+    for s, r in zip(several, results, strict=True):
+        alone = fetch(s, f"{store}-alone", budget(), options)
+        assert Path(r.path).read_bytes() == Path(alone.path).read_bytes()
+    assert shared.status()[0].outcomes == {"ok": 1}
+    error = failure(late, f"{store}-late", options)
+    assert error.reason == Reason.PAST_END

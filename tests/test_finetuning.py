@@ -68,7 +68,7 @@ def test_targets_weigh_three_voices() -> None:
         scores[multi_hot([name])], shares[multi_hot([name])] = score, share
     assert finetuning.targets("labels", given, shares, scores, model()) is given
     expected = {
-        "agreement": ["drum", "flute"],  # 0.1 · 0.5 and 0.9 · 0.3 are above 0.3 · 0.08
+        "agreement": ["drum", "flute"],  # both heard for sure, and 0.1 and 0.9 are above 0.05
         "both": ["drum", "flute"],  # given and heard; seen and heard; the dog is only given, the cat only seen
     }
     for kind, names in expected.items():

@@ -10,9 +10,9 @@ ROOT = Path(__file__).parent.parent
 
 # Each layer may import itself and those above it in this list (DESIGN.md).
 LAYERS = (
-    ("stft", "nmf", "metrics", "objects"),
-    ("miml", "training"),
-    ("media", "fetch", "egress", "storage", "vision", "records", "shards"),
+    ("stft", "nmf", "nmf_cpu", "metrics", "objects"),
+    ("miml", "training", "evidence"),
+    ("media", "fetch", "egress", "storage", "vision", "records", "shards", "lock"),
     (
         "stages",
         "dictionary",
@@ -23,6 +23,7 @@ LAYERS = (
         "plots",
         "report",
         "audioset",
+        "audit",
         "bags",
         "context",
         "practice",
@@ -59,7 +60,7 @@ FLAGS = {
     "avsep inspect": set(),
     "avsep label": {"--weights", "--architecture"},
 }  # fmt: skip
-LATER_PIPELINES = {"audit", "serve"}
+LATER_PIPELINES = {"serve"}
 
 
 def imports(path: Path) -> set[str]:
@@ -149,13 +150,13 @@ SIGNATURES = {
     "stft.STFT": "(sample_rate=48000, n_fft=4800, hop_length=2400)",
     "stft.STFT.__call__": "(self, waveform)",
     "stft.STFT.inverse": "(self, spectrogram, length)",
-    "nmf.factorize": "(V, n_bases, *, n_iter=200, seeds=None, W0=None, H0=None)",
+    "nmf.factorize": "(V, n_bases, *, n_iter=200, seeds=None, W0=None, H0=None, accelerated=False)",
     "nmf.infer_activations": "(V, W, *, n_iter=100)",
     "nmf.kl_divergence": "(V, W, H)",
     "objects.object_scores": "(image_logits)",
     "objects.weak_labels": "(scores, threshold=0.3, best_threshold=0.05)",
-    "miml.MIML.forward": "(self, bases, valid=None)",
-    "miml.MIML.relation": "(self, bases, valid=None)",
+    "miml.MIML.forward": "(self, bases, valid=None, statistics=None)",
+    "miml.MIML.relation": "(self, bases, valid=None, statistics=None)",
     "miml.multilabel_margin": "(scores, labels)",
     "dictionary.select_bases": "(posteriors, objects, threshold=0.5)",
     "dictionary.BasisDictionary.load": "(path)",

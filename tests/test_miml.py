@@ -1,8 +1,19 @@
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from avsep.miml import MIML, basis_posteriors, energy_shares, multilabel_margin, partial_label_loss
+from avsep.miml import (
+    MIML,
+    N_STATISTICS,
+    activation_statistics,
+    basis_posteriors,
+    energy_shares,
+    multilabel_margin,
+    partial_label_loss,
+    target_loss,
+)
 
 
 def seeded(*shape: int, seed: int = 0) -> Tensor:
@@ -150,3 +161,41 @@ def test_energy_shares_weigh_bases_by_the_root_of_their_energy() -> None:
     shares = energy_shares(posteriors, torch.tensor([[9.0, 1.0, 4.0]]) / 14)
     assert shares[0].tolist() == pytest.approx([(3 + 1) / 6, 1 / 6])
     assert not energy_shares(posteriors, torch.zeros(1, 3)).any()  # a silent clip
+
+
+def test_statistics_tell_struck_from_held_and_know_no_level() -> None:
+    n = torch.arange(60.0)
+    held, struck = torch.ones(60), torch.exp(-(n % 20) / 3)
+    H = torch.stack([held, struck, 7 * struck])[None]
+    held_stats, struck_stats, louder = activation_statistics(H)[0]
+    assert held_stats.shape == (N_STATISTICS,)
+    torch.testing.assert_close(struck_stats, louder)
+    torch.testing.assert_close(held_stats[:4], torch.tensor([1.0, 0.0, 1.0, 1.0]))
+    assert struck_stats[4] > 0.8 and held_stats[4] == 0  # the largest rise
+    assert held_stats[-1] == pytest.approx(59 / 60, abs=0.02) and struck_stats[-1] < 0.1  # how often steady
+    for short in (1, 2, 5):
+        assert bool(activation_statistics(torch.rand(1, 2, short)).isfinite().all())
+
+
+def test_a_network_that_reads_statistics_needs_them() -> None:
+    network = small(published_head=False, statistics=True)
+    W, H = seeded(20, 4).abs(), seeded(4, 30, seed=1).abs()
+    with pytest.raises(ValueError, match="statistics"):
+        network.relation(W.T[None])
+    relation = network.relate(W, H)
+    assert relation.shape == (5, 4)
+    torch.testing.assert_close(relation, network.relation(W.T[None], statistics=activation_statistics(H[None]))[0])
+    assert not torch.allclose(relation, network.relate(W, H.flip(0)))
+    plain = small()
+    torch.testing.assert_close(plain.relate(W, H), plain.relation(W.T[None])[0])
+
+
+def test_target_loss_is_the_cross_entropy_of_known_shares() -> None:
+    """By hand: two bases of posteriors (1/2, 1/4, 1/4) and (1/4, 1/2, 1/4), noise last, the second weighing three."""
+    relation = torch.tensor([[[2.0, 1.0], [1.0, 2.0]]]).log()
+    targets = torch.tensor([[[1.0, 0.5], [0.0, 0.5], [0.0, 0.0]]])
+    expected = (1 * math.log(2) + 3 * 0.5 * (math.log(4) + math.log(2))) / 4
+    assert float(target_loss(relation, targets, torch.tensor([[1.0, 3.0]]))) == pytest.approx(expected)
+    padded = torch.cat([targets, torch.zeros(1, 3, 1)], 2)
+    wider = torch.cat([relation, torch.zeros(1, 2, 1)], 2)
+    assert float(target_loss(wider, padded, torch.tensor([[1.0, 3.0, 0.0]]))) == pytest.approx(expected)

@@ -6,10 +6,20 @@ import pytest
 import torch
 from sklearn.decomposition import NMF
 
-from avsep import nmf
+from avsep import nmf, nmf_cpu
 from avsep.nmf import factorize, infer_activations, kl_divergence
 from avsep.stft import STFT
 from avsep.synthetic import planted_bases
+
+
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs on the compiled kernel and on plain torch."""
+    if request.param == "torch":
+        monkeypatch.setattr(nmf_cpu, "load", lambda: None)
+    elif nmf_cpu.load() is None:
+        pytest.skip("no compiled kernel for this processor")
+    return request.param
 
 
 def uniform(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -194,6 +204,25 @@ def test_rows_are_walked_in_blocks_without_a_seam(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(nmf, "_CPU_BLOCK", 32)  # two blocks and a shorter one
     pieces = factorize(V, 3, n_iter=10)
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(whole, pieces, strict=True))
+
+
+def test_acceleration_ends_no_worse() -> None:
+    for seed in range(4):
+        V = spectrogram(seed)
+        exact, accelerated = (
+            float(kl_divergence(V, *factorize(V, 8, n_iter=200, seeds=seed, accelerated=a))) for a in (False, True)
+        )
+        assert accelerated <= 1.002 * exact
+
+
+def test_acceleration_of_a_batch_with_silence_in_it() -> None:
+    V = torch.stack([spectrogram(1), torch.zeros(301, 61), spectrogram(2)])
+    W, H = factorize(V, 5, n_iter=60, seeds=[1, 2, 3], accelerated=True)
+    assert not W[1].any() and not H[1].any() and torch.isfinite(W).all() and torch.isfinite(H).all()
+    alone, _ = factorize(V[2], 5, n_iter=60, seeds=3, accelerated=True)
+    assert torch.allclose(W[2], alone, rtol=1e-3, atol=1e-4)
+    few = factorize(V[0], 5, n_iter=20, accelerated=True)  # too few to be worth it: the exact ones
+    assert torch.equal(few[0], factorize(V[0], 5, n_iter=20)[0])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

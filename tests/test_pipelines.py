@@ -511,3 +511,30 @@ def test_remote_segments_are_fetched_once_and_kept(run, rendered, web, tmp_path)
     assert shards.read_ids(first) == (["-a_b", "gone"], [])
 
     assert extract.main(["--segments", segments, "--out", str(tmp_path / "x"), "--in-process"]) == 2  # no --media
+
+
+def test_extraction_follows_a_fetch_live(rendered, web, tmp_path, monkeypatch, capfd):
+    """While one run downloads, an extraction to the same folder takes what has come and downloads nothing."""
+    address, asked = web
+    names = [p.name for p in sorted((rendered / "clips").glob("*train*"))[:3]]
+    rows = [
+        {"segment_id": f"s{i}", "source": f"{address}/{n}", "start_s": 0, "end_s": 2, "labels": "drum"}
+        for i, n in enumerate([*names, "gone.mp4"])
+    ]
+    segments, store, out = table_of(tmp_path, rows), str(tmp_path / "media"), str(tmp_path / "out")
+    arguments = ["--segments", segments, "--media", store, "--out", out, "--in-process"]
+    program = [sys.executable, "-m", "pipelines.extract", *arguments, "--until", "fetch", "--rate", "1000"]
+    fetching = subprocess.Popen(program, stdout=subprocess.DEVNULL)
+    wait_for((tmp_path / "media" / "fetch.lock").exists, fetching)
+    assert extract.main([*arguments, "--until", "fetch"]) == 2  # it is at it
+    assert "in use by process" in capfd.readouterr().err
+    monkeypatch.setattr(extract, "_FOLLOW_S", 1.0)
+    assert extract.main(arguments) == 0
+    assert "another run downloads" in capfd.readouterr().out
+    assert fetching.wait(timeout=60) == 0
+    assert shards.read_ids(out) == (["s0", "s1", "s2"], ["s3"])
+    assert max(sum(n in path for path in asked) for n in names) <= 3  # each was downloaded by one of them
+    egress = json.loads((tmp_path / "media" / "egress.json").read_text())
+    assert len(egress["identities"]) == 1
+    for status in ("status.json", "fetch-status.json"):
+        assert json.loads((tmp_path / "out" / status).read_text())["done"] == 4

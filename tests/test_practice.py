@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from avsep.context import N_PAIR_FEATURES, BasisContext, pair_features
-from avsep.miml import MIML
-from avsep.practice import Practice, Solo, find_solo, log_posteriors, mix_solos, source_shares, train_context
+from avsep.miml import MIML, N_STATISTICS, basis_posteriors
+from avsep.practice import Practice, Solo, Teacher, as_bags, find_solo, mix_solos, source_shares, train_context
 from avsep.records import ClipRecord
 
 F, N, L = 61, 80, 4
@@ -21,7 +21,7 @@ class Told(MIML):
         super().__init__(F, L, hidden=8)
         self.scores = scores
 
-    def _score(self, bases: torch.Tensor) -> torch.Tensor:
+    def _score(self, bases: torch.Tensor, statistics: torch.Tensor | None = None) -> torch.Tensor:
         return self.scores(bases)
 
 
@@ -37,15 +37,24 @@ def test_source_shares_are_the_energies_of_disjoint_sources():
 
 
 def test_context_starts_as_the_posterior_among_present_objects():
-    z = torch.randn(2, L, 5)
+    posteriors = torch.randn(2, L + 1, 5).softmax(1)
     present = torch.tensor([[True, True, False, False], [True, False, True, True]])
     pairs = pair_features(torch.rand(2, 5, F), torch.rand(2, 5, N), torch.full((2, 5), 0.2))
     assert pairs.shape == (2, 5, 5, N_PAIR_FEATURES)
-    q = BasisContext()(z, pairs, present)
+    q = BasisContext()(posteriors, pairs, present)
+    torch.testing.assert_close(q.exp().sum(1), torch.ones(2, 5))
     for clip in range(2):
         there = present[clip]
-        torch.testing.assert_close(q[clip, there], z[clip, there].log_softmax(0))
-        assert bool((q[clip, ~there] == -torch.inf).all())
+        among = posteriors[clip, :-1][there].log().log_softmax(0)
+        torch.testing.assert_close(q[clip, :-1][there].log_softmax(0), among)
+        assert bool((q[clip, :-1][~there] == -torch.inf).all())
+
+
+def test_context_leaves_to_the_rest_what_absent_objects_and_noise_explain():
+    posteriors = torch.tensor([0.98, 0.01, 0.004, 0.003, 0.003, 0.01, 0.97, 0.01, 0.005, 0.005]).reshape(1, 2, 5).mT
+    pairs = pair_features(torch.rand(1, 2, F), torch.rand(1, 2, N), torch.full((1, 2), 0.5))
+    q = BasisContext()(posteriors, pairs, torch.tensor([[True, False, False, False]]))[0].exp()
+    assert q[0, 0] > 0.9 and q[-1, 1] > 0.9
 
 
 def test_pair_features_know_what_moves_together():
@@ -108,11 +117,40 @@ def test_context_learns_to_follow_bases_that_move_together():
         )
     known = {float(p.bases[k, 0]): k for p in practices for k in (0, 1)}  # nothing is known of the others
     network = Told(lambda x: torch.tensor([[9.0 * (known.get(float(b[0])) == j) for j in range(L)] for b in x]))
-    before = log_posteriors(network, practices[0].bases[None].float())
-    assert float(before[0, 0, 0]) > -0.1 and abs(float(before[0, 0, 5] - before[0, 1, 5])) < 1e-6
-    _, figures = train_context(network, practices, epochs=30)
+    before = basis_posteriors(network.relation(practices[0].bases[None].float()))[0].log()
+    assert float(before[0, 0]) > -0.1 and abs(float(before[0, 5] - before[1, 5])) < 1e-6
+    context, figures = train_context(network, practices, epochs=30)
     assert figures["before"] > 0.4
     assert figures["after"] < 0.3 * figures["before"]
+    told = practices[0].present.clone()
+    told[1] = False  # what moves with the second object's one known basis goes to the rest now
+    p = practices[0]
+    pairs = pair_features(p.bases[None].float(), p.activations[None], p.basis_energy[None])
+    q = context(basis_posteriors(network.relation(p.bases[None].float())), pairs, told[None])[0].exp().detach()
+    assert float((q[0] * p.shares[0]).sum() / p.shares[0].sum()) > 0.75
+    assert float((q[-1] * p.shares[1]).sum() / p.shares[1].sum()) > 0.75
+
+
+def test_a_teacher_says_whose_bases_are_from_pictures_and_sound():
+    """The pictures show 0; 1 is clearly heard; a basis like 2, hardly heard, is none of theirs."""
+    network = Told(lambda x: 6 * x[:, :L] - 3)
+    W = torch.zeros(F, 4)
+    W[0, :2], W[1, 2], W[2, 3] = 1, 1, 1
+    energy = torch.tensor([0.5, 0.2, 0.29, 0.0001])
+    targets = Teacher(network, BasisContext())(W, torch.rand(4, N), energy, torch.tensor([True, False, False, False]))
+    assert targets.shape == (L + 1, 4)
+    torch.testing.assert_close(targets.sum(0), torch.ones(4))
+    assert targets.argmax(0).tolist() == [0, 0, 1, L]
+    assert not targets[2].any()
+
+
+def test_practice_mixtures_become_bags_with_targets(solos):
+    mixtures = [mix_solos(solos, L, 90, 8, N, seed, n_iter=20) for seed in range(3)]
+    bags = as_bags(mixtures)
+    assert bags.targets is not None and bags.statistics is not None
+    assert bags.targets.shape == (3, L + 1, 8) and not bags.targets[:, -1].any()
+    assert bags.statistics.shape == (3, 8, N_STATISTICS)
+    assert torch.equal(bags.take(slice(1, 2)).targets, bags.targets[1:2])
 
 
 def record(bases: np.ndarray, energy: np.ndarray) -> ClipRecord:

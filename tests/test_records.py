@@ -111,7 +111,7 @@ def test_the_schema_is_the_contract() -> None:
     assert nullable == {"end_s", "objects", "labels", "image_logits"}
 
 
-@pytest.mark.parametrize("record", [*CLIPS, Segment("x", "youtube:-_0"), Rejection("x", "decode", "timeout")])
+@pytest.mark.parametrize("record", [*CLIPS, Segment("x", "youtube:-_0"), Rejection("x", "decode", "timed_out")])
 def test_whole_records_are_valid(record: Segment | ClipRecord | Rejection) -> None:
     validate(record)
 
@@ -129,7 +129,7 @@ BROKEN: list[tuple[Segment | ClipRecord | Rejection, str]] = [
     (Segment("a", "a.mp4", labels=("tuba",)), r"labels holds \['tuba'\]; the objects are cat"),
     (Segment("a", "a.mp4", objects=("dog", "cow")), r"objects holds \['cow'\]"),
     (Rejection("a", "decode", "bad luck"), "reason 'bad luck' is none of missing, empty"),
-    (Rejection("a", "decode", "timeout", attempts=0), "attempts is 0; it counts from 1"),
+    (Rejection("a", "decode", "timed_out", attempts=0), "attempts is 0; it counts from 1"),
     (clip(bases=np.full((F, M), 0.5, np.float16)), "each basis must have maximum one, or be all zero"),
     (clip(bases=np.full((F, M), np.nan, np.float16)), "bases must be finite"),
     (clip(bases=np.array([[-1, 1, 1], [1, 1, 1]], np.float16)), "bases must be finite and ≥ 0"),
@@ -149,7 +149,7 @@ def test_a_broken_record_is_named_with_value_and_rule(record: Segment | ClipReco
 def test_a_clip_error_survives_the_way_between_processes() -> None:
     error = pickle.loads(pickle.dumps(ClipError(Reason.TIMEOUT, "40 s", transient=True)))
     assert (error.reason, error.detail, error.transient) == (Reason.TIMEOUT, "40 s", True)
-    assert str(error) == "timeout: 40 s"
+    assert str(error) == "timed_out: 40 s"
 
 
 def test_segments_and_rejections_as_tables() -> None:

@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from avsep.context import BasisContext
 from avsep.dictionary import BasisDictionary
 from avsep.miml import basis_posteriors
 from avsep.model import Model, ModelConfig, NetworkConfig, SeparationConfig
@@ -197,6 +198,49 @@ def test_an_object_that_is_visible_but_silent_is_said_to_be() -> None:
         found = Separator(model(assignment=assignment))(dog, ["violin", "dog"])
         assert found.silent == ("violin",) and not found.estimates[0].any()
         assert gain(dog, found.estimates[1]) > 20
+
+
+def test_what_no_named_object_explains_goes_to_the_rest() -> None:
+    """A violin that nobody asked for is no part of the dog."""
+    trained = model()
+    trained.context = BasisContext().eval()
+    dog, violin = tone(DOG, 3.0), tone(VIOLIN, 3.0, 2.0)
+    found = Separator(trained)(dog + violin, ["dog"])
+    assert gain(dog, found.estimates[0]) > 12 and gain(violin, found.rest) > 12
+    both = Separator(trained)(dog + violin, ["dog", "violin"])
+    assert gain(violin, both.estimates[1]) > 12 and float(both.rest.norm() / violin.norm()) < 0.1
+
+
+def test_an_object_heard_in_one_half_is_silent_in_the_other() -> None:
+    dog, violin = tone(DOG, 8.0), tone(VIOLIN, 8.0, 2.0)
+    dog[: 4 * RATE], violin[4 * RATE :] = 0, 0
+    found = Separator(model())(dog + violin, ["dog", "violin"])
+    assert found.silent == ()
+    assert not found.estimates[0, : 2 * RATE].any() and not found.estimates[1, 6 * RATE :].any()
+    assert gain(dog, found.estimates[0]) > 15 and gain(violin, found.estimates[1]) > 15
+
+
+def test_pictures_and_sound_are_weighed() -> None:
+    """The pictures show dog and cat, and the violin is heard (METHOD.md's banjo and guitar)."""
+    x = tone(DOG, 3.0) + tone(VIOLIN, 3.0, 2.0)
+    found = Separator(model())(x, seen=["dog", "cat"])
+    assert found.objects == ("dog", "cat", "violin")
+    assert found.silent == ("cat",) and not found.estimates[1].any()
+    assert found.confidence["dog"] > found.confidence["violin"] > 0.5 > found.confidence["cat"]
+    published = Separator(model(assignment="threshold"))(x, seen=["dog", "cat"])
+    assert published.objects == ("dog", "cat")  # it believes the pictures
+
+
+def test_several_factorisations_stand_side_by_side() -> None:
+    x = tone(DOG, 2.0) + tone(VIOLIN, 2.0, 2.0)
+    three = Separator(model(n_factorizations=3))
+    window = three.analyse(x)
+    assert window.factors.W.shape[1] == window.relation.shape[1] == 18
+    V = three.stft(x).abs()
+    assert float((window.factors.W @ window.factors.H - V).norm() / V.norm()) < 0.1  # they add up to one mixture
+    trained = model()
+    trained.context = BasisContext().eval()
+    assert torch.allclose(Separator(trained).shares(window, [DOG, VIOLIN]).sum(0), torch.ones(18), atol=1e-5)
 
 
 def test_without_names_it_separates_what_it_hears() -> None:

@@ -40,7 +40,7 @@ def clip(segment_id: str, split: str = "train", level: float = 1.0) -> ClipRecor
     )  # fmt: skip
 
 
-def rejection(segment_id: str, attempts: int = 1, reason: str = "timeout") -> Rejection:
+def rejection(segment_id: str, attempts: int = 1, reason: str = "timed_out") -> Rejection:
     return Rejection(segment_id, "decode", reason, True, attempts, "")
 
 

@@ -22,6 +22,7 @@ from avsep.training import (
     Bags,
     History,
     TrainingConfig,
+    assignment,
     batch_size_for,
     mean_average_precision,
     optimiser_for,
@@ -264,6 +265,36 @@ def test_streamed_batches_cover_every_clip_once(clips: list[str], buffer_clips: 
     assert [b.segment_ids for b in again] == [b.segment_ids for b in batches]
     other = list(streamed_batches(clips, LabelConfig(), "train", 4, 4, buffer_clips))
     assert [b.segment_ids for b in other] != [b.segment_ids for b in batches]
+
+
+def test_a_teacher_s_targets_come_with_the_bags_and_practice_after_them(clips: list[str]) -> None:
+    def teacher(W: Tensor, H: Tensor, energy: Tensor, labels: Tensor) -> Tensor:
+        assert W.shape[1] == H.shape[0] == len(energy)
+        return torch.cat([labels.float(), torch.zeros(1)])[:, None].expand(-1, W.shape[1])
+
+    taught = load_bags(clips, LabelConfig(), "train", teacher)
+    assert taught is not None and taught.targets is not None and taught.statistics is not None
+    assert torch.equal(taught.targets[:, :-1, 0].bool(), taught.labels)
+    more = replace(taught.take(slice(0, 2)), segment_ids=["practice-0", "practice-1"])
+    whole = load_bags(clips, LabelConfig(), "train", teacher, more)
+    assert whole is not None and whole.segment_ids == [*taught.segment_ids, "practice-0", "practice-1"]
+    batches = list(streamed_batches(clips, LabelConfig(), "train", 4, 3, 7, teacher=teacher, more=more))
+    assert sorted(i for b in batches for i in b.segment_ids) == sorted(whole.segment_ids)
+    assert all(b.targets is not None for b in batches)
+
+
+def test_targets_teach_what_weak_labels_leave_open() -> None:
+    """All clips show all objects, so that only targets say which basis is whose."""
+    bags, owner = planted(120)
+    every = replace(bags, labels=torch.ones_like(bags.labels))
+    targets = torch.nn.functional.one_hot(owner, 5).float().mT
+    figures = {}
+    for name, known in (("weak", None), ("taught", targets)):
+        model, config = network(), replace(CONFIG, epochs=6)
+        train(model, replace(every, targets=known), config, range(6))
+        figures[name] = assignment(model.eval(), replace(bags, targets=targets, labels=torch.ones_like(bags.labels)))
+    assert figures["taught"] > 0.95
+    assert figures["weak"] < 0.8
 
 
 def test_labels_are_the_given_ones_else_the_pictures() -> None:

@@ -77,6 +77,40 @@ def test_a_file_whose_name_holds_another_hash_is_refused(pth: Path, tmp_path: Pa
     assert ImageLabeller.load(TINY, unnamed).sha256.startswith(pth.stem[-8:])
 
 
+quick_bfloat16 = pytest.mark.skipif(
+    not torch.cuda.is_available() and not torch.cpu._is_avx512_bf16_supported(), reason="no bfloat16 units"
+)
+
+
+@pytest.fixture(scope="module")
+def deep() -> nn.Module:
+    torch.manual_seed(0)
+    return build_network("resnet50", 1000).eval()
+
+
+@quick_bfloat16
+def test_bfloat16_keeps_the_logits_within_a_hundredth_of_their_range(deep: nn.Module) -> None:
+    labeller, images = ImageLabeller("resnet50", deep, ""), pictures(5, 96)
+    with torch.inference_mode():
+        expected = deep(normalise(torch.from_numpy(images)))
+    logits = labeller(images)
+    assert labeller._classify is not deep and logits.dtype == torch.float32
+    assert float((logits - expected).abs().max()) < 0.01 * float(expected.max() - expected.min())
+    assert all(p.dtype == torch.float32 for p in deep.parameters())  # what is saved stays exact
+
+
+@quick_bfloat16
+def test_bfloat16_is_not_used_where_it_would_change_the_logits(
+    deep: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vision, "_BFLOAT16_ERROR", 1e-6)
+    assert ImageLabeller("resnet50", deep, "")._classify is deep
+
+
+def test_small_networks_stay_in_float32(network: nn.Module) -> None:
+    assert ImageLabeller(TINY, network, "")._classify is network
+
+
 def test_safetensors_with_classes_give_minus_infinity_elsewhere(tmp_path: Path) -> None:
     labeller, path = small_labeller(), tmp_path / "labeller.safetensors"
     labeller.save(path)

@@ -1,0 +1,229 @@
+"""Audit an extraction: is every committed file whole, and what is in the data.
+
+Every shard file is read once, one at a time a worker; what remains of a clip is a fingerprint of
+600 bytes, by which clips of the held-out splits are compared with all others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from avsep import audit, lock, plots, shards, storage
+from avsep.audit import FACTS_SCHEMA, Report
+from avsep.objects import OBJECT_NAMES
+from avsep.shards import DataFile
+from pipelines import execution
+from pipelines.execution import fail, say
+
+logging.disable(logging.WARNING)  # beam warns of cloud clients that nobody asked for
+import apache_beam as beam  # noqa: E402
+from apache_beam.pvalue import AsSingleton, TaggedOutput  # noqa: E402
+
+logging.disable(logging.NOTSET)
+
+EPILOG = """\
+examples:
+  python -m pipelines.audit --clips out/clips --out out/audit
+  on a cluster (other options go to Beam):
+  python -m pipelines.audit --clips gs://B/clips --out gs://B/audit --runner FlinkRunner --flink_master HOST:8081
+
+DIR gets card.md, card.json and the card's plots.
+
+exit status: 0 all is whole; 1 something is damaged, and is named; 2 unusable arguments or input."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the command."""
+    p = argparse.ArgumentParser(
+        "pipelines.audit",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("--clips", required=True, metavar="DIR", help="the folder or URI that extraction wrote")
+    p.add_argument("--out", required=True, metavar="DIR", help="where the data card goes")
+    return p
+
+
+Work = tuple[str, DataFile, str, frozenset[str]]  # kind, file, digest, ids of rejections that stand
+
+
+def check(work: Work, clips: str) -> Iterator[pa.Table | TaggedOutput]:
+    """Check one file: facts of its clips, and a report."""
+    execution.one_thread()
+    report, facts = audit.check_file(clips, *work)
+    yield TaggedOutput("reports", report)
+    if len(facts):
+        yield facts
+
+
+def held_out(facts: pa.Table) -> pa.Table:
+    """Keep the clips of val and test."""
+    return facts.filter(pc.is_in(facts.column("split"), pa.array(["val", "test"])))
+
+
+def concat(tables: Iterable[pa.Table]) -> pa.Table:
+    """Put tables of facts together."""
+    return pa.concat_tables([FACTS_SCHEMA.empty_table(), *tables]).combine_chunks()
+
+
+def by_media(facts: pa.Table) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
+    """Key each clip by what it may share with others: its media's hash, its source."""
+    for fact in facts.drop_columns(["fingerprint"]).to_pylist():
+        yield ("sha256", fact["media_sha256"]), fact
+        yield ("source", fact["source"]), fact
+
+
+def shared(keyed: tuple[tuple[str, str], Iterable[dict[str, Any]]]) -> Report:
+    """Report pairs of clips in different splits that share a file or a source."""
+    (what, _), facts = keyed
+    return Report(pairs=audit.shared_media(what, list(facts)))
+
+
+def near(facts: pa.Table, others: pa.Table) -> Report:
+    """Report held-out clips that sound like a clip of another split."""
+    return Report(pairs=audit.near_duplicates(facts, others))
+
+
+def write_report(report: Report, path: str) -> None:
+    """Write a whole report as JSON."""
+    raw = {
+        "counts": [[*key, n] for key, n in report.counts.items()],
+        "findings": [asdict(f) for f in report.findings],
+        "pairs": [asdict(p) for p in report.pairs],
+    }
+    storage.write_text(path, json.dumps(raw))
+
+
+def read_report(path: str) -> Report:
+    """Read what `write_report` wrote."""
+    raw = json.loads(storage.read_bytes(path))
+    report = Report(
+        findings=[audit.Finding(**f) for f in raw["findings"]], pairs=[audit.Pair(**p) for p in raw["pairs"]]
+    )
+    report.counts.update({tuple(key): n for *key, n in raw["counts"]})
+    return report
+
+
+def build(pipeline: beam.Pipeline, work: list[Work], clips: str, path: str) -> None:
+    """Lay out the pass over the files of `clips`, to a report at `path`."""
+    checked = (
+        pipeline
+        | "files" >> beam.Create(work)
+        | "spread" >> beam.Reshuffle()
+        | "check" >> beam.FlatMap(check, clips).with_outputs("reports", main="facts")
+    )
+    others = AsSingleton(checked.facts | "held out" >> beam.Map(held_out) | "together" >> beam.CombineGlobally(concat))
+    media = (
+        checked.facts
+        | "by media" >> beam.FlatMap(by_media)
+        | "same media" >> beam.GroupByKey()
+        | "shared" >> beam.Map(shared)
+    )
+    sounds = checked.facts | "near" >> beam.Map(near, others)
+    _ = (
+        (checked.reports, media, sounds)
+        | beam.Flatten()
+        | "add" >> beam.CombineGlobally(audit.add_reports)
+        | "write" >> beam.Map(write_report, path)
+    )
+
+
+def plan(commits: Sequence[shards.Commit]) -> list[Work]:
+    """List the files to check."""
+    standing = shards.rejection_files(commits)
+    work: list[Work] = []
+    for c in commits:
+        if c.clips:
+            work.append(("clips", c.clips, c.digest, frozenset()))
+        if c.rejections:
+            work.append(("rejections", c.rejections, c.digest, frozenset(standing.get(c.rejections.path, ()))))
+    return work
+
+
+def run(arguments: argparse.Namespace, options: Any) -> int:
+    """Audit a folder of clips."""
+    execution.absolute(arguments, "clips", "out")
+    clips, out = arguments.clips, arguments.out
+    if not storage.exists(storage.join(clips, "commits")):
+        fail(f"{clips} holds no commits/; give the folder that pipelines.extract wrote with --out")
+    writing = lock.is_held(storage.join(clips, shards.LOCK_FILE))
+    commits, findings = audit.check_commits(clips, writing=writing)
+    if not commits and not findings:
+        fail(f"{clips} holds no commit records; run pipelines.extract to it first")
+    work = plan(commits)
+    say(f"checking {len(work)} files of {len(commits)} commits")
+    path = storage.join(out, "_audit_in_progress.json")
+    storage.make_directory(out)
+    try:
+        pipeline = beam.Pipeline(options=options)
+        build(pipeline, work, clips, path)
+        pipeline.run().wait_until_finish()
+        report = audit.add_reports([Report(findings=findings), read_report(path)])
+    finally:
+        storage.delete_file(path)
+    try:
+        configuration = shards.read_configuration(clips)
+    except (ValueError, OSError, KeyError):
+        configuration = None
+    card = audit.summarize(report, configuration)
+    write_card(card, out, storage.name(clips.rstrip("/")), writing)
+    return tell(card, out)
+
+
+def write_card(card: dict[str, Any], out: str, name: str, writing: bool) -> None:
+    """Write the card: JSON, Markdown and plots."""
+    present = [n for n in OBJECT_NAMES if n in card["cooccurrence"]]
+    together = np.array([[card["cooccurrence"][a].get(b, 0) for b in present] for a in present], float)
+    together = together.reshape(len(present), len(present))
+    panels = [
+        (label, card[key]["edges"], card[key]["counts"])
+        for label, key in (("duration in s", "duration_s"), ("RMS level in dB of full scale", "rms_db"))
+    ]
+    storage.write_bytes(storage.join(out, "cooccurrence.png"), plots.cooccurrence(together, present))
+    storage.write_bytes(storage.join(out, "distributions.png"), plots.histograms(panels))
+    title = f"Data card: {name}" + (" (extraction still running)" if writing else "")
+    storage.write_text(storage.join(out, "card.md"), audit.markdown(card, title))
+    storage.write_text(storage.join(out, "card.json"), json.dumps(card, indent=1) + "\n")
+
+
+def tell(card: dict[str, Any], out: str) -> int:
+    """Say what was found; return the exit status."""
+    splits = ", ".join(f"{split} {n:,}" for split, n in card["clips"].items())
+    say(f"{sum(card['clips'].values()):,} clips ({splits}), {sum(card['rejections'].values()):,} rejections")
+    kinds = [p["kind"] for p in card["duplicates"]]
+    if kinds:
+        said = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
+        say(f"{len(kinds)} pairs of clips in different splits share sound or source ({said}); see the card")
+    for finding in card["damage"]:
+        say(f"damaged: {finding['path']}: {finding['detail']}")
+    say(f"written: {storage.join(out, 'card.md')}, card.json")
+    return execution.SHORTFALL if card["damage"] else execution.DONE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    try:
+        arguments, others = parser().parse_known_args(argv)
+        options = execution.beam_options(others)
+    except ValueError as error:
+        print(f"pipelines.audit: {error}", file=sys.stderr)
+        return execution.UNUSABLE
+    return execution.guarded(lambda: run(arguments, options), "pipelines.audit")
+
+
+if __name__ == "__main__":
+    from pipelines.audit import main as run_main  # other processes know our functions by this name
+
+    sys.exit(run_main())

@@ -1,0 +1,66 @@
+"""ImageLabeller against bare torchvision in float32, on the same pictures and weights.
+
+python -m tests.benchmarks.labeller
+python -m tests.benchmarks.labeller --architecture resnet18 --pictures 4 --rounds 2 --processes 1
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from avsep.vision import ImageLabeller, build_network, normalise
+from tests.benchmarks import measure
+
+_FLOPS = {"resnet152": 2 * 11.51e9}  # a picture of 224 × 224; multiplications and additions
+_H200_BFLOAT16 = 989e12  # FLOP/s, dense
+
+
+def sides(architecture: str, n_pictures: int) -> dict[str, Callable[[], Any]]:
+    """Bare torchvision, and the labeller on the same network."""
+    torch.manual_seed(0)
+    network = build_network(architecture, 1000).eval()
+    images = np.random.default_rng(0).integers(0, 256, (n_pictures, 224, 224, 3), np.uint8)
+    labeller = ImageLabeller(architecture, network, "")
+
+    def bare() -> torch.Tensor:
+        with torch.inference_mode():
+            return network(normalise(torch.from_numpy(images)))
+
+    return {"avsep": functools.partial(labeller, images), "torchvision float32": bare}
+
+
+def gpu_share(architecture: str, n_pictures: int = 4096) -> float:
+    """Return the labeller's share of an H200's bfloat16 peak, the copies to it and back included."""
+    labeller = ImageLabeller(architecture, build_network(architecture, 1000).eval().cuda(), "", None, "cuda")
+    images = torch.randint(0, 256, (n_pictures, 224, 224, 3), dtype=torch.uint8)
+    labeller(images[:512], batch_size=256)
+    seconds = measure.seconds(lambda: labeller(images, batch_size=256))
+    print(f"\non the GPU {n_pictures / seconds:.0f} pictures/s")
+    return n_pictures * _FLOPS[architecture] / seconds / _H200_BFLOAT16
+
+
+def main() -> None:
+    """Run the command."""
+    p = measure.parser(__doc__ or "")
+    p.add_argument("--architecture", default="resnet152")
+    p.add_argument("--pictures", type=int, default=10)
+    arguments = p.parse_args()
+    make = functools.partial(sides, arguments.architecture, arguments.pictures)
+    ours, theirs = (run() for run in make().values())
+    error = float((ours - theirs).abs().max() / (theirs.max() - theirs.min()))
+    print(f"{arguments.pictures} pictures, {arguments.architecture}: logits differ by {error:.3%} of their range")
+    figures: dict[str, Any] = {"error as share of range": error}
+    for n in arguments.processes:
+        figures[f"seconds, {n} processes"] = times = measure.compare(make, arguments.rounds, n)
+        measure.table(f"{n} process(es) at once", "avsep", times)
+    if torch.cuda.is_available() and arguments.architecture in _FLOPS:
+        figures["share of the GPU's peak"] = share = gpu_share(arguments.architecture)
+        print(f"{share:.0%} of an H200's bfloat16 peak")
+    measure.write(arguments.json, figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Extraction on a cluster of three nodes while its driver, its workers and its nodes are killed."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from avsep import audit, media, shards, storage
+
+N_FILES = int(os.environ.get("AVSEP_CHAOS_FILES", "64"))  # 300 for a thorough run
+N_KILLS = int(os.environ.get("AVSEP_CHAOS_KILLS", "6"))
+RATE = 48_000
+
+
+def make_media(folder: Path, n: int) -> Path:
+    """Make small films with sound, one in eight of them cut short or no film at all, and their table."""
+    folder.mkdir()
+    rows = []
+    for i in range(n):
+        rng = np.random.default_rng(i)
+        t = np.arange(2 * RATE) / RATE
+        sound = sum(np.sin(2 * np.pi * rng.uniform(100, 4000) * t) * (t % rng.uniform(0.2, 1.0)) for _ in range(4))
+        wav, film = folder / "sound.wav", folder / f"{i}.mp4"
+        soundfile.write(wav, 0.05 * sound + 0.001 * rng.standard_normal(len(t)), RATE)
+        command = [
+            media.ffmpeg_executable(),
+            "-loglevel",
+            "error",
+            "-f",
+            "lavfi",
+            "-i",
+            f"testsrc=s=64x48:r=5:d=2,hue=h={i}",
+        ]
+        command += ["-i", str(wav), "-threads", "1", "-c:v", "libx264", "-preset", "ultrafast", "-shortest", str(film)]
+        subprocess.run(command, check=True)
+        if i % 8 == 3:
+            film.write_bytes(film.read_bytes()[: 500 * (i % 3)])
+        rows.append({"segment_id": f"-{i}_{i:03d}", "source": film.name, "labels": "drum"})
+    wav.unlink()
+    with (folder / "table.csv").open("w", newline="") as f:
+        table = csv.DictWriter(f, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    return folder / "table.csv"
+
+
+def stand(out: Path) -> dict[str, tuple[int, int, int]]:
+    """What is committed, file by file, as the file system knows it."""
+    paths = []
+    for commit in shards.read_commits(str(out)) if (out / "commits").exists() else []:
+        paths += [f.path for f in (commit.clips, commit.rejections) if f]
+        paths.append(f"commits/{commit.shard}-g{commit.generation}.json")
+    return {p: ((s := (out / p).stat()).st_ino, s.st_mtime_ns, s.st_size) for p in paths}
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1500)
+def test_whatever_is_killed_each_segment_ends_up_once(tmp_path, monkeypatch):
+    table, out, calm = make_media(tmp_path / "media", N_FILES), tmp_path / "out", tmp_path / "calm"
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    for name, value in {
+        "period_ms": "2000",
+        "timeout_ms": "5000",
+        "failure_threshold": "4",
+        "initial_delay_ms": "0",
+    }.items():
+        monkeypatch.setenv(f"RAY_health_check_{name}", value)
+    from ray.cluster_utils import Cluster
+
+    program = [sys.executable, "-m", "pipelines.extract", "--segments", str(table), "--out"]
+    assert subprocess.run([*program, str(calm), "--in-process"], timeout=600).returncode == 0
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    environment = os.environ | {"RAY_ADDRESS": cluster.address}
+    rng = random.Random(int(os.environ.get("AVSEP_CHAOS_SEED", "0")))
+    log = (tmp_path / "log").open("w")
+    kills: Counter[str] = Counter()
+    stood: dict[str, tuple[int, int, int]] = {}
+
+    def start() -> subprocess.Popen:
+        return subprocess.Popen([*program, str(out)], env=environment, stdout=log, stderr=log)
+
+    def workers() -> list[int]:
+        """Find those processes of this cluster that extract a shard."""
+        raylets = {n.all_processes["raylet"][0].process.pid for n in (cluster.head_node, *nodes)}
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                if parent in raylets and b"ray::extract_shard" in (folder / "cmdline").read_bytes():
+                    found.append(int(folder.name))
+            except OSError:
+                pass
+        return found
+
+    driver = start()
+    deadline = time.monotonic() + 1000
+    try:
+        while kills.total() < N_KILLS and time.monotonic() < deadline:
+            time.sleep(rng.uniform(0.5, 4.0))
+            if driver.poll() is not None:
+                assert driver.returncode == 0, (tmp_path / "log").read_text()[-3000:]
+                break
+            at_work = workers()
+            if not at_work or (len(stand(out)) == len(stood) and rng.random() < 0.8):
+                continue  # mostly something is committed between two kills
+            what = rng.choice(["driver", "worker", "worker", "node"])
+            if what == "driver":
+                driver.send_signal(signal.SIGKILL)
+                driver.wait()
+                driver = start()
+            elif what == "worker":
+                os.kill(rng.choice(at_work), signal.SIGKILL)
+            elif kills["node"] < 2:
+                cluster.remove_node(nodes.pop(rng.randrange(len(nodes))), allow_graceful=False)
+                nodes.append(cluster.add_node(num_cpus=1))
+            else:
+                continue
+            kills[what] += 1
+            now = stand(out)
+            assert stood.items() <= now.items()  # what was committed is untouched
+            stood = now
+        assert driver.wait(timeout=max(60, deadline - time.monotonic())) == 0, (tmp_path / "log").read_text()[-3000:]
+        again = subprocess.run([*program, str(out)], env=environment, capture_output=True, text=True, timeout=300)
+        assert again.returncode == 0, again.stderr
+    finally:
+        driver.kill()
+        driver.wait()
+        cluster.shutdown()
+        log.close()
+    print(f"killed: {dict(kills)}")
+    assert kills["driver"] and kills["worker"], kills
+    assert stood.items() <= stand(out).items()
+
+    ids = shards.read_ids(str(out))
+    assert ids == shards.read_ids(str(calm)) and len(ids[0]) + len(ids[1]) == N_FILES
+    commits, findings = audit.check_commits(str(out))
+    for kind, file, digest in [
+        (k, f, c.digest) for c in commits for k in ("clips", "rejections") if (f := getattr(c, k))
+    ]:
+        findings += audit.check_file(str(out), kind, file, digest)[0].findings
+    assert findings == []  # no orphans, no temporary files, nothing twice
+    assert not list(out.rglob("*.tmp")) and not storage.exists(str(out / shards.LOCK_FILE))
+    one, other = ({r.segment_id: r for r in shards.read_clips(str(o))} for o in (out, calm))
+    for segment_id, record in one.items():
+        same = other[segment_id]
+        np.testing.assert_allclose(record.bases.astype(float), same.bases.astype(float), atol=2e-3)
+        assert record.kl_divergence == pytest.approx(same.kl_divergence, rel=1e-4)
+        assert record.media_sha256 == same.media_sha256
+    reasons = [{r.segment_id: r.reason for r in shards.read_rejections(str(o))} for o in (out, calm)]
+    assert reasons[0] == reasons[1]
+    assert json.loads((out / "status.json").read_text())["state"] == "finished"

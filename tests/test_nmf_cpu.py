@@ -1,0 +1,131 @@
+"""The compiled kernel beside plain torch; what both must do is in test_nmf.py."""
+
+import functools
+import stat
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from avsep import nmf, nmf_cpu
+from avsep.stft import STFT
+from avsep.synthetic import SceneConfig, render_scene
+
+pytestmark = pytest.mark.skipif(nmf_cpu.load() is None, reason="no compiled kernel for this processor")
+
+
+def uniform(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sounding(number: int) -> torch.Tensor:
+    """Magnitudes of two seconds of a rendered scene, (2401, 41)."""
+    scene = render_scene(number, "train", 5, SceneConfig(seconds=6))
+    return STFT()(torch.as_tensor(scene.mix[:96_000])).abs()
+
+
+@functools.cache
+def kernels() -> list[nmf_cpu.Kernel]:
+    """The kernels of every instruction set that this processor has."""
+    best = nmf_cpu.load()
+    if best is None:
+        return []
+    return [nmf_cpu.Kernel(t, nmf_cpu.build(t)) for t in {best.tile, nmf_cpu.AVX2}]
+
+
+@pytest.mark.parametrize(
+    ("n_bins", "n_frames", "n_bases"),
+    [(2401, 201, 25), (301, 61, 6), (1, 1, 1), (47, 3, 2), (48, 24, 40), (49, 25, 100), (130, 500, 3)],
+)
+def test_the_kernel_does_what_torch_does(n_bins: int, n_frames: int, n_bases: int) -> None:
+    """Any shape: panels and tiles that are full, ragged, or hold a single row."""
+    V = uniform(n_bins, n_frames) ** 2
+    V[:, 0] = 0
+    W0, H0 = uniform(n_bins, n_bases, seed=1) + 0.1, uniform(n_bases, n_frames, seed=2) + 0.1
+    W, H = W0[None].clone(), H0[None].clone()
+    torch_measured = nmf._Blocks(V[None], W, H).run(3, measure=True)
+    for kernel in kernels():
+        problem = kernel.problem(V, W0, H0)
+        measured = problem.run(3, measure=True)
+        assert all(
+            torch.allclose(a, b[0], rtol=1e-4, atol=1e-7) for a, b in zip(problem.factors(), (W, H), strict=True)
+        )
+        held = kernel.problem(V, W0, H0)
+        held.run(3, update_bases=False)
+        assert torch.equal(held.factors()[0], W0)
+        expected = H0[None].clone()
+        nmf._Blocks(V[None], W0[None], expected).run(3, update_bases=False)
+        assert torch.allclose(held.factors()[1], expected[0], rtol=1e-4, atol=1e-7)
+        # measured before the last half-iteration, so it lies above the end and below the end but one
+        before = kernel.problem(V, W0, H0)
+        before.run(2)
+        above = float(nmf.kl_divergence(V, *before.factors()))
+        assert float(torch_measured) * (1 - 1e-4) <= float(measured) <= above * (1 + 1e-4) + 1e-4
+
+
+def test_both_paths_end_at_the_same_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    V = sounding(5)
+    found = float(nmf.kl_divergence(V, *nmf.factorize(V, 8, n_iter=200, seeds=1)))
+    monkeypatch.setattr(nmf_cpu, "load", lambda: None)
+    assert found == pytest.approx(float(nmf.kl_divergence(V, *nmf.factorize(V, 8, n_iter=200, seeds=1))), rel=1e-4)
+
+
+def test_clips_in_several_threads_are_the_same_clips() -> None:
+    V, before = torch.stack([sounding(i) for i in range(3)]), torch.get_num_threads()
+    W, H = nmf.factorize(V, 5, n_iter=20, seeds=[1, 2, 3])
+    torch.set_num_threads(2)
+    try:
+        W_2, H_2 = nmf.factorize(V, 5, n_iter=20, seeds=[1, 2, 3])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(W, W_2) and torch.equal(H, H_2)
+
+
+@pytest.fixture
+def builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[nmf_cpu.Tile]:
+    """An empty cache in tmp_path, and the list of what is compiled for want of it."""
+    compiled: list[nmf_cpu.Tile] = []
+    build = nmf_cpu.build
+
+    def counted(tile: nmf_cpu.Tile) -> bytes:
+        compiled.append(tile)
+        return build(tile)
+
+    monkeypatch.setattr(nmf_cpu, "build", counted)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return compiled
+
+
+def test_compiled_code_is_kept_and_a_damaged_file_is_not_run(tmp_path: Path, builds: list[nmf_cpu.Tile]) -> None:
+    code = nmf_cpu._machine_code(nmf_cpu.AVX2)
+    assert nmf_cpu._machine_code(nmf_cpu.AVX2) == code and len(builds) == 1
+    (kept,) = (tmp_path / "avsep").iterdir()
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+    kept.write_bytes(kept.read_bytes()[:-100])
+    assert nmf_cpu._machine_code(nmf_cpu.AVX2) == code and len(builds) == 2
+    assert nmf_cpu._machine_code(nmf_cpu.AVX2) == code and len(builds) == 2
+
+
+def test_writers_at_the_same_time_leave_one_whole_file(tmp_path: Path, builds: list[nmf_cpu.Tile]) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        codes = list(pool.map(nmf_cpu._machine_code, [nmf_cpu.AVX2] * 4))
+    assert len(set(codes)) == 1 and len(list((tmp_path / "avsep").iterdir())) == 1
+
+
+def test_no_place_to_keep_it_is_no_error(tmp_path: Path, builds: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert (
+        nmf_cpu.Kernel(nmf_cpu.AVX2, nmf_cpu._machine_code(nmf_cpu.AVX2))
+        .problem(uniform(9, 8), uniform(9, 2), uniform(2, 8))
+        .run(1, measure=True)
+        .isfinite()
+    )
+
+
+def test_without_llvmlite_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llvmlite", None)
+    monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
+    assert nmf_cpu.load.__wrapped__() is None
