@@ -34,7 +34,7 @@ class FinetuningConfig:
     learning_rate: float = 3e-4  # the highest, of one cycle
     batch_clips: int = 12
     pictures_a_clip: int = 5  # an epoch; others take their turn in the next
-    presence: float = 8.0  # weight of finding every label in some picture
+    presence: float = 3.0  # weight of finding every label in some picture
     dropout: float = 0.0  # before the last layer
     seed: int = 0
 
