@@ -23,6 +23,7 @@ _HEARD = 0.15  # share of the sound from which an unseen object is taken for pre
 _COUNTS = (0.1, 0.5, 0.4)  # shares of mixtures of one, two and three
 _HIDDEN, _SILENT = 0.25, 0.1  # shares of mixtures, in a training step, of which one object isn't told, or one too many
 _WARP, _COLOUR_DB, _GAIN_DB, _FLOOR_DB = 0.06, 3.0, 4.0, -45.0
+_NOISY, _NOISE_DB = 0.25, (-25.0, 3.0)  # share of mixtures with audible noise, and its level beside the rest
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Practice:
     bases: Tensor  # (M, F), zero above F'
     activations: Tensor  # (M, N)
     basis_energy: Tensor  # (M,)
-    shares: Tensor  # (L, M): of each basis's energy
+    shares: Tensor  # (L + 1, M): of each basis's energy, noise last
     present: Tensor  # boolean (L,)
 
 
@@ -85,7 +86,6 @@ class Teacher:
 
 def as_bags(practices: Sequence[Practice]) -> Bags:
     """Turn practice mixtures into bags whose bases' owners are known."""
-    shares = torch.stack([p.shares for p in practices])
     return Bags(
         [f"practice-{i}" for i in range(len(practices))],
         torch.stack([p.bases for p in practices]),
@@ -93,7 +93,7 @@ def as_bags(practices: Sequence[Practice]) -> Bags:
         torch.stack([p.basis_energy for p in practices]),
         torch.stack([p.present for p in practices]),
         torch.stack([activation_statistics(p.activations[None])[0] for p in practices]),
-        torch.cat([shares, torch.zeros_like(shares[:, :1])], 1),
+        torch.stack([p.shares for p in practices]),
     )
 
 
@@ -117,18 +117,27 @@ def mix_solos(
     chosen = [int(i) for i in rng.choice(sorted(by_object), count, replace=False)]
     parts = torch.stack([_perform(by_object[i][rng.integers(len(by_object[i]))], n_frames, rng) for i in chosen])
     phases = torch.from_numpy(rng.uniform(0, 2 * np.pi, parts.shape).astype(np.float32))
-    V = torch.polar(parts, phases).sum(0).abs()
-    noise = torch.from_numpy(np.abs(rng.standard_normal(V.shape)).astype(np.float32))
-    V = V + noise * V.square().mean().sqrt() * 10 ** (_FLOOR_DB / 20)
+    noise = _noise(parts.shape[1:], rng) * parts.square().sum(0).mean().sqrt()
+    parts = torch.cat([parts, noise.abs().unsqueeze(0)])
+    V = (torch.polar(parts[:-1], phases).sum(0) + noise).abs()
     W, H = nmf.factorize(V, n_bases, n_iter=n_iter, seeds=seed)
-    shares = torch.zeros(n_objects, n_bases)
-    shares[chosen] = source_shares(parts, W, H)
+    shares = torch.zeros(n_objects + 1, n_bases)
+    shares[[*chosen, n_objects]] = source_shares(parts, W, H)
     bases = torch.zeros(n_bases, n_bins)
     bases[:, : W.shape[0]] = W.T
     energy = W.square().sum(0) * H.square().sum(1)
     present = torch.zeros(n_objects, dtype=torch.bool)
     present[chosen] = True
     return Practice(bases.half(), H, energy / energy.sum().clamp_min(1e-30), shares, present)
+
+
+def _noise(shape: torch.Size, rng: np.random.Generator) -> Tensor:
+    """Return steady noise, complex `(F', N)`: mostly a faint floor, now and then loud; 0 dB is a mean power of one."""
+    level = rng.uniform(*_NOISE_DB) if rng.random() < _NOISY else _FLOOR_DB
+    tilt = rng.uniform(-0.5, 0) * np.log2(np.arange(1, shape[0] + 1))  # up to −3 dB an octave
+    gain = 2.0**tilt
+    noise = rng.standard_normal((2, *shape)) * (gain / np.sqrt((gain**2).mean()))[:, None]
+    return torch.from_numpy((noise[0] + 1j * noise[1]).astype(np.complex64)) * (10 ** (level / 20) / 2**0.5)
 
 
 def source_shares(magnitudes: Tensor, W: Tensor, H: Tensor) -> Tensor:

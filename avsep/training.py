@@ -203,8 +203,9 @@ def assignment(model: MIML, mixtures: Bags) -> float:
     statistics = _on(device, mixtures.statistics)
     relation = model.relation(mixtures.bases.to(device).float(), mixtures.valid.to(device), statistics).cpu()
     guess = relation.masked_fill(~mixtures.labels.unsqueeze(2), -torch.inf).argmax(1)
-    weight = mixtures.basis_energy.sqrt()
-    return float((weight * (guess == mixtures.targets[:, :-1].argmax(1))).sum() / weight.sum())
+    owner = mixtures.targets.argmax(1)
+    weight = mixtures.basis_energy.sqrt() * (owner < relation.shape[1])  # what is noise has no owner
+    return float((weight * (guess == owner)).sum() / weight.sum())
 
 
 @torch.inference_mode()

@@ -220,29 +220,6 @@ def fit_on_ray(job: dict[str, Any]) -> None:
     fit(job, context.get_world_rank(), context.get_world_size(), ray.train.report)
 
 
-def train_on_ray(job: dict[str, Any], runner: execution.OnRay) -> None:
-    """Run the workers under Ray Train; a worker that dies is started again from the checkpoint."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    n_workers = runner.n_gpus or 1
-    trainer = TorchTrainer(
-        fit_on_ray,
-        train_loop_config=job,
-        scaling_config=ScalingConfig(
-            num_workers=n_workers,
-            use_gpu=bool(runner.n_gpus),
-            resources_per_worker={"CPU": 1} | ({"GPU": 1} if runner.n_gpus else {}),
-        ),
-        run_config=RunConfig(
-            name=f"train-{time.time_ns():x}",  # an old name would resume Ray's own record of an old run
-            storage_path=storage.join(job["out"], "ray"),
-            failure_config=FailureConfig(max_failures=2),
-        ),
-    )
-    trainer.fit()
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Train, write the model, and draw its figures."""
     execution.absolute(arguments, "clips", "out")
@@ -327,7 +304,7 @@ def train_pass(runner: execution.Runner, job: dict[str, Any]) -> None:
     if isinstance(runner, execution.InProcess):
         fit(job)
     else:
-        train_on_ray(job, runner)
+        execution.train_workers(fit_on_ray, job, job["out"], runner)
 
 
 def make_mixtures(runner: execution.Runner, job: dict[str, Any], n_mixtures: int) -> list[practice.Practice]:

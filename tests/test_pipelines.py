@@ -131,7 +131,7 @@ def test_the_published_protocols(run, solos, tmp_path, protocol):
         assert struck["separators"]["harmonic_percussive"]["mean"]["sdr_improvement"] > 0.5
     else:
         assert ids == ["drum", "flute", "violin"]
-        assert set(separators["default_with_rest"]["by_sources"]) == {"1"}
+        assert set(separators["default"]["by_sources"]) == {"1"}
         assert separators["default"]["mean"]["sir"] is None  # nothing else sounds that has a reference
         again = evaluate.add_noise(
             evaluate.Case.load(

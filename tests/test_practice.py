@@ -85,12 +85,18 @@ def solos() -> list[Solo]:
     return [s for index in range(3) for s in solos_of(rng, index, 6)]
 
 
+def test_some_mixtures_are_noisy_and_the_noise_is_nobody_s(solos):
+    shares = torch.stack([mix_solos(solos, L, 61, 8, N, seed, n_iter=20).shares[-1].mean() for seed in range(24)])
+    assert 0.1 < float((shares > 0.1).float().mean()) < 0.6
+    assert float(shares.max()) > 0.3 and float(shares.median()) < 0.02
+
+
 def test_mixtures_follow_from_their_seed_and_know_their_sources(solos):
     one, again, other = (mix_solos(solos, L, 90, 8, N, seed, n_iter=40) for seed in (1, 1, 2))
     assert one.bases.shape == (8, 90) and one.activations.shape == (8, N)
     assert torch.equal(one.bases, again.bases) and not torch.equal(one.bases, other.bases)
     assert float(one.basis_energy.sum()) == pytest.approx(1, abs=1e-5)
-    assert set(one.shares.sum(1).nonzero().flatten().tolist()) == set(one.present.nonzero().flatten().tolist())
+    assert torch.equal(one.shares[:-1].sum(1) > 0, one.present)
     torch.testing.assert_close(one.shares.sum(0), torch.ones(8), atol=1e-4, rtol=0)
     assert not one.present[3]
     with pytest.raises(ValueError, match="one object"):
@@ -111,7 +117,7 @@ def test_context_learns_to_follow_bases_that_move_together():
                 torch.rand(8, F, generator=generator).half(),
                 H,
                 torch.full((8,), 1 / 8),
-                torch.nn.functional.one_hot(owner, L).float().T,
+                torch.nn.functional.one_hot(owner, L + 1).float().T,
                 torch.tensor([True, True, False, False]),
             )
         )
@@ -148,7 +154,7 @@ def test_practice_mixtures_become_bags_with_targets(solos):
     mixtures = [mix_solos(solos, L, 90, 8, N, seed, n_iter=20) for seed in range(3)]
     bags = as_bags(mixtures)
     assert bags.targets is not None and bags.statistics is not None
-    assert bags.targets.shape == (3, L + 1, 8) and not bags.targets[:, -1].any()
+    assert bags.targets.shape == (3, L + 1, 8) and bool((bags.targets[:, -1].sum(1) > 0).all())
     assert bags.statistics.shape == (3, 8, N_STATISTICS)
     assert torch.equal(bags.take(slice(1, 2)).targets, bags.targets[1:2])
 
