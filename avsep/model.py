@@ -101,6 +101,14 @@ class ModelConfig:
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
+    @classmethod
+    def read(cls, directory: str) -> ModelConfig:
+        """Read a model directory's `config.json` alone; raises as `Model.load` does."""
+        try:
+            return _parse(json.loads(storage.read_bytes(storage.join(directory, CONFIG_FILE))))
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"{directory} is no model of format {FORMAT}: {error}") from None
+
     def build(self) -> MIML:
         """Build the network, untrained."""
         return MIML(self.stft.n_bins, len(self.objects), **asdict(self.network))

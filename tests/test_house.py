@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("stft", "nmf", "metrics", "objects"),
     ("miml", "training"),
-    ("media", "fetch", "egress", "storage", "vision", "records", "shards"),
+    ("media", "fetch", "egress", "storage", "vision", "records", "shards", "results", "uploads"),
     (
         "stages",
         "dictionary",
@@ -27,7 +27,9 @@ LAYERS = (
         "context",
         "practice",
     ),
-    ("cli",),
+    ("videos",),
+    ("jobs",),
+    ("cli", "web"),
 )
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}
 MODULES = sorted(p.stem for p in (ROOT / "avsep").glob("*.py") if p.stem != "__init__")
