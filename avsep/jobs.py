@@ -36,6 +36,7 @@ _WINDOW, _FRAME = "window.npz", "frame.png"
 _STEP_S = 0.25  # between looks at the store
 _SWEEP_S = 2.0
 _SETTLED_S = 1.0  # a model whose files changed later than that may still be in the writing
+_BLIND = "the pictures were not looked at: this service has no picture network"
 _TOO_MUCH = (Reason.TOO_LONG, Reason.TOO_LARGE)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ENVIRONMENT = "AVSEP_SERVE_"
@@ -219,7 +220,14 @@ class JobWorker:
         timings = {"queued_s": round(job["started"] - job["queued"], 3), **done.report["timings"]}
         timings["total_s"] = round(ended - job["queued"], 3)
         model = {"recipe": separate.separator.model.config.recipe, **separate.separator.model.config.versions}
-        result = {**done.report, "timings": timings, "model": model, "has_frame": bool(len(done.pictures))}
+        note = "" if not done.report["note"] or not len(done.pictures) else _BLIND
+        result = {
+            **done.report,
+            "note": note,
+            "timings": timings,
+            "model": model,
+            "has_frame": bool(len(done.pictures)),
+        }
         self.store.finish(job_id, "done", stage="done", progress=1.0, result=result)
         self.store.sweep()
 
@@ -266,7 +274,8 @@ def as_failure(error: BaseException) -> dict[str, Any]:
     if isinstance(error, soundfile.LibsndfileError):  # it forgets errno: a short write
         return {"status": 507, "reason": "storage_full", "detail": "the result can't be written; try again later"}
     if isinstance(error, ValueError):
-        return {"status": 422, "reason": "unusable", "detail": str(error)}
+        log.warning("unusable: %s", error)
+        return {"status": 422, "reason": "unusable", "detail": "this can't be separated"}
     return {"status": 500, "reason": "internal", "detail": "the service failed; its log says why"}
 
 

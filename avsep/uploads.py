@@ -140,7 +140,7 @@ def public_addresses(host: str, port: int) -> list[tuple[Any, ...]]:
     except (OSError, UnicodeError):
         raise BadUpload(422, "the URL's host has no address") from None
     for *_, address in found:
-        ip = ipaddress.ip_address(address[0].partition("%")[0])
+        ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
         if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped:
             ip = ip.ipv4_mapped
         if not ip.is_global or ip.is_multicast:

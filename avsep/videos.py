@@ -111,7 +111,8 @@ class VideoSeparator:
             object_index(name)
         timings, clock = {}, _Clock()
         step("decoding", 0.0)
-        source = _Source(video, separator.stft.sample_rate, self.limits, step)
+        rate = separator.stft.sample_rate
+        source = _Source(video, rate, self.limits, step)
         timings["decode_s"] = clock()
         scores, note = self._picture_scores(source.pictures, step)
         seen = None
@@ -122,7 +123,7 @@ class VideoSeparator:
         timings["look_s"] = clock()
         total = source.n_samples
         plan = separator.plan(
-            _told(source.blocks(), lambda done: step("listening", _LISTENING * min(1.0, done / total))),
+            _told(source.blocks(), 2 * rate, lambda done: step("listening", _LISTENING * min(1.0, done / total))),
             objects,
             seen if objects is None else None,
         )
@@ -135,12 +136,12 @@ class VideoSeparator:
                 done += estimates.shape[1]
                 step("separating", _LISTENING + _SEPARATING * min(1.0, done / plan.n_samples))
 
-        write_wavs(plan, rendered(source.blocks()), out, separator.stft.sample_rate, mixture)
+        write_wavs(plan, rendered(source.blocks()), out, rate, mixture)
         timings["separate_s"] = clock()
         origin = "given" if objects is not None else "sound" if seen is None else "pictures"
         report: dict[str, Any] = {
-            "sample_rate": separator.stft.sample_rate,
-            "duration_s": plan.n_samples / separator.stft.sample_rate,
+            "sample_rate": rate,
+            "duration_s": plan.n_samples / rate,
             "objects_from": origin,
             "note": note,
             "objects": [
@@ -221,13 +222,15 @@ def _too_long(limits: FileLimits) -> ClipError:
     return ClipError(Reason.TOO_LONG, f"more than {limits.max_duration_s:g} s")
 
 
-def _told(blocks: Iterator[NDArray[np.float32]], tell: Callable[[int], None]) -> Iterator[NDArray[np.float32]]:
-    """Pass blocks on in pieces of a few seconds, and tell how many samples have been taken."""
+def _told(
+    blocks: Iterator[NDArray[np.float32]], length: int, tell: Callable[[int], None]
+) -> Iterator[NDArray[np.float32]]:
+    """Pass blocks on in pieces of at most `length`, and tell how many samples have been taken."""
     done = 0
     for block in blocks:
-        for start in range(0, len(block), _BLOCK // 4):
+        for start in range(0, len(block), length):
             tell(done)
-            piece = block[start : start + _BLOCK // 4]
+            piece = block[start : start + length]
             yield piece
             done += len(piece)
 

@@ -10,6 +10,7 @@ import http
 import importlib.metadata
 import io
 import logging
+import shutil
 import time
 import zipfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -44,6 +45,7 @@ _MAX_WAIT_S = 60.0
 _FILE_CHUNK = 1 << 18
 VERSION = importlib.metadata.version("avsep")
 _JSON = "application/json"
+_ZIP = "application/zip"
 _PROBLEM = "application/problem+json"
 log = logging.getLogger("avsep.web")
 
@@ -180,6 +182,16 @@ class ObjectInfo(BaseModel):
     audioset: str
 
 
+class Limits(BaseModel):
+    """What the service takes and keeps."""
+
+    max_upload_bytes: int
+    max_duration_s: float
+    max_pixels: int
+    results_ttl_s: float
+    allow_urls: bool
+
+
 class ModelInfo(BaseModel):
     """The model in use."""
 
@@ -194,6 +206,7 @@ class ModelInfo(BaseModel):
     labeller: str
     window_s: float
     versions: dict[str, str]
+    limits: Limits
 
 
 class Health(BaseModel):
@@ -372,6 +385,7 @@ def render_examples(folder: Path) -> None:
         segment = synthetic.write_scene(scene, work)
         name = "-and-".join(n.replace("_", "-") for n in scene.plan.audible)
         (work / segment.source).rename(folder / f"{name}.mp4")
+        shutil.rmtree(work)
 
 
 def describe(job: dict[str, Any], ttl_s: float) -> Job:
@@ -438,8 +452,20 @@ def parse_options(fields: dict[str, list[str]], config: ServiceConfig, has_file:
     if bases:
         if bases not in ("own", "learned", "both"):
             raise Problem(422, f"'bases' is {bases[:40]!r}; it is own, learned or both")
+        if bases != "own" and not jobs.model_card(config.model)["dictionary"]:
+            raise Problem(422, "this model has learned no bases; leave 'bases' out")
         options["bases"] = bases
     return options
+
+
+def wants_archive(accept: str) -> bool:
+    """Tell whether a client would rather have the sounds than a description; Problem (406) for neither."""
+    kinds = {part.partition(";")[0].strip().lower() for part in accept.split(",")}
+    if kinds & {"", "*/*", "application/*", _JSON}:
+        return False
+    if _ZIP in kinds:
+        return True
+    raise Problem(406, f"the answer is {_JSON} or {_ZIP}")
 
 
 def preferences(header: str, config: ServiceConfig) -> float:
@@ -523,6 +549,7 @@ def make_app(service: Service) -> FastAPI:
         description="Separate a video's sound into its objects.",
         docs_url=None,  # FastAPI's own loads scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,
         lifespan=lifespan,
     )
     app.add_middleware(_Guard, service=service)
@@ -561,7 +588,7 @@ def make_app(service: Service) -> FastAPI:
         response_model=Job,
         responses={
             202: {"model": Job, "description": "Accepted; ask its Location"},
-            **_problems(400, 403, 408, 413, 415, 422, 503, 507),
+            **_problems(400, 403, 406, 408, 413, 415, 422, 503, 507),
         },
         openapi_extra=_UPLOAD_SCHEMA,
         summary="Separate a video or sound",
@@ -569,6 +596,7 @@ def make_app(service: Service) -> FastAPI:
     async def create(request: Request) -> Response:
         """Answer with the result, or 202 when it takes longer than `Prefer: wait=N` (`respond-async`: at once)."""
         wait_s = preferences(request.headers.get("prefer", ""), config)
+        zipped = wants_archive(request.headers.get("accept", ""))
         with service.admitted():
             store.sweep()
             job_id = store.create()
@@ -610,11 +638,17 @@ def make_app(service: Service) -> FastAPI:
         if job["status"] == "failed":
             store.delete(job_id)
             raise Problem(job["error"]["status"], job["error"]["detail"], job["error"]["reason"])
+        if zipped and job["status"] == "done":
+            return await archived(job_id, 201, headers)
         body = describe(job, config.results_ttl_s).model_dump_json()
         return Response(body, 201 if job["status"] == "done" else 202, headers, _JSON)
 
-    @app.get("/v1/separations/{job_id}", response_model=Job, responses=_problems(404), summary="Progress and result")
+    @app.get(
+        "/v1/separations/{job_id}", response_model=Job, responses=_problems(404, 406), summary="Progress and result"
+    )
     async def read(job_id: str, request: Request) -> Any:
+        if wants_archive(request.headers.get("accept", "")):
+            return await archived(job_id, 200, {})
         job = describe(store.job(job_id), config.results_ttl_s)
         headers = {} if job.status in ("done", "failed") else {"Retry-After": "1"}
         return Response(job.model_dump_json(), 200, headers, _JSON)
@@ -631,6 +665,15 @@ def make_app(service: Service) -> FastAPI:
                 409, f"the separation is {job['status']}; it has no sounds{' yet' * (job['status'] != 'failed')}"
             )
         return store.path(job_id), job["result"]
+
+    async def archived(job_id: str, status: int, headers: dict[str, str]) -> Response:
+        folder, _ = finished(job_id)
+        files: dict[str, Path | bytes] = {p.name: p for p in sorted((folder / TRACKS).glob("*.wav"))}
+        files["relation_map.png"] = await run_in_threadpool(jobs.relation_png, folder)
+        described = describe(store.job(job_id), config.results_ttl_s)
+        files["separation.json"] = described.model_dump_json(indent=1).encode()
+        named = {"Content-Disposition": f'attachment; filename="separation-{job_id[:8]}.zip"'}
+        return StreamingResponse(_zip(files), status, {**headers, **named}, "application/zip")
 
     binary = {200: {"description": "the file"}, **_problems(404, 409)}
 
@@ -710,13 +753,7 @@ def make_app(service: Service) -> FastAPI:
         summary="Everything in one file",
     )
     async def archive(job_id: str) -> Response:
-        folder, _ = finished(job_id)
-        files: dict[str, Path | bytes] = {p.name: p for p in sorted((folder / TRACKS).glob("*.wav"))}
-        files["relation_map.png"] = await run_in_threadpool(jobs.relation_png, folder)
-        described = describe(store.job(job_id), config.results_ttl_s)
-        files["separation.json"] = described.model_dump_json(indent=1).encode()
-        headers = {"Content-Disposition": f'attachment; filename="separation-{job_id[:8]}.zip"'}
-        return StreamingResponse(_zip(files), media_type="application/zip", headers=headers)
+        return await archived(job_id, 200, {})
 
     @app.get("/v1/objects", response_model=list[ObjectInfo], summary="The objects that the model knows")
     async def objects() -> Any:
@@ -728,7 +765,8 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get("/v1/model", response_model=ModelInfo, summary="The model in use")
     async def model() -> Any:
-        return jobs.model_card(config.model)
+        limits = Limits(**{name: getattr(config, name) for name in Limits.model_fields})
+        return {**jobs.model_card(config.model), "limits": limits}
 
     @app.get("/v1/examples", response_model=list[Example], summary="Files to try")
     async def examples() -> Any:
@@ -792,6 +830,8 @@ class _Guard:
                 status = message["status"]
                 present = {name for name, _ in message["headers"]}
                 extra = HEADERS if b"cache-control" in present else {**HEADERS, "cache-control": "no-store"}
+                if status >= 400 and unbounded:
+                    extra = {**extra, "connection": "close"}  # else the rest of the body would be waited for
                 message["headers"] = [
                     *message["headers"],
                     *((n.encode(), v.encode()) for n, v in extra.items() if n.encode() not in present),
@@ -799,6 +839,7 @@ class _Guard:
             await send(message)
 
         request = Request(scope)
+        unbounded = "transfer-encoding" in request.headers
         try:
             refused = self._refuse(request)
             await (refused or self._app)(scope, receive, send_with_headers)

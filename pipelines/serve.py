@@ -155,9 +155,6 @@ def run(arguments: argparse.Namespace) -> int:
             probe.bind((config.host, arguments.port))
         except (OSError, OverflowError) as error:
             fail(f"--port {arguments.port}: {error}; give a free one")
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     with results_folder(config.results, arguments.port) as results:
         say("starting Ray Serve on this machine …")
         with execution.session():
@@ -170,6 +167,9 @@ def run(arguments: argparse.Namespace) -> int:
                 route_prefix="/",
                 logging_config={"log_level": "WARNING", "enable_access_log": False},
             )
+            stop = threading.Event()
+            for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which sets its own
+                signal.signal(number, lambda *_: stop.set())
             say(f"http://{config.host}:{arguments.port}/ is ready; Ctrl-C ends it")
             stop.wait()
             say("stopping")
