@@ -92,7 +92,7 @@ class ServiceConfig:
     def store(self) -> ResultStore:
         """Return the store of results."""
         return ResultStore(
-            Path(self.results), self.results_bytes, self.results_jobs, self.results_ttl_s, stale_s=2 * self.max_work_s
+            Path(self.results), self.results_bytes, self.results_jobs, self.results_ttl_s, self.max_work_s + 600
         )
 
     def limits(self) -> FileLimits:
@@ -228,8 +228,8 @@ class JobWorker:
             "model": model,
             "has_frame": bool(len(done.pictures)),
         }
+        self.store.sweep()  # while this one is in progress: others make room, or there is none
         self.store.finish(job_id, "done", stage="done", progress=1.0, result=result)
-        self.store.sweep()
 
     def _fetch(self, url: str, folder: Path, step: Any, deadline: float) -> None:
         """Bring what a client named to the job's folder."""

@@ -634,7 +634,10 @@ def make_app(service: Service) -> FastAPI:
             if gone.done() and not gone.cancelled() and not task.done():
                 store.delete(job_id)
                 return Response(status_code=400)
-        job = store.job(job_id)
+        try:
+            job = store.job(job_id)
+        except NoSuchJob:  # nobody else knew its id
+            raise StoreFull from None
         if job["status"] == "failed":
             store.delete(job_id)
             raise Problem(job["error"]["status"], job["error"]["detail"], job["error"]["reason"])

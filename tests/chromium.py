@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import shutil
@@ -38,7 +39,8 @@ class Page:
         port = port_file.read_text().splitlines()[0]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/json") as answer:
             target = next(t for t in json.load(answer) if t["type"] == "page")
-        self._socket = connect(target["webSocketDebuggerUrl"], max_size=None)
+        self._stack = contextlib.ExitStack()
+        self._socket = self._stack.enter_context(connect(target["webSocketDebuggerUrl"], max_size=None))
         for domain in ("Page", "Runtime", "DOM", "Log", "Network"):
             self.call(f"{domain}.enable")
 
@@ -46,7 +48,7 @@ class Page:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._socket.close()
+        self._stack.close()
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
