@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from avsep import jobs, storage
+from avsep import jobs
 from avsep.jobs import JobWorker, ServiceConfig
 from pipelines import execution
 from pipelines.execution import fail, say
@@ -32,6 +32,10 @@ EXAMPLES = """examples:
 """
 _LOST_AFTER = 3  # workers that died at one job
 _BLAS = {"OMP_NUM_THREADS": "1"}
+_PATIENCE = {  # on a machine full of work Serve's own processes answer late; else it kills them
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -142,6 +146,22 @@ def empty(folder: Path) -> None:
         shutil.rmtree(entry, ignore_errors=True)
 
 
+def start(config: ServiceConfig, port: int, results: str) -> None:
+    """Start Serve and the application; it takes requests when this returns."""
+    from ray import exceptions, serve
+
+    try:
+        serve.start(http_options={"host": config.host, "port": port, "keep_alive_timeout_s": 30})
+        serve.run(
+            build({"model": config.model, "results": results}),
+            name="avsep",
+            route_prefix="/",
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+        )
+    except (exceptions.RayError, RuntimeError) as error:
+        fail(f"Ray Serve didn't start: {str(error).strip().splitlines()[0]}")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Serve until interrupted."""
     execution.absolute(arguments, "model")
@@ -156,23 +176,19 @@ def run(arguments: argparse.Namespace) -> int:
         except (OSError, OverflowError) as error:
             fail(f"--port {arguments.port}: {error}; give a free one")
     with results_folder(config.results, arguments.port) as results:
+        for name, value in _PATIENCE.items():
+            os.environ.setdefault(name, value)
         say("starting Ray Serve on this machine …")
         with execution.session():
-            from ray import serve
-
-            serve.start(http_options={"host": config.host, "port": arguments.port, "keep_alive_timeout_s": 30})
-            serve.run(
-                build({"model": storage.resolve(config.model, "."), "results": results}),
-                name="avsep",
-                route_prefix="/",
-                logging_config={"log_level": "WARNING", "enable_access_log": False},
-            )
+            start(config, arguments.port, results)
             stop = threading.Event()
             for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which sets its own
                 signal.signal(number, lambda *_: stop.set())
             say(f"http://{config.host}:{arguments.port}/ is ready; Ctrl-C ends it")
             stop.wait()
             say("stopping")
+            from ray import serve
+
             serve.shutdown()
     return execution.DONE
 

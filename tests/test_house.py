@@ -56,7 +56,7 @@ FLAGS = {
     "avsep inspect": set(),
     "avsep label": {"--weights", "--architecture"},
 }  # fmt: skip
-LATER_PIPELINES = {"audit", "serve"}
+LATER_PIPELINES = {"audit"}
 
 
 def imports(path: Path) -> set[str]:

@@ -118,10 +118,9 @@ def test_what_the_openapi_allows_and_what_it_does_not(server, operation, mode):
         assert response.status_code < 500, f"{case.as_curl_command()}: {response.text}"
         case.validate_response(response, checks=CHECKS)
 
-    with contextlib.suppress(Unsatisfiable):  # there is no wrong way to ask without parameters
+    with contextlib.suppress(Unsatisfiable):  # some have no wrong parameters
         ask()
-    print(operation, mode, asked)
-    assert asked > 0 or "{" not in operation
+    assert asked or mode == GenerationMode.NEGATIVE
 
 
 METHODS = ("PUT", "PATCH", "OPTIONS", "TRACE", "PROPFIND")
