@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import secrets
 import shutil
 import threading
 import time
@@ -25,7 +26,7 @@ from avsep.egress import EgressIdentity
 from avsep.model import CONFIG_FILE, MODEL_FILES, ModelConfig
 from avsep.objects import OBJECT_NAMES
 from avsep.records import ClipError, Reason, Segment
-from avsep.results import UPLOAD, NoSuchJob, ResultStore, StoreFull
+from avsep.results import FINISHED, UPLOAD, NoSuchJob, ResultStore, StoreFull
 from avsep.stft import STFT
 from avsep.uploads import BadUpload, download
 from avsep.videos import MIXTURE, FileLimits, FileSeparation, VideoSeparator
@@ -191,6 +192,8 @@ class JobWorker:
             return False
 
     def _work(self, job_id: str) -> None:
+        if self.store.job(job_id)["status"] in FINISHED:
+            return  # another worker was thought dead, and was not
         job = self.store.update(job_id, status="running", started=time.time())
         folder, options = self.store.path(job_id), job["options"]
         deadline = job["created"] + self.config.max_work_s
@@ -211,11 +214,15 @@ class JobWorker:
         if options.get("url"):
             self._fetch(options["url"], folder, lambda: step("fetching", 0.0), deadline)
         separate = self.model()
-        part = folder / f"{TRACKS}.part"
-        shutil.rmtree(part, ignore_errors=True)  # of a worker that died
+        part = folder / f"{TRACKS}.{secrets.token_hex(4)}.part"  # what a worker that died left stays beside it
         done = separate(folder / UPLOAD, part, options.get("objects"), options.get("bases"), step, mixture=True)
         _write_window(folder, done)
-        part.rename(folder / TRACKS)
+        try:
+            part.rename(folder / TRACKS)
+        except OSError:
+            if self.store.job(job_id)["status"] in FINISHED:
+                return
+            raise
         ended = time.time()
         timings = {"queued_s": round(job["started"] - job["queued"], 3), **done.report["timings"]}
         timings["total_s"] = round(ended - job["queued"], 3)
@@ -229,6 +236,7 @@ class JobWorker:
             "has_frame": bool(len(done.pictures)),
         }
         self.store.sweep()  # while this one is in progress: others make room, or there is none
+        _remove(folder, f"{TRACKS}.*.part", "fetched")
         self.store.finish(job_id, "done", stage="done", progress=1.0, result=result)
 
     def _fetch(self, url: str, folder: Path, step: Any, deadline: float) -> None:
@@ -251,11 +259,17 @@ class JobWorker:
 
 
 def fail(store: ResultStore, job_id: str, failure: dict[str, Any]) -> None:
-    """Keep a job's failure and nothing else of it."""
-    folder = store.path(job_id)
-    for name in (TRACKS, f"{TRACKS}.part", "fetched"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    """Keep a job's failure and nothing else of it; one that is done stays so."""
+    if store.job(job_id)["status"] == "done":
+        return
+    _remove(store.path(job_id), TRACKS, f"{TRACKS}.*.part", "fetched")
     store.finish(job_id, "failed", error=failure)
+
+
+def _remove(folder: Path, *patterns: str) -> None:
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def as_failure(error: BaseException) -> dict[str, Any]:

@@ -539,6 +539,8 @@ def make_app(service: Service) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        for job_id in store.unfinished():  # of an ingress that died
+            service.start(job_id)
         sweeper = asyncio.create_task(service.sweep_forever())
         yield
         sweeper.cancel()
@@ -598,7 +600,7 @@ def make_app(service: Service) -> FastAPI:
         wait_s = preferences(request.headers.get("prefer", ""), config)
         zipped = wants_archive(request.headers.get("accept", ""))
         with service.admitted():
-            store.sweep()
+            await run_in_threadpool(store.sweep)
             job_id = store.create()
             try:
                 async with asyncio.timeout(config.max_upload_s):

@@ -20,7 +20,7 @@ import soundfile
 from serving import PITCH, RATE, Server, serving, tone, wait, write_model, write_sound, write_video
 
 from avsep.dictionary import BasisDictionary
-from avsep.jobs import ServiceConfig, as_failure
+from avsep.jobs import JobWorker, ServiceConfig, as_failure, fail
 from avsep.records import ClipError, Reason
 from avsep.results import NoSuchJob, ResultStore, StoreFull
 
@@ -527,17 +527,19 @@ def test_what_failures_mean():
     assert as_failure(OSError(errno.EIO, "broken"))["status"] == 500
 
 
-def test_a_killed_worker_s_job_can_be_done_again(tmp_path, model, sound):
-    """What a worker that died had written is no hindrance to the next."""
+def test_work_that_was_under_way_is_taken_up_again(tmp_path, model, sound):
+    """What a service and a worker that died had written is no hindrance to the next."""
+    store = ServiceConfig(model, str(tmp_path / "results")).store()
+    store.root.mkdir()
+    job = store.create()
+    shutil.copy(sound, store.path(job) / "upload")
+    part = store.path(job) / "tracks.01234567.part"
+    part.mkdir()
+    (part / "dog.wav.part").write_bytes(b"half")
+    store.update(job, status="running", options={}, queued=time.time())
     with serving(tmp_path, model) as server:
-        store = server.service.store
-        job = store.create()
-        shutil.copy(sound, store.path(job) / "upload")
-        (store.path(job) / "tracks.part").mkdir()
-        (store.path(job) / "tracks.part" / "dog.wav.part").write_bytes(b"half")
-        store.update(job, status="running", options={}, queued=time.time())
-        from avsep.jobs import JobWorker
-
-        JobWorker(server.config)(job)
+        wait(lambda: server.client.get(f"/v1/separations/{job}").json()["status"] == "done")
+        assert not part.exists() and not (store.path(job) / "upload").exists()
+        JobWorker(server.config)(job)  # once more does nothing
+        fail(store, job, {"status": 503, "reason": "late", "detail": ""})
         assert store.job(job)["status"] == "done"
-        assert "tracks.part" not in os.listdir(store.path(job))
