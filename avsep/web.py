@@ -848,6 +848,9 @@ class _Guard:
         try:
             refused = self._refuse(request)
             await (refused or self._app)(scope, receive, send_with_headers)
+        except asyncio.CancelledError:
+            status = 499  # the client is gone
+            raise
         finally:
             route = scope.get("route")
             path = getattr(route, "path", "other")
