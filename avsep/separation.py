@@ -247,12 +247,15 @@ class Plan:
         self.overlap = min(int(config.overlap_s * rate), self.length // 2)
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the plan)
         self.n_samples = 0
+        self.window_scores: list[tuple[int, int, Tensor]] = []  # first and last sample of each, objects' shares (L,)
         total, weighted = 0.0, torch.zeros(len(separator.model.config.objects))
         for number, (window, fresh, _) in enumerate(_windows(blocks, self.length, self.overlap)):
             self.n_samples += fresh
+            start = self.n_samples - len(window)
             analysed = separator.analyse(torch.from_numpy(_padded(window, separator.stft)), seed=number)
             weighted += analysed.energy * analysed.sound_scores
             total += analysed.energy
+            self.window_scores.append((start, self.n_samples, analysed.sound_scores))
             if number == 0:
                 self.first_window = analysed
             self._store(analysed)

@@ -218,10 +218,10 @@ def _get(
                 received += len(data)
                 if received > max_bytes:
                     raise BadUpload(413, f"the file has more than {max_bytes} bytes")
-                if time.monotonic() > deadline:
-                    raise BadUpload(422, "the URL's server is too slow")
                 step()
                 file.write(data)
+        if time.monotonic() >= deadline:
+            raise BadUpload(422, "the URL's server is too slow")
         if response.length:
             raise BadUpload(422, "the URL's server closed the connection before the end")
     return None

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import soundfile
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -157,7 +158,11 @@ class VideoSeparator:
                 for name in plan.objects
             ],
             "rest": f"{REST}.wav",
-            "heard": {n: s for n, s in sorted(plan.sound_scores.items(), key=lambda x: -x[1]) if s >= 0.01},
+            "heard": _heard(plan, torch.tensor(list(plan.sound_scores.values())), 0.01),
+            "windows": [
+                {"start_s": start / rate, "end_s": end / rate, "heard": _heard(plan, scores, 0.05)}
+                for start, end, scores in plan.window_scores
+            ],
             "bases": separator.config.bases,
             "timings": {name: round(seconds, 3) for name, seconds in timings.items()},
         }
@@ -171,6 +176,13 @@ class VideoSeparator:
             return None, self.labeller
         step("looking", 0.0)
         return object_scores(self.labeller(pictures)), ""
+
+
+def _heard(plan: Plan, scores: Tensor, least: float) -> dict[str, float]:
+    """Name the objects of at least a share of the sound, the loudest first."""
+    names = plan.separator.model.config.objects
+    order = scores.argsort(descending=True).tolist()
+    return {names[i]: float(scores[i]) for i in order if scores[i] >= least}
 
 
 class _Clock:

@@ -10,6 +10,7 @@ import http
 import importlib.metadata
 import io
 import logging
+import secrets
 import shutil
 import time
 import zipfile
@@ -129,6 +130,14 @@ class Relation(BaseModel):
     png: str
 
 
+class WindowHeard(BaseModel):
+    """What is heard in one stretch of a sound."""
+
+    start_s: float
+    end_s: float
+    heard: dict[str, float]
+
+
 class Result(BaseModel):
     """What became of a video."""
 
@@ -141,6 +150,7 @@ class Result(BaseModel):
     rest: Audio
     mixture: Audio
     heard: dict[str, float]  # every object's share of the sound, from 1 % up
+    windows: list[WindowHeard]  # the same over time, from 5 % up
     relation: Relation
     frame: str | None
     archive: str
@@ -489,7 +499,7 @@ def _flac(path: Path) -> Path:
     """Convert a WAV once."""
     flac = path.with_suffix(".flac")
     if not flac.exists():
-        part = flac.with_suffix(".part")
+        part = flac.with_suffix(f".{secrets.token_hex(4)}.part")  # others may be asking for it too
         with (
             soundfile.SoundFile(path) as source,
             soundfile.SoundFile(part, "w", source.samplerate, 1, subtype="PCM_24", format="FLAC") as target,
@@ -671,10 +681,18 @@ def make_app(service: Service) -> FastAPI:
             )
         return store.path(job_id), job["result"]
 
+    async def of(job_id: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function on a job's files, which may be deleted meanwhile."""
+        try:
+            return await run_in_threadpool(function, *arguments)
+        except Exception:
+            store.path(job_id)
+            raise
+
     async def archived(job_id: str, status: int, headers: dict[str, str]) -> Response:
         folder, _ = finished(job_id)
         files: dict[str, Path | bytes] = {p.name: p for p in sorted((folder / TRACKS).glob("*.wav"))}
-        files["relation_map.png"] = await run_in_threadpool(jobs.relation_png, folder)
+        files["relation_map.png"] = await of(job_id, jobs.relation_png, folder)
         described = describe(store.job(job_id), config.results_ttl_s)
         files["separation.json"] = described.model_dump_json(indent=1).encode()
         named = {"Content-Disposition": f'attachment; filename="separation-{job_id[:8]}.zip"'}
@@ -699,7 +717,7 @@ def make_app(service: Service) -> FastAPI:
             raise Problem(404, f"the sounds are {', '.join(sorted(names))}, each as .wav and .flac")
         path = folder / TRACKS / f"{track}.wav"
         if kind == "flac":
-            path = await run_in_threadpool(_flac, path)
+            path = await of(job_id, _flac, path)
         return FileResponse(path, media_type=_AUDIO[kind], filename=path.name, content_disposition_type="inline")
 
     @app.get(
@@ -708,7 +726,7 @@ def make_app(service: Service) -> FastAPI:
     )  # fmt: skip
     async def relation(job_id: str) -> Any:
         folder, _ = finished(job_id)
-        return JSONResponse(await run_in_threadpool(jobs.relation, folder))
+        return JSONResponse(await of(job_id, jobs.relation, folder))
 
     png = {200: {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}}, **_problems(404, 409)}
 
@@ -718,7 +736,7 @@ def make_app(service: Service) -> FastAPI:
     )  # fmt: skip
     async def relation_png(job_id: str) -> Response:
         folder, _ = finished(job_id)
-        return Response(await run_in_threadpool(jobs.relation_png, folder), media_type="image/png")
+        return Response(await of(job_id, jobs.relation_png, folder), media_type="image/png")
 
     @app.get(
         "/v1/separations/{job_id}/frame.png", response_class=Response, responses=png, summary="A picture of the video"
@@ -741,7 +759,7 @@ def make_app(service: Service) -> FastAPI:
     async def basis(job_id: str, basis: int) -> Response:
         folder, _ = finished(job_id)
         try:
-            sound, rate = await run_in_threadpool(jobs.basis_sound, folder, basis)
+            sound, rate = await of(job_id, jobs.basis_sound, folder, basis)
         except IndexError:
             raise Problem(404, f"there is no basis {basis}") from None
         buffer = io.BytesIO()

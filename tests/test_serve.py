@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import http.server
 import io
 import json
 import os
@@ -23,6 +24,7 @@ from avsep.dictionary import BasisDictionary
 from avsep.jobs import JobWorker, ServiceConfig, as_failure, fail
 from avsep.records import ClipError, Reason
 from avsep.results import NoSuchJob, ResultStore, StoreFull
+from avsep.uploads import BadUpload, download, public_addresses
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +161,9 @@ def test_sounds_can_be_fetched_in_parts(server, sound):
 def test_long_sounds_are_done_in_windows(server, tmp_path):
     job = server.post(write_sound(tmp_path / "long.wav", 29.0), objects="dog,violin").json()
     assert job["result"]["duration_s"] == pytest.approx(29)
+    windows = job["result"]["windows"]
+    assert windows[0]["start_s"] == 0 and windows[-1]["end_s"] == pytest.approx(29)
+    assert all(set(w["heard"]) == {"dog", "violin"} for w in windows)
     dog = get_sound(server, job["result"]["objects"][0]["audio"]["wav"])
     assert ((dog - tone("dog", 29)) ** 2).sum() < 0.1 * (tone("dog", 29) ** 2).sum()
 
@@ -307,6 +312,60 @@ def test_no_url_unless_the_operator_allows_it_and_never_a_private_one(server, tm
         assert not asked
         wait(open_server.idle)
         assert open_server.folders() == []
+
+
+class Remote(http.server.BaseHTTPRequestHandler):
+    """Answers with a file, half of one, too much, a redirect, or a byte now and then."""
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/redirect"):
+            self.send_response(302)
+            self.send_header("Location", self.path.partition("?")[2])
+            self.end_headers()
+        elif self.path == "/missing":
+            self.send_error(404)
+        else:
+            self.send_response(200)
+            if self.path == "/half":
+                self.send_header("Content-Length", "2000")
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for _ in range(50 if self.path == "/slow" else 1):
+                    self.wfile.write(b"x" * (100_000 if self.path == "/large" else 1000))
+                    time.sleep(0.1 if self.path == "/slow" else 0)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_what_a_url_brings_is_bounded_and_redirects_are_checked(tmp_path):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Remote) as remote:
+        threading.Thread(target=remote.serve_forever, daemon=True).start()
+        base = f"http://public.test:{remote.server_port}"
+
+        def resolve(host: str, port: int) -> list:
+            if host == "public.test":
+                return socket.getaddrinfo("127.0.0.1", port, type=socket.SOCK_STREAM)
+            return public_addresses(host, port)
+
+        def fetch(url: str, timeout_s: float = 10) -> bytes:
+            download(url, tmp_path / "file", 50_000, timeout_s, resolve)
+            return (tmp_path / "file").read_bytes()
+
+        assert fetch(f"{base}/file") == b"x" * 1000
+        assert fetch(f"{base}/redirect?/file") == b"x" * 1000
+        for path, status in (
+            ("/missing", 422), ("/half", 422), ("/large", 413), ("/redirect?/redirect?/redirect?/redirect?/x", 422),
+            (f"/redirect?http://127.0.0.1:{remote.server_port}/file", 422), ("/redirect?file:///etc/passwd", 422),
+        ):  # fmt: skip
+            with pytest.raises(BadUpload) as error:
+                fetch(base + path)
+            assert error.value.status == status, path
+        started = time.monotonic()
+        with pytest.raises(BadUpload):
+            fetch(f"{base}/slow", 0.5)
+        assert time.monotonic() - started < 3
+        remote.shutdown()
 
 
 def test_a_token_is_asked_for_everything_but_the_page(tmp_path, model, sound):
