@@ -94,8 +94,9 @@ class ResultStore:
         """
         now, finished = time.time(), []
         for entry in self._entries(gone=True):
-            if now - entry.stat().st_mtime > self.stale_s:
-                shutil.rmtree(entry, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # others are deleting too
+                if now - entry.stat().st_mtime > self.stale_s:
+                    shutil.rmtree(entry, ignore_errors=True)
         used, count = n_bytes, 0
         for job_id, state, size in self._jobs():
             over = now - state.get("finished", now) > self.ttl_s

@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -566,6 +567,25 @@ def test_the_store_gives_up_work_that_nobody_touches(tmp_path):
     assert store.job(job)["status"] == "uploading"
     time.sleep(0.3)
     store.sweep()
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_store_is_used_by_many_at_once(tmp_path):
+    store = ResultStore(tmp_path, max_bytes=30_000)
+
+    def work(_: int) -> None:
+        for _ in range(60):
+            job = store.create()
+            (store.path(job) / "sound").write_bytes(b"x" * 2000)
+            with contextlib.suppress(StoreFull):
+                store.sweep()
+            with contextlib.suppress(NoSuchJob):  # it made room
+                store.finish(job, "done")
+                store.usage()
+                store.delete(job)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
     assert os.listdir(tmp_path) == []
 
 

@@ -4,7 +4,8 @@ python tests/benchmarks/serving.py --model out/demo/model --clips out/demo/clips
 
 Starts the service, asks it with so many clients at once, and calls `VideoSeparator` in a loop in
 as many processes as the service has replicas, in turns. Latency counts from the first byte sent to
-the result's last one described; a client told 429 or 503 waits as told and asks again.
+the result's last one described; a client told 429 or 503 waits as told and asks again. On a machine
+that others use too, compare CPU seconds a clip rather than rates.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ import httpx
 import numpy as np
 
 
-def plain(model: str, files: list[str], seconds: float) -> tuple[int, float]:
-    """Separate one file after the other for so long; return how many, and the time."""
+def plain(model: str, files: list[str], seconds: float) -> tuple[int, float, float]:
+    """Separate one file after the other for so long; return how many, the time, and the CPU time with ffmpeg's."""
     import torch
 
     from avsep.videos import VideoSeparator
@@ -37,12 +38,13 @@ def plain(model: str, files: list[str], seconds: float) -> tuple[int, float]:
     torch.set_num_threads(1)
     separate = VideoSeparator.load(model)
     _ = separate.labeller
-    count, started = 0, time.monotonic()
+    separate(Path(files[0]), Path(tempfile.mkdtemp()))  # warm
+    count, started, used = 0, time.monotonic(), sum(os.times()[:4])
     with tempfile.TemporaryDirectory() as folder:
         while time.monotonic() - started < seconds:
             separate(Path(files[count % len(files)]), Path(folder), mixture=True)
             count += 1
-    return count, time.monotonic() - started
+    return count, time.monotonic() - started, sum(os.times()[:4]) - used
 
 
 def below(pid: int) -> list[int]:
@@ -68,6 +70,15 @@ def memory(pid: int) -> dict[str, float]:
                     pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
                     sizes[kind.removeprefix("ServeReplica:avsep:")] += pages * 4096 / 1e6
     return dict(sizes)
+
+
+def cpu(pid: int) -> float:
+    """CPU seconds of a process and all below it, of those that ended too."""
+    total = 0
+    for process in below(pid):
+        with contextlib.suppress(OSError):
+            total += sum(map(int, Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[11:15]))
+    return total / os.sysconf("SC_CLK_TCK")
 
 
 def load(url: str, files: list[Path], clients: int, seconds: float) -> dict:
@@ -106,6 +117,7 @@ def load(url: str, files: list[Path], clients: int, seconds: float) -> dict:
     p50, p95 = np.percentile(latencies, (50, 95)) if latencies else (float("nan"),) * 2
     return {
         "clients": clients,
+        "clips": len(latencies),
         "clips_a_minute": round(60 * len(latencies) / took, 1),
         "p50_s": round(p50, 2),
         "p95_s": round(p95, 2),
@@ -147,13 +159,21 @@ def main() -> None:
                     for n in range(replicas)
                 ]
                 done = [j.result() for j in jobs]
-            rate = sum(60 * count / took for count, took in done)
-            print(json.dumps({"plain function, processes": replicas, "clips_a_minute": round(rate, 1)}), flush=True)
+            rate = sum(60 * count / took for count, took, _ in done)
+            work = sum(used for *_, used in done) / sum(count for count, *_ in done)
+            row = {
+                "plain function, processes": replicas,
+                "clips_a_minute": round(rate, 1),
+                "cpu_s_a_clip": round(work, 2),
+            }
+            print(json.dumps(row), flush=True)
             for clients in arguments.clients:
-                before = memory(service.pid)
+                before, used = memory(service.pid), cpu(service.pid)
                 found = load(url, files, clients, arguments.seconds)
-                after = memory(service.pid)
-                found["of_plain"] = round(found["clips_a_minute"] / rate, 3)
+                after, used = memory(service.pid), cpu(service.pid) - used
+                found["cpu_s_a_clip"] = round(used / max(1, found["clips"]), 2)
+                found["overhead_in_cpu"] = round(found["cpu_s_a_clip"] / work - 1, 3)
+                found["rate_of_plain"] = round(found["clips_a_minute"] / rate, 3)
                 found["memory_mb"] = {k: [round(before[k]), round(after[k])] for k in before if k in after}
                 print(json.dumps(found), flush=True)
     finally:
