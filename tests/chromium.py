@@ -18,7 +18,7 @@ from websockets.sync.client import connect
 
 EXECUTABLE = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 _FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --mute-audio "
+    "--headless=new --hide-scrollbars --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --mute-audio "
     "--disable-background-networking --disable-component-update --disable-sync --disable-extensions "
     "--autoplay-policy=user-gesture-required --remote-debugging-port=0"
 )

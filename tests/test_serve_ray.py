@@ -17,7 +17,7 @@ from serving import wait, write_model, write_sound
 
 from pipelines import serve
 
-pytestmark = [pytest.mark.slow, pytest.mark.chaos]
+pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(800)]
 
 
 def free_port() -> int:
@@ -98,12 +98,12 @@ def folders(service: Service) -> set[str]:
 
 def test_a_killed_replica_s_request_is_done_by_another(service, long):
     urls = [service.post(long, Prefer="respond-async").headers["location"] for _ in range(2)]
-    wait(lambda: all(service.client.get(u).json()["progress"] > 0.05 for u in urls))
+    wait(lambda: all(service.client.get(u).json()["progress"] > 0 for u in urls), 200)
     replicas = service.replicas("separating")
-    assert len(replicas) == 2  # both have work
+    assert len(replicas) == 2  # each with work
     os.kill(replicas[0], signal.SIGKILL)
     for url in urls:
-        wait(lambda url=url: service.client.get(url).json()["status"] in ("done", "failed"), 200)
+        wait(lambda url=url: service.client.get(url).json()["status"] in ("done", "failed"), 500)
         assert service.client.get(url).json()["status"] == "done"
         assert service.client.delete(url).status_code == 204
     wait(lambda: len(service.replicas("separating")) == 2, 200)

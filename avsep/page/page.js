@@ -6,7 +6,7 @@ const LONG_S = 180; // longer sounds are decoded at half the rate, to halve thei
 const SMOOTH_S = 0.02; // gains move this slowly, so that they don't click
 const REST = "_rest";
 const titled = (name) => (name === REST ? "the rest" : name.replaceAll("_", " "));
-const megabytes = (bytes) => `${Math.round(bytes / 1e6)} MB`;
+const megabytes = (bytes) => `${Math.round(bytes / 2 ** 20)} MB`;
 const clock = (s) => `${Math.floor(s / 60)}:${String(Math.floor(s % 60)).padStart(2, "0")}`;
 
 // ---------------------------------------------------------------------------------------- sound
