@@ -103,6 +103,19 @@ class ModelConfig:
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
+    @classmethod
+    def read(cls, directory: str) -> ModelConfig:
+        """Read a model directory's `config.json` alone; raises as `Model.load` does."""
+        path = storage.join(directory, CONFIG_FILE)
+        if not storage.exists(path):
+            raise FileNotFoundError(
+                f"{directory} holds no {CONFIG_FILE}; give the model folder that pipelines.train wrote"
+            )
+        try:
+            return _parse(json.loads(storage.read_bytes(path)))
+        except (TypeError, KeyError, ValueError) as error:
+            raise _no_model(directory, error) from None
+
     def build(self) -> MIML:
         """Build the network, untrained."""
         return MIML(self.stft.n_bins, len(self.objects), **asdict(self.network))
@@ -136,13 +149,8 @@ class Model:
             FileNotFoundError: there is no model.
             ValueError: it is of another format, or its files don't fit together.
         """
-        path = storage.join(directory, CONFIG_FILE)
-        if not storage.exists(path):
-            raise FileNotFoundError(
-                f"{directory} holds no {CONFIG_FILE}; give the model folder that pipelines.train wrote"
-            )
+        config = ModelConfig.read(directory)
         try:
-            config = _parse(json.loads(storage.read_bytes(path)))
             weights = safetensors.torch.load(storage.read_bytes(storage.join(directory, NETWORK_FILE)))
             network, context = config.build(), None
             network.load_state_dict({k: v for k, v in weights.items() if not k.startswith(_CONTEXT)})
@@ -154,9 +162,12 @@ class Model:
             if storage.exists(storage.join(directory, DICTIONARY_FILE)):
                 dictionary = BasisDictionary.load(storage.join(directory, DICTIONARY_FILE))
         except (TypeError, KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
-            first_line = str(error).strip().split("\n")[0]
-            raise ValueError(f"{directory} is no model of format {FORMAT}: {first_line}") from None
+            raise _no_model(directory, error) from None
         return cls(config, network.eval(), dictionary, context.eval() if context else None)
+
+
+def _no_model(directory: str, error: Exception) -> ValueError:
+    return ValueError(f"{directory} is no model of format {FORMAT}: {str(error).strip().split(chr(10))[0]}")
 
 
 def _parse(raw: dict[str, Any]) -> ModelConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -80,6 +80,13 @@ class Window:
     relation: Tensor  # (L, M)
     sound_scores: Tensor  # (L,), each object's share of the sound
     energy: float  # of the magnitudes, so that windows can be averaged
+
+    def first(self, n_bases: int) -> Window:
+        """Return the first of several factorisations, of `n_bases` each, by itself: one to look at and listen to."""
+        W, H = self.factors.W, self.factors.H
+        count = max(1, W.shape[1] // n_bases)
+        factors = Factors(W[:, :n_bases], count * H[:n_bases], self.factors.kl_divergence)
+        return replace(self, factors=factors, relation=self.relation[:, :n_bases])
 
 
 @dataclass
@@ -261,12 +268,15 @@ class Plan:
         self.overlap = min(int(config.overlap_s * rate), self.length // 2)
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the plan)
         self.n_samples = 0
+        self.window_scores: list[tuple[int, int, Tensor]] = []  # first and last sample of each, objects' shares (L,)
         total, weighted = 0.0, torch.zeros(len(separator.model.config.objects))
         for number, (window, fresh, _) in enumerate(_windows(blocks, self.length, self.overlap)):
             self.n_samples += fresh
+            start = self.n_samples - len(window)
             analysed = separator.analyse(torch.from_numpy(_padded(window, separator.stft)), seed=number)
             weighted += analysed.energy * analysed.sound_scores
             total += analysed.energy
+            self.window_scores.append((start, self.n_samples, analysed.sound_scores))
             if number == 0:
                 self.first_window = analysed
             self._store(analysed)

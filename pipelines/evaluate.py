@@ -284,8 +284,7 @@ def separate_case(
     window = whole_window(separator, separation, case)
     oracle, owner = baselines.oracle_assignment(case.mixture, case.everything, window.factors, separator.stft)
     grouped = case.everything if noisy else case.references
-    n_bases = separator.extraction.n_bases
-    single = separator.factorize(case.mixture, 0) if window.factors.H.shape[0] > n_bases else window.factors
+    single = window.first(separator.extraction.n_bases).factors
     estimates = {
         "mixture": baselines.mixture_as_estimate(case.mixture, n_sources),
         "nmf_clustering": baselines.blind_clustering(case.mixture, grouped, single, separator.stft)[:n_sources],
@@ -497,7 +496,7 @@ def clip_section(job: Job, segments: Sequence[Segment], clip: ClipResult | None 
     found = dict(zip(separation.objects, separation.estimates.numpy(), strict=True))
     section = Report("")
     section.heading(f"{case.segment.segment_id}: {', '.join(case.names)}", 3)
-    window = whole_window(separator, separation, case)
+    window = whole_window(separator, separation, case).first(separator.extraction.n_bases)
     _, owner = baselines.oracle_assignment(case.mixture, case.everything, window.factors, stft)
     rows = [*(names.index(n) for n in case.names), len(names)]
     frames = [f for f in (stages.middle_picture(s.source, s.start_s, s.end_s) for s in segments) if f is not None]

@@ -1,0 +1,173 @@
+"""The results of a service: one folder a job, bounded in bytes, number and age; who deletes one stops its work."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_ID = re.compile(r"[0-9a-f]{32}")
+_STATUS = "job.json"
+UPLOAD = "upload"
+UNFINISHED = ("uploading", "queued", "running")
+FINISHED = ("done", "failed")
+
+
+class NoSuchJob(Exception):
+    """There is no such job, or no longer: it expired, made room for others, or was deleted."""
+
+
+class StoreFull(Exception):
+    """The results of work in progress fill the store, or its disk."""
+
+
+@dataclass(frozen=True)
+class ResultStore:
+    """Jobs as folders under `root`, which every process of a service sees.
+
+    A job's state is a small JSON file, replaced whole, so that no process has to be asked for it
+    and none loses it by dying. Ids can't be guessed. Deleting a job renames its folder away first:
+    whoever works on it finds it gone at the next step and stops.
+    """
+
+    root: Path
+    max_bytes: int = 20 << 30
+    max_jobs: int = 1000
+    ttl_s: float = 3600.0  # after the work was finished
+    stale_s: float = 1800.0  # unfinished work that nobody has touched for this long is given up
+
+    def create(self) -> str:
+        """Make an empty job and return its id."""
+        job_id = secrets.token_hex(16)
+        self._folder(job_id).mkdir(mode=0o700)
+        self._write(job_id, {"id": job_id, "status": "uploading", "created": time.time(), "progress": 0.0})
+        return job_id
+
+    def path(self, job_id: str) -> Path:
+        """Return a job's folder; NoSuchJob for anything that is not the id of one that is there."""
+        folder = self._folder(job_id)
+        if not folder.is_dir():
+            raise NoSuchJob(job_id)
+        return folder
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        """Read a job's state."""
+        try:
+            state: dict[str, Any] = json.loads((self._folder(job_id) / _STATUS).read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            raise NoSuchJob(job_id) from None
+        return state
+
+    def update(self, job_id: str, **values: Any) -> dict[str, Any]:
+        """Change some of a job's state."""
+        state = {**self.job(job_id), **values}
+        self._write(job_id, state)
+        return state
+
+    def finish(self, job_id: str, status: str, **values: Any) -> None:
+        """Say how a job ended; what was uploaded goes."""
+        (self.path(job_id) / UPLOAD).unlink(missing_ok=True)
+        self.update(job_id, status=status, finished=time.time(), **values)
+
+    def delete(self, job_id: str) -> None:
+        """Remove a job and, by that, stop its work. NoSuchJob when there is none."""
+        folder = self._folder(job_id)
+        gone = self.root / f".{job_id}.{secrets.token_hex(4)}"
+        try:
+            folder.rename(gone)
+        except FileNotFoundError:
+            raise NoSuchJob(job_id) from None
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def sweep(self, n_bytes: int = 0) -> None:
+        """Remove what has expired or was given up, then the oldest results until `n_bytes` more fit.
+
+        Raises StoreFull where they don't, with all results gone.
+        """
+        now, finished = time.time(), []
+        for entry in self._entries(gone=True):
+            with contextlib.suppress(FileNotFoundError):  # others are deleting too
+                if now - entry.stat().st_mtime > self.stale_s:
+                    shutil.rmtree(entry, ignore_errors=True)
+        used, count = n_bytes, 0
+        for job_id, state, size in self._jobs():
+            over = now - state.get("finished", now) > self.ttl_s
+            if over or (state["status"] in UNFINISHED and now - state["updated"] > self.stale_s):
+                with contextlib.suppress(NoSuchJob):
+                    self.delete(job_id)
+                continue
+            used, count = used + size, count + 1
+            if state["status"] in FINISHED:
+                finished.append((state["finished"], job_id, size))
+        for _, job_id, size in sorted(finished):
+            if used <= self.max_bytes and count <= self.max_jobs:
+                return
+            with contextlib.suppress(NoSuchJob):
+                self.delete(job_id)
+            used, count = used - size, count - 1
+        if used > self.max_bytes or count > self.max_jobs:
+            raise StoreFull(f"{count} jobs in progress hold {used - n_bytes} of {self.max_bytes} bytes")
+
+    def usage(self) -> dict[str, int]:
+        """Count jobs by status, and the bytes of all."""
+        counts = dict.fromkeys((*UNFINISHED, *FINISHED), 0)
+        n_bytes = 0
+        for _, state, size in self._jobs():
+            counts[state["status"]] += 1
+            n_bytes += size
+        return {**counts, "bytes": n_bytes}
+
+    def unfinished(self) -> list[str]:
+        """List the jobs that are queued or running."""
+        return [job_id for job_id, state, _ in self._jobs() if state["status"] in ("queued", "running")]
+
+    def clear(self) -> None:
+        """Remove everything: for a store of its own, at a service's start and end."""
+        for entry in [*self._entries(gone=True), *self._entries()]:
+            shutil.rmtree(entry, ignore_errors=True)
+
+    def _jobs(self) -> Iterator[tuple[str, dict[str, Any], int]]:
+        for entry in self._entries():
+            with contextlib.suppress(NoSuchJob, FileNotFoundError):
+                state = self.job(entry.name)
+                yield entry.name, state, _size(entry)
+
+    def _entries(self, gone: bool = False) -> list[Path]:
+        names = os.listdir(self.root)
+        return [
+            self.root / n for n in names if (_ID.fullmatch(n[1:33]) and n.startswith(".") if gone else _ID.fullmatch(n))
+        ]
+
+    def _folder(self, job_id: str) -> Path:
+        if not _ID.fullmatch(job_id):
+            raise NoSuchJob(job_id)
+        return self.root / job_id
+
+    def _write(self, job_id: str, state: dict[str, Any]) -> None:
+        folder = self._folder(job_id)
+        part = folder / f".{_STATUS}.{secrets.token_hex(4)}"
+        try:
+            part.write_text(json.dumps({**state, "updated": time.time()}))
+            part.replace(folder / _STATUS)
+        except FileNotFoundError:
+            raise NoSuchJob(job_id) from None
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(root, name)).st_size
+    return total

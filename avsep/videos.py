@@ -1,0 +1,293 @@
+"""Separate whole files: a video or a sound in, one WAV an object and a report out."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from avsep import media, storage
+from avsep.model import LABELLER_FILE
+from avsep.objects import OBJECT_NAMES, object_index, object_scores, weak_labels
+from avsep.records import ClipError, Reason
+from avsep.separation import REST, Plan, Separator
+from avsep.vision import ImageLabeller, LabellerUnavailable
+
+MIXTURE = "_mixture"
+_HELD_S = 60.0  # a file up to this long is decoded once and held; a longer one is read twice, in blocks
+_MAX_PICTURES = 60  # of a file that are labelled; a longer one is sampled evenly
+_BLOCK = 1 << 20  # samples read at a time
+_LISTENING, _SEPARATING = 0.7, 0.3  # shares of the time
+_LIMITS = media.DecodeLimits()
+
+Step = Callable[[str, float], None]  # is told the stage and how much is done in [0, 1]; raises to stop the work
+
+
+def _no_step(stage: str, done: float) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class FileLimits:
+    """What one file may be, and what reading it may use."""
+
+    max_duration_s: float = float("inf")
+    decode: media.DecodeLimits = field(default_factory=media.DecodeLimits)
+
+
+@dataclass
+class FileSeparation:
+    """What became of a file; the sounds are in WAVs."""
+
+    report: dict[str, Any]  # for `separation.json`
+    plan: Plan
+    pictures: NDArray[np.uint8]  # (n, size, size, 3)
+
+
+@dataclass
+class VideoSeparator:
+    """Separate files with a trained model and, where its weights can be had, the picture network."""
+
+    separator: Separator
+    model_dir: str
+    weights: str | None = None  # of the picture network, unless the model carries its own
+    limits: FileLimits = field(default_factory=FileLimits)
+
+    @classmethod
+    def load(cls, model_dir: str, weights: str | None = None, limits: FileLimits = FileLimits()) -> VideoSeparator:
+        """Load the model directory that `pipelines.train` (and `collect`) wrote."""
+        return cls(Separator.load(model_dir), model_dir, weights, limits)
+
+    @cached_property
+    def labeller(self) -> ImageLabeller | str:
+        """The picture network, or why there is none; a mistake in the `weights` given raises LabellerUnavailable."""
+        config = self.separator.model.config.labeller
+        if self.weights is not None:
+            return ImageLabeller.load(config.architecture, self.weights)
+        own = storage.join(self.model_dir, LABELLER_FILE)
+        try:
+            with contextlib.ExitStack() as stack:
+                path = stack.enter_context(storage.local_file(own)) if storage.exists(own) else None
+                labeller = ImageLabeller.load(config.architecture, path)
+        except LabellerUnavailable as error:
+            return str(error)
+        if config.sha256 not in (None, labeller.sha256):
+            return (
+                f"the model's clips were labelled with other weights of {config.architecture}; pass them as --weights"
+            )
+        return labeller
+
+    def __call__(
+        self,
+        video: Path,
+        out: Path,
+        objects: Sequence[str] | None = None,
+        bases: str | None = None,
+        step: Step = _no_step,
+        mixture: bool = False,
+    ) -> FileSeparation:
+        """Separate a file of any length into float32 WAVs that add up to its sound.
+
+        Writes `OBJECT.wav`, `_rest.wav` and, if asked, `_mixture.wav` into `out`, under other names
+        until all are whole. `objects` are those that are there; None lets pictures and sound
+        decide. `bases` (own, learned, both) overrides the model's choice.
+
+        Raises ClipError for a file without usable sound, ValueError for unknown objects or bases
+        that the model hasn't, and whatever `step` raises.
+        """
+        separator = self.separator
+        if bases is not None and bases != separator.config.bases:
+            separator = Separator(separator.model, replace(separator.config, bases=bases))
+        for name in objects or ():
+            object_index(name)
+        timings, clock = {}, _Clock()
+        step("decoding", 0.0)
+        rate = separator.stft.sample_rate
+        source = _Source(video, rate, self.limits, step)
+        timings["decode_s"] = clock()
+        scores, note = self._picture_scores(source.pictures, step)
+        seen = None
+        if scores is not None:
+            labels = separator.model.config.labels
+            marks = weak_labels(scores, labels.threshold, labels.best_threshold)
+            seen = [OBJECT_NAMES[i] for i in marks.nonzero().flatten().tolist()]
+        timings["look_s"] = clock()
+        total = source.n_samples
+        plan = separator.plan(
+            _told(source.blocks(), 2 * rate, lambda done: step("listening", _LISTENING * min(1.0, done / total))),
+            objects,
+            seen if objects is None else None,
+        )
+        timings["listen_s"] = clock()
+
+        def rendered(blocks: Iterator[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+            done = 0
+            for estimates in plan.render(blocks):
+                yield estimates
+                done += estimates.shape[1]
+                step("separating", _LISTENING + _SEPARATING * min(1.0, done / plan.n_samples))
+
+        write_wavs(plan, rendered(source.blocks()), out, rate, mixture)
+        timings["separate_s"] = clock()
+        origin = "given" if objects is not None else "sound" if seen is None else "pictures"
+        report: dict[str, Any] = {
+            "sample_rate": rate,
+            "duration_s": plan.n_samples / rate,
+            "objects_from": origin,
+            "note": note,
+            "objects": [
+                {
+                    "name": name,
+                    "file": f"{name}.wav",
+                    "from": origin if origin != "pictures" or name in (seen or ()) else "sound",
+                    "confidence": plan.confidence[name],
+                    "sound_score": plan.sound_scores[name],
+                    "picture_score": None if scores is None else float(scores[OBJECT_NAMES.index(name)]),
+                    "visible": None if seen is None else name in seen,
+                    "silent": name in plan.silent,
+                }
+                for name in plan.objects
+            ],
+            "rest": f"{REST}.wav",
+            "heard": _heard(plan, torch.tensor(list(plan.sound_scores.values())), 0.01),
+            "windows": [
+                {"start_s": start / rate, "end_s": end / rate, "heard": _heard(plan, scores, 0.05)}
+                for start, end, scores in plan.window_scores
+            ],
+            "bases": separator.config.bases,
+            "timings": {name: round(seconds, 3) for name, seconds in timings.items()},
+        }
+        return FileSeparation(report, plan, source.pictures)
+
+    def _picture_scores(self, pictures: NDArray[np.uint8], step: Step) -> tuple[Tensor | None, str]:
+        """Score the objects in pictures, `(L,)`; None and why when there is no picture or no picture network."""
+        if len(pictures) == 0:
+            return None, "the file has no pictures"
+        if isinstance(self.labeller, str):
+            return None, self.labeller
+        step("looking", 0.0)
+        return object_scores(self.labeller(pictures)), ""
+
+
+def _heard(plan: Plan, scores: Tensor, least: float) -> dict[str, float]:
+    """Name the objects of at least a share of the sound, the loudest first."""
+    names = plan.separator.model.config.objects
+    order = scores.argsort(descending=True).tolist()
+    return {names[i]: float(scores[i]) for i in order if scores[i] >= least}
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def __call__(self) -> float:
+        """Give the seconds since the last call."""
+        last, self._last = self._last, time.monotonic()
+        return self._last - last
+
+
+class _Source:
+    """One file's pictures and sound; the sound can be read more than once."""
+
+    def __init__(self, video: Path, sample_rate: int, limits: FileLimits, step: Step = _no_step) -> None:
+        self._video, self._rate, self._limits = video, sample_rate, limits
+        self._held: NDArray[np.float32] | None = None
+        held = min(_HELD_S, limits.max_duration_s, limits.decode.max_duration_s)
+        try:
+            clip = media.decode(video, sample_rate=sample_rate, limits=replace(limits.decode, max_duration_s=held))
+        except ClipError as error:
+            if error.reason != Reason.TOO_LONG or held < _HELD_S:
+                raise
+            info = media.probe(video, timeout_s=limits.decode.timeout_s)
+            duration_s = info.duration_s
+            if duration_s is not None and duration_s > limits.max_duration_s:
+                raise _too_long(limits) from None
+            self.n_samples = round(sample_rate * (duration_s or 2 * held))  # a guess, where the header doesn't say
+            self.pictures = pictures(video, info, limits.decode, step)
+        else:
+            self._held, self.pictures = clip.waveform, clip.images
+            self.n_samples = len(clip.waveform)
+
+    def blocks(self) -> Iterator[NDArray[np.float32]]:
+        """Read the sound from its start, `(S,)` at a time."""
+        if self._held is not None:
+            yield self._held
+            return
+        n_samples = 0
+        for block in media.iter_audio(self._video, sample_rate=self._rate, block=_BLOCK, limits=self._limits.decode):
+            n_samples += len(block)
+            if n_samples > self._limits.max_duration_s * self._rate:  # headers may promise too little
+                raise _too_long(self._limits)
+            yield block
+
+
+def _too_long(limits: FileLimits) -> ClipError:
+    return ClipError(Reason.TOO_LONG, f"more than {limits.max_duration_s:g} s")
+
+
+def _told(
+    blocks: Iterator[NDArray[np.float32]], length: int, tell: Callable[[int], None]
+) -> Iterator[NDArray[np.float32]]:
+    """Pass blocks on in pieces of at most `length`, and tell how many samples have been taken."""
+    done = 0
+    for block in blocks:
+        for start in range(0, len(block), length):
+            tell(done)
+            piece = block[start : start + length]
+            yield piece
+            done += len(piece)
+
+
+def pictures(
+    video: Path,
+    info: media.MediaInfo | None = None,
+    limits: media.DecodeLimits = _LIMITS,
+    step: Step = _no_step,
+) -> NDArray[np.uint8]:
+    """Decode pictures from all over a file, at most a minute's worth, `(n, 224, 224, 3)`."""
+    found = [np.zeros((0, 224, 224, 3), np.uint8)]
+    info = info or media.probe(video)
+    if not info.has_video:
+        return found[0]
+    if info.duration_s is None or info.duration_s <= _MAX_PICTURES:
+        return media.decode(video, 0, None if info.duration_s else _MAX_PICTURES, limits=limits).images
+    for start in np.linspace(0, info.duration_s - 1, _MAX_PICTURES):
+        step("decoding", 0.0)
+        with contextlib.suppress(ClipError):  # a damaged stretch
+            found.append(media.decode(video, float(start), float(start) + 1, limits=limits).images)
+    return np.concatenate(found)
+
+
+def write_wavs(
+    plan: Plan, rendered: Iterator[NDArray[np.float32]], out: Path, sample_rate: int, mixture: bool = False
+) -> None:
+    """Write `OBJECT.wav`, `_rest.wav` and perhaps `_mixture.wav`, under other names until all are whole."""
+    names = [*plan.objects, REST, *([MIXTURE] if mixture else [])]
+    kind = "WAV" if plan.n_samples * 4 < 4_000_000_000 else "RF64"  # WAV's sizes have 32 bits
+    parts = [out / f"{name}.wav.part" for name in names]
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with contextlib.ExitStack() as stack:
+            files = [
+                stack.enter_context(soundfile.SoundFile(p, "w", sample_rate, 1, subtype="FLOAT", format=kind))
+                for p in parts
+            ]
+            for estimates in rendered:
+                rows = [*estimates, estimates.sum(0)] if mixture else estimates
+                for file, samples in zip(files, rows, strict=True):
+                    file.write(samples)
+        for part in parts:
+            part.replace(part.with_suffix(""))
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)

@@ -1,0 +1,205 @@
+"""The service: an HTTP API and a page that separate uploaded videos, on Ray Serve.
+
+One process takes requests (`avsep.web`), others each separate one job at a time (`avsep.jobs`);
+they meet in the store of results. Environment variables set its limits: AVSEP_SERVE_TOKEN,
+AVSEP_SERVE_ALLOW_URLS, AVSEP_SERVE_MAX_UPLOAD_BYTES … (the fields of `avsep.jobs.ServiceConfig`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from avsep import jobs
+from avsep.jobs import JobWorker, ServiceConfig
+from pipelines import execution
+from pipelines.execution import fail, say
+
+EXAMPLES = """examples:
+  python -m pipelines.serve --model out/demo/model
+  AVSEP_SERVE_HOST=0.0.0.0 AVSEP_SERVE_TOKEN=secret python -m pipelines.serve --model out/demo/model --port 8080
+  curl -F file=@duet.mp4 http://127.0.0.1:8000/v1/separations
+"""
+_LOST_AFTER = 3  # workers that died at one job
+_BLAS = {"OMP_NUM_THREADS": "1"}
+_PATIENCE = {  # on a machine full of work Serve's own processes answer late; else it kills them
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the command."""
+    p = argparse.ArgumentParser(
+        "pipelines.serve",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--model", required=True, help="the model folder that pipelines.train wrote; may be replaced later")
+    p.add_argument("--port", type=int, default=8000, help="on AVSEP_SERVE_HOST, else on this machine alone")
+    return p
+
+
+class Separating:
+    """A Serve replica that separates: one job at a time, while the next one waits beside it."""
+
+    def __init__(self, config: ServiceConfig) -> None:
+        execution.one_thread()
+        self._worker = JobWorker(config)
+
+    async def __call__(self, job_id: str) -> None:
+        """Do a job of the store."""
+        import asyncio
+
+        await asyncio.to_thread(self._worker, job_id)
+
+
+class Ingress:
+    """The Serve replica that takes requests."""
+
+    def __init__(self, config: ServiceConfig, separating: Any) -> None:
+        self._config, self._separating = config, separating
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Build the application; Serve asks for it."""
+        from avsep.web import Service, make_app
+
+        return make_app(Service(self._config, self._run))
+
+    async def _run(self, job_id: str) -> None:
+        """Have a replica do a job; one whose replica died is given to another."""
+        from ray import exceptions
+        from ray.serve.exceptions import BackPressureError
+
+        from avsep.web import Busy, WorkerLost
+
+        for _ in range(_LOST_AFTER):
+            try:
+                await self._separating.remote(job_id)
+                return
+            except BackPressureError:
+                raise Busy from None
+            except exceptions.RayActorError:
+                continue
+        raise WorkerLost
+
+
+def build(arguments: dict[str, Any]) -> Any:
+    """Build the Serve application, for `serve run` and `deploy/serve.yaml`: ServiceConfig's fields by name."""
+    from ray import serve
+
+    config = ServiceConfig.from_environment(os.environ, **arguments)
+    separating = serve.deployment(
+        Separating,
+        name="separating",
+        num_replicas=config.replicas or max(1, len(os.sched_getaffinity(0))),
+        max_ongoing_requests=2,
+        max_queued_requests=config.max_pending,
+        ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": _BLAS}},
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=60,
+    )
+    ingress = serve.deployment(
+        serve.ingress()(Ingress),
+        name="ingress",
+        max_ongoing_requests=200,
+        max_queued_requests=200,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=20,
+    )
+    return ingress.bind(config, separating.bind(config))
+
+
+@contextlib.contextmanager
+def results_folder(given: str, port: int) -> Iterator[str]:
+    """Give the folder of results: the operator's, or one of this port that is emptied before and after."""
+    if given:
+        os.makedirs(given, mode=0o700, exist_ok=True)
+        yield os.path.abspath(given)
+        return
+    # of a fixed name, so that what a killed service left is found by the next one
+    folder = Path(tempfile.gettempdir(), f"avsep-serve-{os.getuid()}-{port}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        fail(f"{folder} isn't ours; remove it or set {jobs.ENVIRONMENT}RESULTS to another folder")
+    try:
+        empty(folder)
+        yield str(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def empty(folder: Path) -> None:
+    """Remove what an earlier service left."""
+    for entry in folder.iterdir():
+        shutil.rmtree(entry, ignore_errors=True)
+
+
+def start(config: ServiceConfig, port: int, results: str) -> None:
+    """Start Serve and the application; it takes requests when this returns."""
+    from ray import exceptions, serve
+
+    try:
+        serve.start(http_options={"host": config.host, "port": port, "keep_alive_timeout_s": 30})
+        serve.run(
+            build({"model": config.model, "results": results}),
+            name="avsep",
+            route_prefix="/",
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+        )
+    except (exceptions.RayError, RuntimeError) as error:
+        fail(f"Ray Serve didn't start: {str(error).strip().splitlines()[0]}")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until interrupted."""
+    execution.absolute(arguments, "model")
+    config = ServiceConfig.from_environment(os.environ, model=arguments.model)
+    jobs.model_card(config.model)  # a mistake is one line, before anything is started
+    if config.weights is not None and not os.path.isfile(config.weights):
+        fail(f"{jobs.ENVIRONMENT}WEIGHTS={config.weights}: no such file")
+    with contextlib.closing(socket.socket()) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, arguments.port))
+        except (OSError, OverflowError) as error:
+            fail(f"--port {arguments.port}: {error}; give a free one")
+    with results_folder(config.results, arguments.port) as results:
+        for name, value in _PATIENCE.items():
+            os.environ.setdefault(name, value)
+        say("starting Ray Serve on this machine …")
+        with execution.session():
+            start(config, arguments.port, results)
+            stop = threading.Event()
+            for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which sets its own
+                signal.signal(number, lambda *_: stop.set())
+            say(f"http://{config.host}:{arguments.port}/ is ready; Ctrl-C ends it")
+            stop.wait()
+            say("stopping")
+            from ray import serve
+
+            serve.shutdown()
+    return execution.DONE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    return execution.run(run, parser(), argv)
+
+
+if __name__ == "__main__":
+    # the module itself, which other processes can import, and not its copy here
+    from pipelines.serve import main as run_main
+
+    sys.exit(run_main())

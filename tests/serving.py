@@ -1,0 +1,141 @@
+"""A tiny model that knows two pitches, files of them, and the service's application on a real port."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import soundfile
+import torch
+import uvicorn
+
+from avsep import media
+from avsep.jobs import JobWorker, ServiceConfig
+from avsep.model import Model, ModelConfig, NetworkConfig, SeparationConfig
+from avsep.objects import object_index
+from avsep.stft import STFT
+from avsep.web import Service, make_app
+
+RATE = 8000
+PITCH = {"dog": 200, "violin": 900}  # Hz
+
+
+def write_model(folder: Path, n_iter: int = 60, recipe: str = "tones") -> str:
+    """Low bases are dogs, high ones violins, by 20 points of score."""
+    config = ModelConfig(
+        stft=STFT(sample_rate=RATE, n_fft=400, hop_length=200),  # a bin is 20 Hz
+        n_bases=6,
+        n_iter=n_iter,
+        network=NetworkConfig(n_subconcepts=1, hidden=2, published_head=False),
+        separation=SeparationConfig(window_s=4.0, overlap_s=0.5),
+        recipe=recipe,
+    )
+    network = config.build().eval()
+    with torch.no_grad():
+        network.shared[0].bias.zero_()
+        network.shared[0].weight.zero_()
+        network.shared[0].weight[0, :25] = 1.0
+        network.shared[0].weight[1, 25:] = 1.0
+        network.subconcepts.bias.fill_(-10.0)
+        network.subconcepts.weight.zero_()
+        for unit, name in enumerate(PITCH):
+            network.subconcepts.weight[object_index(name), unit] = 20.0
+    Model(config, network).save(str(folder))
+    return str(folder)
+
+
+def tone(name: str, seconds: float) -> np.ndarray:
+    """One object's sound, on and off in a rhythm of its own."""
+    t = np.arange(int(RATE * seconds)) / RATE
+    rhythm = {"dog": 3.0, "violin": 2.0}[name]
+    return (0.3 * np.sin(2 * np.pi * PITCH[name] * t) * (np.sin(2 * np.pi * rhythm * t) > -0.6)).astype(np.float32)
+
+
+def write_sound(path: Path, seconds: float = 6.0) -> Path:
+    soundfile.write(path, tone("dog", seconds) + tone("violin", seconds), RATE, subtype="PCM_16")
+    return path
+
+
+def write_video(path: Path, seconds: float = 6.0, size: str = "160x120") -> Path:
+    sound = write_sound(path.with_suffix(".source.wav"), seconds)
+    ffmpeg = [media.ffmpeg_executable(), "-y", "-loglevel", "error", "-f", "lavfi"]
+    picture = ["-i", f"testsrc=size={size}:rate=10:duration={seconds}", "-i", str(sound)]
+    codecs = ["-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p", "-c:a", "flac", "-strict", "-2"]
+    subprocess.run([*ffmpeg, *picture, *codecs, str(path)], check=True)
+    sound.unlink()
+    return path
+
+
+class Server:
+    """The application on a port of loopback, with workers in threads in place of Serve's replicas."""
+
+    def __init__(self, config: ServiceConfig, workers: int = 1) -> None:
+        self.config = config
+        worker = [JobWorker(config) for _ in range(workers)]
+        self._pool = ThreadPoolExecutor(workers)
+        free = list(worker)
+
+        def work(job_id: str) -> None:
+            mine = free.pop()
+            try:
+                mine(job_id)
+            finally:
+                free.append(mine)
+
+        async def run(job_id: str) -> None:
+            await asyncio.get_running_loop().run_in_executor(self._pool, work, job_id)
+
+        self.service = Service(config, run)
+        self.app = make_app(self.service)
+        settings = uvicorn.Config(self.app, "127.0.0.1", 0, log_level="critical", lifespan="on")
+        self._server = uvicorn.Server(settings)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        wait(lambda: self._server.started)
+        self.port: int = self._server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+
+    def close(self) -> None:
+        self.client.close()
+        self._server.should_exit = True
+        self._thread.join(20)
+        self._pool.shutdown()
+
+    def post(self, path: Path, headers: dict[str, str] | None = None, **fields: str) -> httpx.Response:
+        with path.open("rb") as file:
+            return self.client.post("/v1/separations", files={"file": file}, data=fields, headers=headers)
+
+    def idle(self) -> bool:
+        return self.service.pending == 0
+
+    def folders(self) -> list[Path]:
+        """Whatever is left of jobs."""
+        return [p for p in Path(self.config.results).iterdir() if p.name != "examples"]
+
+
+@contextmanager
+def serving(folder: Path, model: str, workers: int = 1, **limits: Any) -> Iterator[Server]:
+    results = folder / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    server = Server(ServiceConfig(model, str(results), **limits), workers)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def wait(condition: Any, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.02)

@@ -1,0 +1,202 @@
+"""The service as it is started, on Ray Serve: what dies, goes or is replaced in the middle of work."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from serving import wait, write_model, write_sound
+
+from pipelines import serve
+
+pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(800)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """The processes below one, with their titles."""
+    parents, titles = {}, {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                titles[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+    found, below = {}, [pid]
+    while below:
+        below = [p for p, parent in parents.items() if parent in below]
+        found |= {p: titles[p] for p in below if p in titles}
+    return found
+
+
+class Service:
+    def __init__(self, folder: Path) -> None:
+        self.model, self.results = folder / "model", folder / "results"
+        write_model(self.model, n_iter=500, recipe="first")
+        self.port = free_port()
+        environment = {**os.environ, "AVSEP_SERVE_RESULTS": str(self.results), "AVSEP_SERVE_REPLICAS": "2"}
+        self.log = (folder / "log").open("w")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pipelines.serve", "--model", str(self.model), "--port", str(self.port)],
+            env=environment, stdout=self.log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=120)
+        wait(self.ready, 200)
+
+    def ready(self) -> bool:
+        assert self.process.poll() is None, Path(self.log.name).read_text()
+        with contextlib.suppress(httpx.TransportError):
+            return self.client.get("/healthz").status_code == 200
+        return False
+
+    def post(self, path: Path, **headers: str) -> httpx.Response:
+        with path.open("rb") as file:
+            return self.client.post("/v1/separations", files={"file": file}, headers=headers)
+
+    def idle(self) -> bool:
+        return self.client.get("/healthz").json()["pending"] == 0
+
+    def replicas(self, name: str) -> list[int]:
+        """The processes of a deployment."""
+        return [p for p, title in descendants(self.process.pid).items() if f"ServeReplica:avsep:{name}" in title]
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory) -> Iterator[Service]:
+    started = Service(tmp_path_factory.mktemp("service"))
+    yield started
+    if started.process.poll() is None:
+        started.process.terminate()
+        started.process.wait(60)
+
+
+@pytest.fixture
+def long(tmp_path) -> Path:
+    return write_sound(tmp_path / "long.wav", 50)
+
+
+@pytest.fixture
+def short(tmp_path) -> Path:
+    return write_sound(tmp_path / "short.wav", 2)
+
+
+def folders(service: Service) -> set[str]:
+    return {p.name for p in service.results.iterdir()}
+
+
+def test_a_killed_replica_s_request_is_done_by_another(service, long):
+    urls = [service.post(long, Prefer="respond-async").headers["location"] for _ in range(2)]
+    wait(lambda: all(service.client.get(u).json()["progress"] > 0 for u in urls), 200)
+    replicas = service.replicas("separating")
+    assert len(replicas) == 2  # each with work
+    os.kill(replicas[0], signal.SIGKILL)
+    for url in urls:
+        wait(lambda url=url: service.client.get(url).json()["status"] in ("done", "failed"), 500)
+        assert service.client.get(url).json()["status"] == "done"
+        assert service.client.delete(url).status_code == 204
+    wait(lambda: len(service.replicas("separating")) == 2, 200)
+    assert not [t for t in descendants(service.process.pid).values() if t.split(" ")[0].endswith("ffmpeg")]
+    wait(service.idle)
+
+
+def test_a_client_gone_in_mid_upload_leaves_nothing(service):
+    before = folders(service)
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", service.port), timeout=10) as raw:
+            raw.sendall(
+                b"POST /v1/separations HTTP/1.1\r\nHost: x\r\nContent-Length: 5000000\r\n"
+                b"Content-Type: multipart/form-data; boundary=x\r\n\r\n"
+                b"--x\r\nContent-Disposition: form-data; name=file\r\n\r\n" + b"\0" * 1_000_000
+            )
+            wait(lambda: not service.idle())
+        wait(service.idle)
+    assert folders(service) == before
+
+
+def test_a_client_gone_while_waiting_stops_its_work(service, long):
+    before = folders(service)
+    with pytest.raises(httpx.ReadTimeout), long.open("rb") as file:
+        httpx.post(f"http://127.0.0.1:{service.port}/v1/separations", files={"file": file}, timeout=1.0)
+    wait(lambda: folders(service) == before)
+    wait(service.idle)
+
+
+def test_a_model_is_replaced_without_dropping_a_request(service, short):
+    answers: list[tuple[int, str]] = []
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            answer = service.post(short)
+            answers.append((answer.status_code, answer.json()["result"]["model"]["recipe"]))
+
+    clients = [threading.Thread(target=ask) for _ in range(3)]
+    for client in clients:
+        client.start()
+    wait(lambda: len(answers) > 3)
+    write_model(service.model, n_iter=500, recipe="second")
+    time.sleep(1.5)
+    count = len(answers)
+    wait(lambda: [a[1] for a in answers[count:]].count("second") > 6, 100)
+    stop.set()
+    for client in clients:
+        client.join()
+    assert {status for status, _ in answers} == {201}
+    assert service.client.get("/v1/model").json()["recipe"] == "second"
+
+
+def test_more_than_the_queue_holds_is_told_to_come_later(service, long):
+    answers = [service.post(long, Prefer="respond-async") for _ in range(18)]
+    statuses = [a.status_code for a in answers]
+    assert set(statuses) == {202, 503} and statuses[0] == 202
+    assert all(int(a.headers["retry-after"]) > 0 for a in answers if a.status_code == 503)
+    for answer in answers:
+        if answer.status_code == 202:
+            service.client.delete(answer.headers["location"])
+    wait(service.idle, 100)
+
+
+def test_it_leaves_nothing_behind(service, short):
+    (ingress,) = service.replicas("ingress")
+    (open_files, memory) = (len(os.listdir(f"/proc/{ingress}/fd")), _resident(ingress))
+    for _ in range(20):
+        url = service.post(short).headers["location"]
+        assert service.client.get(f"{url}/archive.zip").status_code == 200
+        assert service.client.delete(url).status_code == 204
+    assert len(os.listdir(f"/proc/{ingress}/fd")) <= open_files + 5
+    assert _resident(ingress) < memory + 100_000_000
+    processes = list(descendants(service.process.pid))
+    service.process.terminate()
+    assert service.process.wait(60) == 0
+    wait(lambda: not [p for p in processes if _alive(p)])
+
+
+def _resident(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    return False
+
+
+def test_what_a_killed_service_left_is_removed_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with serve.results_folder("", 8000) as folder:
+        Path(folder, "left").mkdir()
+        with serve.results_folder("", 8000) as again:
+            assert again == folder and os.listdir(folder) == []
+    assert os.listdir(tmp_path) == []
