@@ -116,6 +116,7 @@ class SeparatedObject(BaseModel):
 
     name: str
     found: Literal["given", "pictures", "sound"]  # why it is here
+    confidence: float  # the probability that it sounds, by sound and pictures
     sound_score: float  # its share of the sound
     picture_score: float | None  # None without pictures, or without a network that looks at them
     visible: bool | None

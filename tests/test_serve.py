@@ -35,7 +35,7 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def slow_model(tmp_path_factory) -> str:
-    return write_model(tmp_path_factory.mktemp("slow"), n_iter=1500)
+    return write_model(tmp_path_factory.mktemp("slow"), n_iter=8000)
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ def descendants(pid: int) -> dict[int, str]:
 class Service:
     def __init__(self, folder: Path) -> None:
         self.model, self.results = folder / "model", folder / "results"
-        write_model(self.model, n_iter=500, recipe="first")
+        write_model(self.model, n_iter=2500, recipe="first")
         self.port = free_port()
         environment = {**os.environ, "AVSEP_SERVE_RESULTS": str(self.results), "AVSEP_SERVE_REPLICAS": "2"}
         self.log = (folder / "log").open("w")
@@ -146,7 +146,7 @@ def test_a_model_is_replaced_without_dropping_a_request(service, short):
     for client in clients:
         client.start()
     wait(lambda: len(answers) > 3)
-    write_model(service.model, n_iter=500, recipe="second")
+    write_model(service.model, n_iter=2500, recipe="second")
     time.sleep(1.5)
     count = len(answers)
     wait(lambda: [a[1] for a in answers[count:]].count("second") > 6, 100)

@@ -1,6 +1,6 @@
 """Load on the service beside the same work as a plain function.
 
-python tests/benchmarks/serving.py --model out/demo/model --clips out/demo/clips/clips --clients 8 32
+python tests/benchmarks/service.py --model out/demo/model --clips out/demo/clips/clips --clients 8 32
 
 Starts the service, asks it with so many clients at once, and calls `VideoSeparator` in a loop in
 as many processes as the service has replicas, in turns. Latency counts from the first byte sent to
