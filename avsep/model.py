@@ -17,7 +17,7 @@ from avsep.miml import MIML
 from avsep.objects import OBJECT_NAMES
 from avsep.stft import STFT
 
-FORMAT = 1
+FORMAT = 2
 _CONTEXT = "context."  # before the names of the context's weights, in the network's file
 CONFIG_FILE, NETWORK_FILE, DICTIONARY_FILE, LABELLER_FILE = (
     "config.json",
@@ -172,7 +172,7 @@ def _no_model(directory: str, error: Exception) -> ValueError:
 
 def _parse(raw: dict[str, Any]) -> ModelConfig:
     if raw.get("format") != FORMAT:
-        raise ValueError(f"its format is {raw.get('format')!r}")
+        raise ValueError(f"its format is {raw.get('format')!r}; train it again")
     nested: dict[str, Any] = {
         "stft": STFT,
         "network": NetworkConfig,

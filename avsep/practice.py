@@ -195,6 +195,10 @@ def train_context(
     def loss(rows: Tensor, told: Tensor, targets: Tensor) -> Tensor:
         return _cross_entropy(context(p[rows], features[rows], told), targets, mixtures.basis_energy[rows].sqrt())
 
+    held = torch.arange(n_train, len(mixtures))
+    checked = held, mixtures.labels[held], mixtures.targets[held]
+    with torch.no_grad():
+        figures = {"before": float(loss(*checked))}  # it starts as the identity
     optimiser = torch.optim.Adam(context.parameters(), learning_rate, weight_decay=1e-5)
     batch_size = min(32, n_train)
     steps = epochs * -(-n_train // batch_size)
@@ -205,14 +209,8 @@ def train_context(
             loss(rows, *_told(mixtures.labels[rows], mixtures.targets[rows], heard)).backward()
             optimiser.step()
             schedule.step()
-    held = torch.arange(n_train, len(mixtures))
-    present, targets, weight = mixtures.labels[held], mixtures.targets[held], mixtures.basis_energy[held].sqrt()
-    alone = p[held, :-1].clamp_min(1e-9).log().masked_fill(~present.unsqueeze(2), -torch.inf).log_softmax(1)
     with torch.no_grad():
-        figures = {
-            "before": float(_cross_entropy(alone, targets[:, :-1], weight)),
-            "after": float(loss(held, present, targets)),
-        }
+        figures["after"] = float(loss(*checked))
     return context.eval(), figures
 
 

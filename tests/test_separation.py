@@ -294,7 +294,7 @@ def test_config_json_holds_what_a_reader_needs(tmp_path: Path) -> None:
     model().save(str(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["stft"] == {"sample_rate": RATE, "n_fft": 200, "hop_length": 100}
-    assert config["n_bases"] == 6 and config["objects"] == list(OBJECT_NAMES) and config["format"] == 1
+    assert config["n_bases"] == 6 and config["objects"] == list(OBJECT_NAMES) and config["format"] == 2
     assert config["network"]["n_subconcepts"] == 1 and config["labels"]["threshold"] == 0.3
     assert config["labeller"] == {"architecture": "resnet152", "sha256": None}
 
@@ -323,6 +323,6 @@ def test_what_is_no_model_is_said_in_one_line(tmp_path: Path) -> None:
             path.unlink()
         for n, c in (whole | {name: content}).items():
             (folder / n).write_bytes(c)
-        with pytest.raises(ValueError, match=r"bad is no model of format 1: .") as caught:
+        with pytest.raises(ValueError, match=r"bad is no model of format 2: .") as caught:
             Model.load(str(folder))
         assert "\n" not in str(caught.value)
