@@ -36,7 +36,6 @@ def default() -> Recipe:
             square_root=True,
             log_bands=True,
             statistics=True,
-            dropout=0.3,
         ),
         training=TrainingConfig(epochs=16, schedule="one_cycle", warp=0.06),
         practice=600,
