@@ -349,6 +349,7 @@ def summarise(clips: Sequence[ClipResult]) -> dict[str, Any]:
         "struck_beside_pitched": {"clips": len(struck), "separators": _separators(struck)},
         "clips": [{k: v for k, v in vars(c).items() if not k.startswith("basis_")} for c in clips],
         "basis_accuracy": basis_accuracy(clips),
+        "basis_accuracy_by_sources": {str(k): basis_accuracy(g) for k, g in _by_sources(clips).items()},
         "silent_auc": silent_auc(clips),
         "map": clip_map(clips),
         "calibration": {
@@ -364,8 +365,7 @@ def _separators(clips: Sequence[ClipResult]) -> dict[str, Any]:
     separators = {}
     for name in names:
         with_it = [c for c in clips if name in c.figures]
-        counts = sorted({len(c.objects) for c in with_it})
-        groups = {str(k): [c for c in with_it if len(c.objects) == k] for k in counts}
+        groups = {str(k): g for k, g in _by_sources(with_it).items()}
         separators[name] = {
             "clips": len(with_it),
             "mean": _means(with_it, name),
@@ -375,6 +375,10 @@ def _separators(clips: Sequence[ClipResult]) -> dict[str, Any]:
             "by_object": {o: _means(with_it, name, only=o) for o in sorted({o for c in with_it for o in c.objects})},
         }
     return separators
+
+
+def _by_sources(clips: Sequence[ClipResult]) -> dict[int, list[ClipResult]]:
+    return {k: [c for c in clips if len(c.objects) == k] for k in sorted({len(c.objects) for c in clips})}
 
 
 def _values(clips: Sequence[ClipResult], name: str, figure: str, only: str | None = None) -> list[NDArray[np.float64]]:
@@ -633,8 +637,10 @@ def _by_object(results: dict[str, Any], figure: str, title: str) -> tuple[list[s
 
 def _summary(results: dict[str, Any]) -> str:
     auc = results["silent_auc"]
+    by_sources = ", ".join(f"{k}: {a:.3f}" for k, a in results["basis_accuracy_by_sources"].items())
     return (
-        f"Bases given to the right object, by energy: {results['basis_accuracy']:.3f}; "
+        f"Bases given to the right object, by energy: {results['basis_accuracy']:.3f} "
+        f"(by number of sources {by_sources}); "
         f"mAP of what is heard: {results['map']:.3f}"
         + ("" if auc is None else f"; silent visible objects told apart, AUC: {auc:.3f}")
     )

@@ -88,7 +88,7 @@ def test_results_hold_floor_and_ceiling_in_order(run):
     assert sdr["mixture"] < sdr["oracle_assignment"] < sdr["ideal_mask"]
     assert abs(results["separators"]["mixture"]["mean"]["sdr_improvement"]) < 1e-9
     assert set(results["separators"]["default"]["by_sources"]) == {"2"}
-    for figure in ("basis_accuracy", "silent_auc", "map", "clips"):
+    for figure in ("basis_accuracy", "basis_accuracy_by_sources", "silent_auc", "map", "clips"):
         assert figure in results
     entry = results["separators"]["mixture"]
     assert entry["default_ahead"]["sdr"] == pytest.approx(sdr["default"] - sdr["mixture"])
