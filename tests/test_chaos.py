@@ -17,8 +17,8 @@ import soundfile
 
 from avsep import audit, media, shards, storage
 
-N_FILES = int(os.environ.get("AVSEP_CHAOS_FILES", "48"))  # 300 for a thorough run
-N_KILLS = int(os.environ.get("AVSEP_CHAOS_KILLS", "5"))
+N_FILES = int(os.environ.get("AVSEP_CHAOS_FILES", "300"))
+N_KILLS = int(os.environ.get("AVSEP_CHAOS_KILLS", "12"))
 RATE = 48_000
 
 
@@ -86,6 +86,7 @@ def test_whatever_is_killed_each_segment_ends_up_once(tmp_path, monkeypatch):
     rng = random.Random(int(os.environ.get("AVSEP_CHAOS_SEED", "0")))
     log = (tmp_path / "log").open("w")
     kills: Counter[str] = Counter()
+    first = rng.sample(["driver", "worker", "node"], 3)
     stood: dict[str, tuple[int, int, int]] = {}
 
     def start() -> subprocess.Popen:
@@ -115,7 +116,7 @@ def test_whatever_is_killed_each_segment_ends_up_once(tmp_path, monkeypatch):
             at_work = workers()
             if not at_work or (len(stand(out)) == len(stood) and rng.random() < 0.8):
                 continue  # mostly something is committed between two kills
-            what = rng.choice(["driver", "worker", "worker", "node"])
+            what = first.pop() if first else rng.choice(["driver", "worker", "worker", "node"])
             if what == "driver":
                 driver.send_signal(signal.SIGKILL)
                 driver.wait()
@@ -140,7 +141,7 @@ def test_whatever_is_killed_each_segment_ends_up_once(tmp_path, monkeypatch):
         cluster.shutdown()
         log.close()
     print(f"killed: {dict(kills)}")
-    assert kills["driver"] and kills["worker"], kills
+    assert kills["driver"] and kills["worker"] and kills["node"], kills
     assert stood.items() <= stand(out).items()
 
     ids = shards.read_ids(str(out))
