@@ -39,6 +39,7 @@ EXAMPLES = """examples:
 _IN_MEMORY_BYTES = 4 << 30  # of bases; more are streamed from the shards
 _SOLOS_AN_OBJECT = 100  # that practice mixtures draw from
 _SOLO_FILES = 200  # in which they are looked for
+_EVIDENCE_FILES = 20  # whose labels say how far labels can be believed; they are held in memory
 HISTORY_FILE = "history.json"
 _MAPS = 4  # relation maps drawn
 _VAL_MIXTURES = 64
@@ -346,7 +347,7 @@ def learn_context(
     """Learn on practice mixtures which bases belong together, and add it to the model."""
     directory = storage.join(job["out"], "model")
     model = Model.load(directory)
-    files = job["files"][:_SOLO_FILES]
+    files = job["files"][:_EVIDENCE_FILES]
     item = (job["out"], model, practices, files, epochs, job["training"].seed)
     ((model, figures),) = runner.map(fit_context, [item])
     say(
