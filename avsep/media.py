@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import math
 import os
 import re
@@ -34,7 +35,7 @@ _LEAD_S = 1.0  # decoded before an excerpt: decoders need a run-up after a seek 
 _UNINDEXED_LEAD_S = 12.0  # … and key frames may be this far apart
 _SLACK_S = 1.0  # media may end this much before their header says
 _LOG_BYTES = 1 << 20
-_CHUNK_BYTES = 1 << 16
+_CHUNK_BYTES = _PIPE_BYTES = 1 << 18
 _NOISE = re.compile(
     "Error opening (in|out)put|Conversion failed|Terminating thread|Task finished|Nothing was written"
     "|Last message repeated"
@@ -342,13 +343,14 @@ class _FFmpeg:
         )
         try:
             self._process = subprocess.Popen(
-                [a.replace("pipe:side", f"pipe:{side}") for a in command.compile(cmd=ffmpeg_executable())],
+                [*_setpriv(), *(a.replace("pipe:side", f"pipe:{side}") for a in command.compile(ffmpeg_executable()))],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
+                pipesize=_PIPE_BYTES,
                 pass_fds=(side,),
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=None if _setpriv() else _die_with_parent,
             )
         except BaseException:
             os.close(self._side)
@@ -421,6 +423,20 @@ class _FFmpeg:
         lines = [line for line in lines if line]
         lines = [line for line in lines if not _NOISE.match(line)] or lines
         return lines[-1].replace(str(self._path.absolute()), self._path.name) if lines else ""
+
+
+@functools.cache
+def _setpriv() -> tuple[str, ...]:
+    """Return the command that binds another to its parent's life; empty where there is none.
+
+    What runs between fork and exec makes Python copy its page tables: 10 ms with 700 MB, 45 with 1.5 GB.
+    """
+    command = ("setpriv", "--pdeathsig", "KILL")
+    try:
+        subprocess.run([*command, "true"], check=True, capture_output=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return command
 
 
 def _die_with_parent() -> None:
