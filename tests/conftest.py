@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
+import loopback
 import pytest
 import torch
 
@@ -56,3 +57,25 @@ def memory_folder() -> Iterator[str]:
     memory = fsspec.filesystem("memory")
     if memory.exists(f"/{name}"):
         memory.rm(f"/{name}", recursive=True)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[loopback.S3]:
+    """An S3 server on loopback."""
+    with loopback.serve() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: loopback.S3, monkeypatch: pytest.MonkeyPatch) -> loopback.S3:
+    """The same, as the environment of this test names it, without faults."""
+    s3_server.calm()
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    return s3_server
+
+
+@pytest.fixture
+def s3_folder(s3: loopback.S3) -> str:
+    """A URI in a new bucket."""
+    return f"s3://{s3.make_bucket()}/folder"
