@@ -204,22 +204,33 @@ class RemoteCall:
         return self.actor.call.remote(*arguments).future()
 
 
-def train_workers(fit: Callable[[dict[str, Any]], None], job: dict[str, Any], out: str, runner: OnRay) -> None:
-    """Run `fit(job)` in Ray Train's workers, one a GPU, else one; a worker that dies is started again."""
+def train_workers(
+    fit: Callable[[dict[str, Any]], None], job: dict[str, Any], out: str, runner: OnRay, n_workers: int | None = None
+) -> None:
+    """Run `fit(job)` in Ray Train's workers, as many as said, else one a GPU, else one.
+
+    When a worker dies all are started again. Raises UsageError for more workers than Ray has places for.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    n_workers = n_workers or runner.n_gpus or 1
+    on_gpus = 0 < n_workers <= runner.n_gpus
+    if n_workers > max(runner.n_workers, runner.n_gpus):  # they would be waited for, for ever
+        raise UsageError(f"--workers {n_workers}: Ray has {runner.n_workers} CPUs here and {runner.n_gpus} GPUs")
+    fs, folder = storage.filesystem(storage.join(out, "ray"))
     trainer = TorchTrainer(
         fit,
         train_loop_config=job,
         scaling_config=ScalingConfig(
-            num_workers=runner.n_gpus or 1,
-            use_gpu=bool(runner.n_gpus),
-            resources_per_worker={"CPU": 1} | ({"GPU": 1} if runner.n_gpus else {}),
+            num_workers=n_workers,
+            use_gpu=on_gpus,
+            resources_per_worker={"CPU": 1} | ({"GPU": 1} if on_gpus else {}),
         ),
         run_config=RunConfig(
             name=f"train-{time.time_ns():x}",  # an old name would resume Ray's own record of an old run
-            storage_path=storage.join(out, "ray"),
+            storage_path=folder,
+            storage_filesystem=fs,
             failure_config=FailureConfig(max_failures=2),
         ),
     )

@@ -1,6 +1,9 @@
 """Clips that several test files share, rendered once."""
 
 import csv
+import functools
+import http.server
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,3 +82,25 @@ def s3(s3_server: loopback.S3, monkeypatch: pytest.MonkeyPatch) -> loopback.S3:
 def s3_folder(s3: loopback.S3) -> str:
     """A URI in a new bucket."""
     return f"s3://{s3.make_bucket()}/folder"
+
+
+@pytest.fixture
+def web(rendered):
+    """The rendered clips over HTTP on loopback; gives the address and the list of paths asked for."""
+    asked: list[str] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *_):
+            return
+
+    handler = functools.partial(Handler, directory=str(rendered / "clips"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+        thread.join()

@@ -80,13 +80,12 @@ def test_the_whole_chain_in_an_unreliable_store(rendered, s3: S3, s3_folder, tmp
         assert not [f for f, data in files.items() if secret.encode() in data] and secret.encode() not in said
 
 
-def test_media_in_an_object_store_are_found_and_fetched(rendered, s3: S3, s3_folder):
+def test_media_in_an_object_store_are_found_and_fetched(rendered, web, s3: S3, s3_folder):
     """Files under a video's id are taken as they are; what is missing is downloaded into the store."""
     clip = sorted((rendered / "clips").glob("*train*"))[0]
     store, out, table = f"{s3_folder}/media", f"{s3_folder}/clips", f"{s3_folder}/table.csv"
     storage.write_bytes(f"{store}/mine/dQw4w9WgXcQ.mp4", clip.read_bytes())
-    storage.write_bytes(f"{s3_folder}/web/film.mp4", clip.read_bytes())
-    address = f"{s3.url}/{s3_folder.removeprefix('s3://')}/web/film.mp4"
+    address = f"{web[0]}/{clip.name}"
     text = io.StringIO()
     rows = csv.writer(text)
     rows.writerow(["segment_id", "source", "start_s", "end_s", "labels"])
