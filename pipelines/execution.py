@@ -275,6 +275,7 @@ def session(in_process: bool = False) -> Iterator[Runner]:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else a token file appears in the home folder
     os.environ.setdefault("RAY_task_oom_retries", "2")  # else a task that needs too much memory comes again for ever
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # else a variable that a job sets, too, is an error
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning about GPUs to come
     cpus = int(os.environ["AVSEP_CPUS"]) if os.environ.get("AVSEP_CPUS") else None
     import ray
