@@ -90,7 +90,11 @@ class InProcess:
     n_gpus = 0
 
     def map(
-        self, function: Callable[..., Any], items: Iterable[tuple[Any, ...]], recover: Recover = _raise
+        self,
+        function: Callable[..., Any],
+        items: Iterable[tuple[Any, ...]],
+        recover: Recover = _raise,
+        cpus: Callable[[], float] = lambda: 1.0,
     ) -> Iterator[Any]:
         """Yield `function(*item)` for each item; `recover` deals with those that raise."""
         waiting = iter(items)
@@ -106,7 +110,7 @@ class InProcess:
         """Return a value to pass to many items."""
         return value
 
-    def actors(self, make: Callable[[], Any], count: int, *, gpu: bool) -> list[Callable[..., Future]]:
+    def actors(self, make: Callable[[], Any], count: int, *, gpus: float) -> list[Callable[..., Future]]:
         """Build one object and return a function that calls it and gives a finished future."""
         target = make()
 
@@ -130,19 +134,24 @@ class OnRay:
         self.n_gpus = int(resources.get("GPU", 0))
 
     def map(
-        self, function: Callable[..., Any], items: Iterable[tuple[Any, ...]], recover: Recover = _raise
+        self,
+        function: Callable[..., Any],
+        items: Iterable[tuple[Any, ...]],
+        recover: Recover = _raise,
+        cpus: Callable[[], float] = lambda: 1.0,
     ) -> Iterator[Any]:
         """Yield `function(*item)` for each item, in the order they finish.
 
         A task whose worker died is tried twice again, then it is WorkerLost. `recover` gets the item
-        with that, or with what it raised; without it both raise here.
+        with that, or with what it raised; without it both raise here. `cpus` says, whenever a task
+        is started, what part of a CPU's time it takes: tasks that wait for a GPU share CPUs.
         """
-        task = self._ray.remote(function).options(num_cpus=1, max_retries=2)
+        task = self._ray.remote(function).options(max_retries=2)
         waiting = iter(items)
         pending: dict[Any, tuple[Any, ...]] = {}
         while True:
-            while len(pending) < 2 * self.n_workers and (item := next(waiting, None)) is not None:
-                pending[task.remote(*item)] = item
+            while len(pending) < 2 * self.n_workers / cpus() and (item := next(waiting, None)) is not None:
+                pending[task.options(num_cpus=cpus()).remote(*item)] = item
             if not pending:
                 return
             ready, _ = self._ray.wait(list(pending), num_returns=1)
@@ -166,13 +175,13 @@ class OnRay:
         except _lost_errors(self._ray) as error:
             raise WorkerLost(" ".join(str(error).split())[:200]) from None
 
-    def actors(self, make: Callable[[], Any], count: int, *, gpu: bool) -> list[Callable[..., Future]]:
+    def actors(self, make: Callable[[], Any], count: int, *, gpus: float) -> list[Callable[..., Future]]:
         """Start `count` actors, each holding what `make` builds; return a caller for each.
 
-        A caller can be sent to tasks. With `gpu` each takes one; of CPUs they claim none, since
+        A caller can be sent to tasks. Each takes `gpus` of a GPU; of CPUs they claim none, since
         they work while the tasks that call them wait.
         """
-        actor = self._ray.remote(Held).options(num_cpus=0, num_gpus=int(gpu), max_restarts=-1, max_task_retries=3)
+        actor = self._ray.remote(Held).options(num_cpus=0, num_gpus=gpus, max_restarts=-1, max_task_retries=3)
         return [RemoteCall(actor.remote(make)) for _ in range(count)]
 
 

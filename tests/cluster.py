@@ -3,10 +3,12 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -145,7 +147,7 @@ class Cluster:
     def wait(self, n_alive: int, timeout_s: float = 180) -> None:
         """Wait until the head counts so many nodes."""
         deadline, alive = time.monotonic() + timeout_s, -1
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and all(n.process is None or n.process.poll() is None for n in self.nodes):
             with contextlib.suppress(OSError, ValueError, KeyError):
                 alive = self._count()
                 if alive == n_alive:
@@ -170,12 +172,14 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(folder: Path, environment: dict[str, str]) -> Iterator[Cluster]:
+def cluster() -> Iterator[Cluster]:
     """Give a cluster without nodes; whatever is started is killed at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="avsep"))  # short: the sockets' paths may have 107 bytes
     bare = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_"))}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    made = Cluster(folder, bare | ENVIRONMENT | {"PATH": path, "RAY_worker_niceness": "0"} | environment)
+    made = Cluster(folder, bare | ENVIRONMENT | {"PATH": path, "RAY_worker_niceness": "0"})
     try:
         yield made
     finally:
         made.stop()
+        shutil.rmtree(folder, ignore_errors=True)
