@@ -218,15 +218,19 @@ def train_workers(
 ) -> None:
     """Run `fit(job)` in Ray Train's workers, as many as said, else one a GPU, else one.
 
-    When a worker dies all are started again. Raises UsageError for more workers than Ray has places for.
+    When a worker dies all are started again. Raises UsageError for more workers than this machine has places for;
+    a cluster may grow.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     n_workers = n_workers or runner.n_gpus or 1
     on_gpus = 0 < n_workers <= runner.n_gpus
-    if n_workers > max(runner.n_workers, runner.n_gpus):  # they would be waited for, for ever
-        raise UsageError(f"--workers {n_workers}: Ray has {runner.n_workers} CPUs here and {runner.n_gpus} GPUs")
+    if n_workers > runner.n_workers:
+        places = f"{runner.n_workers} CPUs and {runner.n_gpus} GPUs"
+        if os.environ.get("RAY_ADDRESS", "local") == "local":  # they would be waited for, for ever
+            raise UsageError(f"--workers {n_workers}: Ray has {places} on this machine (AVSEP_CPUS says otherwise)")
+        say(f"{n_workers} training workers wait for their places; at present the cluster has {places}")
     fs, folder = storage.filesystem(storage.join(out, "ray"))
     trainer = TorchTrainer(
         fit,
