@@ -55,6 +55,7 @@ class Separating:
     """A Serve replica that separates: one job at a time, while the next one waits beside it."""
 
     def __init__(self, config: ServiceConfig) -> None:
+        execution.log_as_asked()
         execution.one_thread()
         self._worker = JobWorker(config)
 
@@ -69,6 +70,7 @@ class Ingress:
     """The Serve replica that takes requests."""
 
     def __init__(self, config: ServiceConfig, separating: Any) -> None:
+        execution.log_as_asked()
         self._config, self._separating = config, separating
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -156,7 +158,11 @@ def start(config: ServiceConfig, port: int, results: str) -> None:
             build({"model": config.model, "results": results}),
             name="avsep",
             route_prefix="/",
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
+            logging_config={
+                "log_level": "WARNING",
+                "enable_access_log": False,
+                "encoding": "JSON" if execution.as_json() else "TEXT",
+            },
         )
     except (exceptions.RayError, RuntimeError) as error:
         fail(f"Ray Serve didn't start: {str(error).strip().splitlines()[0]}")

@@ -325,7 +325,7 @@ def test_a_run_s_figures_are_among_ray_s_metrics():
         with execution.Progress("extract", 10, "segments", metrics=True) as progress:
             progress.in_flight = 3
             progress.add(4, rejected={"silent": 1}, seconds={"decode": 2.5})
-            wanted = ("extract_items_total{", 'outcome="silent"', "extract_stage_seconds_total{", "extract_in_flight{")
+            wanted = ("avsep_items_total{", 'outcome="silent"', "avsep_stage_seconds_total{", "avsep_in_flight{")
             text, deadline = "", time.monotonic() + 90
             while not all(w in text for w in wanted) and time.monotonic() < deadline:
                 time.sleep(1)
@@ -333,6 +333,6 @@ def test_a_run_s_figures_are_among_ray_s_metrics():
                     text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
     lines = [line for line in text.splitlines() if "avsep" in line and not line.startswith("#")]
     values = {line.rpartition(" ")[0].split("{")[0]: float(line.rpartition(" ")[2]) for line in lines}
-    assert values["ray_avsep_extract_in_flight"] == 3, lines
+    assert values["ray_avsep_in_flight"] == 3, lines
     assert any('outcome="done"' in line and line.endswith(" 3.0") for line in lines), lines
     assert any('stage="decode"' in line and line.endswith(" 2.5") for line in lines), lines
