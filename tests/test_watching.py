@@ -16,15 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import serving
 import yaml
+from test_extraction import table
 
 from avsep import jobs, shards, stages
 from avsep.jobs import ServiceConfig
 from avsep.videos import FileLimits
 from avsep.web import Service
 from pipelines import audit, execution, extract
-from tests import serving
-from tests.test_extraction import table
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 DASHBOARD = json.loads((DEPLOY / "grafana" / "avsep.json").read_text())
@@ -168,41 +168,24 @@ def test_prometheus_reads_every_query(tmp_path):
     subprocess.run(config, check=True, capture_output=True)
 
 
-LEFT = {"series": 'ray_avsep_left{pipeline="extract"}', "values": "500x200"}
-SITUATIONS = {
-    "AvsepNothingDone": [LEFT, {"series": 'ray_avsep_items_total{pipeline="extract",outcome="done"}', "values": "7x200"}],
-    "AvsepManyRejections": [
-        {"series": 'ray_avsep_items_total{pipeline="extract",outcome="done"}', "values": "0+6x200"},
-        {"series": 'ray_avsep_items_total{pipeline="extract",outcome="removed"}', "values": "0+5x200"},
-    ],
-    "AvsepAllIdentitiesPaused": [
-        LEFT,
-        {"series": 'ray_avsep_items_total{pipeline="extract",outcome="done"}', "values": "0+1x200"},
-        {"series": 'ray_avsep_egress_identities{state="paused"}', "values": "3x200"},
-        {"series": 'ray_avsep_egress_identities{state="active"}', "values": "0x200"},
-    ],
-    "AvsepShardFailing": [
-        {"series": 'ray_avsep_failures_total{pipeline="extract",shard="00007-ab",reason="not_written"}', "values": "2x200"}
-    ],
-    "AvsepDiskNearlyFull": [{"series": 'ray_node_disk_utilization_percentage{ip="10.0.0.7"}', "values": "93x200"}],
-    "AvsepServiceErrors": [
-        {"series": 'avsep_requests_total{method="POST",route="/v1/separations",status="500"}', "values": "0+1x200"}
-    ],
-    "AvsepServiceFull": [
-        {"series": 'avsep_requests_total{method="POST",route="/v1/separations",status="503"}', "values": "0+9x200"},
-        {"series": "avsep_pending", "values": "16x200"},
-        {"series": "avsep_pending_limit", "values": "16x200"},
-    ],
-    "": [  # a run as it should be
-        LEFT,
-        {"series": 'ray_avsep_items_total{pipeline="extract",outcome="done"}', "values": "0+8x200"},
-        {"series": 'ray_avsep_items_total{pipeline="extract",outcome="removed"}', "values": "0+2x200"},
-        {"series": 'ray_avsep_egress_identities{state="paused"}', "values": "1x200"},
-        {"series": 'ray_avsep_egress_identities{state="active"}', "values": "2x200"},
-        {"series": 'ray_avsep_failures_total{pipeline="extract",shard="00007-ab",reason="worker_lost"}', "values": "1x200"},
-        {"series": 'ray_node_disk_utilization_percentage{ip="10.0.0.7"}', "values": "70x200"},
-        {"series": 'avsep_requests_total{method="POST",route="/v1/separations",status="201"}', "values": "0+9x200"},
-    ],
+DONE, REMOVED = (f'ray_avsep_items_total{{pipeline="extract",outcome="{o}"}}' for o in ("done", "removed"))
+PAUSED, ACTIVE = (f'ray_avsep_egress_identities{{state="{s}"}}' for s in ("paused", "active"))
+LEFT = 'ray_avsep_left{pipeline="extract"}'
+DISK = 'ray_node_disk_utilization_percentage{ip="10.0.0.7"}'
+FAILED = 'ray_avsep_failures_total{pipeline="extract",shard="00007-ab",reason="not_written"}'
+ANSWERS = 'avsep_requests_total{method="POST",route="/v1/separations",status="%d"}'
+SITUATIONS = {  # alert: series and their values, one a minute; "a+bx200" grows by b
+    "AvsepNothingDone": {LEFT: "500x200", DONE: "7x200"},
+    "AvsepManyRejections": {DONE: "0+6x200", REMOVED: "0+5x200"},
+    "AvsepAllIdentitiesPaused": {LEFT: "500x200", DONE: "0+1x200", PAUSED: "3x200", ACTIVE: "0x200"},
+    "AvsepShardFailing": {FAILED: "2x200"},
+    "AvsepDiskNearlyFull": {DISK: "93x200"},
+    "AvsepServiceErrors": {ANSWERS % 500: "0+1x200"},
+    "AvsepServiceFull": {ANSWERS % 503: "0+9x200", "avsep_pending": "16x200", "avsep_pending_limit": "16x200"},
+    "": {  # all as it should be
+        LEFT: "500x200", DONE: "0+8x200", REMOVED: "0+2x200", PAUSED: "1x200", ACTIVE: "2x200", FAILED: "1x200",
+        DISK: "70x200", ANSWERS % 201: "0+9x200", "avsep_pending": "3x200", "avsep_pending_limit": "16x200",
+    },
 }  # fmt: skip
 
 
@@ -216,7 +199,8 @@ def test_alerts_fire_when_they_should_and_only_then(tmp_path):
              "exp_samples": [{"value": int(a["alert"] == firing)}]}
             for a in ALERTS
         ]  # fmt: skip
-        tests.append({"interval": "1m", "input_series": series, "promql_expr_test": queries})
+        given = [{"series": name, "values": values} for name, values in series.items()]
+        tests.append({"interval": "1m", "input_series": given, "promql_expr_test": queries})
     content = {"rule_files": [str(DEPLOY / "grafana" / "alerts.yaml")], "evaluation_interval": "1m", "tests": tests}
     (tmp_path / "test.yaml").write_text(yaml.safe_dump(content))
     done = subprocess.run(
@@ -288,7 +272,11 @@ def test_a_run_exports_what_dashboard_and_alerts_name(tmp_path, monkeypatch, cap
                      "--media", str(tmp_path / "m"), "--cookies", *cookies]  # fmt: skip
         assert extract.run(extract.parser().parse_args(arguments), process=process) == 0
         wanted = {m for m in named() if m.startswith("ray_") and not m.startswith(OF_GPUS)}
-        page, text, deadline = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics", "", time.monotonic() + 90
+        page, text, deadline = (
+            f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics",
+            "",
+            time.monotonic() + 90,
+        )
         while not wanted <= exported(text) and time.monotonic() < deadline:
             time.sleep(2)
             with contextlib.suppress(OSError):
