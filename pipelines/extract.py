@@ -328,7 +328,7 @@ class MediaStore:
     def settle(self, segments: Sequence[Segment], progress: execution.Progress) -> None:
         """Take note that these segments are done with, and now and then show how downloads go."""
         self.missing -= {s.segment_id for s in segments}
-        if self.budget is None or time.monotonic() - self._asked < _ASK_EVERY_S:
+        if self.budget is None or (self.missing and time.monotonic() - self._asked < _ASK_EVERY_S):
             return
         self._asked = time.monotonic()
         left_s, identities = self.budget.outlook(len(self.missing))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -152,6 +153,8 @@ def start(config: ServiceConfig, port: int, results: str) -> None:
     """Start Serve and the application; it takes requests when this returns."""
     from ray import exceptions, serve
 
+    if execution.as_json():
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # in this process it knows text alone
     try:
         serve.start(http_options={"host": config.host, "port": port, "keep_alive_timeout_s": 30})
         serve.run(

@@ -222,11 +222,12 @@ def web_server(folder: Path, refuse: int) -> Iterator[int]:
             super().__init__(*arguments, directory=str(folder), **options)
 
         def do_GET(self):
-            if left[0] > 0:
-                left[0] -= 1
-                self.send_error(429)
-            else:
-                super().do_GET()
+            with contextlib.suppress(ConnectionError):
+                if left[0] > 0:
+                    left[0] -= 1
+                    self.send_error(429)
+                else:
+                    super().do_GET()
 
         do_HEAD = do_GET
 
