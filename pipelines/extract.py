@@ -229,6 +229,8 @@ def extract(
 
     def item(work: Work) -> tuple[Any, ...]:
         in_flight[work.shard] = len(work.segments) if not work.probe else in_flight[work.shard]
+        progress.in_flight = sum(in_flight.values())
+        progress.add(0)
         return job, work, callers[next(numbers) % len(callers)], store.of(work.segments) if store else None
 
     queue = execution.Queue(map(item, works))
