@@ -292,6 +292,8 @@ class Metrics:
         self.sound = Counter("avsep_sound_seconds", "Separated sound", registry=self.registry)
         pending = Gauge("avsep_pending", "Uploads and unfinished separations", registry=self.registry)
         pending.set_function(lambda: service.pending)
+        limit = Gauge("avsep_pending_limit", "How many are taken at once", registry=self.registry)
+        limit.set(service.config.max_pending)
         stored = Gauge("avsep_stored_jobs", "Jobs in the store", ["status"], registry=self.registry)
         bytes_ = Gauge("avsep_stored_bytes", "Bytes in the store", registry=self.registry)
 
