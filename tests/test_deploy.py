@@ -1,10 +1,8 @@
 """The files of deploy/ against the schemas and parsers of those who read them."""
 
 import copy
-import itertools
 import json
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
