@@ -141,3 +141,19 @@ def test_the_service_is_serve_yaml() -> None:
     from ray.serve.schema import ServeDeploySchema
 
     ServeDeploySchema.model_validate(config)
+
+
+# ------------------------------------------------------------------------------------ virtual machines
+
+
+def test_the_cluster_launcher_s_file_is_valid() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = prepare_config(yaml.safe_load((ROOT / "deploy" / "vms.yaml").read_text()))
+    validate_config(config)
+    assert set(config["available_node_types"]) == {"head", "cpu", "gpu"}
+    options = {o.split(maxsplit=1)[1] for o in config["docker"]["run_options"] if o.startswith("--env ")}
+    assert {f"{k}={v}" for k, v in HEALTH.items()} <= options
+    wrong = config | {"available_node_types": {"head": {"resources": {"CPU": 0}, "node_configs": {}}}}
+    with pytest.raises(jsonschema.ValidationError):
+        validate_config(wrong)
