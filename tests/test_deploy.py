@@ -2,7 +2,11 @@
 
 import copy
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,8 @@ import pytest
 import referencing
 import yaml
 from kubernetes_validate.utils import schema_contents
+
+from pipelines import execution
 
 ROOT = Path(__file__).parent.parent
 KUBERAY = ROOT / "deploy" / "kuberay"
@@ -157,3 +163,43 @@ def test_the_cluster_launcher_s_file_is_valid() -> None:
     wrong = config | {"available_node_types": {"head": {"resources": {"CPU": 0}, "node_configs": {}}}}
     with pytest.raises(jsonschema.ValidationError):
         validate_config(wrong)
+
+
+# --------------------------------------------------------------------------------- a cluster that grows
+
+
+def wait_for(folder: str, number: int, count: int) -> int:
+    """Wait until so many of us have started."""
+    Path(folder, str(number)).touch()
+    deadline = time.monotonic() + 60
+    while len(os.listdir(folder)) < count and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return len(os.listdir(folder))
+
+
+def four_at_once(folder: str) -> None:
+    """A program that starts on a cluster without workers."""
+    with execution.session() as runner:
+        assert runner.n_workers == 1
+        print("started", flush=True)
+        assert list(runner.map(wait_for, [(folder, i, 4) for i in range(4)])) == [4] * 4
+
+
+@pytest.mark.slow
+def test_work_fills_nodes_that_come_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with an autoscaler that starts from no worker: its nodes come while the first tasks wait."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    (tmp_path / "started").mkdir()
+    code = f"from tests.test_deploy import four_at_once; four_at_once({str(tmp_path / 'started')!r})"
+    try:
+        with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as program:
+            assert program.stdout and program.stdout.readline() == b"started\n"
+            for _ in range(2):
+                cluster.add_node(num_cpus=2)
+            assert program.wait(timeout=120) == 0
+    finally:
+        cluster.shutdown()

@@ -71,6 +71,8 @@ class Image:
             self.run(rest)
         elif instruction == "USER":
             self.user = rest
+            entries = [line.split(":") for line in (self.root / "etc" / "passwd").read_text().splitlines()]
+            self.environment["HOME"] = next(e[5] for e in entries if rest in (e[0], e[2]))
         else:
             raise AssertionError(f"{instruction}: this test doesn't know it")
 
