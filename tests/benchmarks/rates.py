@@ -38,6 +38,9 @@ def sides(folder: Path, weights: str) -> dict[str, Callable[[], Any]]:
         batches = bags.streamed_batches(files, recipe.labels, "train", _BATCH, 0)
         training.train_epoch(network, batches, optimiser, recipe.training, 0)
 
+    def read() -> None:
+        bags.bags_from_file(files[0], recipe.labels, "train")
+
     def collect() -> None:
         for record in clips_from_table(shards.read_table(files[0])):
             labels = bags.decide_labels(record.labels, None, recipe.labels)
@@ -45,7 +48,7 @@ def sides(folder: Path, weights: str) -> dict[str, Callable[[], Any]]:
                 candidate_bases(network.eval(), record, labels)
 
     stages = extraction.stage_sides(str(folder / "media" / "pictures.csv"), "resnet152", weights)
-    return {**stages, "train": train, "collect": collect}
+    return {**stages, "train": train, "read": read, "collect": collect}
 
 
 def cpu_seconds() -> float:
@@ -67,7 +70,7 @@ def least(run: Callable[[], Any], rounds: int) -> float:
 def main() -> None:
     """Run the command."""
     p = measure.parser(__doc__ or "")
-    p.add_argument("--train-clips", type=int, default=_BATCH)
+    p.add_argument("--train-clips", type=int, default=_BATCH, help="one shard of them, 256 at most")
     arguments = p.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -76,7 +79,7 @@ def main() -> None:
         training_benchmark.write(folder, arguments.train_clips, hdf5=False)
         torch.set_num_threads(1)
         times = {side: least(run, arguments.rounds) for side, run in sides(folder, weights).items()}
-    clips = {"label four clips": 4, "train": arguments.train_clips, "collect": arguments.train_clips}
+    clips = {"label four clips": 4} | dict.fromkeys(("train", "read", "collect"), arguments.train_clips)
     each = {side.split()[0]: t / clips.get(side, 1) for side, t in times.items()}
     for stage, t in each.items():
         print(f"{stage}: {t:.4f} CPU-seconds a clip")
