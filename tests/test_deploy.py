@@ -2,6 +2,7 @@
 
 import copy
 import json
+import mmap
 import os
 import re
 import subprocess
@@ -122,6 +123,17 @@ def test_ray_knows_every_start_parameter() -> None:
     for spec in clusters().values():
         for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
             assert group["rayStartParams"].keys() <= known
+
+
+def test_ray_knows_the_settings_that_notice_lost_nodes() -> None:
+    import ray
+
+    binary = Path(ray.__file__).parent / "core" / "src" / "ray" / "raylet" / "raylet"
+    with binary.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as code:
+        assert not [name for name in HEALTH if code.find(name.removeprefix("RAY_").encode()) < 0]
+        assert code.find(b"health_check_perioh_ms") < 0
+    readme = (ROOT / "deploy" / "README.md").read_text()
+    assert not [name for name, value in HEALTH.items() if f"{name}={value}" not in readme]
 
 
 def test_the_image_s_ray_is_the_manifests() -> None:

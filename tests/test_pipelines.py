@@ -24,7 +24,7 @@ import torch
 from avsep import cli, media, records, shards, synthetic, vision
 from avsep.model import Model
 from avsep.objects import object_index, object_scores, weak_labels
-from deploy import pages
+from deploy import cost, pages
 from pipelines import audit, collect, evaluate, extract, finetune, manifest, train
 
 RATE = 48_000
@@ -74,6 +74,15 @@ def test_programs_write_the_files_that_their_page_names(run, tmp_path, program):
     unknown = [f for f in found if not any(fnmatch.fnmatch(f, p.removeprefix("?")) for p in patterns)]
     missing = [p for p in patterns if p[0] != "?" and not fnmatch.filter(found, p)]
     assert found and not unknown and not missing
+
+
+def test_costs_reckon_with_an_extraction_s_own_seconds(run, tmp_path):
+    recorded, own = cost.read_rates(None), cost.read_rates(str(run / "clips"))
+    commits = shards.read_commits(str(run / "clips"))
+    assert own["decode"] == pytest.approx(sum(c.timings_s["decode"] for c in commits) / 14)
+    assert own["train"] == recorded["train"] and own.keys() == recorded.keys()
+    with pytest.raises(SystemExit, match="holds no committed clips"):
+        cost.read_rates(str(tmp_path))
 
 
 def test_every_segment_becomes_a_clip_with_its_given_labels(run, rendered):
