@@ -8,6 +8,8 @@ what real runs leave behind by tests/test_pipelines.py, this page with the code 
 
 import argparse
 import importlib
+import inspect
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -86,17 +88,23 @@ def arguments(parser: argparse.ArgumentParser) -> str:
         many = " …" if action.nargs in ("+", "*") else ""
         formatter = parser._get_formatter()
         text = formatter._expand_help(action) if action.help else ""
+        if action.default not in (None, False, []) and not re.search(r"\(default|unless", text):
+            text += f" (default {action.default})"
         marks = f"`{name}{' ' if value else ''}{value}{many}`".replace("|", "\\|")
         rows.append(f"| {marks}{' (required)' if action.required else ''} | {text} |")
     return "\n".join(rows)
 
 
-def schema(title: str, fields: pa.Schema) -> str:
-    """Draw an Arrow schema as a table."""
-    rows = [f"**{title}**", "", "| column | type | may be null |", "| --- | --- | --- |"]
+def schema(title: str, record: type, fields: pa.Schema) -> str:
+    """Draw an Arrow schema as a table, with what the record's source says of its fields."""
+    said = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(record), re.MULTILINE))
+    rows = [f"**{title}.** {inspect.getdoc(record)}", "", "| column | type | what it is |", "| --- | --- | --- |"]
     for field in fields:
-        kind = str(field.type).replace("extension<", "").replace(">", "").replace("<item: ", " of ")
-        rows.append(f"| `{field.name}` | {kind} | {'yes' if field.nullable else ''} |")
+        kind = re.sub(r"list<\w+: (.*)>", r"list of \1", str(field.type))
+        if isinstance(field.type, pa.FixedShapeTensorType):
+            kind = f"{field.type.value_type} tensor, {' × '.join(map(str, field.type.shape))}"
+        null = ", may be null" if field.nullable else ""
+        rows.append(f"| `{field.name}` | {kind}{null} | {said.get(field.name, '')} |")
     return "\n".join(rows)
 
 
@@ -127,9 +135,9 @@ Every path may be a local one or a URI (`s3://`, `gs://`), except where the READ
 Exit status: 0 done, 1 finished with a stated shortfall, 2 unusable arguments or input."""
     shapes = "\n\n".join([
         "## Records",
-        schema("Segment", records.SEGMENT_SCHEMA),
-        schema("Clip record", records.clip_schema(*ExtractionConfig().shape)),
-        schema("Rejection", records.REJECTION_SCHEMA),
+        schema("Segment", records.Segment, records.SEGMENT_SCHEMA),
+        schema("Clip record", records.ClipRecord, records.clip_schema(*ExtractionConfig().shape)),
+        schema("Rejection", records.Rejection, records.REJECTION_SCHEMA),
         "`reason` is one of " + ", ".join(f"`{reason}`" for reason in records.Reason) + ".",
     ])  # fmt: skip
     return "\n\n".join([head, *map(program, WRITES), shapes]) + "\n"
