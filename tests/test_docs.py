@@ -54,7 +54,10 @@ def commands(text: str) -> list[list[str]]:
         if before in ("`", '"', "'") and before in line:
             line = line.split(before, 1)[0]
         line = re.split(r"\s+#|\s+(?:&&|\|\|?|;|>|·)\s|;\s|`|\s\(|\\n", line, maxsplit=1)[0]
-        words = shlex.split(line.rstrip(" .,:"), posix=True) if line.count("'") % 2 == 0 else line.split()
+        try:
+            words = shlex.split(line.rstrip(" .,:"))
+        except ValueError:  # an apostrophe of the text's
+            words = line.split()
         if words and words[0] == "python" and words[1:2] != ["-m"]:
             words = words[1:]
         found.append(words)
