@@ -56,8 +56,8 @@ def commands(text: str) -> list[list[str]]:
         line = re.split(r"\s+#|\s+(?:&&|\|\|?|;|>|·)\s|;\s|`|\s\(|\\n", line, maxsplit=1)[0]
         try:
             words = shlex.split(line.rstrip(" .,:"))
-        except ValueError:  # an apostrophe of the text's
-            words = line.split()
+        except ValueError:  # a quote that ends after it, or an apostrophe
+            words = re.split(r"[\"']", line)[0].split()
         if words and words[0] == "python" and words[1:2] != ["-m"]:
             words = words[1:]
         found.append(words)
