@@ -24,7 +24,9 @@ ASSUMED = {
     "busy": 0.85,  # share of its cores that extraction keeps at work; `extract --profile` says yours
     "downloads_an_hour": 300,  # what YouTube allows a guest's address; --rate keeps to 250 by default
     "flop_a_picture": 23e9,  # ResNet-152 at 224 pixels: 11.5 G multiply-adds (torchvision's documentation)
-    "gpu_flop_per_s": 0.25 * 121e12,  # a quarter of an NVIDIA L4's dense bfloat16 peak (its data sheet); not measured
+    "gpu_bfloat16_per_s": 0.25 * 121e12,  # a quarter of an NVIDIA L4's dense peak (its data sheet); not measured
+    "flop_a_factorisation": 19.3e9,  # 200 updates of 2401 x 201 with 25 bases, counted
+    "gpu_float32_per_s": 0.25 * 30.3e12,  # likewise
     "media_bytes": 1_000_000,  # a downloaded excerpt of 10 s at 360p
     "clip_bytes": 150_000,  # a row of a clip shard: 25 bases of 2401 bins, 201 frames, ten pictures' logits
 }
@@ -75,11 +77,13 @@ def read_rates(clips: str | None) -> dict[str, float]:
 
 def hours(shape: Shape, rates: dict[str, float]) -> dict[str, float]:
     """Say how long each step takes, in hours."""
-    on_cores = rates["decode"] + rates["factorize"] + rates["record"]
-    looking = PICTURES * ASSUMED["flop_a_picture"] / ASSUMED["gpu_flop_per_s"] / max(shape.gpus, 1)
-    if not shape.gpus:
-        on_cores, looking = on_cores + rates["label"], 0.0
-    extraction = max(on_cores / (shape.cores * ASSUMED["busy"]), looking)  # cores and GPUs work at the same time
+    on_cores, on_gpus = rates["decode"] + rates["record"], 0.0
+    if shape.gpus:  # they factorise and look at pictures, while the cores decode
+        on_gpus = ASSUMED["flop_a_factorisation"] / ASSUMED["gpu_float32_per_s"]
+        on_gpus += PICTURES * ASSUMED["flop_a_picture"] / ASSUMED["gpu_bfloat16_per_s"]
+    else:
+        on_cores += rates["factorize"] + rates["label"]
+    extraction = max(on_cores / (shape.cores * ASSUMED["busy"]), on_gpus / max(shape.gpus, 1))
     # a GPU trains as fast as one core reads it the shards; without, one core does all
     training = EPOCHS * (rates["read"] / shape.gpus if shape.gpus else rates["train"])
     return {

@@ -211,6 +211,9 @@ def test_costs_follow_from_what_goes_in() -> None:
     laptop, box, cluster = (cost.hours(shape, rates) for shape in cost.SHAPES)
     assert laptop["downloads"] == pytest.approx(190_000 / 300)
     assert laptop["extraction"] == pytest.approx(190_000 * 0.85 / (8 * 0.85) / 3600)
-    assert box["extraction"] == pytest.approx(190_000 * 0.3 / (8 * 0.85) / 3600)
+    assert box["extraction"] == pytest.approx(190_000 * 0.2 / (8 * 0.85) / 3600)  # decoding, here
+    fast_decoding = cost.hours(cost.SHAPES[1], rates | {"decode": 1e-4})
+    each = 19.3e9 / (0.25 * 30.3e12) + 10 * 23e9 / (0.25 * 121e12)  # the GPU's work
+    assert fast_decoding["extraction"] == pytest.approx(190_000 * each / 3600)
     assert cluster["training"] == pytest.approx(12 * 190_000 * 0.001 / 4 / 3600)
     assert cluster["downloads"] == pytest.approx(laptop["downloads"] / 4)
