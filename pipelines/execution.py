@@ -126,6 +126,9 @@ class InProcess:
         return [call]
 
 
+_LOOK_S = 5.0  # between looks at how large the cluster is
+
+
 class OnRay:
     """Run on Ray: a task an item, a bounded number of them in flight, results as they come."""
 
@@ -133,9 +136,16 @@ class OnRay:
         import ray
 
         self._ray = ray
-        resources = ray.cluster_resources()
-        self.n_workers = max(1, int(resources.get("CPU", 1)))
-        self.n_gpus = int(resources.get("GPU", 0))
+        self._n_workers, self._looked = 1, -math.inf
+        self.n_gpus = int(ray.cluster_resources().get("GPU", 0))
+
+    @property
+    def n_workers(self) -> int:
+        """CPUs that the cluster has now: it may grow with what waits, and shrink."""
+        if time.monotonic() - self._looked > _LOOK_S:
+            self._looked = time.monotonic()
+            self._n_workers = max(1, int(self._ray.cluster_resources().get("CPU", 1)))
+        return self._n_workers
 
     def map(
         self,
@@ -158,7 +168,9 @@ class OnRay:
                 pending[task.options(num_cpus=cpus()).remote(*item)] = item
             if not pending:
                 return
-            ready, _ = self._ray.wait(list(pending), num_returns=1)
+            ready, _ = self._ray.wait(list(pending), num_returns=1, timeout=_LOOK_S)
+            if not ready:
+                continue
             item = pending.pop(ready[0])
             try:
                 result = self._get(ready[0])
