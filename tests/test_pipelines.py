@@ -2,7 +2,6 @@
 
 import csv
 import fnmatch
-import functools
 import hashlib
 import json
 import math
