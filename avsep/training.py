@@ -12,6 +12,7 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
+from avsep import parallel
 from avsep.miml import MIML, basis_posteriors, energy_shares, multilabel_margin, partial_label_loss, target_loss
 
 # relation (B, L, M), labels (B, L), root of the bases' energy (B, M), zero for padding → (B,)
@@ -119,16 +120,30 @@ def train_epoch(
     config: TrainingConfig,
     epoch: int,
 ) -> dict[str, float]:
-    """Train over the batches once; return the mean loss by clip."""
+    """Train over the batches once; return the mean loss by clip.
+
+    Several workers of torch.distributed get the same batches and random state, take their part of
+    each, and end where one worker would, up to rounding, once `parallel.share_batch_norm(model)` was called.
+    """
     model.train()
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+    shared = parallel.place()[1] > 1
     total, count = 0.0, 0
     for batch in batches:
-        bases = batch.bases.to(device).float()
+        n_clips, n_bases, n_bins = batch.bases.shape
+        count += n_clips
+        factors = None
         if config.warp:
-            n_clips, n_bases, n_bins = bases.shape
             factors = 1 + config.warp * (2 * torch.rand(n_clips * n_bases, generator=generator) - 1)
+        if shared:
+            part = parallel.own_part(n_clips)
+            n_before, n_valid = int(batch.valid[: part.start].sum()), int(batch.valid.sum())
+            model.noise_like = parallel.noise_of_part(n_valid, n_before)
+            batch = batch.take(part)
+            factors = None if factors is None else factors.reshape(n_clips, n_bases)[part].flatten()
+        bases = batch.bases.to(device).float()
+        if factors is not None:
             bases = warp_frequencies(bases.reshape(-1, n_bins), factors.to(device)).reshape(bases.shape)
         weight = batch.basis_energy.to(device).sqrt()
         relation = model.relation(bases, batch.valid.to(device), _on(device, batch.statistics))
@@ -136,26 +151,16 @@ def train_epoch(
         if batch.targets is not None:
             losses = losses + target_loss(relation, batch.targets.to(device), weight)
         optimiser.zero_grad(set_to_none=True)
-        losses.mean().backward()
-        average_gradients(model)
+        (losses.sum() / n_clips).backward()
+        parallel.add_up_gradients(model)
         optimiser.step()
         total += float(losses.detach().sum())
-        count += len(batch)
-    return {"train_loss": total / max(count, 1)}
+    whole = parallel.add_up(torch.tensor(total, dtype=torch.float64, device=device))
+    return {"train_loss": float(whole) / max(count, 1)}
 
 
 def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(device)
-
-
-def average_gradients(model: torch.nn.Module) -> None:
-    """Average over the workers of a distributed run; MIML is called by `relation`, which DDP doesn't wrap."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                distributed.all_reduce(parameter.grad)
-                parameter.grad /= distributed.get_world_size()
 
 
 @torch.inference_mode()

@@ -9,11 +9,14 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import time
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
@@ -44,16 +47,17 @@ def run(main: Callable[[argparse.Namespace], int], parser: argparse.ArgumentPars
 
 def guarded(main: Callable[[], int], program: str) -> int:
     """Turn a user's mistake into one line and status 2."""
+    log_as_asked()
     try:
         return main()
     except (UsageError, OSError, ValueError) as error:
         if os.environ.get("AVSEP_TRACEBACK"):
             raise
         hint = "" if isinstance(error, UsageError) else " (AVSEP_TRACEBACK=1 shows where)"
-        print(f"{program}: {error}{hint}", file=sys.stderr)
+        complain(f"{program}: {error}{hint}")
         return UNUSABLE
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; the same command goes on from here", file=sys.stderr)
+        complain(f"{program}: interrupted; the same command goes on from here")
         return 130
 
 
@@ -90,7 +94,11 @@ class InProcess:
     n_gpus = 0
 
     def map(
-        self, function: Callable[..., Any], items: Iterable[tuple[Any, ...]], recover: Recover = _raise
+        self,
+        function: Callable[..., Any],
+        items: Iterable[tuple[Any, ...]],
+        recover: Recover = _raise,
+        cpus: Callable[[], float] = lambda: 1.0,
     ) -> Iterator[Any]:
         """Yield `function(*item)` for each item; `recover` deals with those that raise."""
         waiting = iter(items)
@@ -106,7 +114,7 @@ class InProcess:
         """Return a value to pass to many items."""
         return value
 
-    def actors(self, make: Callable[[], Any], count: int, *, gpu: bool) -> list[Callable[..., Future]]:
+    def actors(self, make: Callable[[], Any], count: int, *, gpus: float) -> list[Callable[..., Future]]:
         """Build one object and return a function that calls it and gives a finished future."""
         target = make()
 
@@ -140,19 +148,24 @@ class OnRay:
         return self._n_workers
 
     def map(
-        self, function: Callable[..., Any], items: Iterable[tuple[Any, ...]], recover: Recover = _raise
+        self,
+        function: Callable[..., Any],
+        items: Iterable[tuple[Any, ...]],
+        recover: Recover = _raise,
+        cpus: Callable[[], float] = lambda: 1.0,
     ) -> Iterator[Any]:
         """Yield `function(*item)` for each item, in the order they finish.
 
         A task whose worker died is tried twice again, then it is WorkerLost. `recover` gets the item
-        with that, or with what it raised; without it both raise here.
+        with that, or with what it raised; without it both raise here. `cpus` says, whenever a task
+        is started, what part of a CPU's time it takes: tasks that wait for a GPU share CPUs.
         """
-        task = self._ray.remote(function).options(num_cpus=1, max_retries=2)
+        task = self._ray.remote(function).options(max_retries=2)
         waiting = iter(items)
         pending: dict[Any, tuple[Any, ...]] = {}
         while True:
-            while len(pending) < 2 * self.n_workers and (item := next(waiting, None)) is not None:
-                pending[task.remote(*item)] = item
+            while len(pending) < 2 * self.n_workers / cpus() and (item := next(waiting, None)) is not None:
+                pending[task.options(num_cpus=cpus()).remote(*item)] = item
             if not pending:
                 return
             ready, _ = self._ray.wait(list(pending), num_returns=1, timeout=_LOOK_S)
@@ -178,13 +191,13 @@ class OnRay:
         except _lost_errors(self._ray) as error:
             raise WorkerLost(" ".join(str(error).split())[:200]) from None
 
-    def actors(self, make: Callable[[], Any], count: int, *, gpu: bool) -> list[Callable[..., Future]]:
+    def actors(self, make: Callable[[], Any], count: int, *, gpus: float) -> list[Callable[..., Future]]:
         """Start `count` actors, each holding what `make` builds; return a caller for each.
 
-        A caller can be sent to tasks. With `gpu` each takes one; of CPUs they claim none, since
+        A caller can be sent to tasks. Each takes `gpus` of a GPU; of CPUs they claim none, since
         they work while the tasks that call them wait.
         """
-        actor = self._ray.remote(Held).options(num_cpus=0, num_gpus=int(gpu), max_restarts=-1, max_task_retries=3)
+        actor = self._ray.remote(Held).options(num_cpus=0, num_gpus=gpus, max_restarts=-1, max_task_retries=3)
         return [RemoteCall(actor.remote(make)) for _ in range(count)]
 
 
@@ -216,22 +229,37 @@ class RemoteCall:
         return self.actor.call.remote(*arguments).future()
 
 
-def train_workers(fit: Callable[[dict[str, Any]], None], job: dict[str, Any], out: str, runner: OnRay) -> None:
-    """Run `fit(job)` in Ray Train's workers, one a GPU, else one; a worker that dies is started again."""
+def train_workers(
+    fit: Callable[[dict[str, Any]], None], job: dict[str, Any], out: str, runner: OnRay, n_workers: int | None = None
+) -> None:
+    """Run `fit(job)` in Ray Train's workers, as many as said, else one a GPU, else one.
+
+    When a worker dies all are started again. Raises UsageError for more workers than this machine has places for;
+    a cluster may grow.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    n_workers = n_workers or runner.n_gpus or 1
+    on_gpus = 0 < n_workers <= runner.n_gpus
+    if n_workers > runner.n_workers:
+        places = f"{runner.n_workers} CPUs and {runner.n_gpus} GPUs"
+        if os.environ.get("RAY_ADDRESS", "local") == "local":  # they would be waited for, for ever
+            raise UsageError(f"--workers {n_workers}: Ray has {places} on this machine (AVSEP_CPUS says otherwise)")
+        say(f"{n_workers} training workers wait for their places; at present the cluster has {places}")
+    fs, folder = storage.filesystem(storage.join(out, "ray"))
     trainer = TorchTrainer(
         fit,
         train_loop_config=job,
         scaling_config=ScalingConfig(
-            num_workers=runner.n_gpus or 1,
-            use_gpu=bool(runner.n_gpus),
-            resources_per_worker={"CPU": 1} | ({"GPU": 1} if runner.n_gpus else {}),
+            num_workers=n_workers,
+            use_gpu=on_gpus,
+            resources_per_worker={"CPU": 1} | ({"GPU": 1} if on_gpus else {}),
         ),
         run_config=RunConfig(
             name=f"train-{time.time_ns():x}",  # an old name would resume Ray's own record of an old run
-            storage_path=storage.join(out, "ray"),
+            storage_path=folder,
+            storage_filesystem=fs,
             failure_config=FailureConfig(max_failures=2),
         ),
     )
@@ -276,6 +304,7 @@ def session(in_process: bool = False) -> Iterator[Runner]:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else a token file appears in the home folder
     os.environ.setdefault("RAY_task_oom_retries", "2")  # else a task that needs too much memory comes again for ever
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # else a variable that a job sets, too, is an error
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning about GPUs to come
     cpus = int(os.environ["AVSEP_CPUS"]) if os.environ.get("AVSEP_CPUS") else None
     import ray
@@ -327,7 +356,8 @@ class Progress:
         self._began, self._written = time.time(), -math.inf
         self._window: deque[tuple[float, int]] = deque([(self._started, done)])
         self._metrics = _Metrics(what) if metrics else None
-        self._bar = tqdm(total=total, initial=done, desc=what, unit=unit) if sys.stderr.isatty() else None
+        shown = sys.stderr.isatty() and not as_json()
+        self._bar = tqdm(total=total, initial=done, desc=what, unit=unit) if shown else None
 
     def add(
         self,
@@ -350,19 +380,33 @@ class Progress:
         if self._metrics:
             n_rejected = sum((rejected or {}).values())
             self._metrics.add({"done": count - n_rejected, **(rejected or {})}, seconds or {})
-            self._metrics.show(self.in_flight, self.rate, self.total - self.count)
+        self._show()
         if self._bar is not None:
             self._bar.set_postfix_str(self._tail())
             self._bar.update(count)
         elif now - self._said >= self._interval_s() or self.count == self.total:
             self._said = now
             tail = self._tail()
-            print(
+            say(
                 f"{self.what}: {self.count}/{self.total} {self.unit}, {self.rate:.2f}/s, "
                 f"{duration(self.seconds_left)} left{'; ' if tail else ''}{tail}",
-                flush=True,
+                event="progress",
+                pipeline=self.what,
+                done=self.count,
+                total=self.total,
+                rejected=dict(self.rejected),
+                rate_per_s=round(self.rate, 4),
             )
         self.write_status()
+
+    def failed(self, shard: str, reason: str) -> None:
+        """Count a failure that the run survives."""
+        if self._metrics:
+            self._metrics.failed(shard, reason)
+
+    def _show(self) -> None:
+        if self._metrics:
+            self._metrics.show(self.in_flight, self.rate, self.total - self.count)
 
     @property
     def rate(self) -> float:
@@ -426,10 +470,12 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self.write_status()
+        self._show()
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.in_flight = 0
+        self._show()
         self.write_status("stopped" if kind else "finished")
         if self._bar is not None:
             self._bar.close()
@@ -440,27 +486,31 @@ _STATUS_EVERY_S = 5.0
 
 
 class _Metrics:
-    """A run's figures among Ray's metrics, where Prometheus finds them."""
+    """A run's figures among Ray's metrics, where Prometheus finds them with `ray_` before their names."""
 
     def __init__(self, what: str) -> None:
-        from ray.util import metrics
+        from ray.util.metrics import Counter, Gauge
 
-        self._segments = metrics.Counter(f"avsep_{what}_items", "finished, by outcome", tag_keys=("outcome",))
-        self._stages = metrics.Counter(f"avsep_{what}_stage_seconds", "worker-seconds by stage", tag_keys=("stage",))
-        self._in_flight = metrics.Gauge(f"avsep_{what}_in_flight", "items that workers have")
-        self._rate = metrics.Gauge(f"avsep_{what}_rate", "items a second in the last hour")
-        self._left = metrics.Gauge(f"avsep_{what}_left", "items still to do")
+        self._pipeline = {"pipeline": what}
+        self._items = Counter("avsep_items", "finished, by outcome", ("pipeline", "outcome"))
+        self._stages = Counter("avsep_stage_seconds", "worker-seconds, by stage", ("pipeline", "stage"))
+        self._failures = Counter("avsep_failures", "failures survived, by shard", ("pipeline", "shard", "reason"))
+        self._in_flight = Gauge("avsep_in_flight", "items that workers have", ("pipeline",))
+        self._rate = Gauge("avsep_rate", "items a second in the last hour", ("pipeline",))
+        self._left = Gauge("avsep_left", "items still to do, those in flight among them", ("pipeline",))
 
     def add(self, outcomes: Mapping[str, int], seconds: Mapping[str, float]) -> None:
-        for counter, tag, values in ((self._segments, "outcome", outcomes), (self._stages, "stage", seconds)):
+        for counter, tag, values in ((self._items, "outcome", outcomes), (self._stages, "stage", seconds)):
             for name, value in values.items():
                 if value > 0:
-                    counter.inc(value, {tag: name})
+                    counter.inc(value, {**self._pipeline, tag: name})
+
+    def failed(self, shard: str, reason: str) -> None:
+        self._failures.inc(1, {**self._pipeline, "shard": shard, "reason": reason})
 
     def show(self, in_flight: int, rate: float, left: int) -> None:
-        self._in_flight.set(in_flight)
-        self._rate.set(rate)
-        self._left.set(left)
+        for gauge, value in ((self._in_flight, in_flight), (self._rate, rate), (self._left, left)):
+            gauge.set(value, self._pipeline)
 
 
 def duration(seconds: float) -> str:
@@ -504,9 +554,64 @@ def is_local(options: Any) -> bool:
     return options.view_as(StandardOptions).runner == LOCAL_RUNNER
 
 
-def say(text: str) -> None:
-    """Print a line at once."""
-    print(text, flush=True)
+def say(text: str, **fields: Any) -> None:
+    """Print a line at once; with AVSEP_LOG=json it is an object with these fields, on stderr."""
+    if as_json():
+        _write("info", text, fields)
+    else:
+        print(text, flush=True)
+
+
+def log(text: str, **fields: Any) -> None:
+    """Log what is for machines alone: nothing without AVSEP_LOG=json, which makes it an object on stderr."""
+    if as_json():
+        _write("info", text, fields)
+
+
+def complain(text: str) -> None:
+    """Print a line to stderr."""
+    if as_json():
+        _write("error", text, {})
+    else:
+        print(text, file=sys.stderr)
+
+
+def as_json() -> bool:
+    """Tell whether a log is wanted that machines read: AVSEP_LOG=json."""
+    return os.environ.get("AVSEP_LOG") == "json"
+
+
+def log_as_asked() -> None:
+    """With AVSEP_LOG=json, make everything that this process logs one JSON object a line on stderr."""
+    if as_json() and not any(isinstance(h, _JsonLines) for h in logging.getLogger().handlers):
+        logging.getLogger().addHandler(_JsonLines(logging.WARNING))
+        sys.excepthook = _log_exception
+
+
+def _log_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    text = "".join(traceback.format_exception(kind, error, trace))
+    _write("critical", f"{kind.__name__}: {error}", {"exception": text})
+
+
+class _JsonLines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        fields: dict[str, Any] = {"logger": record.name}
+        if record.exc_info:
+            fields["exception"] = logging.Formatter().formatException(record.exc_info)
+        _write(record.levelname.lower(), record.getMessage(), fields)
+
+
+# user:password@ of URLs, and what signs them
+_SECRETS = re.compile(
+    r"(?<=://)[^/@\s\"]+(?=@)|(?<=[?&])[^?&=\s]*(?:sig|signature|token|credential|key)[^?&=\s]*=[^&\s\"]+", re.I
+)
+
+
+def _write(level: str, text: str, fields: Mapping[str, Any]) -> None:
+    now = time.time()
+    at = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03d}Z"
+    line = json.dumps({"time": at, "level": level, "message": text, **fields}, ensure_ascii=False, default=str)
+    print(_SECRETS.sub("…", line), file=sys.stderr, flush=True)
 
 
 def fail(text: str) -> NoReturn:

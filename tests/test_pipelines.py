@@ -2,9 +2,7 @@
 
 import csv
 import fnmatch
-import functools
 import hashlib
-import http.server
 import json
 import math
 import os
@@ -12,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -489,28 +486,6 @@ def test_a_killed_training_goes_on_where_it_stopped(run, tmp_path):
     a, b = (Model.load(str(o / "model")).network.state_dict() for o in (whole, broken))
     for name, value in a.items():
         np.testing.assert_allclose(value.numpy(), b[name].numpy(), rtol=1e-2, atol=1e-3)
-
-
-@pytest.fixture
-def web(rendered):
-    """The rendered clips over HTTP on loopback; gives the address and the list of paths asked for."""
-    asked: list[str] = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            super().do_GET()
-
-        def log_message(self, *_):
-            return
-
-    handler = functools.partial(Handler, directory=str(rendered / "clips"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}", asked
-        server.shutdown()
-        thread.join()
 
 
 def test_remote_segments_are_fetched_once_and_kept(run, rendered, web, tmp_path):
