@@ -123,8 +123,6 @@ def script_mistake(words: list[str]) -> str:
             ):
                 return wrong
             flags = flags_of(words[: programs[0] if programs else None])
-            if not file.exists():  # it comes with the next change
-                return ""
         assert file.exists(), f"there is no {words[0]}"
     if not flags:
         return ""

@@ -178,12 +178,12 @@ SITUATIONS = {  # alert: series and their values, one a minute; "a+bx200" grows 
     "AvsepNothingDone": {LEFT: "500x200", DONE: "7x200"},
     "AvsepManyRejections": {DONE: "0+6x200", REMOVED: "0+5x200"},
     "AvsepAllIdentitiesPaused": {LEFT: "500x200", DONE: "0+1x200", PAUSED: "3x200", ACTIVE: "0x200"},
-    "AvsepShardFailing": {FAILED: "2x200"},
+    "AvsepShardFailing": {FAILED: "_x150 2x50"},
     "AvsepDiskNearlyFull": {DISK: "93x200"},
     "AvsepServiceErrors": {ANSWERS % 500: "0+1x200"},
     "AvsepServiceFull": {ANSWERS % 503: "0+9x200", "avsep_pending": "16x200", "avsep_pending_limit": "16x200"},
-    "": {  # all as it should be
-        LEFT: "500x200", DONE: "0+8x200", REMOVED: "0+2x200", PAUSED: "1x200", ACTIVE: "2x200", FAILED: "1x200",
+    "": {  # all as it should be, a shard that failed hours ago included
+        LEFT: "500x200", DONE: "0+8x200", REMOVED: "0+2x200", PAUSED: "1x200", ACTIVE: "2x200", FAILED: "2x200",
         DISK: "70x200", ANSWERS % 201: "0+9x200", "avsep_pending": "3x200", "avsep_pending_limit": "16x200",
     },
 }  # fmt: skip
