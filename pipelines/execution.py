@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import logging
@@ -160,12 +161,13 @@ class OnRay:
         with that, or with what it raised; without it both raise here. `cpus` says, whenever a task
         is started, what part of a CPU's time it takes: tasks that wait for a GPU share CPUs.
         """
-        task = self._ray.remote(function).options(max_retries=2)
+        remote = self._ray.remote(function)
+        task = functools.cache(lambda cpus: remote.options(num_cpus=cpus, max_retries=2))
         waiting = iter(items)
         pending: dict[Any, tuple[Any, ...]] = {}
         while True:
             while len(pending) < 2 * self.n_workers / cpus() and (item := next(waiting, None)) is not None:
-                pending[task.options(num_cpus=cpus()).remote(*item)] = item
+                pending[task(cpus()).remote(*item)] = item
             if not pending:
                 return
             ready, _ = self._ray.wait(list(pending), num_returns=1, timeout=_LOOK_S)
