@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from avsep import shards, storage, training
+from avsep import parallel, shards, storage, training
 from avsep.miml import basis_posteriors, energy_shares, partial_label_loss
 from avsep.model import Model
 from avsep.objects import N_IMAGENET_CLASSES, OBJECTS, object_scores, weak_labels
@@ -214,8 +214,8 @@ def train_epoch(
             logits = network(pixels.contiguous(memory_format=torch.channels_last)).float()
         losses = picture_loss(logits.unflatten(0, shape), labels.to(device), groups, config.presence)
         optimiser.zero_grad(set_to_none=True)
-        losses.mean().backward()
-        training.average_gradients(network)
+        (losses.mean() / parallel.place()[1]).backward()  # the workers' parts are alike in size
+        parallel.add_up_gradients(network)
         optimiser.step()
         total += float(losses.detach().sum())
         count += len(losses)

@@ -78,7 +78,7 @@ def _myself() -> Holder:
         _machine(),
         os.getpid(),
         _born(os.getpid()) or 0,
-        " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:120],
+        storage.redact(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))[:120],
         time.strftime("%Y-%m-%d %H:%M:%S"),
     )
 

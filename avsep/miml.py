@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,7 @@ class MIML(nn.Module):
         self.shared_log = _layer(_N_LOG_BANDS, _LOG_HIDDEN) if log_bands else None
         self.statistics_norm = nn.BatchNorm1d(N_STATISTICS) if statistics else None
         self.shared_statistics = _layer(N_STATISTICS, _STATISTICS_HIDDEN) if statistics else None
+        self.noise_like: Callable[[Tensor], Tensor] = torch.randn_like  # of several workers each draws its part
         self.dropout = nn.Dropout(dropout)
         n_outputs = n_subconcepts * n_objects
         width = hidden + (_LOG_HIDDEN if log_bands else 0) + (_STATISTICS_HIDDEN if statistics else 0)
@@ -107,7 +109,7 @@ class MIML(nn.Module):
         if self.shared_statistics is not None and self.statistics_norm is not None and statistics is not None:
             moves = self.statistics_norm(statistics)
             if self.training:
-                moves = moves + _STATISTICS_NOISE * torch.randn_like(moves)
+                moves = moves + _STATISTICS_NOISE * self.noise_like(moves)
             features.append(self.shared_statistics(moves))
         x = self.head(self.subconcepts(self.dropout(torch.cat(features, -1))))
         return x.reshape(-1, self.n_objects, self.n_subconcepts).amax(-1)

@@ -24,6 +24,7 @@ _CLIPS_IN_FLIGHT = 4  # decoded clips that wait for their logits; also a labelle
 
 Locate = Callable[[Segment], Segment]  # where a segment's media are: the same excerpt of another source
 Label = Callable[[NDArray[np.uint8]], Future]  # (n, height, width, 3) pictures → future (n, 1000) logits
+Factorize = Callable[[Sequence[NDArray[np.float32]], Sequence[int]], Future]  # waveforms, seeds → future Factors
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,52 @@ def factorize(waveform: NDArray[np.float32] | Tensor, seed: int, config: Extract
     return Factors(W, H, float(nmf.kl_divergence(V, W, H)))
 
 
+def factorize_clips(
+    waveforms: Sequence[NDArray[np.float32]], seeds: Sequence[int], config: ExtractionConfig, device: str
+) -> list[Factors]:
+    """Factorise several waveforms on a device, those of one length together; the factors are on the CPU."""
+    factors: dict[int, Factors] = {}
+    by_length: dict[int, list[int]] = {}
+    for i, waveform in enumerate(waveforms):
+        by_length.setdefault(len(waveform), []).append(i)
+    for rows in by_length.values():
+        V = config.stft(torch.from_numpy(np.stack([waveforms[i] for i in rows])).to(device)).abs()
+        W, H = nmf.factorize(V, config.n_bases, n_iter=config.n_iter, seeds=[seeds[i] for i in rows])
+        divergences = nmf.kl_divergence(V, W, H)
+        for row, i in enumerate(rows):
+            factors[i] = Factors(W[row].cpu(), H[row].cpu(), float(divergences[row]))
+    return [factors[i] for i in range(len(waveforms))]
+
+
+@dataclass
+class DeviceStages:
+    """The stages that gain from a GPU, together: whichever has work gets it, so neither waits for the other's share."""
+
+    config: ExtractionConfig
+    labeller: Callable[[NDArray[np.uint8]], Any] | None
+    device: str
+
+    def __call__(self, stage: str, *arguments: Any) -> Any:
+        """Label pictures, or factorise waveforms with their seeds."""
+        if stage == "factorize":
+            waveforms, seeds = arguments
+            return factorize_clips(waveforms, seeds, self.config, self.device)
+        assert self.labeller is not None
+        return self.labeller(*arguments)
+
+
+@dataclass
+class StageOf:
+    """One stage of `DeviceStages` that are elsewhere, as a function whose result is a future."""
+
+    call: Callable[..., Future]
+    stage: str
+
+    def __call__(self, *arguments: Any) -> Future:
+        """Start it."""
+        return self.call(self.stage, *arguments)
+
+
 def to_record(
     segment: Segment, decoded: Decoded, factors: Factors, logits: NDArray | None, sample_rate: int
 ) -> ClipRecord:
@@ -168,13 +215,18 @@ def extract_record(segment: Segment, config: ExtractionConfig, label: Label | No
 
 
 def extract_records(
-    segments: Sequence[Segment], config: ExtractionConfig, label: Label | None, locate: Locate | None = None
+    segments: Sequence[Segment],
+    config: ExtractionConfig,
+    label: Label | None,
+    locate: Locate | None = None,
+    factorize_elsewhere: Factorize | None = None,
 ) -> tuple[list[ClipRecord], list[Rejection], dict[str, float]]:
     """Take segments through every stage, labelling the pictures of several clips at a time.
 
     `locate` finds, or fetches, a segment's media; without it they are at the segment's source.
     The pictures of a few clips go to `label` together, and the clips are factorised while it
-    works. Returns records and rejections in the segments' order, and seconds by stage.
+    works, here or by `factorize_elsewhere`. Returns records and rejections in the segments' order, and
+    seconds by stage.
     """
     records: list[ClipRecord] = []
     rejections: list[Rejection] = []
@@ -199,7 +251,11 @@ def extract_records(
         with _timed(seconds, "label"):  # at once where the network is in this process
             future = label(np.concatenate(pictures)) if label and sum(map(len, pictures)) else None
         with _timed(seconds, "factorize"):
-            factors = [factorize(d.clip.waveform, seed_of(s.segment_id), config) for s, d in decoded]
+            waveforms, seeds = [d.clip.waveform for _, d in decoded], [seed_of(s.segment_id) for s, _ in decoded]
+            if factorize_elsewhere is None:
+                factors = [factorize(*x, config) for x in zip(waveforms, seeds, strict=True)]
+            else:
+                factors = factorize_elsewhere(waveforms, seeds).result() if waveforms else []
         with _timed(seconds, "label"):
             logits = [None] * len(decoded) if future is None else _split(future.result(), pictures)
         records += [

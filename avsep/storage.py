@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import secrets
@@ -18,6 +19,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 ABANDONED_S = 3600.0  # a file that was begun this long ago has no writer any more
+S3_ATTEMPTS = 8  # at a request that is refused, cut off or unanswered: half a minute and more
+_S3_CONNECT_S, _S3_SILENCE_S = 10.0, 30.0
+_OPTION = re.compile(r"[?&](access_key|secret_key|session_token|endpoint_override|region|scheme)=")
 _TEMPORARY = re.compile(r"(?P<before>.*)\.(?P<pid>\d+)\.[0-9a-f]+\.tmp")
 
 
@@ -30,10 +34,18 @@ def is_uri(path: str) -> bool:
 def filesystem(path: str) -> tuple[pafs.FileSystem, str]:
     """Open the file system of a local path or URI: pyarrow's own, else fsspec's.
 
-    Raises ValueError for a scheme that neither knows.
+    S3 is set up by the environment variables that other tools read: `AWS_ACCESS_KEY_ID`,
+    `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, `AWS_PROFILE`, `AWS_REGION` or
+    `AWS_DEFAULT_REGION`, `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL`. What follows the bucket is
+    the key as it stands. Raises ValueError for a scheme that nobody knows, and for
+    credentials in a URI.
     """
     if not is_uri(path):
         return pafs.LocalFileSystem(), os.path.abspath(path)
+    _check_uri(path)
+    if path.startswith("s3://"):
+        inner = path.removeprefix("s3://").rstrip("/")
+        return _s3(*_s3_settings(inner.split("/")[0])), inner
     with contextlib.suppress(pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return pafs.FileSystem.from_uri(path)
     try:
@@ -43,9 +55,59 @@ def filesystem(path: str) -> tuple[pafs.FileSystem, str]:
     return pafs.PyFileSystem(pafs.FSSpecHandler(remote)), inner
 
 
+def _check_uri(uri: str) -> None:
+    """Refuse credentials, which would go into logs, records and messages; the message doesn't repeat them."""
+    scheme, _, rest = uri.partition("://")
+    host = rest.partition("/")[0]  # a secret key may hold slashes
+    if "@" in host or (":" in host and not scheme.startswith("http")):
+        raise ValueError(f"{scheme}://…: credentials in a URI would be logged; give them by environment or profile")
+    if scheme == "s3" and _OPTION.search(rest):
+        raise ValueError(
+            f"s3://{rest.partition('?')[0]}?…: options of S3 go into the environment: "
+            "AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, …"
+        )
+
+
+def _s3_settings(bucket: str) -> tuple[str | None, str | None]:
+    """Return endpoint and region; without either, the region is that of the bucket."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or None
+    if not endpoint and not region:
+        with contextlib.suppress(OSError):  # no such bucket, no network: the first request says it better
+            region = _region_of(bucket)
+    return endpoint, region
+
+
+@functools.lru_cache
+def _region_of(bucket: str) -> str:
+    return str(pafs.resolve_s3_region(bucket))
+
+
+@functools.lru_cache
+def _s3(endpoint: str | None, region: str | None) -> pafs.FileSystem:
+    return pafs.S3FileSystem(
+        endpoint_override=endpoint,
+        region=region,
+        allow_delayed_open=True,  # a small file is one PUT
+        connect_timeout=_S3_CONNECT_S,
+        request_timeout=_S3_SILENCE_S,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS),
+    )
+
+
+def redact(text: str) -> str:
+    """Hide what URLs say about users and passwords.
+
+    >>> redact("--proxies http://me:secret@proxy:80 s3://bucket/a@b")
+    '--proxies http://…@proxy:80 s3://bucket/a@b'
+    """
+    return re.sub(r"(://)[^\s/@]*(:[^\s@]*)?@", r"\1…@", text)
+
+
 def resolve(path: str, relative_to: str) -> str:
     """Make a local path absolute, from `relative_to` when it is relative; leave URIs alone."""
     if is_uri(path):
+        _check_uri(path)
         return path
     if is_uri(relative_to):
         return join(relative_to, path) if not os.path.isabs(path) else path
@@ -109,7 +171,8 @@ def read_bytes(path: str) -> bytes:
 def write_bytes(path: str, data: bytes | memoryview | pa.Buffer, *, exclusive: bool = False) -> bool:
     """Write a whole file atomically: readers see all of it or nothing.
 
-    Locally a temporary file is flushed to disk and renamed; on an object store it is one PUT.
+    Locally a temporary file is flushed to disk and renamed; on an object store it is one PUT, or
+    an upload in parts, which nobody sees until it is complete.
     With `exclusive`, an existing file wins: nothing is written and False comes back (object
     stores offer no such test here: the last writer wins there).
     """
@@ -117,8 +180,9 @@ def write_bytes(path: str, data: bytes | memoryview | pa.Buffer, *, exclusive: b
     if not isinstance(fs, pafs.LocalFileSystem):
         if exclusive and exists(path):
             return False
+        buffer = pa.py_buffer(data)  # fails here: whatever fails in the block is stored as far as it came
         with fs.open_output_stream(inner) as stream:
-            stream.write(data)
+            stream.write(buffer)
         return True
     os.makedirs(os.path.dirname(inner), exist_ok=True)
     temporary = f"{inner}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
+from avsep import parallel
 from avsep.miml import MIML, basis_posteriors, energy_shares, multilabel_margin, partial_label_loss, target_loss
 
 # relation (B, L, M), labels (B, L), root of the bases' energy (B, M), zero for padding → (B,)
@@ -56,6 +58,11 @@ class Bags:
         ids = self.segment_ids[rows] if isinstance(rows, slice) else [self.segment_ids[i] for i in rows.tolist()]
         tensors: dict[str, Any] = {n: None if (t := getattr(self, n)) is None else t[rows] for n in _TENSORS}
         return Bags(ids, **tensors)
+
+    def to(self, device: torch.device | str) -> Bags:
+        """Move the tensors to a device."""
+        tensors: dict[str, Any] = {n: _on(device, getattr(self, n)) for n in _TENSORS}
+        return Bags(self.segment_ids, **tensors)
 
     @staticmethod
     def join(parts: Sequence[Bags]) -> Bags:
@@ -119,43 +126,48 @@ def train_epoch(
     config: TrainingConfig,
     epoch: int,
 ) -> dict[str, float]:
-    """Train over the batches once; return the mean loss by clip."""
+    """Train over the batches once; return the mean loss by clip. On a GPU matrices are multiplied in bfloat16.
+
+    Several workers of torch.distributed get the same batches and random state, take their part of
+    each, and end where one worker would, up to rounding, once `parallel.share_batch_norm(model)` was called.
+    """
     model.train()
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-    total, count = 0.0, 0
+    shared = parallel.place()[1] > 1
+    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
     for batch in batches:
-        bases = batch.bases.to(device).float()
+        n_clips, n_bases, n_bins = batch.bases.shape
+        count += n_clips
+        factors = None
         if config.warp:
-            n_clips, n_bases, n_bins = bases.shape
             factors = 1 + config.warp * (2 * torch.rand(n_clips * n_bases, generator=generator) - 1)
+        if shared:
+            part = parallel.own_part(n_clips)
+            n_before, n_valid = int(batch.valid[: part.start].sum()), int(batch.valid.sum())
+            model.noise_like = parallel.noise_of_part(n_valid, n_before)
+            batch = batch.take(part)
+            factors = None if factors is None else factors.reshape(n_clips, n_bases)[part].flatten()
+        bases = batch.bases.to(device).float()
+        if factors is not None:
             bases = warp_frequencies(bases.reshape(-1, n_bins), factors.to(device)).reshape(bases.shape)
         weight = batch.basis_energy.to(device).sqrt()
-        relation = model.relation(bases, batch.valid.to(device), _on(device, batch.statistics))
+        with torch.autocast(device.type, torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext():
+            relation = model.relation(bases, batch.valid.to(device), _on(device, batch.statistics))
+        relation = relation.float()  # losses in bfloat16 end elsewhere
         losses = LOSSES[config.loss](relation, batch.labels.to(device), weight)
         if batch.targets is not None:
             losses = losses + target_loss(relation, batch.targets.to(device), weight)
         optimiser.zero_grad(set_to_none=True)
-        losses.mean().backward()
-        average_gradients(model)
+        (losses.sum() / n_clips).backward()
+        parallel.add_up_gradients(model)
         optimiser.step()
-        total += float(losses.detach().sum())
-        count += len(batch)
-    return {"train_loss": total / max(count, 1)}
+        total += losses.detach().sum()  # stays on the device: nothing waits for it
+    return {"train_loss": float(parallel.add_up(total)) / max(count, 1)}
 
 
-def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
+def _on(device: torch.device | str, tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(device)
-
-
-def average_gradients(model: torch.nn.Module) -> None:
-    """Average over the workers of a distributed run; MIML is called by `relation`, which DDP doesn't wrap."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                distributed.all_reduce(parameter.grad)
-                parameter.grad /= distributed.get_world_size()
 
 
 @torch.inference_mode()

@@ -721,7 +721,10 @@ def make_app(service: Service) -> FastAPI:
         path = folder / TRACKS / f"{track}.wav"
         if kind == "flac":
             path = await of(job_id, _flac, path)
-        return FileResponse(path, media_type=_AUDIO[kind], filename=path.name, content_disposition_type="inline")
+        stat = await of(job_id, path.stat)  # a job deleted since is a 404 here, and a 500 within the response
+        return FileResponse(
+            path, stat_result=stat, media_type=_AUDIO[kind], filename=path.name, content_disposition_type="inline"
+        )
 
     @app.get(
         "/v1/separations/{job_id}/relation", response_model=RelationMap, responses=_problems(404, 409),
@@ -748,7 +751,8 @@ def make_app(service: Service) -> FastAPI:
         folder, result = finished(job_id)
         if not result["has_frame"]:
             raise Problem(404, "the file has no pictures")
-        return FileResponse(jobs.frame_path(folder), media_type="image/png")
+        path = jobs.frame_path(folder)
+        return FileResponse(path, stat_result=await of(job_id, path.stat), media_type="image/png")
 
     @app.get(
         "/v1/separations/{job_id}/bases/{basis}.wav",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import logging
@@ -94,7 +95,11 @@ class InProcess:
     n_gpus = 0
 
     def map(
-        self, function: Callable[..., Any], items: Iterable[tuple[Any, ...]], recover: Recover = _raise
+        self,
+        function: Callable[..., Any],
+        items: Iterable[tuple[Any, ...]],
+        recover: Recover = _raise,
+        cpus: Callable[[], float] = lambda: 1.0,
     ) -> Iterator[Any]:
         """Yield `function(*item)` for each item; `recover` deals with those that raise."""
         waiting = iter(items)
@@ -110,7 +115,7 @@ class InProcess:
         """Return a value to pass to many items."""
         return value
 
-    def actors(self, make: Callable[[], Any], count: int, *, gpu: bool) -> list[Callable[..., Future]]:
+    def actors(self, make: Callable[[], Any], count: int, *, gpus: float) -> list[Callable[..., Future]]:
         """Build one object and return a function that calls it and gives a finished future."""
         target = make()
 
@@ -122,6 +127,9 @@ class InProcess:
         return [call]
 
 
+_LOOK_S = 5.0  # between looks at how large the cluster is
+
+
 class OnRay:
     """Run on Ray: a task an item, a bounded number of them in flight, results as they come."""
 
@@ -129,27 +137,42 @@ class OnRay:
         import ray
 
         self._ray = ray
-        resources = ray.cluster_resources()
-        self.n_workers = max(1, int(resources.get("CPU", 1)))
-        self.n_gpus = int(resources.get("GPU", 0))
+        self._n_workers, self._looked = 1, -math.inf
+        self.n_gpus = int(ray.cluster_resources().get("GPU", 0))
+
+    @property
+    def n_workers(self) -> int:
+        """CPUs that the cluster has now: it may grow with what waits, and shrink."""
+        if time.monotonic() - self._looked > _LOOK_S:
+            self._looked = time.monotonic()
+            self._n_workers = max(1, int(self._ray.cluster_resources().get("CPU", 1)))
+        return self._n_workers
 
     def map(
-        self, function: Callable[..., Any], items: Iterable[tuple[Any, ...]], recover: Recover = _raise
+        self,
+        function: Callable[..., Any],
+        items: Iterable[tuple[Any, ...]],
+        recover: Recover = _raise,
+        cpus: Callable[[], float] = lambda: 1.0,
     ) -> Iterator[Any]:
         """Yield `function(*item)` for each item, in the order they finish.
 
         A task whose worker died is tried twice again, then it is WorkerLost. `recover` gets the item
-        with that, or with what it raised; without it both raise here.
+        with that, or with what it raised; without it both raise here. `cpus` says, whenever a task
+        is started, what part of a CPU's time it takes: tasks that wait for a GPU share CPUs.
         """
-        task = self._ray.remote(function).options(num_cpus=1, max_retries=2)
+        remote = self._ray.remote(function)
+        task = functools.cache(lambda cpus: remote.options(num_cpus=cpus, max_retries=2))
         waiting = iter(items)
         pending: dict[Any, tuple[Any, ...]] = {}
         while True:
-            while len(pending) < 2 * self.n_workers and (item := next(waiting, None)) is not None:
-                pending[task.remote(*item)] = item
+            while len(pending) < 2 * self.n_workers / cpus() and (item := next(waiting, None)) is not None:
+                pending[task(cpus()).remote(*item)] = item
             if not pending:
                 return
-            ready, _ = self._ray.wait(list(pending), num_returns=1)
+            ready, _ = self._ray.wait(list(pending), num_returns=1, timeout=_LOOK_S)
+            if not ready:
+                continue
             item = pending.pop(ready[0])
             try:
                 result = self._get(ready[0])
@@ -170,13 +193,13 @@ class OnRay:
         except _lost_errors(self._ray) as error:
             raise WorkerLost(" ".join(str(error).split())[:200]) from None
 
-    def actors(self, make: Callable[[], Any], count: int, *, gpu: bool) -> list[Callable[..., Future]]:
+    def actors(self, make: Callable[[], Any], count: int, *, gpus: float) -> list[Callable[..., Future]]:
         """Start `count` actors, each holding what `make` builds; return a caller for each.
 
-        A caller can be sent to tasks. With `gpu` each takes one; of CPUs they claim none, since
+        A caller can be sent to tasks. Each takes `gpus` of a GPU; of CPUs they claim none, since
         they work while the tasks that call them wait.
         """
-        actor = self._ray.remote(Held).options(num_cpus=0, num_gpus=int(gpu), max_restarts=-1, max_task_retries=3)
+        actor = self._ray.remote(Held).options(num_cpus=0, num_gpus=gpus, max_restarts=-1, max_task_retries=3)
         return [RemoteCall(actor.remote(make)) for _ in range(count)]
 
 
@@ -208,22 +231,37 @@ class RemoteCall:
         return self.actor.call.remote(*arguments).future()
 
 
-def train_workers(fit: Callable[[dict[str, Any]], None], job: dict[str, Any], out: str, runner: OnRay) -> None:
-    """Run `fit(job)` in Ray Train's workers, one a GPU, else one; a worker that dies is started again."""
+def train_workers(
+    fit: Callable[[dict[str, Any]], None], job: dict[str, Any], out: str, runner: OnRay, n_workers: int | None = None
+) -> None:
+    """Run `fit(job)` in Ray Train's workers, as many as said, else one a GPU, else one.
+
+    When a worker dies all are started again. Raises UsageError for more workers than this machine has places for;
+    a cluster may grow.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    n_workers = n_workers or runner.n_gpus or 1
+    on_gpus = 0 < n_workers <= runner.n_gpus
+    if n_workers > runner.n_workers:
+        places = f"{runner.n_workers} CPUs and {runner.n_gpus} GPUs"
+        if os.environ.get("RAY_ADDRESS", "local") == "local":  # they would be waited for, for ever
+            raise UsageError(f"--workers {n_workers}: Ray has {places} on this machine (AVSEP_CPUS says otherwise)")
+        say(f"{n_workers} training workers wait for their places; at present the cluster has {places}")
+    fs, folder = storage.filesystem(storage.join(out, "ray"))
     trainer = TorchTrainer(
         fit,
         train_loop_config=job,
         scaling_config=ScalingConfig(
-            num_workers=runner.n_gpus or 1,
-            use_gpu=bool(runner.n_gpus),
-            resources_per_worker={"CPU": 1} | ({"GPU": 1} if runner.n_gpus else {}),
+            num_workers=n_workers,
+            use_gpu=on_gpus,
+            resources_per_worker={"CPU": 1} | ({"GPU": 1} if on_gpus else {}),
         ),
         run_config=RunConfig(
             name=f"train-{time.time_ns():x}",  # an old name would resume Ray's own record of an old run
-            storage_path=storage.join(out, "ray"),
+            storage_path=folder,
+            storage_filesystem=fs,
             failure_config=FailureConfig(max_failures=2),
         ),
     )
@@ -268,6 +306,7 @@ def session(in_process: bool = False) -> Iterator[Runner]:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else a token file appears in the home folder
     os.environ.setdefault("RAY_task_oom_retries", "2")  # else a task that needs too much memory comes again for ever
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # else a variable that a job sets, too, is an error
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning about GPUs to come
     cpus = int(os.environ["AVSEP_CPUS"]) if os.environ.get("AVSEP_CPUS") else None
     import ray

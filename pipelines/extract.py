@@ -16,10 +16,12 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+import torch
 
 from avsep import fetch, lock, shards, stages, storage
 from avsep.egress import EgressBudget, IdentityStatus, Lease, identities
@@ -47,6 +49,8 @@ _FOLLOW_S = 20.0  # between looks at what another run has downloaded
 _SECONDS_A_CLIP, _SECONDS_OF_PICTURES = 1.2, 2.2  # of one worker without GPU, until it is measured
 _MEDIA_BYTES = 1_000_000  # an excerpt of 10 s
 _FRAMES_A_CLIP = 201
+_ACTORS_A_GPU = 2  # one moves data while the other computes
+_LEAST_CPU = 0.25  # that a task claims, however long it waits for a GPU
 _OUTDATED_IN_A_ROW = 20  # downloads that fail as if yt-dlp no longer understood YouTube
 
 
@@ -82,9 +86,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 Process = Callable[
-    [Sequence[Segment], stages.ExtractionConfig, stages.Label | None, stages.Locate | None],
+    ...,  # as stages.extract_records takes them
     tuple[list[ClipRecord], list[Rejection], dict[str, float]],
 ]
+
+
+Caller = tuple[stages.Label | None, stages.Factorize | None]
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,13 @@ class Done:
     events: list[dict[str, Any]] = field(default_factory=list)  # for the log: rejections, and what was tried again
 
 
-def extract_shard(job: Job, work: Work, label: stages.Label | None = None, store: MediaStore | None = None) -> Done:
+def extract_shard(
+    job: Job,
+    work: Work,
+    label: stages.Label | None = None,
+    store: MediaStore | None = None,
+    factorize: stages.Factorize | None = None,
+) -> Done:
     """Extract what is left of a shard and commit it.
 
     With `fetch_only` media are only brought into the store, and what can't be had is committed as rejected.
@@ -134,7 +147,8 @@ def extract_shard(job: Job, work: Work, label: stages.Label | None = None, store
         rejections = store.fetch_all(work.segments) if store else []
     else:
         locate = store.locate if store else None
-        records, rejections, seconds = job.process(work.segments, job.config, label, locate)
+        process = functools.partial(job.process, factorize_elsewhere=factorize) if factorize else job.process
+        records, rejections, seconds = process(work.segments, job.config, label, locate)
     # in a fetch, only a retry that succeeded has something to take back
     retried = store.retried if store else []
     if work.probe or (job.fetch_only and not (rejections or work.attempts or work.culprits)):
@@ -215,14 +229,14 @@ def extract(
     runner: execution.Runner,
     progress: execution.Progress,
     *,
-    callers: Sequence[Any] = (None,),
+    callers: Sequence[Caller] = ((None, None),),
     store: MediaStore | None = None,
     locks: Sequence[lock.Lock] = (),
 ) -> None:
     """Have every shard done: the driver, which holds a bounded number of shards in flight.
 
-    `job.process` is what is done to a shard's segments, and `callers` label pictures. Raises lock.Held
-    when one of the locks was lost.
+    `job.process` is what is done to a shard's segments; `callers` label pictures and, on GPUs,
+    factorise. Raises lock.Held when one of the locks was lost.
     """
     numbers = itertools.count()
     in_flight: dict[str, int] = {}
@@ -231,11 +245,15 @@ def extract(
         in_flight[work.shard] = len(work.segments) if not work.probe else in_flight[work.shard]
         progress.in_flight = sum(in_flight.values())
         progress.add(0)
-        return job, work, callers[next(numbers) % len(callers)], store.of(work.segments) if store else None
+        label, factorize = callers[next(numbers) % len(callers)]
+        return job, work, label, store.of(work.segments) if store else None, factorize
 
     queue = execution.Queue(map(item, works))
     crashes = Crashes(queue, item, progress)
-    for done in runner.map(extract_shard, queue, crashes.recover):
+    elsewhere = any(factorize for _, factorize in callers)
+    for done in runner.map(
+        extract_shard, queue, crashes.recover, lambda: busy_share(progress.seconds) if elsewhere else 1.0
+    ):
         for one in locks:
             one.check()
         work = done.work
@@ -248,6 +266,18 @@ def extract(
         if store:
             store.settle(work.segments, progress)
         progress.add(len(work.segments) + len(work.culprits), rejected=done.rejected, seconds=done.seconds)
+
+
+def busy_share(seconds: Mapping[str, float]) -> float:
+    """Return what part of a task's time its CPU works, while GPUs do the rest, as measured so far: ¼, ½, ¾ or 1.
+
+    >>> [busy_share({"decode": d, "factorize": 3.0, "label": 1.0}) for d in (0.0, 1.0, 2.0, 50.0)]
+    [0.25, 0.25, 0.5, 1.0]
+    """
+    waiting = seconds.get("factorize", 0.0) + seconds.get("label", 0.0)
+    busy = sum(seconds.values()) - waiting
+    share = busy / (busy + waiting) if waiting > 0 else 1.0
+    return max(_LEAST_CPU, math.ceil(4 * share) / 4)
 
 
 def log_events(done: Done) -> None:
@@ -447,7 +477,7 @@ def open_budget(arguments: argparse.Namespace, store: MediaStore, runner: execut
     storage.sweep(store.uri, recursive=True)
     metrics = isinstance(runner, execution.OnRay)
     make = functools.partial(HeldBudget, arguments.proxies, arguments.cookies, arguments.rate, store.uri, metrics)
-    return SharedBudget(runner.actors(make, 1, gpu=False)[0])
+    return SharedBudget(runner.actors(make, 1, gpus=0)[0])
 
 
 @functools.lru_cache(maxsize=1)
@@ -470,9 +500,11 @@ class LabelHere:
         return future
 
 
-def open_labeller(architecture: str, weights: str | None, device: str) -> ImageLabeller:
-    """Load the picture network: what a labelling actor holds."""
-    return ImageLabeller.load(architecture, weights, device)
+def open_stages(config: stages.ExtractionConfig, architecture: str | None, weights: str | None) -> stages.DeviceStages:
+    """Make the GPU's stages ready: what an actor holds."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    labeller = ImageLabeller.load(architecture, weights, device) if architecture else None
+    return stages.DeviceStages(config, labeller, device)
 
 
 def load_labeller(arguments: argparse.Namespace, recipe: recipes.Recipe, needed: bool) -> ImageLabeller | None:
@@ -646,12 +678,16 @@ def _drive(
             metrics=isinstance(runner, execution.OnRay),
         ) as progress,
     ):
-        callers: list[Any] = [None]
-        if labeller and works and runner.n_gpus:
-            make = functools.partial(open_labeller, labeller.architecture, arguments.weights, "cuda")
-            callers = runner.actors(make, runner.n_gpus, gpu=True)
+        callers: list[Caller] = [(None, None)]
+        if works and runner.n_gpus and not job.fetch_only:
+            architecture = labeller.architecture if labeller else None
+            make = functools.partial(open_stages, job.config, architecture, arguments.weights)
+            actors = runner.actors(make, _ACTORS_A_GPU * runner.n_gpus, gpus=1 / _ACTORS_A_GPU)
+            callers = [
+                (stages.StageOf(a, "label") if labeller else None, stages.StageOf(a, "factorize")) for a in actors
+            ]
         elif labeller and works:
-            callers = [LabelHere(labeller.architecture, arguments.weights, labeller.sha256)]
+            callers = [(LabelHere(labeller.architecture, arguments.weights, labeller.sha256), None)]
         following, n_shards, started = False, len(works), time.monotonic()
         while works:
             store = open_store(arguments.media, [s for w in works for s in w.segments])

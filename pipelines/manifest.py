@@ -283,7 +283,7 @@ def write_dead_letters(reports: Iterable[Report], uris: list[str], path: str) ->
     letters = []
     for file, block, line in sorted(bad, key=lambda b: (b[0], b[1], b[2].line)):
         number = lines_before[file, block] + line.line
-        letter = {"file": uris[file], "line": number, "reason": line.reason, "text": line.text}
+        letter = {"file": uris[file], "line": number, "reason": line.reason, "text": storage.redact(line.text)}
         letters.append(json.dumps(letter, ensure_ascii=False) + "\n")
     storage.write_text(path, "".join(letters))
 

@@ -34,6 +34,7 @@ EXAMPLES = """examples:
 _LOST_AFTER = 3  # workers that died at one job
 _BLAS = {"OMP_NUM_THREADS": "1"}
 _PATIENCE = {  # on a machine full of work Serve's own processes answer late; else it kills them
+    "RAY_worker_niceness": "0",  # clients wait; Ray's 15 is for batch work
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
 }

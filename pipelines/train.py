@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from avsep import bags, evidence, plots, practice, shards, stages, storage, training
+from avsep import bags, evidence, parallel, plots, practice, shards, stages, storage, training
 from avsep.miml import MIML
 from avsep.model import LABELLER_FILE, MODEL_FILES, LabellerConfig, Model, ModelConfig, versions
 from avsep.records import ClipRecord, clips_from_table
@@ -36,7 +36,8 @@ EXAMPLES = """examples:
   python -m pipelines.train --clips out/clips --out out/paper --recipe paper
   python -m pipelines.train --clips out/clips --out out/run --resume
 """
-_IN_MEMORY_BYTES = 4 << 30  # of bases; more are streamed from the shards
+_IN_MEMORY_BYTES = 4 << 30  # of bases; more are streamed from the shards, unless a GPU has room
+_OF_GPU, _OF_HOST = 0.6, 0.3  # of the free memory: bases held on a GPU, and passed through its host
 _SOLOS_AN_OBJECT = 100  # that practice mixtures draw from
 _SOLO_FILES = 200  # in which they are looked for
 _EVIDENCE_FILES = 20  # whose labels say how far labels can be believed; they are held in memory
@@ -58,13 +59,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", required=True, help="folder or URI of the run; the model goes to OUT/model")
     p.add_argument("--recipe", default="default", help="one of " + ", ".join(recipes.RECIPES))
     p.add_argument("--epochs", type=int, help="instead of the recipe's")
+    p.add_argument("--workers", type=int, help="share each batch among so many; one a GPU of Ray's, else one")
     p.add_argument("--resume", action="store_true", help="go on from OUT's checkpoint")
     p.add_argument("--in-process", action="store_true", help="a plain loop without Ray")
     return p
 
 
-def fit(job: dict[str, Any], rank: int = 0, n_ranks: int = 1, report: Any = None) -> None:
-    """Train to the end of a pass from its checkpoint, if there is one: the body of one training worker."""
+def fit(job: dict[str, Any], report: Any = None) -> None:
+    """Train to the end of a pass from its checkpoint, if there is one: the body of one training worker.
+
+    Every worker reads the same batches and takes its part; the first one writes.
+    """
     files, out = job["files"], job["out"]
     config: ModelConfig = job["config"]
     training_config: training.TrainingConfig = job["training"]
@@ -72,6 +77,8 @@ def fit(job: dict[str, Any], rank: int = 0, n_ranks: int = 1, report: Any = None
     torch.set_num_threads(job["threads"])
     torch.manual_seed(training_config.seed)
     network = config.build().to(device)
+    parallel.share_batch_norm(network)
+    first = parallel.place()[0] == 0
     optimiser, schedule = training.optimiser_for(network, training_config)
     history = training.History()
     best: dict[str, torch.Tensor] = {}
@@ -82,13 +89,18 @@ def fit(job: dict[str, Any], rank: int = 0, n_ranks: int = 1, report: Any = None
         optimiser.load_state_dict(saved["optimiser"])
         schedule.load_state_dict(saved["schedule"])
         history.rows, best = saved["history"], saved["best"]
+        if first:  # what was killed between the two may not have got to it
+            _write_history(job, history)
     teacher, mixtures, val_mixtures = None, None, None
     if job["pass"] > 1:
         taught = Model.load(storage.join(out, "model"))
         teacher = practice.Teacher(taught.network, taught.context) if taught.context else None
         mixtures, val_mixtures = _read_mixtures(out, _MIXTURES_FILE), _read_mixtures(out, _VAL_MIXTURES_FILE)
     val = bags.load_bags(files, config.labels, "val")
-    whole = bags.load_bags(files, config.labels, "train", teacher, mixtures) if job["in_memory"] else None
+    whole = None
+    if fits(job["n_bytes"], device):
+        whole = bags.load_bags(files, config.labels, "train", teacher, mixtures)
+        whole = whole.to(device) if whole is not None else None
     batch_size = training.batch_size_for(job["n_train"], training_config)
     for epoch in range(len(history.rows), training_config.epochs):
         started = time.monotonic()
@@ -99,7 +111,7 @@ def fit(job: dict[str, Any], rank: int = 0, n_ranks: int = 1, report: Any = None
             if whole is not None
             else bags.streamed_batches(files, config.labels, "train", batch_size, seed, teacher=teacher, more=mixtures)
         )
-        row = training.train_epoch(network, _share(batches, rank, n_ranks), optimiser, training_config, epoch)
+        row = training.train_epoch(network, batches, optimiser, training_config, epoch)
         if val is not None:
             pieces = (val.take(slice(i, i + 256)) for i in range(0, len(val), 256))
             row |= training.validate(network, pieces, training_config, val_mixtures)
@@ -113,18 +125,25 @@ def fit(job: dict[str, Any], rank: int = 0, n_ranks: int = 1, report: Any = None
         history.rows.append(row)
         if history.best() == epoch:
             best = {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
-        if rank == 0:
+        if first:
             _save_checkpoint(path, job["settings"], network, optimiser, schedule, history, best)
-            rows = [*job["earlier_rows"], *history.rows]
-            storage.write_text(storage.join(out, HISTORY_FILE), json.dumps(rows, indent=1))
+            _write_history(job, history)
         if report:
             report(row)
-    if rank == 0:
+    if first:
         network.load_state_dict(best)
         chosen = history.rows[history.best()] if history.rows else {}
         Model(replace(config, training=asdict(training_config) | {"chosen": chosen}), network).save(
             storage.join(out, "model")
         )
+
+
+def fits(n_bytes: int, device: str) -> bool:
+    """Tell whether bases of so many bytes are to be held in memory, the GPU's where there is one."""
+    if device == "cpu" or n_bytes < _IN_MEMORY_BYTES:
+        return n_bytes < _IN_MEMORY_BYTES
+    host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return n_bytes < min(_OF_GPU * torch.cuda.mem_get_info()[0], _OF_HOST * host)
 
 
 def _checkpoint(out: str, number: int) -> str:
@@ -176,11 +195,9 @@ def following(out: str, epochs: int) -> Iterator[None]:
         say_new()
 
 
-def _share(batches: Iterator[training.Bags], rank: int, n_ranks: int) -> Iterator[training.Bags]:
-    """Give each worker its rows of every batch, so that all take the same number of steps."""
-    for batch in batches:
-        rows = torch.arange(rank, max(len(batch), n_ranks), n_ranks) % len(batch)  # at least one clip each
-        yield batch if n_ranks == 1 else batch.take(rows)
+def _write_history(job: dict[str, Any], history: training.History) -> None:
+    rows = [*job["earlier_rows"], *history.rows]
+    storage.write_text(storage.join(job["out"], HISTORY_FILE), json.dumps(rows, indent=1))
 
 
 def _check_resumable(path: str, settings: dict[str, Any]) -> None:
@@ -217,8 +234,7 @@ def fit_on_ray(job: dict[str, Any]) -> None:
     """Run one Ray Train worker."""
     import ray.train
 
-    context = ray.train.get_context()
-    fit(job, context.get_world_rank(), context.get_world_size(), ray.train.report)
+    fit(job, ray.train.report)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -227,6 +243,9 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = recipes.get(arguments.recipe)
     if arguments.epochs is not None and arguments.epochs < 1:
         fail(f"--epochs {arguments.epochs}: at least one epoch is needed")
+    if arguments.workers is not None and (arguments.workers < 1 or (arguments.workers > 1 and arguments.in_process)):
+        needed = "Ray starts them; leave out --in-process" if arguments.workers > 1 else "at least one is needed"
+        fail(f"--workers {arguments.workers}: {needed}")
     training_config = replace(recipe.training, epochs=arguments.epochs or recipe.training.epochs)
     out, files = arguments.out, shards.clip_files(arguments.clips)
     extracted = shards.read_configuration(arguments.clips)
@@ -260,9 +279,10 @@ def run(arguments: argparse.Namespace) -> int:
         "config": config,
         "training": training_config,
         "n_train": n_train,
-        "in_memory": n_train * config.n_bases * config.stft.n_bins * 2 < _IN_MEMORY_BYTES,
+        "n_bytes": n_train * config.n_bases * config.stft.n_bins * 2,
         "threads": min(2, os.cpu_count() or 1),
         "settings": settings,
+        "workers": arguments.workers,
         "pass": 1,
         "earlier_rows": [],
     }
@@ -305,7 +325,7 @@ def train_pass(runner: execution.Runner, job: dict[str, Any]) -> None:
     if isinstance(runner, execution.InProcess):
         fit(job)
     else:
-        execution.train_workers(fit_on_ray, job, job["out"], runner)
+        execution.train_workers(fit_on_ray, job, job["out"], runner, job["workers"])
 
 
 def make_mixtures(runner: execution.Runner, job: dict[str, Any], n_mixtures: int) -> list[practice.Practice]:

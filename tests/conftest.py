@@ -1,11 +1,15 @@
 """Clips that several test files share, rendered once."""
 
 import csv
+import functools
+import http.server
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
+import loopback
 import pytest
 import torch
 
@@ -56,3 +60,47 @@ def memory_folder() -> Iterator[str]:
     memory = fsspec.filesystem("memory")
     if memory.exists(f"/{name}"):
         memory.rm(f"/{name}", recursive=True)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[loopback.S3]:
+    """An S3 server on loopback."""
+    with loopback.serve() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: loopback.S3, monkeypatch: pytest.MonkeyPatch) -> loopback.S3:
+    """The same, as the environment of this test names it, without faults."""
+    s3_server.calm()
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    return s3_server
+
+
+@pytest.fixture
+def s3_folder(s3: loopback.S3) -> str:
+    """A URI in a new bucket."""
+    return f"s3://{s3.make_bucket()}/folder"
+
+
+@pytest.fixture
+def web(rendered):
+    """The rendered clips over HTTP on loopback; gives the address and the list of paths asked for."""
+    asked: list[str] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *_):
+            return
+
+    handler = functools.partial(Handler, directory=str(rendered / "clips"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+        thread.join()

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 # Each layer may import itself and those above it in this list (DESIGN.md).
 LAYERS = (
-    ("stft", "nmf", "nmf_cpu", "nmf_gpu", "metrics", "objects"),
+    ("stft", "nmf", "nmf_cpu", "nmf_gpu", "metrics", "objects", "parallel"),
     ("miml", "training", "evidence"),
     ("media", "fetch", "egress", "storage", "vision", "records", "shards", "lock", "results", "uploads"),
     (
@@ -47,7 +47,7 @@ FLAGS = {
         "--in-process", "--profile", "--dry-run", "--media", "--until", "--rate", "--proxies", "--cookies",
     },
     "audit": {"--clips", "--out"},
-    "train": {"--clips", "--out", "--recipe", "--epochs", "--resume", "--in-process"},
+    "train": {"--clips", "--out", "--recipe", "--epochs", "--workers", "--resume", "--in-process"},
     "finetune": {
         "--segments", "--clips", "--model", "--out", "--targets", "--weights", "--architecture", "--epochs",
         "--media", "--in-process",

@@ -1,9 +1,8 @@
 """The pipelines on real files, as a user runs them."""
 
 import csv
-import functools
+import fnmatch
 import hashlib
-import http.server
 import json
 import math
 import os
@@ -11,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -23,7 +21,8 @@ import torch
 from avsep import cli, media, records, shards, synthetic, vision
 from avsep.model import Model
 from avsep.objects import object_index, object_scores, weak_labels
-from pipelines import collect, evaluate, extract, finetune, manifest, train
+from deploy import cost, pages
+from pipelines import audit, collect, evaluate, extract, finetune, manifest, train
 
 RATE = 48_000
 
@@ -53,6 +52,34 @@ def run(rendered, tmp_path_factory) -> Path:
     arguments += ["--segments", str(out / "manifest"), "--references", str(rendered / "references")]
     assert evaluate.main([*arguments, "--out", str(out / "results")]) == 0
     return out
+
+
+@pytest.mark.parametrize("program", ["manifest", "extract", "audit", "train", "finetune", "evaluate"])
+def test_programs_write_the_files_that_their_page_names(run, tmp_path, program):
+    folder = run / {"manifest": "manifest", "extract": "clips", "train": "run", "evaluate": "results"}.get(program, "")
+    patterns = pages.WRITES[program]
+    if program == "train":  # the same folder's model got its dictionary
+        patterns = patterns | {f"?model/{p.removeprefix('?')}": what for p, what in pages.WRITES["collect"].items()}
+    elif program == "audit":
+        folder = tmp_path
+        assert audit.main(["--clips", str(run / "clips"), "--out", str(folder)]) == 0
+    elif program == "finetune":
+        folder = tmp_path
+        command = ["--segments", str(run / "manifest"), "--targets", "labels", "--epochs", "1", "--in-process"]
+        assert finetune.main([*command, "--out", str(folder)]) in (0, 1)
+    found = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
+    unknown = [f for f in found if not any(fnmatch.fnmatch(f, p.removeprefix("?")) for p in patterns)]
+    missing = [p for p in patterns if p[0] != "?" and not fnmatch.filter(found, p)]
+    assert found and not unknown and not missing
+
+
+def test_costs_reckon_with_an_extraction_s_own_seconds(run, tmp_path):
+    recorded, own = cost.read_rates(None), cost.read_rates(str(run / "clips"))
+    commits = shards.read_commits(str(run / "clips"))
+    assert own["decode"] == pytest.approx(sum(c.timings_s["decode"] for c in commits) / 14)
+    assert own["train"] == recorded["train"] and own.keys() == recorded.keys()
+    with pytest.raises(SystemExit, match="holds no committed clips"):
+        cost.read_rates(str(tmp_path))
 
 
 def test_every_segment_becomes_a_clip_with_its_given_labels(run, rendered):
@@ -459,28 +486,6 @@ def test_a_killed_training_goes_on_where_it_stopped(run, tmp_path):
     a, b = (Model.load(str(o / "model")).network.state_dict() for o in (whole, broken))
     for name, value in a.items():
         np.testing.assert_allclose(value.numpy(), b[name].numpy(), rtol=1e-2, atol=1e-3)
-
-
-@pytest.fixture
-def web(rendered):
-    """The rendered clips over HTTP on loopback; gives the address and the list of paths asked for."""
-    asked: list[str] = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            super().do_GET()
-
-        def log_message(self, *_):
-            return
-
-    handler = functools.partial(Handler, directory=str(rendered / "clips"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}", asked
-        server.shutdown()
-        thread.join()
 
 
 def test_remote_segments_are_fetched_once_and_kept(run, rendered, web, tmp_path):

@@ -1,20 +1,22 @@
+import itertools
 import os
+import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from loopback import ACCESS_KEY, S3, SECRET_KEY, SESSION_TOKEN
 
 from avsep import storage
 
 
-@pytest.fixture(params=["local", "file", "memory"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A folder by path, by a URI that pyarrow opens, and by one that fsspec does."""
-    if request.param != "memory":
-        yield str(tmp_path) if request.param == "local" else f"file://{tmp_path}"
-        return
-    yield request.getfixturevalue("memory_folder")
+@pytest.fixture(params=["local", "file", "memory", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A folder by path, by a URI that pyarrow opens, by one that fsspec does, and in an object store."""
+    if request.param in ("memory", "s3"):
+        return request.getfixturevalue(f"{request.param}_folder")
+    return str(tmp_path) if request.param == "local" else f"file://{tmp_path}"
 
 
 @pytest.mark.parametrize(
@@ -116,3 +118,94 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None
 def test_an_unknown_scheme_is_named_with_the_remedy() -> None:
     with pytest.raises(ValueError, match=r"can't open nosuch://x/y: .*install the scheme's fsspec package"):
         storage.read_bytes("nosuch://x/y")
+
+
+# ----------------------------------------------------------------------------------------- S3
+
+
+def every(n: int, fault: str) -> Callable[[str, str], str | None]:
+    """Fail the first of every n requests."""
+    numbers = itertools.count()
+    return lambda method, path: fault if next(numbers) % n == 0 else None
+
+
+@pytest.mark.parametrize("fault", ["slow_down", "reset", "cut"])
+def test_requests_that_fail_for_a_moment_are_made_again(s3: S3, s3_folder: str, fault: str) -> None:
+    path = storage.join(s3_folder, "a.bin")
+    s3.fault = every(2, fault)
+    storage.write_bytes(path, b"x" * 100_000)
+    assert storage.read_bytes(path) == b"x" * 100_000
+    assert storage.list_files(s3_folder) == [path]
+    storage.delete_file(path)
+    assert not storage.exists(path)
+    assert s3.faults[fault] >= 3
+
+
+def test_a_store_that_is_slow_is_waited_for(s3: S3, s3_folder: str) -> None:
+    s3.delay_s = 0.2
+    storage.write_bytes(storage.join(s3_folder, "a.bin"), b"x")
+    assert storage.read_bytes(storage.join(s3_folder, "a.bin")) == b"x"
+
+
+@pytest.mark.parametrize("size", [1000, 25 << 20])
+def test_an_upload_that_fails_leaves_the_old_file(s3, s3_folder, monkeypatch, size: int) -> None:
+    """Small files are one PUT; of large ones some parts arrive, and nobody sees them."""
+    monkeypatch.setattr(storage, "S3_ATTEMPTS", 2)
+    storage._s3.cache_clear()
+    path, puts = storage.join(s3_folder, "a.bin"), itertools.count()
+    storage.write_bytes(path, b"old")
+    s3.fault = lambda method, _: "slow_down" if method == "PUT" and (size < 1 << 20 or next(puts) > 0) else None
+    with pytest.raises(OSError, match="reduce your request rate") as error:
+        storage.write_bytes(path, b"x" * size)
+    assert SECRET_KEY not in str(error.value) and ACCESS_KEY not in str(error.value)
+    s3.calm()
+    assert storage.read_bytes(path) == b"old"
+    with pytest.raises(TypeError):
+        storage.write_bytes(path, "not bytes")  # type: ignore[arg-type]
+    assert storage.read_bytes(path) == b"old" and storage.list_files(s3_folder) == [path]
+    storage._s3.cache_clear()
+
+
+def test_a_small_file_is_one_put(s3: S3, s3_folder: str) -> None:
+    storage.write_bytes(storage.join(s3_folder, "a.bin"), b"x" * 100_000)
+    s3.requests.clear()
+    storage.write_bytes(storage.join(s3_folder, "a.bin"), b"y" * 100_000)
+    assert s3.requests == {"PUT": 1}
+
+
+def test_keys_stand_as_they_are(s3: S3, s3_folder: str) -> None:
+    for name in ("Duo: Live 100% – Käse?.mp4", "a%20b", "-x_y+z=.txt"):
+        path = storage.join(s3_folder, name)
+        storage.write_bytes(path, name.encode())
+        assert storage.read_bytes(path).decode() == name and path in storage.list_files(s3_folder)
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("s3://KEY:s3cr3t@bucket/a", "credentials in a URI would be logged"),
+        ("s3://KEY:s3/cr3t@bucket/a", "credentials in a URI would be logged"),
+        ("http://me:s3cr3t@host/a.mp4", "credentials in a URI would be logged"),
+        ("s3://bucket/a?access_key=KEY&secret_key=s3cr3t", "into the environment"),
+    ],
+)
+def test_credentials_in_a_uri_are_refused_and_not_repeated(uri: str, shown: str) -> None:
+    for use in (storage.read_bytes, lambda u: storage.resolve(u, ".")):
+        with pytest.raises(ValueError, match=shown) as error:
+            use(uri)
+        assert "cr3t" not in str(error.value) and "KEY" not in str(error.value).replace("ACCESS_KEY", "")
+
+
+def test_a_bucket_that_is_not_there_is_named(s3: S3) -> None:
+    with pytest.raises(FileNotFoundError, match="no-such-bucket"):
+        storage.read_bytes("s3://no-such-bucket/a")
+    with pytest.raises(OSError, match="no-such-bucket"):
+        storage.write_bytes("s3://no-such-bucket/a", b"x")
+
+
+def test_file_systems_travel_to_other_processes_without_the_secret(s3: S3, s3_folder: str) -> None:
+    fs, inner = storage.filesystem(s3_folder)
+    pickled = pickle.dumps(fs)
+    assert SECRET_KEY.encode() not in pickled and SESSION_TOKEN.encode() not in pickled
+    storage.write_bytes(storage.join(s3_folder, "a"), b"x")
+    assert pickle.loads(pickled).get_file_info(f"{inner}/a").size == 1

@@ -1,0 +1,89 @@
+"""One batch shared by several workers of torch.distributed, with the outcome that a single worker has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+
+def place() -> tuple[int, int]:
+    """Return this worker's number and how many there are; (0, 1) without torch.distributed."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def own_part(n_rows: int) -> slice:
+    """Return this worker's rows of a batch: the parts are equal, but for one row, and may be empty."""
+    rank, n_workers = place()
+    return slice(n_rows * rank // n_workers, n_rows * (rank + 1) // n_workers)
+
+
+def add_up(tensor: Tensor) -> Tensor:
+    """Sum over the workers, in place."""
+    if place()[1] > 1:
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def add_up_gradients(model: nn.Module) -> None:
+    """Sum each parameter's gradient over the workers: that of losses which are each divided by the whole batch."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            add_up(parameter.grad)
+
+
+def noise_of_part(n_rows: int, first: int) -> Callable[[Tensor], Tensor]:
+    """Return what draws `torch.randn_like` for `n_rows` rows and gives a worker's, from row `first`.
+
+    All workers must have the same random state, and stay so.
+    """
+
+    def draw(like: Tensor) -> Tensor:
+        whole = torch.randn(n_rows, *like.shape[1:], dtype=like.dtype, device=like.device)
+        return whole[first : first + len(like)]
+
+    return draw
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the workers; so is its gradient."""
+
+    @staticmethod
+    def forward(_: Any, tensor: Tensor) -> Tensor:
+        return add_up(tensor.clone())
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return add_up(gradient.clone())
+
+
+class SharedBatchNorm(nn.BatchNorm1d):
+    """Batch norm over the rows of all workers; `torch.nn.SyncBatchNorm` needs GPUs."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise `(n, C)`; n may differ from worker to worker, and be zero."""
+        if not self.training:
+            return super().forward(input)
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        input = input.float()  # sums over many rows, under autocast too
+        count = add_up(torch.tensor(float(len(input)), device=input.device))
+        mean = _Sum.apply(input.sum(0)) / count
+        centred = input - mean
+        variance = _Sum.apply(centred.square().sum(0)) / count
+        with torch.no_grad():
+            self.num_batches_tracked = self.num_batches_tracked + 1 if self.num_batches_tracked is not None else None
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1).clamp_min(1)), self.momentum)
+        return centred * (variance + self.eps).rsqrt() * self.weight + self.bias
+
+
+def share_batch_norm(model: nn.Module) -> None:
+    """Make a model's batch norms look at the rows of all workers, where there are several."""
+    if place()[1] > 1:
+        for module in model.modules():
+            if type(module) is nn.BatchNorm1d:
+                module.__class__ = SharedBatchNorm

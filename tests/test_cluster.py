@@ -1,0 +1,218 @@
+"""From a table to results on a cluster of several nodes, submitted as jobs, with all data in an object store."""
+
+import csv
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import loopback
+import numpy as np
+import pytest
+import torch
+from cluster import Cluster, cluster, free_port
+from test_object_store import everything, upload
+
+from avsep import shards, storage
+from avsep.model import Model
+from pipelines import evaluate, extract, manifest, train
+
+ROOT = Path(__file__).parent.parent
+SUBMIT = [sys.executable, str(ROOT / "deploy" / "submit")]
+EPOCHS = 6
+_LOGS = {".log", ".out", ".err", ".txt", ".json"}  # ours and Ray's
+
+
+def submit(url: str, log: Path, *arguments: str) -> subprocess.Popen:
+    """Start `deploy/submit`, whose output goes to a file."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "RAY_"))}  # nothing is sent along
+    return subprocess.Popen(
+        [*SUBMIT, "--address", url, *arguments], env=environment, stdout=log.open("wb"), stderr=subprocess.STDOUT
+    )
+
+
+def finish(process: subprocess.Popen, log: Path, timeout_s: float = 240) -> None:
+    try:
+        assert process.wait(timeout_s) == 0, log.read_text()[-3000:]
+    finally:
+        process.kill()
+
+
+def interrupt(process: subprocess.Popen, log: Path) -> None:
+    """Press Ctrl-C once the job is submitted."""
+    wait_for(lambda: "submitted avsep-" in log.read_text(), process, log)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+
+
+def follow_again(url: str, log: Path) -> subprocess.Popen:
+    """Do what an interrupted `deploy/submit` says."""
+    said = log.read_text()
+    (command,) = re.findall(r"goes on. To follow it: deploy/submit --address (.*)", said)
+    assert f"ray job stop --address {url} avsep-manifest-" in said
+    return submit(*command.split(" ", 1)[:1], log, *command.split()[1:])
+
+
+def table_of(rendered: Path) -> str:
+    """Five excerpts of each training clip, so that there are several shards, and the others as they are."""
+    rows = list(csv.DictReader((rendered / "segments.csv").open()))
+    many = []
+    for row in rows:
+        starts = (0, 1, 2, 3, 3.5) if row["split"] == "train" else (None,)
+        for number, start in enumerate(starts):
+            times = {} if start is None else {"segment_id": f"{row['segment_id']}_{number}", "start_s": start}
+            many.append(row | times | ({} if start is None else {"end_s": start + 2.5}))
+    text = io.StringIO()
+    table = csv.DictWriter(text, rows[0])
+    table.writeheader()
+    table.writerows(many)
+    return text.getvalue()
+
+
+def history(run: str) -> list[dict[str, float]]:
+    path = storage.join(run, "history.json")
+    return json.loads(storage.read_bytes(path)) if storage.exists(path) else []
+
+
+def wait_for(condition, process: subprocess.Popen, log: Path, timeout_s: float = 180):
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert process.poll() is None, f"it ended too early\n{log.read_text()[-3000:]}"
+        assert time.monotonic() < deadline, f"waited for too long\n{log.read_text()[-3000:]}"
+        time.sleep(0.2)
+    return found
+
+
+def lose_a_node(nodes: Cluster, out: str, process: subprocess.Popen, log: Path) -> None:
+    """Kill a node that extracts a shard, once a shard is committed; give the cluster another."""
+    commits = storage.join(out, "commits")
+
+    def at_work():
+        busy = [n for n in nodes.nodes[1:] if n.processes("ray::extract_shard")]
+        return busy if len(storage.list_files(commits)) >= 1 else None
+
+    wait_for(at_work, process, log)[0].kill()
+    nodes.start("--num-cpus", "1")
+
+
+def lose_a_training_worker(nodes: Cluster, run: str, process: subprocess.Popen, log: Path) -> None:
+    """Kill one of two training workers after two epochs."""
+    wait_for(lambda: len(history(run)) >= 2, process, log)
+    workers = [pid for n in nodes.nodes for pid in n.processes("RayTrainWorker")]
+    assert len(workers) >= 2, workers
+    os.kill(workers[-1], signal.SIGKILL)
+    assert len(history(run)) < 2 * EPOCHS
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1400)
+def test_a_cluster_gives_what_one_machine_does(rendered, tmp_path, monkeypatch):
+    """Through the loss of a node in extraction and of a worker in training: the same shards, the same model."""
+    with loopback.serve("0.0.0.0") as s3, cluster() as nodes:
+        for name, value in s3.environment(nodes.host).items():
+            monkeypatch.setenv(name, value)
+            nodes.environment[name] = value
+        nodes.environment.pop("PYTHONPATH", None)
+        nodes.start("--num-cpus", "0")
+        nodes.wait(1)
+        for _ in range(2):
+            nodes.start("--num-cpus", "1")
+        there = f"s3://{s3.make_bucket()}/work"
+        upload(rendered, f"{there}/data")
+        storage.write_text(f"{there}/data/table.csv", table_of(rendered))
+        nodes.wait(3)
+
+        logs = {p: tmp_path / f"{p}.log" for p in ("manifest", "extract", "train", "evaluate")}
+        table, segments, clips = f"{there}/data/table.csv", f"{there}/manifest", f"{there}/clips"
+        interrupt(
+            submit(nodes.url, logs["manifest"], "manifest", "--table", table, "--out", segments), logs["manifest"]
+        )
+        finish(follow_again(nodes.url, logs["manifest"]), logs["manifest"])
+        s3.delay_s = 0.05  # a store takes its time
+        job = submit(nodes.url, logs["extract"], "extract", "--segments", segments, "--out", clips)
+        lose_a_node(nodes, clips, job, logs["extract"])
+        finish(job, logs["extract"])
+        s3.delay_s = 0.0
+        nodes.wait(3)
+        command = ["train", "--clips", clips, "--out", f"{there}/run", "--epochs", str(EPOCHS), "--workers", "2"]
+        job = submit(nodes.url, logs["train"], *command)
+        lose_a_training_worker(nodes, f"{there}/run", job, logs["train"])
+        finish(job, logs["train"], 400)
+        finish(
+            submit(
+                nodes.url, logs["evaluate"], "evaluate", "--model", f"{there}/run/model", "--segments", segments,
+                "--references", f"{there}/data/references", "--out", f"{there}/results",
+            ), logs["evaluate"],
+        )  # fmt: skip
+        same_as_here(rendered, there, tmp_path / "here")
+        files = everything(there)
+        said = b"".join(f.read_bytes() for o in (tmp_path, nodes.folder) for f in o.rglob("*") if f.suffix in _LOGS)
+        for secret in (loopback.SECRET_KEY, loopback.SESSION_TOKEN):
+            assert not [f for f, data in files.items() if secret.encode() in data] and secret.encode() not in said
+
+
+def same_as_here(rendered: Path, there: str, here: Path) -> None:
+    """Run the same in this process, on local files, and compare."""
+    table = here / "data" / "table.csv"
+    (here / "data").mkdir(parents=True)
+    (here / "data" / "clips").symlink_to(rendered / "clips")
+    table.write_text(table_of(rendered))
+    assert manifest.main(["--table", str(table), "--out", str(here / "manifest")]) == 0
+    assert extract.main(["--segments", str(here / "manifest"), "--out", str(here / "clips"), "--in-process"]) == 0
+    run = ["--clips", str(here / "clips"), "--out", str(here / "run"), "--epochs", str(EPOCHS), "--in-process"]
+    assert train.main(run) == 0
+    arguments = ["--model", str(here / "run" / "model"), "--segments", str(here / "manifest"), "--in-process"]
+    arguments += ["--references", str(rendered / "references"), "--out", str(here / "results")]
+    assert evaluate.main(arguments) == 0
+
+    assert shards.read_ids(f"{there}/clips") == shards.read_ids(str(here / "clips"))
+    mine, theirs = ({r.segment_id: r for r in shards.read_clips(c)} for c in (str(here / "clips"), f"{there}/clips"))
+    assert len(mine) == 50
+    for segment_id, record in mine.items():
+        other = theirs[segment_id]
+        np.testing.assert_allclose(record.bases.astype(float), other.bases.astype(float), atol=2e-3)
+        assert record.kl_divergence == pytest.approx(other.kl_divergence, rel=1e-4)
+
+    rows, others = history(str(here / "run")), history(f"{there}/run")
+    assert [(r["pass"], r["epoch"]) for r in others] == [(p, e) for p in (1, 2) for e in range(EPOCHS)]
+    first = [[r["train_loss"] for r in h if r["pass"] == 1] for h in (rows, others)]
+    print("losses", *first, [r["train_loss"] for r in rows[EPOCHS:]], [r["train_loss"] for r in others[EPOCHS:]])
+    models = [Model.load(m) for m in (str(here / "run" / "model"), f"{there}/run/model")]
+    relations = []
+    with torch.inference_mode():
+        for model in models:
+            maps = [model.network.relate(*(torch.from_numpy(x) for x in r.factors())) for r in mine.values()]
+            relations.append(torch.stack(maps).softmax(1))
+    difference = (relations[0] - relations[1]).abs()
+    print("relation maps differ by", float(difference.mean()), float(difference.max()))
+    results = [json.loads(storage.read_bytes(f"{o}/results/results.json")) for o in (str(here), there)]
+    sdr = [{n: e["mean"]["sdr"] for n, e in r["separators"].items()} for r in results]
+    print("SDR", sdr)
+    assert first[1] == pytest.approx(first[0], rel=1e-3)
+    assert float(difference.mean()) < 1e-3
+    for name, value in sdr[0].items():
+        assert sdr[1][name] == pytest.approx(value, abs=0.1), name
+
+
+def test_submit_s_mistakes_get_one_line(tmp_path):
+    def said(*arguments: str) -> str:
+        done = subprocess.run([*SUBMIT, *arguments], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stdout == ""
+        lines = done.stderr.strip().splitlines()
+        assert lines[-1].startswith("deploy/submit: ") and len(lines) <= 2  # argparse says the usage first
+        return lines[-1]
+
+    assert "unknown pipeline 'extrakt'; the pipelines are manifest, extract" in said("extrakt", "--out", "x")
+    assert "no pipeline given" in said()
+    assert "--nope" in said("--nope", "extract")
+    assert "--address head:8265: it is the dashboard's" in said("--address", "head:8265", "extract")
+    assert "it holds no pipelines/" in said("--working-dir", str(tmp_path), "extract")
+    (tmp_path / "env.yaml").write_text("[]")
+    assert "must be a mapping" in said("--runtime-env", str(tmp_path / "env.yaml"), "extract")
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    assert f"no Ray head answers at {nowhere}" in said("--address", nowhere, "extract")
