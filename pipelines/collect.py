@@ -81,4 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # the module itself, which workers can import, and not its copy here
+    from pipelines.collect import main as run_main
+
+    sys.exit(run_main())

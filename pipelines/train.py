@@ -437,4 +437,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # the module itself, which workers can import, and not its copy here
+    from pipelines.train import main as run_main
+
+    sys.exit(run_main())

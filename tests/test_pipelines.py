@@ -21,6 +21,7 @@ import torch
 from avsep import cli, media, records, shards, synthetic, vision
 from avsep.model import Model
 from avsep.objects import object_index, object_scores, weak_labels
+from avsep.vision import ImageLabeller, build_network
 from deploy import cost, pages
 from pipelines import audit, collect, evaluate, extract, finetune, manifest, train
 
@@ -329,6 +330,32 @@ def test_ray_and_a_plain_loop_write_the_same(run, rendered, tmp_path):
     assert [n.rsplit("-", 1)[0] for n in names[0]] == [n.rsplit("-", 1)[0] for n in names[1]]
     again = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, timeout=60)
     assert "14 done, 0 to do" in again.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_each_program_runs_on_ray_as_a_command(run, rendered, tmp_path):
+    """`python -m` makes the program `__main__`, which Ray's workers can't import."""
+    weights = tmp_path / "small.safetensors"
+    ImageLabeller("shufflenet_v2_x0_5", build_network("shufflenet_v2_x0_5", 1000).eval(), "").save(weights)
+    segments, clips, model = (str(tmp_path / "manifest"), str(tmp_path / "clips"), str(tmp_path / "run/model"))
+    commands = [
+        ["manifest", "--table", str(rendered / "segments.csv"), "--out", segments],
+        ["extract", "--segments", segments, "--out", clips, "--weights", str(weights)],
+        ["train", "--clips", clips, "--out", str(tmp_path / "run"), "--epochs", "1"],
+        ["collect", "--model", model, "--clips", clips],
+        ["finetune", "--segments", segments, "--clips", clips, "--model", model, "--out", str(tmp_path / "labeller"), "--epochs", "1"],
+        ["evaluate", "--model", model, "--segments", segments, "--references", str(rendered / "references"),
+         "--out", str(tmp_path / "results")],
+    ]  # fmt: skip
+    for program, *arguments in commands:
+        ran = subprocess.run(
+            [sys.executable, "-m", f"pipelines.{program}", *arguments], capture_output=True, text=True, timeout=300
+        )
+        allowed = (0, 1) if program == "collect" else (0,)  # 1: so little training leaves no basis sure enough
+        assert ran.returncode in allowed, f"{program}: {ran.stdout[-2000:]}{ran.stderr[-2000:]}"
+    assert all(r.image_logits is not None for r in shards.read_clips(clips))
+    assert (tmp_path / "results/report.html").exists()
 
 
 def test_bad_clips_are_counted_rejections_and_can_be_retried(rendered, tmp_path):
