@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
+import functools
 import io
 import json
 import logging
 import math
 import os
+import socket
+import struct
 import sys
 import time
 from collections import Counter, deque
@@ -22,6 +26,7 @@ from tqdm import tqdm
 from avsep import storage
 
 DONE, SHORTFALL, UNUSABLE = 0, 1, 2  # exit statuses
+_SIOCGIFADDR = 0x8915  # Linux's number for "the interface's address"
 LOCAL_RUNNER = "FnApiRunner"  # Beam's default one tries to download another runner first
 
 
@@ -146,12 +151,13 @@ class OnRay:
         with that, or with what it raised; without it both raise here. `cpus` says, whenever a task
         is started, what part of a CPU's time it takes: tasks that wait for a GPU share CPUs.
         """
-        task = self._ray.remote(function).options(max_retries=2)
+        remote = self._ray.remote(function)
+        task = functools.cache(lambda cpus: remote.options(num_cpus=cpus, max_retries=2))
         waiting = iter(items)
         pending: dict[Any, tuple[Any, ...]] = {}
         while True:
             while len(pending) < 2 * self.n_workers / cpus() and (item := next(waiting, None)) is not None:
-                pending[task.options(num_cpus=cpus()).remote(*item)] = item
+                pending[task(cpus()).remote(*item)] = item
             if not pending:
                 return
             ready, _ = self._ray.wait(list(pending), num_returns=1)
@@ -222,7 +228,17 @@ def train_workers(
     a cluster may grow.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    base: Any = TorchConfig().backend_cls
+
+    class Backend(base):
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(meet_at_ray_s_address)
+            super().on_start(worker_group, backend_config)
+
+    class Config(TorchConfig):
+        backend_cls = Backend
 
     n_workers = n_workers or runner.n_gpus or 1
     on_gpus = 0 < n_workers <= runner.n_gpus
@@ -235,6 +251,7 @@ def train_workers(
     trainer = TorchTrainer(
         fit,
         train_loop_config=job,
+        torch_config=Config(),
         scaling_config=ScalingConfig(
             num_workers=n_workers,
             use_gpu=on_gpus,
@@ -248,6 +265,18 @@ def train_workers(
         ),
     )
     trainer.fit()
+
+
+def meet_at_ray_s_address() -> None:
+    """Have gloo use the interface of this node's address: else it takes the host's name, often that of the loopback."""
+    import ray
+
+    address = ray.util.get_node_ip_address()
+    for _, name in socket.if_nameindex():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s, contextlib.suppress(OSError):  # it has none
+            answer = fcntl.ioctl(s.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            if socket.inet_ntoa(answer[20:24]) == address:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 Runner = InProcess | OnRay

@@ -118,14 +118,12 @@ def test_a_cluster_gives_what_one_machine_does(rendered, tmp_path, monkeypatch):
             monkeypatch.setenv(name, value)
             nodes.environment[name] = value
         nodes.environment.pop("PYTHONPATH", None)
-        nodes.start("--num-cpus", "0")
-        nodes.wait(1)
-        for _ in range(2):
-            nodes.start("--num-cpus", "1")
+        for number, cpus in enumerate(("0", "1", "1"), 1):
+            nodes.start("--num-cpus", cpus)
+            nodes.wait(number)
         there = f"s3://{s3.make_bucket()}/work"
         upload(rendered, f"{there}/data")
         storage.write_text(f"{there}/data/table.csv", table_of(rendered))
-        nodes.wait(3)
 
         logs = {p: tmp_path / f"{p}.log" for p in ("manifest", "extract", "train", "evaluate")}
         table, segments, clips = f"{there}/data/table.csv", f"{there}/manifest", f"{there}/clips"
