@@ -242,6 +242,12 @@ class EgressBudget:
             span_s = min(now - self._began, _WINDOW_S)
             return max(allowed_s, downloads * span_s / len(self._finished))
 
+    def allowance(self, seconds: float = 3600.0) -> float:
+        """Say how many downloads the budget lets start within `seconds` from now, pauses counted to their ends."""
+        with self._lock:
+            now = self._clock()
+            return sum(a.allowance(now, seconds) for a in self._accounts.values())
+
     def status(self) -> list[IdentityStatus]:
         """Say where each identity stands."""
         with self._lock:
@@ -294,6 +300,14 @@ class _Account:
 
     def paused_s(self, now: float) -> float:
         return max(0.0, self.paused_until - now)
+
+    def allowance(self, now: float, seconds: float) -> float:
+        pause_s = self.paused_s(now)
+        if pause_s >= seconds:
+            return 0.0
+        bucket = self.bucket
+        ready = min(bucket.burst, bucket.level + pause_s * bucket.per_hour / 3600)  # when the pause ends
+        return ready + (seconds - pause_s) * bucket.per_hour / 3600
 
     def wait_s(self, now: float) -> float:
         trial_s = 0.0

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -132,13 +132,15 @@ def fetch(
     options: FetchOptions = FetchOptions(),
     *,
     siblings: Sequence[Segment] = (),
+    tell: Callable[[int, ClipError], None] | None = None,
 ) -> FetchResult:
     """Bring a segment's excerpt into the media store, unless it is there.
 
     `siblings` are other segments of the same source, which are cut from the same download. Waits for
     the budget's leave, reports to it, and tries again, later or as another identity, where that can
-    help. Raises ClipError with the last attempt's reason, OSError when the disk is full,
-    ModuleNotFoundError without yt-dlp, ValueError for a source that isn't remote.
+    help; `tell` gets the number and the error of each attempt that is followed by another. Raises
+    ClipError with the last attempt's reason, OSError when the disk is full, ModuleNotFoundError
+    without yt-dlp, ValueError for a source that isn't remote.
     """
     path = store_path(store, segment.segment_id)
     url = _url(segment.source)
@@ -158,6 +160,8 @@ def fetch(
             outcome = error.reason
             if attempt == options.attempts or not error.transient or error.reason not in _AGAIN:
                 raise
+            if tell is not None:
+                tell(attempt, error)
         finally:
             budget.report(lease, outcome)
         if outcome != Reason.EGRESS_BLOCKED:  # which waits for a lease instead

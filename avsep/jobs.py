@@ -312,7 +312,8 @@ def _write_window(folder: Path, done: FileSeparation) -> None:
         stft=np.array([stft.sample_rate, stft.n_fft, stft.hop_length]),
     )
     if len(done.pictures):
-        Image.fromarray(done.pictures[len(done.pictures) // 2]).save(folder / _FRAME)
+        picture = Image.fromarray(done.pictures[len(done.pictures) // 2])
+        picture.save(folder / _FRAME, compress_level=1)
 
 
 def _window(folder: Path) -> dict[str, NDArray]:

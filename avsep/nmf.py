@@ -42,7 +42,8 @@ def factorize(
             whatever the batch and the device. None means 0.
         W0, H0: explicit starts, `(…, F, M)` and `(…, M, N)`, instead of random ones.
         accelerated: extrapolate, to reach the divergence of `n_iter` iterations in half the time;
-            the factors are others. Of 58 factorisations (LOG.md) none ended above the exact one.
+            the factors are others. Of 420 clips 3 ended more than 0.2 % above the exact divergence, at
+            most 0.4 %; on average 0.9 % below (LOG.md).
 
     Returns:
         W `(…, F, M)`, each column with maximum one (or all zero), and H `(…, M, N)`, float32.
@@ -109,10 +110,11 @@ def kl_divergence(V: Tensor, W: Tensor, H: Tensor) -> Tensor:
     0.0
     """
     total = torch.zeros(V.shape[:-2], dtype=torch.float64, device=V.device)
-    for rows in torch.arange(V.shape[-2], device=V.device).split(_CPU_BLOCK):  # float64 of long clips takes much room
-        v, wh = V[..., rows, :].double(), W[..., rows, :].double() @ H.double()
-        terms = torch.special.xlogy(v, v / wh) - v + wh
-        total += terms.nan_to_num(nan=0.0, posinf=torch.inf).sum((-2, -1))
+    for start in range(0, V.shape[-2], _CPU_BLOCK):  # a long clip's terms take much room
+        rows = slice(start, start + _CPU_BLOCK)
+        v, wh = V[..., rows, :], W[..., rows, :] @ H
+        terms = torch.special.xlogy(v, v / wh).sub_(v).add_(wh)
+        total += terms.nan_to_num_(nan=0.0, posinf=torch.inf).sum((-2, -1), dtype=torch.float64)
     return total
 
 
@@ -180,6 +182,7 @@ def _update(V: Tensor, W: Tensor, H: Tensor, n_iter: int, *, update_bases: bool,
 
 
 _WORTH_ACCELERATING = 50  # iterations
+_LONGEST_STEP = 8.0  # longer ones reach other, often worse, minima
 
 
 def _accelerate(problem: _Blocks | nmf_cpu.Problem, n_iter: int) -> None:
@@ -189,7 +192,7 @@ def _accelerate(problem: _Blocks | nmf_cpu.Problem, n_iter: int) -> None:
     iterations are extrapolated in the factors' logarithms (SQUAREM, Varadhan and Roland 2008,
     scheme S3) and followed by one more iteration. Where that has raised the divergence it is undone.
     """
-    start, total = n_iter // 5, round(0.47 * n_iter)
+    start, total = n_iter // 5, n_iter // 2
     last = problem.run(start, measure=True)
     limit = torch.full_like(last, 4.0)
     older, old, newest = ([torch.empty_like(x) for x in problem.state] for _ in range(3))
@@ -203,7 +206,7 @@ def _accelerate(problem: _Blocks | nmf_cpu.Problem, n_iter: int) -> None:
         found = problem.run(1, measure=True)
         worse = ~(found <= last)
         last = torch.where(worse, last, found)
-        longer = torch.where(step == limit, 2 * limit, limit).clamp_max_(32.0)
+        longer = torch.where(step == limit, 2 * limit, limit).clamp_max_(_LONGEST_STEP)
         limit = torch.where(worse, (step / 2).clamp_min_(2.0), longer)
         if worse.any():
             for now, x in zip(problem.state, newest, strict=True):

@@ -69,6 +69,7 @@ class SharedBatchNorm(nn.BatchNorm1d):
         if not self.training:
             return super().forward(input)
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        input = input.float()  # sums over many rows, under autocast too
         count = add_up(torch.tensor(float(len(input)), device=input.device))
         mean = _Sum.apply(input.sum(0)) / count
         centred = input - mean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -57,6 +58,11 @@ class Bags:
         ids = self.segment_ids[rows] if isinstance(rows, slice) else [self.segment_ids[i] for i in rows.tolist()]
         tensors: dict[str, Any] = {n: None if (t := getattr(self, n)) is None else t[rows] for n in _TENSORS}
         return Bags(ids, **tensors)
+
+    def to(self, device: torch.device | str) -> Bags:
+        """Move the tensors to a device."""
+        tensors: dict[str, Any] = {n: _on(device, getattr(self, n)) for n in _TENSORS}
+        return Bags(self.segment_ids, **tensors)
 
     @staticmethod
     def join(parts: Sequence[Bags]) -> Bags:
@@ -120,7 +126,7 @@ def train_epoch(
     config: TrainingConfig,
     epoch: int,
 ) -> dict[str, float]:
-    """Train over the batches once; return the mean loss by clip.
+    """Train over the batches once; return the mean loss by clip. On a GPU matrices are multiplied in bfloat16.
 
     Several workers of torch.distributed get the same batches and random state, take their part of
     each, and end where one worker would, up to rounding, once `parallel.share_batch_norm(model)` was called.
@@ -129,7 +135,7 @@ def train_epoch(
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
     shared = parallel.place()[1] > 1
-    total, count = 0.0, 0
+    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
     for batch in batches:
         n_clips, n_bases, n_bins = batch.bases.shape
         count += n_clips
@@ -146,7 +152,9 @@ def train_epoch(
         if factors is not None:
             bases = warp_frequencies(bases.reshape(-1, n_bins), factors.to(device)).reshape(bases.shape)
         weight = batch.basis_energy.to(device).sqrt()
-        relation = model.relation(bases, batch.valid.to(device), _on(device, batch.statistics))
+        with torch.autocast(device.type, torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext():
+            relation = model.relation(bases, batch.valid.to(device), _on(device, batch.statistics))
+        relation = relation.float()  # losses in bfloat16 end elsewhere
         losses = LOSSES[config.loss](relation, batch.labels.to(device), weight)
         if batch.targets is not None:
             losses = losses + target_loss(relation, batch.targets.to(device), weight)
@@ -154,12 +162,11 @@ def train_epoch(
         (losses.sum() / n_clips).backward()
         parallel.add_up_gradients(model)
         optimiser.step()
-        total += float(losses.detach().sum())
-    whole = parallel.add_up(torch.tensor(total, dtype=torch.float64, device=device))
-    return {"train_loss": float(whole) / max(count, 1)}
+        total += losses.detach().sum()  # stays on the device: nothing waits for it
+    return {"train_loss": float(parallel.add_up(total)) / max(count, 1)}
 
 
-def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
+def _on(device: torch.device | str, tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(device)
 
 

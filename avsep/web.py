@@ -292,6 +292,8 @@ class Metrics:
         self.sound = Counter("avsep_sound_seconds", "Separated sound", registry=self.registry)
         pending = Gauge("avsep_pending", "Uploads and unfinished separations", registry=self.registry)
         pending.set_function(lambda: service.pending)
+        limit = Gauge("avsep_pending_limit", "How many are taken at once", registry=self.registry)
+        limit.set(service.config.max_pending)
         stored = Gauge("avsep_stored_jobs", "Jobs in the store", ["status"], registry=self.registry)
         bytes_ = Gauge("avsep_stored_bytes", "Bytes in the store", registry=self.registry)
 
@@ -719,7 +721,10 @@ def make_app(service: Service) -> FastAPI:
         path = folder / TRACKS / f"{track}.wav"
         if kind == "flac":
             path = await of(job_id, _flac, path)
-        return FileResponse(path, media_type=_AUDIO[kind], filename=path.name, content_disposition_type="inline")
+        stat = await of(job_id, path.stat)  # a job deleted since is a 404 here, and a 500 within the response
+        return FileResponse(
+            path, stat_result=stat, media_type=_AUDIO[kind], filename=path.name, content_disposition_type="inline"
+        )
 
     @app.get(
         "/v1/separations/{job_id}/relation", response_model=RelationMap, responses=_problems(404, 409),
@@ -746,7 +751,8 @@ def make_app(service: Service) -> FastAPI:
         folder, result = finished(job_id)
         if not result["has_frame"]:
             raise Problem(404, "the file has no pictures")
-        return FileResponse(jobs.frame_path(folder), media_type="image/png")
+        path = jobs.frame_path(folder)
+        return FileResponse(path, stat_result=await of(job_id, path.stat), media_type="image/png")
 
     @app.get(
         "/v1/separations/{job_id}/bases/{basis}.wav",

@@ -23,7 +23,7 @@ from avsep.audit import FACTS_SCHEMA, Report
 from avsep.objects import OBJECT_NAMES
 from avsep.shards import DataFile
 from pipelines import execution
-from pipelines.execution import fail, say
+from pipelines.execution import complain, fail, say
 
 logging.disable(logging.WARNING)  # beam warns of cloud clients that nobody asked for
 import apache_beam as beam  # noqa: E402
@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments, others = parser().parse_known_args(argv)
         options = execution.beam_options(others)
     except ValueError as error:
-        print(f"pipelines.audit: {error}", file=sys.stderr)
+        complain(f"pipelines.audit: {error}")
         return execution.UNUSABLE
     return execution.guarded(lambda: run(arguments, options), "pipelines.audit")
 

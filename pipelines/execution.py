@@ -11,13 +11,16 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import struct
 import sys
 import time
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
@@ -49,16 +52,17 @@ def run(main: Callable[[argparse.Namespace], int], parser: argparse.ArgumentPars
 
 def guarded(main: Callable[[], int], program: str) -> int:
     """Turn a user's mistake into one line and status 2."""
+    log_as_asked()
     try:
         return main()
     except (UsageError, OSError, ValueError) as error:
         if os.environ.get("AVSEP_TRACEBACK"):
             raise
         hint = "" if isinstance(error, UsageError) else " (AVSEP_TRACEBACK=1 shows where)"
-        print(f"{program}: {error}{hint}", file=sys.stderr)
+        complain(f"{program}: {error}{hint}")
         return UNUSABLE
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; the same command goes on from here", file=sys.stderr)
+        complain(f"{program}: interrupted; the same command goes on from here")
         return 130
 
 
@@ -127,6 +131,9 @@ class InProcess:
         return [call]
 
 
+_LOOK_S = 5.0  # between looks at how large the cluster is
+
+
 class OnRay:
     """Run on Ray: a task an item, a bounded number of them in flight, results as they come."""
 
@@ -134,9 +141,16 @@ class OnRay:
         import ray
 
         self._ray = ray
-        resources = ray.cluster_resources()
-        self.n_workers = max(1, int(resources.get("CPU", 1)))
-        self.n_gpus = int(resources.get("GPU", 0))
+        self._n_workers, self._looked = 1, -math.inf
+        self.n_gpus = int(ray.cluster_resources().get("GPU", 0))
+
+    @property
+    def n_workers(self) -> int:
+        """CPUs that the cluster has now: it may grow with what waits, and shrink."""
+        if time.monotonic() - self._looked > _LOOK_S:
+            self._looked = time.monotonic()
+            self._n_workers = max(1, int(self._ray.cluster_resources().get("CPU", 1)))
+        return self._n_workers
 
     def map(
         self,
@@ -160,7 +174,9 @@ class OnRay:
                 pending[task(cpus()).remote(*item)] = item
             if not pending:
                 return
-            ready, _ = self._ray.wait(list(pending), num_returns=1)
+            ready, _ = self._ray.wait(list(pending), num_returns=1, timeout=_LOOK_S)
+            if not ready:
+                continue
             item = pending.pop(ready[0])
             try:
                 result = self._get(ready[0])
@@ -369,7 +385,8 @@ class Progress:
         self._began, self._written = time.time(), -math.inf
         self._window: deque[tuple[float, int]] = deque([(self._started, done)])
         self._metrics = _Metrics(what) if metrics else None
-        self._bar = tqdm(total=total, initial=done, desc=what, unit=unit) if sys.stderr.isatty() else None
+        shown = sys.stderr.isatty() and not as_json()
+        self._bar = tqdm(total=total, initial=done, desc=what, unit=unit) if shown else None
 
     def add(
         self,
@@ -392,19 +409,33 @@ class Progress:
         if self._metrics:
             n_rejected = sum((rejected or {}).values())
             self._metrics.add({"done": count - n_rejected, **(rejected or {})}, seconds or {})
-            self._metrics.show(self.in_flight, self.rate, self.total - self.count)
+        self._show()
         if self._bar is not None:
             self._bar.set_postfix_str(self._tail())
             self._bar.update(count)
         elif now - self._said >= self._interval_s() or self.count == self.total:
             self._said = now
             tail = self._tail()
-            print(
+            say(
                 f"{self.what}: {self.count}/{self.total} {self.unit}, {self.rate:.2f}/s, "
                 f"{duration(self.seconds_left)} left{'; ' if tail else ''}{tail}",
-                flush=True,
+                event="progress",
+                pipeline=self.what,
+                done=self.count,
+                total=self.total,
+                rejected=dict(self.rejected),
+                rate_per_s=round(self.rate, 4),
             )
         self.write_status()
+
+    def failed(self, shard: str, reason: str) -> None:
+        """Count a failure that the run survives."""
+        if self._metrics:
+            self._metrics.failed(shard, reason)
+
+    def _show(self) -> None:
+        if self._metrics:
+            self._metrics.show(self.in_flight, self.rate, self.total - self.count)
 
     @property
     def rate(self) -> float:
@@ -468,10 +499,12 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self.write_status()
+        self._show()
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.in_flight = 0
+        self._show()
         self.write_status("stopped" if kind else "finished")
         if self._bar is not None:
             self._bar.close()
@@ -482,27 +515,31 @@ _STATUS_EVERY_S = 5.0
 
 
 class _Metrics:
-    """A run's figures among Ray's metrics, where Prometheus finds them."""
+    """A run's figures among Ray's metrics, where Prometheus finds them with `ray_` before their names."""
 
     def __init__(self, what: str) -> None:
-        from ray.util import metrics
+        from ray.util.metrics import Counter, Gauge
 
-        self._segments = metrics.Counter(f"avsep_{what}_items", "finished, by outcome", tag_keys=("outcome",))
-        self._stages = metrics.Counter(f"avsep_{what}_stage_seconds", "worker-seconds by stage", tag_keys=("stage",))
-        self._in_flight = metrics.Gauge(f"avsep_{what}_in_flight", "items that workers have")
-        self._rate = metrics.Gauge(f"avsep_{what}_rate", "items a second in the last hour")
-        self._left = metrics.Gauge(f"avsep_{what}_left", "items still to do")
+        self._pipeline = {"pipeline": what}
+        self._items = Counter("avsep_items", "finished, by outcome", ("pipeline", "outcome"))
+        self._stages = Counter("avsep_stage_seconds", "worker-seconds, by stage", ("pipeline", "stage"))
+        self._failures = Counter("avsep_failures", "failures survived, by shard", ("pipeline", "shard", "reason"))
+        self._in_flight = Gauge("avsep_in_flight", "items that workers have", ("pipeline",))
+        self._rate = Gauge("avsep_rate", "items a second in the last hour", ("pipeline",))
+        self._left = Gauge("avsep_left", "items still to do, those in flight among them", ("pipeline",))
 
     def add(self, outcomes: Mapping[str, int], seconds: Mapping[str, float]) -> None:
-        for counter, tag, values in ((self._segments, "outcome", outcomes), (self._stages, "stage", seconds)):
+        for counter, tag, values in ((self._items, "outcome", outcomes), (self._stages, "stage", seconds)):
             for name, value in values.items():
                 if value > 0:
-                    counter.inc(value, {tag: name})
+                    counter.inc(value, {**self._pipeline, tag: name})
+
+    def failed(self, shard: str, reason: str) -> None:
+        self._failures.inc(1, {**self._pipeline, "shard": shard, "reason": reason})
 
     def show(self, in_flight: int, rate: float, left: int) -> None:
-        self._in_flight.set(in_flight)
-        self._rate.set(rate)
-        self._left.set(left)
+        for gauge, value in ((self._in_flight, in_flight), (self._rate, rate), (self._left, left)):
+            gauge.set(value, self._pipeline)
 
 
 def duration(seconds: float) -> str:
@@ -546,9 +583,64 @@ def is_local(options: Any) -> bool:
     return options.view_as(StandardOptions).runner == LOCAL_RUNNER
 
 
-def say(text: str) -> None:
-    """Print a line at once."""
-    print(text, flush=True)
+def say(text: str, **fields: Any) -> None:
+    """Print a line at once; with AVSEP_LOG=json it is an object with these fields, on stderr."""
+    if as_json():
+        _write("info", text, fields)
+    else:
+        print(text, flush=True)
+
+
+def log(text: str, **fields: Any) -> None:
+    """Log what is for machines alone: nothing without AVSEP_LOG=json, which makes it an object on stderr."""
+    if as_json():
+        _write("info", text, fields)
+
+
+def complain(text: str) -> None:
+    """Print a line to stderr."""
+    if as_json():
+        _write("error", text, {})
+    else:
+        print(text, file=sys.stderr)
+
+
+def as_json() -> bool:
+    """Tell whether a log is wanted that machines read: AVSEP_LOG=json."""
+    return os.environ.get("AVSEP_LOG") == "json"
+
+
+def log_as_asked() -> None:
+    """With AVSEP_LOG=json, make everything that this process logs one JSON object a line on stderr."""
+    if as_json() and not any(isinstance(h, _JsonLines) for h in logging.getLogger().handlers):
+        logging.getLogger().addHandler(_JsonLines(logging.WARNING))
+        sys.excepthook = _log_exception
+
+
+def _log_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    text = "".join(traceback.format_exception(kind, error, trace))
+    _write("critical", f"{kind.__name__}: {error}", {"exception": text})
+
+
+class _JsonLines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        fields: dict[str, Any] = {"logger": record.name}
+        if record.exc_info:
+            fields["exception"] = logging.Formatter().formatException(record.exc_info)
+        _write(record.levelname.lower(), record.getMessage(), fields)
+
+
+# user:password@ of URLs, and what signs them
+_SECRETS = re.compile(
+    r"(?<=://)[^/@\s\"]+(?=@)|(?<=[?&])[^?&=\s]*(?:sig|signature|token|credential|key)[^?&=\s]*=[^&\s\"]+", re.I
+)
+
+
+def _write(level: str, text: str, fields: Mapping[str, Any]) -> None:
+    now = time.time()
+    at = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03d}Z"
+    line = json.dumps({"time": at, "level": level, "message": text, **fields}, ensure_ascii=False, default=str)
+    print(_SECRETS.sub("…", line), file=sys.stderr, flush=True)
 
 
 def fail(text: str) -> NoReturn:

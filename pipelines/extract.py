@@ -126,6 +126,7 @@ class Done:
     n_clips: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
+    events: list[dict[str, Any]] = field(default_factory=list)  # for the log: rejections, and what was tried again
 
 
 def extract_shard(
@@ -149,8 +150,9 @@ def extract_shard(
         process = functools.partial(job.process, factorize_elsewhere=factorize) if factorize else job.process
         records, rejections, seconds = process(work.segments, job.config, label, locate)
     # in a fetch, only a retry that succeeded has something to take back
+    retried = store.retried if store else []
     if work.probe or (job.fetch_only and not (rejections or work.attempts or work.culprits)):
-        return Done(work)
+        return Done(work, events=retried)
     rejections = [replace(r, attempts=work.attempts.get(r.segment_id, 0) + 1) for r in (*work.culprits, *rejections)]
     commit = shards.write_shard(
         job.out,
@@ -163,7 +165,8 @@ def extract_shard(
         timings_s=seconds,
         retried=sorted(work.attempts),
     )
-    return Done(work, len(commit.clip_ids), Counter(str(r.reason) for r in rejections), commit.timings_s)
+    events = retried + [{"event": "rejected", **asdict(r)} for r in rejections]
+    return Done(work, len(commit.clip_ids), Counter(str(r.reason) for r in rejections), commit.timings_s, events)
 
 
 class Crashes:
@@ -174,8 +177,10 @@ class Crashes:
     an object store may have failed for a moment; then the run stops.
     """
 
-    def __init__(self, queue: execution.Queue, item: Callable[[Work], tuple[Any, ...]]) -> None:
-        self._queue, self._item = queue, item
+    def __init__(
+        self, queue: execution.Queue, item: Callable[[Work], tuple[Any, ...]], progress: execution.Progress
+    ) -> None:
+        self._queue, self._item, self._progress = queue, item, progress
         self._failed: Counter[str] = Counter()
         self._whole: dict[str, Work] = {}
         self._to_try: Counter[str] = Counter()
@@ -185,6 +190,7 @@ class Crashes:
         """Deal with an item that failed, or raise."""
         work: Work = item[1]
         if isinstance(error, execution.WorkerLost):
+            self._progress.failed(work.shard, "worker_lost")
             if work.probe:
                 segment_id = work.segments[0].segment_id
                 detail = f"its worker died with it each time: {error}"
@@ -193,16 +199,18 @@ class Crashes:
                 )
                 self.tried(work)
                 return
-            say(f"shard {work.shard}: its worker died again and again; looking for the segment that does it")
+            text = f"shard {work.shard}: its worker died again and again; looking for the segment that does it"
+            say(text, event="worker_lost", shard=work.shard, error=str(error))
             self._whole[work.shard], self._culprits[work.shard] = work, []
             self._to_try[work.shard] = len(work.segments)
             for s in work.segments:
                 self._queue.add(self._item(replace(work, segments=(s,), probe=True)))
             return
         self._failed[work.shard] += 1
+        self._progress.failed(work.shard, "not_written" if isinstance(error, OSError) else "error")
         if not isinstance(error, OSError) or self._failed[work.shard] > 2:
             raise error
-        say(f"shard {work.shard}: {error}; trying again")
+        say(f"shard {work.shard}: {error}; trying again", event="not_written", shard=work.shard)
         self._queue.add(self._item(work))
 
     def tried(self, work: Work) -> None:
@@ -235,11 +243,13 @@ def extract(
 
     def item(work: Work) -> tuple[Any, ...]:
         in_flight[work.shard] = len(work.segments) if not work.probe else in_flight[work.shard]
+        progress.in_flight = sum(in_flight.values())
+        progress.add(0)
         label, factorize = callers[next(numbers) % len(callers)]
         return job, work, label, store.of(work.segments) if store else None, factorize
 
     queue = execution.Queue(map(item, works))
-    crashes = Crashes(queue, item)
+    crashes = Crashes(queue, item, progress)
     elsewhere = any(factorize for _, factorize in callers)
     for done in runner.map(
         extract_shard, queue, crashes.recover, lambda: busy_share(progress.seconds) if elsewhere else 1.0
@@ -247,6 +257,7 @@ def extract(
         for one in locks:
             one.check()
         work = done.work
+        log_events(done)
         if work.probe:
             crashes.tried(work)
             continue
@@ -269,6 +280,25 @@ def busy_share(seconds: Mapping[str, float]) -> float:
     return max(_LEAST_CPU, math.ceil(4 * share) / 4)
 
 
+def log_events(done: Done) -> None:
+    """Log what became of a shard's segments, an event each, and of the shard."""
+    shard = done.work.shard
+    for event in done.events:
+        text = f"{event['segment_id']} {event['event']} in {event['stage']}: {event['reason']}"
+        execution.log(text, shard=shard, **event)
+    if not done.work.probe:
+        n_rejected = done.rejected.total()
+        execution.log(
+            f"shard {shard}: {done.n_clips} clips, {n_rejected} rejections",
+            event="shard_done",
+            shard=shard,
+            generation=done.work.generation,
+            clips=done.n_clips,
+            rejected=n_rejected,
+            seconds={stage: round(s, 3) for stage, s in done.seconds.items()},
+        )
+
+
 @dataclass
 class MediaStore:
     """Where remote segments' media are, and how missing ones get there."""
@@ -278,6 +308,7 @@ class MediaStore:
     missing: set[str]  # remote segments that aren't there
     siblings: dict[str, tuple[Segment, ...]]  # source → its missing segments, where there are several
     budget: SharedBudget | None = None  # None: somebody else downloads
+    retried: list[dict[str, Any]] = field(default_factory=list)  # downloads that failed and were tried again
     _asked: float = -math.inf
 
     def of(self, segments: Sequence[Segment]) -> MediaStore:
@@ -299,7 +330,21 @@ class MediaStore:
         if path is None:
             if self.budget is None:
                 raise ClipError(Reason.MISSING, f"not in {self.uri} yet", transient=True)
-            path = fetch.fetch(segment, self.uri, self.budget, siblings=self.siblings.get(segment.source, ())).path
+
+            def tell(attempt: int, error: ClipError) -> None:
+                self.retried.append(
+                    {
+                        "event": "retried",
+                        "segment_id": segment.segment_id,
+                        "stage": "fetch",
+                        "reason": str(error.reason),
+                        "attempt": attempt,
+                        "detail": error.detail,
+                    }
+                )
+
+            siblings = self.siblings.get(segment.source, ())
+            path = fetch.fetch(segment, self.uri, self.budget, siblings=siblings, tell=tell).path
         return fetch.within(segment, path)
 
     def fetch_all(self, segments: Sequence[Segment]) -> list[Rejection]:
@@ -315,7 +360,7 @@ class MediaStore:
     def settle(self, segments: Sequence[Segment], progress: execution.Progress) -> None:
         """Take note that these segments are done with, and now and then show how downloads go."""
         self.missing -= {s.segment_id for s in segments}
-        if self.budget is None or time.monotonic() - self._asked < _ASK_EVERY_S:
+        if self.budget is None or (self.missing and time.monotonic() - self._asked < _ASK_EVERY_S):
             return
         self._asked = time.monotonic()
         left_s, identities = self.budget.outlook(len(self.missing))
@@ -356,10 +401,13 @@ class SharedBudget:
 class HeldBudget:
     """The budget itself, behind one callable; what it has spent is kept beside the media store."""
 
-    def __init__(self, proxies: Sequence[str], cookies: Sequence[str], per_hour: float, store: str) -> None:
+    def __init__(
+        self, proxies: Sequence[str], cookies: Sequence[str], per_hour: float, store: str, metrics: bool = False
+    ) -> None:
         self.budget = EgressBudget(identities(proxies, cookies), per_hour=per_hour)
         self.path = storage.join(store, EGRESS_FILE)
-        self._saved = -math.inf
+        self._saved = self._shown = -math.inf
+        self._metrics = EgressMetrics() if metrics else None
         with contextlib.suppress(FileNotFoundError):
             self.budget.restore(json.loads(storage.read_bytes(self.path)))
 
@@ -370,7 +418,35 @@ class HeldBudget:
         if paused or (isinstance(result, Lease) and time.monotonic() - self._saved > _SAVE_EVERY_S):
             self._saved = time.monotonic()
             storage.write_text(self.path, json.dumps(self.budget.state(), indent=1) + "\n")
+        if self._metrics:
+            if method == "report":
+                self._metrics.downloaded("ok" if arguments[1] is None else str(arguments[1]))
+            if paused or time.monotonic() - self._shown > _SAVE_EVERY_S:
+                self._shown = time.monotonic()
+                self._metrics.show(self.budget)
         return self.budget.outdated_in_a_row, result
+
+
+class EgressMetrics:
+    """What an egress budget allows, among Ray's metrics; its holder shows it, so that pauses show, too."""
+
+    def __init__(self) -> None:
+        from ray.util.metrics import Counter, Gauge
+
+        self._downloads = Counter("avsep_egress_downloads", "downloads tried, by outcome", ("outcome",))
+        self._identities = Gauge("avsep_egress_identities", "egress identities, by state", ("state",))
+        self._allowance = Gauge("avsep_egress_allowance", "downloads that may start in the next hour")
+
+    def downloaded(self, outcome: str) -> None:
+        """Count a download."""
+        self._downloads.inc(1, {"outcome": outcome})
+
+    def show(self, budget: EgressBudget) -> None:
+        """Show where the identities stand; one on trial makes a download at a time until one succeeds."""
+        states = Counter("paused" if i.paused_s > 0 else "on_trial" if i.strikes else "active" for i in budget.status())
+        for state in ("active", "on_trial", "paused"):
+            self._identities.set(states[state], {"state": state})
+        self._allowance.set(budget.allowance())
 
 
 def open_store(uri: str, segments: Sequence[Segment]) -> MediaStore | None:
@@ -399,7 +475,8 @@ def open_budget(arguments: argparse.Namespace, store: MediaStore, runner: execut
     left = execution.duration(3600 * len(store.missing) / (arguments.rate * n_identities))
     say(f"{len(store.missing)} remote segments are to be fetched: {left} at the rate allowed")
     storage.sweep(store.uri, recursive=True)
-    make = functools.partial(HeldBudget, arguments.proxies, arguments.cookies, arguments.rate, store.uri)
+    metrics = isinstance(runner, execution.OnRay)
+    make = functools.partial(HeldBudget, arguments.proxies, arguments.cookies, arguments.rate, store.uri, metrics)
     return SharedBudget(runner.actors(make, 1, gpus=0)[0])
 
 

@@ -30,6 +30,7 @@ from avsep.audioset import BadLine, Counts
 from avsep.objects import OBJECT_NAMES, OBJECTS
 from avsep.records import SEGMENT_SCHEMA, SPLITS, Segment, segment_from_row, segments_to_table
 from pipelines import execution
+from pipelines.execution import complain, say
 
 logging.disable(logging.WARNING)  # beam warns of cloud clients that nobody asked for
 import apache_beam as beam  # noqa: E402
@@ -395,7 +396,7 @@ def plan_audioset(uris: Sequence[str], ontology: str | None, own_node_only: bool
         raise ValueError(f"{ontology} is not AudioSet's ontology: {error}; give its ontology.json") from None
     missing = [o.name for o in OBJECTS if o.mid not in {node["id"] for node in nodes}]
     if missing and not own_node_only:
-        print(f"the ontology lacks {', '.join(missing)}: these are known by their own tag alone")
+        say(f"the ontology lacks {', '.join(missing)}: these are known by their own tag alone")
     blocks = line_blocks(uris)
     for block in blocks:
         if block.index == 0:
@@ -454,7 +455,7 @@ def _check_columns(uri: str, columns: Sequence[str]) -> None:
         if column in columns[:index]:
             raise ValueError(f"{uri} has the column {column!r} twice; remove one")
     if "split" not in columns:
-        print("the table has no column 'split': every segment is in split train")
+        say("the table has no column 'split': every segment is in split train")
 
 
 def report_lines(statistics: dict[str, Any], out: str, segments: list[str]) -> list[str]:
@@ -520,9 +521,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         remove_folder(staging)
         storage.make_directory(staging)
     except (ValueError, OSError, ImportError) as error:
-        print(f"manifest: {_one_line(error)}", file=sys.stderr)
+        complain(f"manifest: {_one_line(error)}")
         return 2
-    print(f"reading {', '.join(map(storage.name, uris))} in {len(blocks)} blocks", flush=True)
+    say(f"reading {', '.join(map(storage.name, uris))} in {len(blocks)} blocks")
     try:
         build(pipeline, blocks, read, uris, staging, repeats_are_bad=bool(args.table))
         if execution.is_local(options):  # what a step raises comes back to us; Beam would print its traceback first
@@ -530,18 +531,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         pipeline.run().wait_until_finish()
         segments = commit(staging, out)
     except OSError as error:
-        print(f"manifest: {_one_line(error)}", file=sys.stderr)
+        complain(f"manifest: {_one_line(error)}")
         return 2
     finally:
         remove_folder(staging)
     statistics = json.loads(storage.read_bytes(storage.join(out, "statistics.json")))
     for line in report_lines(statistics, out, segments):
-        print(line)
+        say(line)
     n_dead, letters = statistics["dead_letters"], storage.join(out, "dead_letters.jsonl")
     if n_dead:
-        print(f"{n_dead:,} rows can't be used; see {letters} for lines and reasons")
+        say(f"{n_dead:,} rows can't be used; see {letters} for lines and reasons")
     if not statistics["kept"]:
-        print("no segment is left: the manifest is empty")
+        say("no segment is left: the manifest is empty")
     return 1 if not statistics["kept"] or (args.table and n_dead) else 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -33,6 +34,7 @@ EXAMPLES = """examples:
 _LOST_AFTER = 3  # workers that died at one job
 _BLAS = {"OMP_NUM_THREADS": "1"}
 _PATIENCE = {  # on a machine full of work Serve's own processes answer late; else it kills them
+    "RAY_worker_niceness": "0",  # clients wait; Ray's 15 is for batch work
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
 }
@@ -55,6 +57,7 @@ class Separating:
     """A Serve replica that separates: one job at a time, while the next one waits beside it."""
 
     def __init__(self, config: ServiceConfig) -> None:
+        execution.log_as_asked()
         execution.one_thread()
         self._worker = JobWorker(config)
 
@@ -69,6 +72,7 @@ class Ingress:
     """The Serve replica that takes requests."""
 
     def __init__(self, config: ServiceConfig, separating: Any) -> None:
+        execution.log_as_asked()
         self._config, self._separating = config, separating
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -150,13 +154,19 @@ def start(config: ServiceConfig, port: int, results: str) -> None:
     """Start Serve and the application; it takes requests when this returns."""
     from ray import exceptions, serve
 
+    if execution.as_json():
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # in this process it knows text alone
     try:
         serve.start(http_options={"host": config.host, "port": port, "keep_alive_timeout_s": 30})
         serve.run(
             build({"model": config.model, "results": results}),
             name="avsep",
             route_prefix="/",
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
+            logging_config={
+                "log_level": "WARNING",
+                "enable_access_log": False,
+                "encoding": "JSON" if execution.as_json() else "TEXT",
+            },
         )
     except (exceptions.RayError, RuntimeError) as error:
         fail(f"Ray Serve didn't start: {str(error).strip().splitlines()[0]}")

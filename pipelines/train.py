@@ -36,7 +36,8 @@ EXAMPLES = """examples:
   python -m pipelines.train --clips out/clips --out out/paper --recipe paper
   python -m pipelines.train --clips out/clips --out out/run --resume
 """
-_IN_MEMORY_BYTES = 4 << 30  # of bases; more are streamed from the shards
+_IN_MEMORY_BYTES = 4 << 30  # of bases; more are streamed from the shards, unless a GPU has room
+_OF_GPU, _OF_HOST = 0.6, 0.3  # of the free memory: bases held on a GPU, and passed through its host
 _SOLOS_AN_OBJECT = 100  # that practice mixtures draw from
 _SOLO_FILES = 200  # in which they are looked for
 _EVIDENCE_FILES = 20  # whose labels say how far labels can be believed; they are held in memory
@@ -96,7 +97,10 @@ def fit(job: dict[str, Any], report: Any = None) -> None:
         teacher = practice.Teacher(taught.network, taught.context) if taught.context else None
         mixtures, val_mixtures = _read_mixtures(out, _MIXTURES_FILE), _read_mixtures(out, _VAL_MIXTURES_FILE)
     val = bags.load_bags(files, config.labels, "val")
-    whole = bags.load_bags(files, config.labels, "train", teacher, mixtures) if job["in_memory"] else None
+    whole = None
+    if fits(job["n_bytes"], device):
+        whole = bags.load_bags(files, config.labels, "train", teacher, mixtures)
+        whole = whole.to(device) if whole is not None else None
     batch_size = training.batch_size_for(job["n_train"], training_config)
     for epoch in range(len(history.rows), training_config.epochs):
         started = time.monotonic()
@@ -132,6 +136,14 @@ def fit(job: dict[str, Any], report: Any = None) -> None:
         Model(replace(config, training=asdict(training_config) | {"chosen": chosen}), network).save(
             storage.join(out, "model")
         )
+
+
+def fits(n_bytes: int, device: str) -> bool:
+    """Tell whether bases of so many bytes are to be held in memory, the GPU's where there is one."""
+    if device == "cpu" or n_bytes < _IN_MEMORY_BYTES:
+        return n_bytes < _IN_MEMORY_BYTES
+    host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return n_bytes < min(_OF_GPU * torch.cuda.mem_get_info()[0], _OF_HOST * host)
 
 
 def _checkpoint(out: str, number: int) -> str:
@@ -267,7 +279,7 @@ def run(arguments: argparse.Namespace) -> int:
         "config": config,
         "training": training_config,
         "n_train": n_train,
-        "in_memory": n_train * config.n_bases * config.stft.n_bins * 2 < _IN_MEMORY_BYTES,
+        "n_bytes": n_train * config.n_bases * config.stft.n_bins * 2,
         "threads": min(2, os.cpu_count() or 1),
         "settings": settings,
         "workers": arguments.workers,

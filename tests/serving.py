@@ -1,9 +1,13 @@
-"""A tiny model that knows two pitches, files of them, and the service's application on a real port."""
+"""A tiny model that knows two pitches, files of them, and the service: its application alone, and on Ray."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -132,6 +136,70 @@ def serving(folder: Path, model: str, workers: int = 1, **limits: Any) -> Iterat
         yield server
     finally:
         server.close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """The processes below one, with their titles."""
+    parents, titles = {}, {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                titles[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+    found, below = {}, [pid]
+    while below:
+        below = [p for p, parent in parents.items() if parent in below]
+        found |= {p: titles[p] for p in below if p in titles}
+    return found
+
+
+class RayService:
+    """The service as it is started, `python -m pipelines.serve`, in a process of its own."""
+
+    def __init__(self, folder: Path, n_iter: int = 2500, **limits: Any) -> None:
+        self.model, self.results = folder / "model", folder / "results"
+        write_model(self.model, n_iter, recipe="first")
+        self.port = free_port()
+        limits |= {"results": self.results, "replicas": 2}
+        environment = {**os.environ, **{f"AVSEP_SERVE_{k.upper()}": str(v) for k, v in limits.items()}}
+        self.log = (folder / "log").open("w")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pipelines.serve", "--model", str(self.model), "--port", str(self.port)],
+            env=environment, stdout=self.log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.client = httpx.Client(base_url=self.url, timeout=120)
+        wait(self.ready, 200)
+
+    def ready(self) -> bool:
+        assert self.process.poll() is None, Path(self.log.name).read_text()
+        with contextlib.suppress(httpx.TransportError):
+            return self.client.get("/healthz").status_code == 200
+        return False
+
+    def post(self, path: Path, **headers: str) -> httpx.Response:
+        with path.open("rb") as file:
+            return self.client.post("/v1/separations", files={"file": file}, headers=headers)
+
+    def idle(self) -> bool:
+        return self.client.get("/healthz").json()["pending"] == 0
+
+    def replicas(self, name: str) -> list[int]:
+        """The processes of a deployment."""
+        return [p for p, title in descendants(self.process.pid).items() if f"ServeReplica:avsep:{name}" in title]
+
+    def close(self) -> None:
+        self.client.close()
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(60)
+        self.log.close()
 
 
 def wait(condition: Any, timeout_s: float = 60) -> None:

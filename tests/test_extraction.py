@@ -1,6 +1,5 @@
 """The extraction's driver when things go wrong: two drivers, dead workers, full disks, failing stores."""
 
-import contextlib
 import json
 import os
 import resource
@@ -8,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections import Counter
 from pathlib import Path
 
@@ -313,26 +311,3 @@ def test_the_driver_costs_little_a_segment_and_restarts_fast(tmp_path):
     assert figures["restart_cpu_s"] < 10, done.stdout  # wall clock is Ray's and the machine's
     memory = figures["rss_mb"]
     assert max(memory) < min(memory) + 30, done.stdout
-
-
-@pytest.mark.slow
-def test_a_run_s_figures_are_among_ray_s_metrics():
-    with execution.session() as runner:
-        assert isinstance(runner, execution.OnRay)
-        import ray
-
-        port = ray.nodes()[0]["MetricsExportPort"]
-        with execution.Progress("extract", 10, "segments", metrics=True) as progress:
-            progress.in_flight = 3
-            progress.add(4, rejected={"silent": 1}, seconds={"decode": 2.5})
-            wanted = ("extract_items_total{", 'outcome="silent"', "extract_stage_seconds_total{", "extract_in_flight{")
-            text, deadline = "", time.monotonic() + 90
-            while not all(w in text for w in wanted) and time.monotonic() < deadline:
-                time.sleep(1)
-                with contextlib.suppress(OSError):
-                    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
-    lines = [line for line in text.splitlines() if "avsep" in line and not line.startswith("#")]
-    values = {line.rpartition(" ")[0].split("{")[0]: float(line.rpartition(" ")[2]) for line in lines}
-    assert values["ray_avsep_extract_in_flight"] == 3, lines
-    assert any('outcome="done"' in line and line.endswith(" 3.0") for line in lines), lines
-    assert any('stage="decode"' in line and line.endswith(" 2.5") for line in lines), lines

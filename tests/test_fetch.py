@@ -832,6 +832,20 @@ def test_what_the_exceptions_are_counts() -> None:
     assert json.dumps(classify("Private video")) == '["private", false]'
 
 
+def test_what_a_budget_allows_within_an_hour() -> None:
+    """Two identities of 360 an hour; one is blocked for 600 s, in which five tokens are kept."""
+    clock = Clock()
+    made = [EgressIdentity("a"), EgressIdentity("b")]
+    shared = EgressBudget(made, per_hour=360, burst=5, clock=clock, jitter=lambda: 0.0, max_cooldown_s=1e9)
+    assert shared.allowance() == 2 * (1 + 360)
+    assert shared.allowance(100) == 2 * (1 + 10)
+    shared.report(of(shared.acquire()), Reason.EGRESS_BLOCKED)
+    assert shared.allowance() == (5 + 300) + (1 + 360)
+    assert shared.allowance(600) == 0 + (1 + 60)
+    clock.now += 600
+    assert shared.allowance() == 2 * (5 + 360)
+
+
 # What outlives a run
 
 

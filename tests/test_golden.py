@@ -20,7 +20,7 @@ FILE = Path(__file__).with_name("golden.json")
 EPOCHS = 5
 
 
-def figures_of(name: str) -> dict[str, list[float]]:
+def figures_of(name: str, *, bfloat16: bool = False) -> dict[str, list[float]]:
     recipe = recipes.get(name)
     p = planted_bases(160)
     energy = (p.W**2).sum(1) * (p.H**2).sum(2)
@@ -31,6 +31,8 @@ def figures_of(name: str) -> dict[str, list[float]]:
     train, val = clips.take(slice(0, 120)), clips.take(slice(120, 160))
     torch.manual_seed(0)
     network = MIML(clips.bases.shape[2], p.labels.shape[1], **asdict(recipe.network) | {"hidden": 64})
+    if bfloat16:
+        network.relation = torch.autocast("cpu", torch.bfloat16)(network.relation)  # type: ignore[method-assign]
     config = replace(recipe.training, epochs=EPOCHS)
     optimiser, schedule = optimiser_for(network, config)
     rows = []
@@ -53,6 +55,13 @@ def test_training_ends_where_it_did(name: str) -> None:
         return
     for figure, values in golden[name].items():
         assert found[figure] == pytest.approx(values, abs=0.02), figure  # other processors round differently
+
+
+def test_matrices_in_bfloat16_change_nothing_that_matters() -> None:
+    """As a GPU multiplies them."""
+    golden = json.loads(FILE.read_text())["default"]
+    for figure, values in figures_of("default", bfloat16=True).items():
+        assert values == pytest.approx(golden[figure], abs=0.01), figure
 
 
 def test_the_default_beats_the_paper_at_giving_bases_to_objects() -> None:

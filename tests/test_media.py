@@ -144,6 +144,20 @@ def test_compressed_excerpts(film: Path, make: Make) -> None:
     assert frame_numbers(decode(film, 1.5, 8.0).images) == shown(1.5, 6)
 
 
+def test_ffmpeg_is_started_once(movie: Path, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice for what isn't as most files are: here without pictures."""
+    sound = make("sound.wav", [CLICKS])
+    counting, count = tmp_path / "bin" / "ffmpeg", tmp_path / "count"
+    counting.parent.mkdir()
+    counting.write_text(f'#!/bin/sh\necho >> {count}\nexec {media.ffmpeg_executable()} "$@"\n')
+    counting.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{counting.parent}:{os.environ['PATH']}")
+    for path, pictures, starts in ((movie, True, 1), (movie, False, 1), (sound, False, 1), (sound, True, 2)):
+        count.unlink(missing_ok=True)
+        decode(path, 0, 10, pictures=pictures)
+        assert len(count.read_text()) == starts
+
+
 def test_end_after_the_file(movie: Path) -> None:
     clip = decode(movie, 7.0, 25.0)
     assert len(clip.waveform) == 3 * RATE

@@ -1,6 +1,7 @@
 """The pipelines on real files, as a user runs them."""
 
 import csv
+import fnmatch
 import hashlib
 import json
 import math
@@ -20,7 +21,8 @@ import torch
 from avsep import cli, media, records, shards, synthetic, vision
 from avsep.model import Model
 from avsep.objects import object_index, object_scores, weak_labels
-from pipelines import collect, evaluate, extract, finetune, manifest, train
+from deploy import cost, pages
+from pipelines import audit, collect, evaluate, extract, finetune, manifest, train
 
 RATE = 48_000
 
@@ -50,6 +52,34 @@ def run(rendered, tmp_path_factory) -> Path:
     arguments += ["--segments", str(out / "manifest"), "--references", str(rendered / "references")]
     assert evaluate.main([*arguments, "--out", str(out / "results")]) == 0
     return out
+
+
+@pytest.mark.parametrize("program", ["manifest", "extract", "audit", "train", "finetune", "evaluate"])
+def test_programs_write_the_files_that_their_page_names(run, tmp_path, program):
+    folder = run / {"manifest": "manifest", "extract": "clips", "train": "run", "evaluate": "results"}.get(program, "")
+    patterns = pages.WRITES[program]
+    if program == "train":  # the same folder's model got its dictionary
+        patterns = patterns | {f"?model/{p.removeprefix('?')}": what for p, what in pages.WRITES["collect"].items()}
+    elif program == "audit":
+        folder = tmp_path
+        assert audit.main(["--clips", str(run / "clips"), "--out", str(folder)]) == 0
+    elif program == "finetune":
+        folder = tmp_path
+        command = ["--segments", str(run / "manifest"), "--targets", "labels", "--epochs", "1", "--in-process"]
+        assert finetune.main([*command, "--out", str(folder)]) in (0, 1)
+    found = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
+    unknown = [f for f in found if not any(fnmatch.fnmatch(f, p.removeprefix("?")) for p in patterns)]
+    missing = [p for p in patterns if p[0] != "?" and not fnmatch.filter(found, p)]
+    assert found and not unknown and not missing
+
+
+def test_costs_reckon_with_an_extraction_s_own_seconds(run, tmp_path):
+    recorded, own = cost.read_rates(None), cost.read_rates(str(run / "clips"))
+    commits = shards.read_commits(str(run / "clips"))
+    assert own["decode"] == pytest.approx(sum(c.timings_s["decode"] for c in commits) / 14)
+    assert own["train"] == recorded["train"] and own.keys() == recorded.keys()
+    with pytest.raises(SystemExit, match="holds no committed clips"):
+        cost.read_rates(str(tmp_path))
 
 
 def test_every_segment_becomes_a_clip_with_its_given_labels(run, rendered):

@@ -28,7 +28,7 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from serving import Server, serving, wait, write_model, write_sound, write_video
+from serving import RayService, Server, descendants, serving, wait, write_model, write_sound, write_video
 
 from avsep import media
 
@@ -42,15 +42,23 @@ CHECKS = [
 SECRET = "the-secret-of-another-file"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[Server]:
-    model = write_model(tmp_path_factory.mktemp("model"))
-    limits = {"max_upload_bytes": 4_000_000, "max_duration_s": 20.0, "max_pixels": 640 * 480, "decode_timeout_s": 20.0}
-    with serving(tmp_path_factory.mktemp("service"), model, workers=2, **limits) as running:
+LIMITS = {"max_upload_bytes": 4_000_000, "max_duration_s": 20.0, "max_pixels": 640 * 480, "decode_timeout_s": 20.0}
+
+
+@pytest.fixture(scope="module", params=["application", pytest.param("ray", marks=pytest.mark.slow)])
+def server(request, tmp_path_factory) -> Iterator[Server | RayService]:
+    """The application alone, and behind Serve's proxy."""
+    folder = tmp_path_factory.mktemp("service")
+    with contextlib.ExitStack() as stack:
+        if request.param == "ray":
+            running: Server | RayService = stack.enter_context(contextlib.closing(RayService(folder, 60, **LIMITS)))
+            pid = running.process.pid
+        else:
+            running = stack.enter_context(serving(folder, write_model(folder / "model"), workers=2, **LIMITS))
+            pid = os.getpid()
         yield running
         wait(running.idle)
-        children = subprocess.run(["pgrep", "-P", str(os.getpid()), "ffmpeg"], capture_output=True, text=True)
-        assert not children.stdout
+        assert not [title for title in descendants(pid).values() if title.split(" ")[0].endswith("ffmpeg")]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +81,7 @@ def canary() -> Iterator[tuple[int, list[bytes]]]:
     listener.close()
 
 
-def send(server: Server, content: bytes, name: str = "x.mp4", **fields: str) -> httpx.Response:
+def send(server: Server | RayService, content: bytes, name: str = "x.mp4", **fields: str) -> httpx.Response:
     return server.client.post("/v1/separations", files={"file": (name, content)}, data=fields, timeout=60)
 
 

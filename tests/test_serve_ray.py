@@ -4,8 +4,6 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,73 +11,18 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serving import wait, write_model, write_sound
+from serving import RayService, descendants, wait, write_model, write_sound
 
 from pipelines import serve
 
 pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(800)]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def descendants(pid: int) -> dict[int, str]:
-    """The processes below one, with their titles."""
-    parents, titles = {}, {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):
-                parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                titles[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-    found, below = {}, [pid]
-    while below:
-        below = [p for p, parent in parents.items() if parent in below]
-        found |= {p: titles[p] for p in below if p in titles}
-    return found
-
-
-class Service:
-    def __init__(self, folder: Path) -> None:
-        self.model, self.results = folder / "model", folder / "results"
-        write_model(self.model, n_iter=2500, recipe="first")
-        self.port = free_port()
-        environment = {**os.environ, "AVSEP_SERVE_RESULTS": str(self.results), "AVSEP_SERVE_REPLICAS": "2"}
-        self.log = (folder / "log").open("w")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.serve", "--model", str(self.model), "--port", str(self.port)],
-            env=environment, stdout=self.log, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=120)
-        wait(self.ready, 200)
-
-    def ready(self) -> bool:
-        assert self.process.poll() is None, Path(self.log.name).read_text()
-        with contextlib.suppress(httpx.TransportError):
-            return self.client.get("/healthz").status_code == 200
-        return False
-
-    def post(self, path: Path, **headers: str) -> httpx.Response:
-        with path.open("rb") as file:
-            return self.client.post("/v1/separations", files={"file": file}, headers=headers)
-
-    def idle(self) -> bool:
-        return self.client.get("/healthz").json()["pending"] == 0
-
-    def replicas(self, name: str) -> list[int]:
-        """The processes of a deployment."""
-        return [p for p, title in descendants(self.process.pid).items() if f"ServeReplica:avsep:{name}" in title]
-
-
 @pytest.fixture(scope="module")
-def service(tmp_path_factory) -> Iterator[Service]:
-    started = Service(tmp_path_factory.mktemp("service"))
+def service(tmp_path_factory) -> Iterator[RayService]:
+    started = RayService(tmp_path_factory.mktemp("service"))
     yield started
-    if started.process.poll() is None:
-        started.process.terminate()
-        started.process.wait(60)
+    started.close()
 
 
 @pytest.fixture
@@ -92,7 +35,7 @@ def short(tmp_path) -> Path:
     return write_sound(tmp_path / "short.wav", 2)
 
 
-def folders(service: Service) -> set[str]:
+def folders(service: RayService) -> set[str]:
     return {p.name for p in service.results.iterdir()}
 
 

@@ -45,6 +45,13 @@ def planted(n_clips: int = 240) -> tuple[Bags, Tensor]:
     return Bags(ids, p.W.mT.half().contiguous(), energy > 0, energy, p.labels), p.object_of_basis
 
 
+def test_bags_move_between_devices_whole() -> None:
+    bags, _ = planted(6)
+    there = bags.to("meta")
+    assert there.segment_ids == bags.segment_ids and there.statistics is None
+    assert all(t.device.type == "meta" for t in (there.bases, there.valid, there.basis_energy, there.labels))
+
+
 def network(**options: object) -> MIML:
     torch.manual_seed(0)
     return MIML(48, 4, 2, 64, **({"published_head": False, "square_root": True} | options))

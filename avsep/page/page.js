@@ -319,9 +319,11 @@ function addTrack(part, track, number) {
   const find = (selector) => row.querySelector(selector);
   row.style.setProperty("--colour", `var(${part.name === REST ? "--rest" : COLOURS[number % COLOURS.length]})`);
   find("h3").textContent = part.title;
-  find(".head p").textContent = part.name === REST ? "what belongs to none"
-    : part.silent ? (part.visible ? "visible, but silent" : "silent")
-    : `${Math.round(part.sound_score * 100)} % of the sound${part.found === "sound" && part.visible === false ? ", not seen" : ""}`;
+  find(".head p").textContent = part.name === REST ? "what belongs to none" : [
+    part.silent ? (part.visible ? "visible, but silent" : "silent") : `${Math.round(part.sound_score * 100)} % of the sound`,
+    part.found === "sound" && part.visible === false && !part.silent && "not seen",
+    part.found !== "given" && `${Math.round((part.silent ? 1 - part.confidence : part.confidence) * 100)} % sure`,
+  ].filter(Boolean).join(", ");
   find(".fader .hidden").textContent = `Level of ${part.title}`;
   const fader = find(".fader input");
   fader.oninput = () => {

@@ -107,8 +107,7 @@ def on_gpu(folder: Path, epochs: int, batch_size: int) -> float:
     bags = load_bags(shards.clip_files(str(folder / "clips")), LabelConfig(), "train")
     assert bags is not None
     model, optimiser, config = network("cuda")
-    for name in ("bases", "valid", "basis_energy", "labels"):
-        setattr(bags, name, getattr(bags, name).cuda())
+    bags = bags.to("cuda")
     for number in range(epochs):
         training.train_epoch(model, training.shuffled_batches(bags, batch_size, number), optimiser, config, number)
     torch.cuda.synchronize()
