@@ -110,7 +110,7 @@ def lose_a_training_worker(nodes: Cluster, run: str, process: subprocess.Popen, 
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(1400)
+@pytest.mark.timeout(900)
 def test_a_cluster_gives_what_one_machine_does(rendered, tmp_path, monkeypatch):
     """Through the loss of a node in extraction and of a worker in training: the same shards, the same model."""
     with loopback.serve("0.0.0.0") as s3, cluster() as nodes:
