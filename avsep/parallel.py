@@ -29,6 +29,11 @@ def add_up(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def all_agree(is_so: bool, device: torch.device | str) -> bool:
+    """Tell whether something is so for every worker."""
+    return float(add_up(torch.tensor(float(is_so), device=device))) == place()[1]
+
+
 def add_up_gradients(model: nn.Module) -> None:
     """Sum each parameter's gradient over the workers: that of losses which are each divided by the whole batch."""
     for parameter in model.parameters():
@@ -70,15 +75,17 @@ class SharedBatchNorm(nn.BatchNorm1d):
             return super().forward(input)
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         input = input.float()  # sums over many rows, under autocast too
-        count = add_up(torch.tensor(float(len(input)), device=input.device))
-        mean = _Sum.apply(input.sum(0)) / count
-        centred = input - mean
+        x = input.float()  # under autocast it comes in bfloat16
+        count = add_up(torch.tensor(float(len(x)), device=x.device))
+        mean = _Sum.apply(x.sum(0)) / count
+        centred = x - mean
         variance = _Sum.apply(centred.square().sum(0)) / count
         with torch.no_grad():
             self.num_batches_tracked = self.num_batches_tracked + 1 if self.num_batches_tracked is not None else None
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1).clamp_min(1)), self.momentum)
-        return centred * (variance + self.eps).rsqrt() * self.weight + self.bias
+        normal = centred * (variance + self.eps).rsqrt() * self.weight + self.bias
+        return normal.to(input.dtype)
 
 
 def share_batch_norm(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import functools
 import io
 import json
@@ -11,6 +12,8 @@ import logging
 import math
 import os
 import re
+import socket
+import struct
 import sys
 import time
 import traceback
@@ -26,6 +29,7 @@ from tqdm import tqdm
 from avsep import storage
 
 DONE, SHORTFALL, UNUSABLE = 0, 1, 2  # exit statuses
+_SIOCGIFADDR = 0x8915  # Linux's number for "the interface's address"
 LOCAL_RUNNER = "FnApiRunner"  # Beam's default one tries to download another runner first
 
 
@@ -240,7 +244,17 @@ def train_workers(
     a cluster may grow.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    base: Any = TorchConfig().backend_cls
+
+    class Backend(base):
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(meet_at_ray_s_address)
+            super().on_start(worker_group, backend_config)
+
+    class Config(TorchConfig):
+        backend_cls = Backend
 
     n_workers = n_workers or runner.n_gpus or 1
     on_gpus = 0 < n_workers <= runner.n_gpus
@@ -253,6 +267,7 @@ def train_workers(
     trainer = TorchTrainer(
         fit,
         train_loop_config=job,
+        torch_config=Config(),
         scaling_config=ScalingConfig(
             num_workers=n_workers,
             use_gpu=on_gpus,
@@ -266,6 +281,18 @@ def train_workers(
         ),
     )
     trainer.fit()
+
+
+def meet_at_ray_s_address() -> None:
+    """Have gloo use the interface of this node's address: else it takes the host's name, often that of the loopback."""
+    import ray
+
+    address = ray.util.get_node_ip_address()
+    for _, name in socket.if_nameindex():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s, contextlib.suppress(OSError):  # it has none
+            answer = fcntl.ioctl(s.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            if socket.inet_ntoa(answer[20:24]) == address:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 Runner = InProcess | OnRay

@@ -98,7 +98,7 @@ def fit(job: dict[str, Any], report: Any = None) -> None:
         mixtures, val_mixtures = _read_mixtures(out, _MIXTURES_FILE), _read_mixtures(out, _VAL_MIXTURES_FILE)
     val = bags.load_bags(files, config.labels, "val")
     whole = None
-    if fits(job["n_bytes"], device):
+    if parallel.all_agree(fits(job["n_bytes"], device), device):  # else their batches would differ
         whole = bags.load_bags(files, config.labels, "train", teacher, mixtures)
         whole = whole.to(device) if whole is not None else None
     batch_size = training.batch_size_for(job["n_train"], training_config)

@@ -120,13 +120,11 @@ class Cluster:
         return Node(name, address, name)
 
     def start(self, *options: str) -> Node:
-        """Start a node, the head first."""
+        """Start a node, the head first; wait before the next one, since two may choose the same socket."""
         node = self._machine()
         command = ["ip", "netns", "exec", node.namespace] if node.namespace else []
         command += [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
         command += ["--node-ip-address", node.address, "--object-store-memory", str(200 << 20), *options]
-        for kind in ("plasma-store", "raylet"):  # else nodes that start together may choose the same
-            command += [f"--{kind}-socket-name", str(self.folder / f"{node.name}.{kind}")]
         if not self.nodes:
             command += ["--head", "--port", str(self.port), "--temp-dir", str(self.folder)]
             command += ["--dashboard-host", node.address, "--dashboard-port", str(self.dashboard_port)]

@@ -63,6 +63,14 @@ class S3:
         owner.create_dir(name)
         return name
 
+    def put(self, path: str, data: bytes) -> None:
+        """Replace an object from within the server."""
+        import moto.backends
+
+        bucket, _, key = path.partition("/")
+        (store,) = moto.backends.get_backend("s3").values()
+        store["aws"].put_object(bucket, key, data)
+
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Answer one request."""
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]

@@ -106,11 +106,11 @@ def lose_a_training_worker(nodes: Cluster, run: str, process: subprocess.Popen, 
     workers = [pid for n in nodes.nodes for pid in n.processes("RayTrainWorker")]
     assert len(workers) >= 2, workers
     os.kill(workers[-1], signal.SIGKILL)
-    assert len(history(run)) < 2 * EPOCHS
+    assert len(history(run)) < EPOCHS
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(1400)
+@pytest.mark.timeout(900)
 def test_a_cluster_gives_what_one_machine_does(rendered, tmp_path, monkeypatch):
     """Through the loss of a node in extraction and of a worker in training: the same shards, the same model."""
     with loopback.serve("0.0.0.0") as s3, cluster() as nodes:
@@ -118,14 +118,12 @@ def test_a_cluster_gives_what_one_machine_does(rendered, tmp_path, monkeypatch):
             monkeypatch.setenv(name, value)
             nodes.environment[name] = value
         nodes.environment.pop("PYTHONPATH", None)
-        nodes.start("--num-cpus", "0")
-        nodes.wait(1)
-        for _ in range(2):
-            nodes.start("--num-cpus", "1")
+        for number, cpus in enumerate(("0", "1", "1"), 1):
+            nodes.start("--num-cpus", cpus)
+            nodes.wait(number)
         there = f"s3://{s3.make_bucket()}/work"
         upload(rendered, f"{there}/data")
         storage.write_text(f"{there}/data/table.csv", table_of(rendered))
-        nodes.wait(3)
 
         logs = {p: tmp_path / f"{p}.log" for p in ("manifest", "extract", "train", "evaluate")}
         table, segments, clips = f"{there}/data/table.csv", f"{there}/manifest", f"{there}/clips"
@@ -179,24 +177,29 @@ def same_as_here(rendered: Path, there: str, here: Path) -> None:
         assert record.kl_divergence == pytest.approx(other.kl_divergence, rel=1e-4)
 
     rows, others = history(str(here / "run")), history(f"{there}/run")
-    assert [(r["pass"], r["epoch"]) for r in others] == [(p, e) for p in (1, 2) for e in range(EPOCHS)]
+    epochs = [[(r["pass"], r["epoch"]) for r in h] for h in (rows, others)]
+    assert epochs[0] == epochs[1] and epochs[1][:EPOCHS] == [(1, e) for e in range(EPOCHS)]  # each once
     first = [[r["train_loss"] for r in h if r["pass"] == 1] for h in (rows, others)]
-    print("losses", *first, [r["train_loss"] for r in rows[EPOCHS:]], [r["train_loss"] for r in others[EPOCHS:]])
-    models = [Model.load(m) for m in (str(here / "run" / "model"), f"{there}/run/model")]
-    relations = []
-    with torch.inference_mode():
-        for model in models:
-            maps = [model.network.relate(*(torch.from_numpy(x) for x in r.factors())) for r in mine.values()]
-            relations.append(torch.stack(maps).softmax(1))
-    difference = (relations[0] - relations[1]).abs()
-    print("relation maps differ by", float(difference.mean()), float(difference.max()))
+    print("losses", *first, [len(h) for h in (rows, others)])
+    factors = [tuple(torch.from_numpy(x) for x in r.factors()) for r in mine.values()]
+    chosen, last = [], []
+    for out in (str(here / "run"), f"{there}/run"):
+        model = Model.load(storage.join(out, "model"))
+        saved = torch.load(io.BytesIO(storage.read_bytes(storage.join(out, "checkpoint.pt"))), weights_only=True)
+        final = model.config.build()
+        final.load_state_dict(saved["network"])
+        with torch.inference_mode():
+            chosen.append(torch.stack([model.network.relate(*f) for f in factors]).softmax(1))
+            last.append(torch.stack([final.eval().relate(*f) for f in factors]).softmax(1))
+    differences = [float((x[0] - x[1]).abs().max()) for x in (chosen, last)]
+    print("relation maps differ by", *differences)
     results = [json.loads(storage.read_bytes(f"{o}/results/results.json")) for o in (str(here), there)]
     sdr = [{n: e["mean"]["sdr"] for n, e in r["separators"].items()} for r in results]
     print("SDR", sdr)
-    assert first[1] == pytest.approx(first[0], rel=1e-3)
-    assert float(difference.mean()) < 1e-3
+    assert first[1] == pytest.approx(first[0], rel=1e-4)
+    assert max(differences) < 2e-3
     for name, value in sdr[0].items():
-        assert sdr[1][name] == pytest.approx(value, abs=0.1), name
+        assert sdr[1][name] == pytest.approx(value, abs=0.01), name
 
 
 def test_submit_s_mistakes_get_one_line(tmp_path):

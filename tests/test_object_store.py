@@ -80,6 +80,7 @@ def test_the_whole_chain_in_an_unreliable_store(rendered, s3: S3, s3_folder, tmp
         assert not [f for f, data in files.items() if secret.encode() in data] and secret.encode() not in said
 
 
+@pytest.mark.slow
 def test_media_in_an_object_store_are_found_and_fetched(rendered, web, s3: S3, s3_folder):
     """Files under a video's id are taken as they are; what is missing is downloaded into the store."""
     clip = sorted((rendered / "clips").glob("*train*"))[0]
@@ -120,6 +121,7 @@ def test_a_store_that_refuses_stops_in_one_line(rendered, s3: S3, s3_folder, cap
     storage._s3.cache_clear()
 
 
+@pytest.mark.slow
 def test_a_lock_in_an_object_store_keeps_a_second_driver_out(s3: S3, s3_folder):
     path = f"{s3_folder}/extract.lock"
     with lock.Lock(path, "--out x", beat_s=0.2, stale_s=1.0) as mine:

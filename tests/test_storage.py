@@ -129,7 +129,7 @@ def every(n: int, fault: str) -> Callable[[str, str], str | None]:
     return lambda method, path: fault if next(numbers) % n == 0 else None
 
 
-@pytest.mark.parametrize("fault", ["slow_down", "reset", "cut"])
+@pytest.mark.parametrize("fault", [pytest.param("slow_down", marks=pytest.mark.slow), "reset", "cut"])
 def test_requests_that_fail_for_a_moment_are_made_again(s3: S3, s3_folder: str, fault: str) -> None:
     path = storage.join(s3_folder, "a.bin")
     s3.fault = every(2, fault)
@@ -171,6 +171,23 @@ def test_a_small_file_is_one_put(s3: S3, s3_folder: str) -> None:
     s3.requests.clear()
     storage.write_bytes(storage.join(s3_folder, "a.bin"), b"y" * 100_000)
     assert s3.requests == {"PUT": 1}
+
+
+def test_a_reader_sees_one_writer_s_file_whole(s3: S3, s3_folder: str) -> None:
+    """Also one that is replaced, by a longer or shorter one, between the requests that a read is made of."""
+    path = storage.join(s3_folder, "history.json")
+    lengths = itertools.cycle([1000, 20])
+    storage.write_bytes(path, b"x" * 10)
+
+    def replace_before(method: str, _: str) -> None:
+        if method == "GET" and s3.requests["GET"] <= 2:
+            s3.put(path.removeprefix("s3://"), b"y" * next(lengths))
+
+    s3.requests.clear()
+    s3.fault = replace_before
+    data = storage.read_bytes(path)
+    s3.calm()
+    assert data == storage.read_bytes(path)
 
 
 def test_keys_stand_as_they_are(s3: S3, s3_folder: str) -> None:
