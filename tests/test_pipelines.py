@@ -344,7 +344,8 @@ def test_each_program_runs_on_ray_as_a_command(run, rendered, tmp_path):
         ["extract", "--segments", segments, "--out", clips, "--weights", str(weights)],
         ["train", "--clips", clips, "--out", str(tmp_path / "run"), "--epochs", "1"],
         ["collect", "--model", model, "--clips", clips],
-        ["finetune", "--segments", segments, "--clips", clips, "--model", model, "--out", str(tmp_path / "labeller"), "--epochs", "1"],
+        ["finetune", "--segments", segments, "--clips", clips, "--model", model,
+         "--out", str(tmp_path / "labeller"), "--epochs", "1"],
         ["evaluate", "--model", model, "--segments", segments, "--references", str(rendered / "references"),
          "--out", str(tmp_path / "results")],
     ]  # fmt: skip
