@@ -334,18 +334,14 @@ def test_ray_and_a_plain_loop_write_the_same(run, rendered, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_each_program_runs_on_ray_as_a_command(run, rendered, tmp_path):
+def test_programs_run_on_ray_as_commands(run, rendered, tmp_path):
     """`python -m` makes the program `__main__`, which Ray's workers can't import."""
     weights = tmp_path / "small.safetensors"
     ImageLabeller("shufflenet_v2_x0_5", build_network("shufflenet_v2_x0_5", 1000).eval(), "").save(weights)
-    segments, clips, model = (str(tmp_path / "manifest"), str(tmp_path / "clips"), str(tmp_path / "run/model"))
+    segments, clips, model = str(rendered / "segments.csv"), str(tmp_path / "clips"), str(tmp_path / "run/model")
     commands = [
-        ["manifest", "--table", str(rendered / "segments.csv"), "--out", segments],
         ["extract", "--segments", segments, "--out", clips, "--weights", str(weights)],
         ["train", "--clips", clips, "--out", str(tmp_path / "run"), "--epochs", "1"],
-        ["collect", "--model", model, "--clips", clips],
-        ["finetune", "--segments", segments, "--clips", clips, "--model", model,
-         "--out", str(tmp_path / "labeller"), "--epochs", "1"],
         ["evaluate", "--model", model, "--segments", segments, "--references", str(rendered / "references"),
          "--out", str(tmp_path / "results")],
     ]  # fmt: skip
@@ -353,8 +349,7 @@ def test_each_program_runs_on_ray_as_a_command(run, rendered, tmp_path):
         ran = subprocess.run(
             [sys.executable, "-m", f"pipelines.{program}", *arguments], capture_output=True, text=True, timeout=300
         )
-        allowed = (0, 1) if program == "collect" else (0,)  # 1: so little training leaves no basis sure enough
-        assert ran.returncode in allowed, f"{program}: {ran.stdout[-2000:]}{ran.stderr[-2000:]}"
+        assert ran.returncode == 0, f"{program}: {ran.stdout[-2000:]}{ran.stderr[-2000:]}"
     assert all(r.image_logits is not None for r in shards.read_clips(clips))
     assert (tmp_path / "results/report.html").exists()
 
