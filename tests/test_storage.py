@@ -226,3 +226,7 @@ def test_file_systems_travel_to_other_processes_without_the_secret(s3: S3, s3_fo
     assert SECRET_KEY.encode() not in pickled and SESSION_TOKEN.encode() not in pickled
     storage.write_bytes(storage.join(s3_folder, "a"), b"x")
     assert pickle.loads(pickled).get_file_info(f"{inner}/a").size == 1
+
+
+def test_a_port_is_no_credential() -> None:
+    assert storage.resolve("hdfs://namenode:8020/a", ".") == "hdfs://namenode:8020/a"
