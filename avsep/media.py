@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import math
 import os
@@ -36,6 +37,8 @@ _UNINDEXED_LEAD_S = 12.0  # … and key frames may be this far apart
 _SLACK_S = 1.0  # media may end this much before their header says
 _LOG_BYTES = 1 << 20
 _CHUNK_BYTES = _PIPE_BYTES = 1 << 18
+_MAPPING = re.compile(rb"^\[info\] Stream mapping:", re.MULTILINE)  # follows the description of the input
+_NOT_RUN = (126, 127)  # setpriv's statuses when it can't run a program
 _NOISE = re.compile(
     "Error opening (in|out)put|Conversion failed|Terminating thread|Task finished|Nothing was written"
     "|Last message repeated"
@@ -392,7 +395,6 @@ class _FFmpeg:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                pipesize=_PIPE_BYTES,
                 pass_fds=(side,),
                 start_new_session=True,
                 preexec_fn=None if _setpriv() else _die_with_parent,
@@ -402,6 +404,9 @@ class _FFmpeg:
             raise
         finally:
             os.close(side)
+        assert self._process.stdout
+        with contextlib.suppress(OSError):  # a user's pipes together may be as large as the system says
+            fcntl.fcntl(self._process.stdout, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         limit = limits.max_memory_bytes
         with contextlib.suppress(ProcessLookupError):
@@ -439,7 +444,7 @@ class _FFmpeg:
                     data = os.read(key.fd, _CHUNK_BYTES)
                     if key.data is None:
                         log = (log + data)[-_LOG_BYTES:]
-                        if self._header is None and (not data or b"Stream mapping:" in log):
+                        if self._header is None and (not data or _MAPPING.search(log)):
                             self._read_header(log)
                     if not data:
                         selector.unregister(key.fileobj)
@@ -454,7 +459,9 @@ class _FFmpeg:
         except subprocess.TimeoutExpired:
             raise timeout from None
         self.log = log.decode(errors="replace")
-        if "Cannot allocate memory" in self.log:
+        if self._header is None and self.returncode in _NOT_RUN:
+            raise OSError(f"{ffmpeg_executable()} can't be run: {self.log.strip()[-200:]}")
+        if any("Cannot allocate memory" in line for line in self._errors()):
             raise ClipError(Reason.TOO_LARGE, "ffmpeg needs more memory than it may have")
         if self.returncode < 0:
             killed = self.returncode == -signal.SIGKILL  # from outside: the system may be short of memory
@@ -473,6 +480,9 @@ class _FFmpeg:
             raise ClipError(Reason.UNREADABLE, self.last_words() or "not media")
         return self._header
 
+    def _errors(self) -> list[str]:
+        return re.findall(r"^(?:\[[^]]*\] )*\[(?:error|fatal|panic)\] *(.*\S)", self.log, re.MULTILINE)
+
     @property
     def too_many_errors(self) -> bool:
         """Whether ffmpeg found that more than two thirds of a stream didn't decode."""
@@ -480,9 +490,7 @@ class _FFmpeg:
 
     def last_words(self) -> str:
         """The last line of the log that says what is wrong; empty when nothing is."""
-        lines = [
-            m[1] for m in re.finditer(r"^(?:\[[^]]*\] )*\[(?:error|fatal|panic)\] *(.*\S)", self.log, re.MULTILINE)
-        ]
+        lines = self._errors()
         lines = [line for line in lines if not _NOISE.match(line)] or lines
         return lines[-1].replace(str(self._path.absolute()), self._path.name) if lines else ""
 

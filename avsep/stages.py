@@ -138,6 +138,18 @@ def factorize_clips(
     waveforms: Sequence[NDArray[np.float32]], seeds: Sequence[int], config: ExtractionConfig, device: str
 ) -> list[Factors]:
     """Factorise several waveforms on a device, those of one length together; the factors are on the CPU."""
+    if len(waveforms) > 1:
+        try:
+            return _factorize_together(waveforms, seeds, config, device)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return [f for w, s in zip(waveforms, seeds, strict=True) for f in factorize_clips([w], [s], config, device)]
+    return _factorize_together(waveforms, seeds, config, device)
+
+
+def _factorize_together(
+    waveforms: Sequence[NDArray[np.float32]], seeds: Sequence[int], config: ExtractionConfig, device: str
+) -> list[Factors]:
     factors: dict[int, Factors] = {}
     by_length: dict[int, list[int]] = {}
     for i, waveform in enumerate(waveforms):

@@ -20,6 +20,7 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -193,6 +194,8 @@ class OnRay:
         try:
             return self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, self._ray.exceptions.RayActorError):  # that it called died, again and again
+                raise WorkerLost(" ".join(str(error.cause).split())[:200]) from None
             raise error.cause if isinstance(error.cause, Exception) else error from None
         except _lost_errors(self._ray) as error:
             raise WorkerLost(" ".join(str(error).split())[:200]) from None
@@ -256,7 +259,7 @@ def train_workers(
     class Config(TorchConfig):
         backend_cls = Backend
 
-    n_workers = n_workers or runner.n_gpus or 1
+    n_workers = n_workers or min(runner.n_gpus, runner.n_workers) or 1
     on_gpus = 0 < n_workers <= runner.n_gpus
     if n_workers > runner.n_workers:
         places = f"{runner.n_workers} CPUs and {runner.n_gpus} GPUs"
@@ -266,7 +269,7 @@ def train_workers(
     fs, folder = storage.filesystem(storage.join(out, "ray"))
     trainer = TorchTrainer(
         fit,
-        train_loop_config=job,
+        train_loop_config=job | {"device": "cuda" if on_gpus else "cpu"},  # Ray hides GPUs from nobody
         torch_config=Config(),
         scaling_config=ScalingConfig(
             num_workers=n_workers,
@@ -306,6 +309,17 @@ def map_in_order(runner: Runner, function: Callable[..., Any], items: Sequence[t
 
 def _numbered(number: int, function: Callable[..., Any], item: tuple[Any, ...]) -> tuple[int, Any]:
     return number, function(*item)
+
+
+def available_memory() -> int:
+    """Return how many bytes this process can still take: the machine's, or its container's."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = 1024 * int(fields["MemAvailable"].split()[0])
+    with contextlib.suppress(OSError, ValueError):  # no limit, or another kind of container
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used)
+    return free
 
 
 def one_thread() -> None:
@@ -639,8 +653,17 @@ _SECRETS = re.compile(
 def _write(level: str, text: str, fields: Mapping[str, Any]) -> None:
     now = time.time()
     at = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03d}Z"
-    line = json.dumps({"time": at, "level": level, "message": text, **fields}, ensure_ascii=False, default=str)
-    print(_SECRETS.sub("…", line), file=sys.stderr, flush=True)
+    line = _redacted({"time": at, "level": level, "message": text, **fields})
+    print(json.dumps(line, ensure_ascii=False, default=str), file=sys.stderr, flush=True)
+
+
+def _redacted(value: Any) -> Any:
+    """Hide secrets in a text, or in the texts of a mapping or list."""
+    if isinstance(value, str):
+        return _SECRETS.sub("…", storage.redact(value))
+    if isinstance(value, Mapping):
+        return {k: _redacted(v) for k, v in value.items()}
+    return [_redacted(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def fail(text: str) -> NoReturn:

@@ -50,7 +50,7 @@ _SECONDS_A_CLIP, _SECONDS_OF_PICTURES = 1.2, 2.2  # of one worker without GPU, u
 _MEDIA_BYTES = 1_000_000  # an excerpt of 10 s
 _FRAMES_A_CLIP = 201
 _ACTORS_A_GPU = 2  # one moves data while the other computes
-_LEAST_CPU = 0.25  # that a task claims, however long it waits for a GPU
+_LEAST_CPU = 0.5  # that a task claims, however long it waits for a GPU: its process takes 0.8 GB
 _OUTDATED_IN_A_ROW = 20  # downloads that fail as if yt-dlp no longer understood YouTube
 
 
@@ -147,7 +147,8 @@ def extract_shard(
         rejections = store.fetch_all(work.segments) if store else []
     else:
         locate = store.locate if store else None
-        process = functools.partial(job.process, factorize_elsewhere=factorize) if factorize else job.process
+        own = job.process is stages.extract_records  # others do all of their work themselves
+        process = functools.partial(job.process, factorize_elsewhere=factorize) if factorize and own else job.process
         records, rejections, seconds = process(work.segments, job.config, label, locate)
     # in a fetch, only a retry that succeeded has something to take back
     retried = store.retried if store else []
@@ -269,10 +270,10 @@ def extract(
 
 
 def busy_share(seconds: Mapping[str, float]) -> float:
-    """Return what part of a task's time its CPU works, while GPUs do the rest, as measured so far: ¼, ½, ¾ or 1.
+    """Return what part of a task's time its CPU works, while GPUs do the rest, as measured so far: ½, ¾ or 1.
 
     >>> [busy_share({"decode": d, "factorize": 3.0, "label": 1.0}) for d in (0.0, 1.0, 2.0, 50.0)]
-    [0.25, 0.25, 0.5, 1.0]
+    [0.5, 0.5, 0.5, 1.0]
     """
     waiting = seconds.get("factorize", 0.0) + seconds.get("label", 0.0)
     busy = sum(seconds.values()) - waiting

@@ -143,7 +143,7 @@ def fit(job: dict[str, Any], rank: int = 0, n_ranks: int = 1, report: Any = None
     """Train to the end from the job's checkpoint, if there is one: the body of one training worker."""
     config: FinetuningConfig = job["config"]
     out, labels = job["out"], job["labels"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = job.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(job["threads"])
     torch.manual_seed(config.seed)
     with storage.local_file(storage.join(out, _START)) as path:

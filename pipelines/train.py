@@ -73,7 +73,7 @@ def fit(job: dict[str, Any], report: Any = None) -> None:
     files, out = job["files"], job["out"]
     config: ModelConfig = job["config"]
     training_config: training.TrainingConfig = job["training"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = job.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(job["threads"])
     torch.manual_seed(training_config.seed)
     network = config.build().to(device)
@@ -142,7 +142,7 @@ def fits(n_bytes: int, device: str) -> bool:
     """Tell whether bases of so many bytes are to be held in memory, the GPU's where there is one."""
     if device == "cpu" or n_bytes < _IN_MEMORY_BYTES:
         return n_bytes < _IN_MEMORY_BYTES
-    host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    host = execution.available_memory() / parallel.place()[1]  # its other workers may be on this host
     return n_bytes < min(_OF_GPU * torch.cuda.mem_get_info()[0], _OF_HOST * host)
 
 

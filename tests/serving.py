@@ -175,7 +175,11 @@ class RayService:
         )  # fmt: skip
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = httpx.Client(base_url=self.url, timeout=120)
-        wait(self.ready, 200)
+        try:
+            wait(self.ready, 200)
+        except BaseException:
+            self.close()
+            raise
 
     def ready(self) -> bool:
         assert self.process.poll() is None, Path(self.log.name).read_text()

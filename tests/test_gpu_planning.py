@@ -81,5 +81,5 @@ def test_one_gpu_serves_the_stages_of_every_task(rendered, tmp_path, monkeypatch
 def test_tasks_claim_what_their_cpu_does():
     assert extract.busy_share({}) == 1.0  # nothing measured yet
     assert extract.busy_share({"decode": 1.0, "factorize": 0.0, "label": 0.0}) == 1.0
-    assert extract.busy_share({"decode": 1.0, "factorize": 3.0}) == 0.25
+    assert extract.busy_share({"decode": 3.0, "factorize": 2.0}) == 0.75
     assert extract.busy_share({"fetch": 1.0, "decode": 1.0, "label": 2.0}) == 0.5

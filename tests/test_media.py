@@ -158,6 +158,21 @@ def test_ffmpeg_is_started_once(movie: Path, make: Make, tmp_path: Path, monkeyp
         assert len(count.read_text()) == starts
 
 
+def test_tags_are_not_ffmpeg_s_words(movie: Path, folder: Path) -> None:
+    for name, words in (("mapping.mkv", "Stream mapping:"), ("memory.mkv", "Cannot allocate memory")):
+        run_ffmpeg("-i", movie, "-c", "copy", "-metadata", f"comment=a\n{words}\n[info] {words}", folder / name)
+        assert len(decode(folder / name).waveform) == 10 * RATE and probe(folder / name).has_video
+
+
+def test_an_ffmpeg_that_cannot_run_is_not_the_file_s_fault(movie: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", os.defpath)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nonexistent/ffmpeg")
+    if media.ffmpeg_executable() != "/nonexistent/ffmpeg":
+        pytest.skip("the system has an ffmpeg of its own")
+    with pytest.raises(OSError, match="nonexistent"):
+        decode(movie)
+
+
 def test_end_after_the_file(movie: Path) -> None:
     clip = decode(movie, 7.0, 25.0)
     assert len(clip.waveform) == 3 * RATE

@@ -107,6 +107,15 @@ def test_what_a_run_survives_is_logged_with_its_shard(broken, tmp_path, capsys, 
     assert "s3://…@bucket/x doesn't answer" in event["message"] and "hunter2" not in err
 
 
+def test_secrets_are_cut_out_and_the_line_stays_json(capsys, monkeypatch):
+    monkeypatch.setenv("AVSEP_LOG", "json")
+    text = 'no "https://host/y?token=s3cr3t": 403\nby http://me:s3/cr3t@proxy:80'
+    execution.say(text, detail=["ftp://me:s3cr3t@host/x"], attempts=3)
+    line = json.loads(capsys.readouterr().err)
+    assert line["message"] == 'no "https://host/y?…": 403\nby http://…@proxy:80' and line["attempts"] == 3
+    assert line["detail"] == ["ftp://…@host/x"]
+
+
 def test_logs_of_the_service_are_objects_without_secrets(capsys, monkeypatch):
     monkeypatch.setenv("AVSEP_LOG", "json")
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
