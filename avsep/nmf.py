@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from avsep import nmf_cpu
+from avsep import nmf_amx, nmf_code, nmf_cpu
 
 _TINY = torch.finfo(torch.float32).tiny  # keeps 0/0 at 0
 _FLOOR = 1e-20  # of WH, far below any audible magnitude: V / WH stays finite in float32, so 0 · (V / WH) is 0
@@ -158,7 +158,7 @@ def _update(V: Tensor, W: Tensor, H: Tensor, n_iter: int, *, update_bases: bool,
 
     On a GPU the whole batch at once; on a CPU one clip a thread, which stays in its core's cache.
     """
-    kernel = nmf_cpu.load() if V.device.type == "cpu" else None
+    kernel = _cpu_kernel(V.shape[1], H.shape[1]) if V.device.type == "cpu" else None
 
     def update_clips(clips: slice) -> None:
         v, w, h = V[clips], W[clips], H[clips]
@@ -167,7 +167,7 @@ def _update(V: Tensor, W: Tensor, H: Tensor, n_iter: int, *, update_bases: bool,
             _accelerate(problem, n_iter)
         else:
             problem.run(n_iter, update_bases=update_bases)
-        if isinstance(problem, nmf_cpu.Problem):
+        if isinstance(problem, nmf_code.Problem):
             for old, new in zip((w[0], h[0]), problem.factors(), strict=True):
                 old.copy_(new)
 
@@ -181,11 +181,17 @@ def _update(V: Tensor, W: Tensor, H: Tensor, n_iter: int, *, update_bases: bool,
             list(pool.map(update_clips, clips))
 
 
+def _cpu_kernel(n_bins: int, n_bases: int) -> nmf_amx.Kernel | nmf_cpu.Kernel | None:
+    """Return this CPU's fastest kernel for a problem's shape: matrix units always work on 32 bases and 128 bins."""
+    matrix_units = nmf_amx.load() if 16 <= n_bases <= nmf_amx.MAX_BASES and n_bins >= 512 else None
+    return matrix_units or nmf_cpu.load()
+
+
 _WORTH_ACCELERATING = 50  # iterations
 _LONGEST_STEP = 8.0  # longer ones reach other, often worse, minima
 
 
-def _accelerate(problem: _Blocks | nmf_cpu.Problem, n_iter: int) -> None:
+def _accelerate(problem: _Blocks | nmf_code.Problem, n_iter: int) -> None:
     """Reach the divergence of `n_iter` iterations in about half of them.
 
     After a fifth of them, done as ever (the basin of the minimum is chosen there), pairs of

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import os
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,20 +107,28 @@ class Code:
         return ctypes.CFUNCTYPE(returned, *arguments)(self._engine.get_function_address(name))
 
 
-class Problem:
+class Problem(ABC):
     """One clip's factorisation under way: W and H in the layout of the code that updates them, padded with zeros."""
 
     code: Code
     W: Tensor
     H: Tensor
 
+    @abstractmethod
+    def run(self, n_iter: int, *, update_bases: bool = True, measure: bool = False) -> Tensor:
+        """Do `n_iter` iterations; return the divergence before the last update, if it is to be measured, `(1,)`."""
+
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return W `(F, M)` and H `(M, N)`."""
+
     @property
     def state(self) -> tuple[Tensor, Tensor]:
         """W and H, a batch of one; after changing them call `sum_up`."""
         return self.W.unsqueeze(0), self.H.unsqueeze(0)
 
-    def sum_up(self) -> None:
-        """Sum the factors, where the next iteration starts from their sums."""
+    def sum_up(self) -> None:  # noqa: B027
+        """Sum the factors, in a layout whose next iteration starts from their sums."""
 
     def extrapolate(self, older: Sequence[Tensor], old: Sequence[Tensor], limit: Tensor) -> Tensor:
         """Go on from two earlier states along the logarithms' parabola; return the step's length, `(1,)`."""
@@ -242,10 +251,14 @@ class Emitter:
     def _min(self, x: Any, most: float) -> Any:
         return self.b.select(self.b.fcmp_ordered("<", x, self._splat(most)), x, self._splat(most))
 
+    def _reciprocal(self, x: Any) -> Any:
+        """Approximate `1 / x` to 12 bits or more."""
+        rest = [self.ir.Constant(self.vector, None), self.ir.IntType(16)(-1)] if self.lanes == 16 else []
+        return self._call(self.instructions.reciprocal, self.vector, [x, *rest])
+
     def _quotient(self, v: Any, x: Any) -> Any:
         """`v / x` to float32's precision but for a last bit: an approximation and one step of Newton's."""
-        rest = [self.ir.Constant(self.vector, None), self.ir.IntType(16)(-1)] if self.lanes == 16 else []
-        y = self._call(self.instructions.reciprocal, self.vector, [x, *rest])
+        y = self._reciprocal(x)
         error = self._fma(self.b.fneg(x), y, self._splat(1.0))
         rough = self.b.fmul(v, y)
         return self._fma(rough, error, rough)

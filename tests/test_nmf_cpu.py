@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from avsep import nmf, nmf_cpu
+from avsep import nmf, nmf_amx, nmf_code, nmf_cpu
 from avsep.stft import STFT
 from avsep.synthetic import SceneConfig, render_scene
 
@@ -27,17 +27,25 @@ def sounding(number: int) -> torch.Tensor:
 
 
 @functools.cache
-def kernels() -> list[nmf_cpu.Kernel]:
+def kernels() -> list[nmf_cpu.Kernel | nmf_amx.Kernel]:
     """The kernels of every instruction set that this processor has."""
     best = nmf_cpu.load()
     if best is None:
         return []
-    return [nmf_cpu.Kernel(t, nmf_cpu.build(t)) for t in {best.tile, nmf_cpu.AVX2}]
+    on_vectors = [nmf_cpu.Kernel(t, nmf_cpu.build(t)) for t in {best.tile, nmf_cpu.AVX2}]
+    on_matrices = nmf_amx.load()
+    return [*on_vectors, on_matrices] if on_matrices else list(on_vectors)
+
+
+def problems(V: torch.Tensor, W: torch.Tensor, H: torch.Tensor) -> list[nmf_code.Problem]:
+    """One for each kernel that takes so many bases."""
+    few = len(H) <= nmf_amx.MAX_BASES
+    return [k.problem(V, W, H) for k in kernels() if few or not isinstance(k, nmf_amx.Kernel)]
 
 
 @pytest.mark.parametrize(
     ("n_bins", "n_frames", "n_bases"),
-    [(2401, 201, 25), (301, 61, 6), (1, 1, 1), (47, 3, 2), (48, 24, 40), (49, 25, 100), (130, 500, 3)],
+    [(2401, 201, 25), (301, 61, 6), (1, 1, 1), (47, 3, 2), (48, 24, 40), (49, 25, 100), (130, 500, 3), (129, 33, 31)],
 )
 def test_the_kernel_does_what_torch_does(n_bins: int, n_frames: int, n_bases: int) -> None:
     """Any shape: panels and tiles that are full, ragged, or hold a single row."""
@@ -46,30 +54,58 @@ def test_the_kernel_does_what_torch_does(n_bins: int, n_frames: int, n_bases: in
     W0, H0 = uniform(n_bins, n_bases, seed=1) + 0.1, uniform(n_bases, n_frames, seed=2) + 0.1
     W, H = W0[None].clone(), H0[None].clone()
     torch_measured = nmf._Blocks(V[None], W, H).run(3, measure=True)
-    for kernel in kernels():
-        problem = kernel.problem(V, W0, H0)
+    for problem, held, before in zip(*(problems(V, W0, H0) for _ in range(3)), strict=True):
         measured = problem.run(3, measure=True)
         assert all(
             torch.allclose(a, b[0], rtol=1e-4, atol=1e-7) for a, b in zip(problem.factors(), (W, H), strict=True)
         )
-        held = kernel.problem(V, W0, H0)
         held.run(3, update_bases=False)
         assert torch.equal(held.factors()[0], W0)
         expected = H0[None].clone()
         nmf._Blocks(V[None], W0[None], expected).run(3, update_bases=False)
         assert torch.allclose(held.factors()[1], expected[0], rtol=1e-4, atol=1e-7)
         # measured before the last half-iteration, so it lies above the end and below the end but one
-        before = kernel.problem(V, W0, H0)
         before.run(2)
         above = float(nmf.kl_divergence(V, *before.factors()))
         assert float(torch_measured) * (1 - 1e-4) <= float(measured) <= above * (1 + 1e-4) + 1e-4
 
 
+@pytest.mark.skipif(nmf_amx.load() is None, reason="no matrix units")
+def test_matrix_units_are_as_exact_as_float32() -> None:
+    """200 iterations end as near to float64's factors as those of the vector units do."""
+    V, n_bases = sounding(3), 25
+    W0, H0 = (x[0] for x in nmf._start(V[None], n_bases, 0))
+    W, H, V_64 = W0.double(), H0.double(), V.double()
+    for _ in range(200):
+        W *= (V_64 / (W @ H).clamp_min(1e-20)) @ H.T / H.sum(1)
+        H *= W.T @ (V_64 / (W @ H).clamp_min(1e-20)) / W.sum(0)[:, None]
+    exact = nmf._normalise(W.float(), H.float())
+
+    def distance(problem: nmf_code.Problem) -> float:
+        problem.run(200)
+        found = nmf._normalise(*problem.factors())
+        return max(float((a - b).square().mean().sqrt() / b.max()) for a, b in zip(found, exact, strict=True))
+
+    *on_vectors, on_matrices = (distance(p) for p in problems(V, W0, H0))
+    assert on_matrices < 5 * max(on_vectors) + 1e-6
+
+
+@pytest.mark.skipif(nmf_amx.load() is None, reason="no matrix units")
+@pytest.mark.parametrize("level", [1e-12, 1e12])
+def test_matrix_units_take_any_level(level: float) -> None:
+    V = sounding(4)
+    W, H = nmf.factorize(V, 25, n_iter=20)
+    W_2, H_2 = nmf.factorize(V * level, 25, n_iter=20)
+    assert torch.allclose(W, W_2, rtol=1e-3, atol=1e-4)
+    assert torch.allclose(H * level, H_2, rtol=1e-3, atol=1e-4 * level)
+
+
 def test_both_paths_end_at_the_same_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
     V = sounding(5)
-    found = float(nmf.kl_divergence(V, *nmf.factorize(V, 8, n_iter=200, seeds=1)))
-    monkeypatch.setattr(nmf_cpu, "load", lambda: None)
-    assert found == pytest.approx(float(nmf.kl_divergence(V, *nmf.factorize(V, 8, n_iter=200, seeds=1))), rel=1e-4)
+    found = [float(nmf.kl_divergence(V, *nmf.factorize(V, m, n_iter=200, seeds=1))) for m in (8, 25)]
+    monkeypatch.setattr(nmf, "_cpu_kernel", lambda *_: None)
+    in_torch = [float(nmf.kl_divergence(V, *nmf.factorize(V, m, n_iter=200, seeds=1))) for m in (8, 25)]
+    assert found == pytest.approx(in_torch, rel=1e-4)
 
 
 def test_clips_in_several_threads_are_the_same_clips() -> None:

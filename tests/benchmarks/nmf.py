@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from avsep import nmf, nmf_cpu
+from avsep import nmf, nmf_amx, nmf_cpu
 from avsep.stft import STFT
 from avsep.synthetic import SceneConfig, render_scene
 from tests.benchmarks import measure
@@ -39,6 +39,13 @@ def sides(n_bases: int, n_iter: int, quick: bool = False) -> dict[str, Callable[
         nmf._Blocks(V[None], W, H).run(n_iter)
         return W[0], H[0]
 
+    def on_vector_units() -> tuple[torch.Tensor, torch.Tensor]:
+        kernel = nmf_cpu.load()
+        assert kernel is not None
+        problem = kernel.problem(V, W0, H0)
+        problem.run(n_iter)
+        return problem.factors()
+
     def plain_torch() -> tuple[torch.Tensor, torch.Tensor]:
         W, H = W0.clone(), H0.clone()
         for _ in range(n_iter):
@@ -61,6 +68,8 @@ def sides(n_bases: int, n_iter: int, quick: bool = False) -> dict[str, Callable[
         "numpy": plain_numpy,
         "scikit-learn float32": functools.partial(scikit_learn, v, w0, h0, n_iter, np.float32),
     }
+    if nmf_amx.load():
+        found["avsep without matrix units"] = on_vector_units
     if not quick:
         found["scikit-learn float64"] = functools.partial(scikit_learn, v, w0, h0, n_iter, np.float64)
         found |= peers(V, W0, H0, n_iter)
@@ -148,9 +157,9 @@ def main() -> None:
     p.add_argument("--quick", action="store_true", help="without the slow peers")
     arguments = p.parse_args()
     make = functools.partial(sides, arguments.bases, arguments.iterations, arguments.quick)
-    kernel = nmf_cpu.load()
+    kernel = nmf._cpu_kernel(STFT().n_bins, arguments.bases)
     print(
-        f"kernel: {kernel.tile.lanes if kernel else 'none:'} lanes; M = {arguments.bases}, {arguments.iterations} its"
+        f"kernel: {type(kernel).__module__ if kernel else 'torch'}; M = {arguments.bases}, {arguments.iterations} its"
     )
     ends = divergences(make())
     figures: dict[str, Any] = {"divergence": ends}
