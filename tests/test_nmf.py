@@ -11,7 +11,6 @@ from avsep.nmf import factorize, infer_activations, kl_divergence
 from avsep.stft import STFT
 from avsep.synthetic import planted_bases
 
-
 ROUNDING = {"matrix units": 2**-15, "vector units": 1e-5, "torch": 1e-5}  # of an update
 
 
