@@ -315,12 +315,20 @@ class _Updates(Emitter):
             lambda: times(0),
         ]
 
-    def _quotients(self, first: Any, second: Any, products: Any, ratios: Any, total: Any = None) -> Steps:
-        """From two tiles of V and of WH make one of packed V/(WH); add the divergence to `total`."""
+    def _quotients(
+        self, first: Any, second: Any, products: Any, ratios: Any, total: Any = None, ahead: Any = None
+    ) -> Steps:
+        """From two tiles of V and of WH make one of packed V/(WH).
+
+        Their divergence is added to `total`; what lies `ahead` of V is fetched from memory into the second cache.
+        """
 
         def row(number: int) -> None:
             wh = [self._load(products, tile * _TILE + 16 * number) for tile in range(2)]
             v = [self._load(place, 16 * number) for place in (first, second)]
+            for place in (first, second) if ahead is not None else ():
+                later = self._at(place, ahead, 16 * number)
+                self._call("llvm.prefetch.p0", self.void, [later, *(self.i32(n) for n in (0, 2, 1))])
             pair = self._two_quotients(v, wh, 1.0 if total is not None else 1.0 + _TRUNCATED)
             if total is not None:  # V log(V/WH) − V + WH, never negative
                 terms = self._load(total)
@@ -345,6 +353,7 @@ class _Updates(Emitter):
         f = self._function("bases", self.void, [self.pointer] * 7 + [self.i64])
         V, W_rows, H_rows, H_columns, products, ratios, out, n_pairs = f.args
         product_tile, high, low = 4, 5, 6
+        panel_size = self._index(n_pairs, 4 * _TILE)
 
         def product(pair: Any, half: int) -> Steps:
             w, h = self._at(W_rows, half * 2 * _TILE), self._at(H_rows, self._index(pair, 4 * _TILE))
@@ -358,7 +367,7 @@ class _Updates(Emitter):
         def quotients(pair: Any, half: int) -> Steps:
             v = self._at(V, self._index(pair, 4 * _TILE), half * _TILE)
             wh, ratio = (self._at(x, half * 2 * _TILE) for x in (products, ratios))
-            return self._quotients(v, self._at(v, 2 * _TILE), wh, ratio)
+            return self._quotients(v, self._at(v, 2 * _TILE), wh, ratio, ahead=panel_size)
 
         def sums(pair: Any, half: int) -> Steps:
             r, h = self._at(ratios, half * 2 * _TILE), self._at(H_columns, self._index(pair, 4 * _TILE))
