@@ -113,7 +113,7 @@ def kl_divergence(V: Tensor, W: Tensor, H: Tensor) -> Tensor:
     for start in range(0, V.shape[-2], _CPU_BLOCK):  # a long clip's terms take much room
         rows = slice(start, start + _CPU_BLOCK)
         v, wh = V[..., rows, :], W[..., rows, :] @ H
-        terms = torch.special.xlogy(v, v / wh).sub_(v).add_(wh)
+        terms = (v / wh).clamp_min_(_TINY).log_().mul_(v).sub_(v).add_(wh)  # 0 log 0 = 0; torch's xlogy is slow
         total += terms.nan_to_num_(nan=0.0, posinf=torch.inf).sum((-2, -1), dtype=torch.float64)
     return total
 
@@ -192,13 +192,13 @@ _LONGEST_STEP = 8.0  # longer ones reach other, often worse, minima
 
 
 def _accelerate(problem: _Blocks | nmf_code.Problem, n_iter: int) -> None:
-    """Reach the divergence of `n_iter` iterations in about half of them.
+    """Reach the divergence of `n_iter` iterations in little more than half of them.
 
     After a fifth of them, done as ever (the basin of the minimum is chosen there), pairs of
     iterations are extrapolated in the factors' logarithms (SQUAREM, Varadhan and Roland 2008,
     scheme S3) and followed by one more iteration. Where that has raised the divergence it is undone.
     """
-    start, total = n_iter // 5, n_iter // 2
+    start, total = n_iter // 5, n_iter * 27 // 50
     last = problem.run(start, measure=True)
     limit = torch.full_like(last, 4.0)
     older, old, newest = ([torch.empty_like(x) for x in problem.state] for _ in range(3))

@@ -100,6 +100,17 @@ def test_matrix_units_take_any_level(level: float) -> None:
     assert torch.allclose(H * level, H_2, rtol=1e-3, atol=1e-4 * level)
 
 
+@pytest.mark.skipif(nmf_amx.load() is None, reason="no matrix units")
+def test_others_use_the_matrix_units_in_turns() -> None:
+    """torch multiplies bfloat16 on the same units, in the same thread."""
+    V, a, b = sounding(6), uniform(300, 500).bfloat16(), uniform(500, 200).bfloat16()
+    factors, product = nmf.factorize(V, 25, n_iter=5), a @ b
+    for _ in range(3):
+        again = nmf.factorize(V, 25, n_iter=5)
+        assert torch.equal(a @ b, product)
+        assert all(torch.equal(x, y) for x, y in zip(again, factors, strict=True))
+
+
 def test_both_paths_end_at_the_same_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
     V = sounding(5)
     found = [float(nmf.kl_divergence(V, *nmf.factorize(V, m, n_iter=200, seeds=1))) for m in (8, 25)]
