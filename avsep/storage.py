@@ -142,8 +142,21 @@ def is_directory(path: str) -> bool:
 
 
 def make_directory(path: str) -> None:
-    """Create a directory and its parents; there is none to create on an object store."""
+    """Create a directory and its parents; there is none to create on an object store.
+
+    Raises OSError, with the remedy, where a file is in the way or nothing may be written.
+    """
     fs, inner = filesystem(path)
+    if isinstance(fs, pafs.LocalFileSystem):
+        try:
+            os.makedirs(inner, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise NotADirectoryError(f"{path}: a file is in the way; give a folder") from None
+        except OSError as error:
+            raise OSError(f"{path} can't be made ({error.strerror}); give a folder that can be written to") from None
+        if not os.access(inner, os.W_OK):
+            raise PermissionError(f"{path} is read-only; give a folder that can be written to")
+        return
     fs.create_dir(inner, recursive=True)
 
 

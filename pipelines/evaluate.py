@@ -554,6 +554,7 @@ def run(arguments: argparse.Namespace) -> int:
         fail(f"{arguments.segments} holds no segments of --split {arguments.split}")
     for model in filter(None, (arguments.model, arguments.paper_model)):
         Separator.load(model)  # a mistake is told before the work begins
+    storage.make_directory(out)
     job = Job(arguments.model, arguments.paper_model, arguments.references, arguments.given, protocol)
     with execution.session(arguments.in_process) as runner:
         cases, errors = choose(runner, segments, job)

@@ -512,10 +512,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             uris = list(dict.fromkeys(storage.resolve(uri, ".") for uri in args.audioset))
             ontology = storage.resolve(args.ontology, ".") if args.ontology else None
             blocks, read = plan_audioset(uris, ontology, args.own_node_only)
-        if storage.exists(out) and not storage.is_directory(out):
-            raise ValueError(f"--out {args.out} is a file; give a folder")
         pipeline = beam.Pipeline(options=options)
         staging = storage.join(out, STAGING)
+        storage.make_directory(out)
         remove_folder(staging)
         storage.make_directory(staging)
     except (ValueError, OSError, ImportError) as error:

@@ -313,6 +313,10 @@ def test_what_is_no_model_is_said_in_one_line(tmp_path: Path) -> None:
         ("config.json", json.dumps(config | {"colour": "red"}).encode()),
         ("config.json", json.dumps({k: v for k, v in config.items() if k != "objects"}).encode()),
         ("config.json", json.dumps(config | {"n_bases": 6, "objects": ["dog"]}).encode()),
+        ("config.json", json.dumps([config]).encode()),
+        ("config.json", json.dumps(config | {"n_bases": "6"}).encode()),
+        ("config.json", json.dumps(config | {"stft": None}).encode()),
+        ("config.json", json.dumps(config | {"separation": config["separation"] | {"window_s": "10"}}).encode()),
         ("miml.safetensors", other),
         ("miml.safetensors", whole["miml.safetensors"][:-9]),
         ("dictionary.safetensors", b"no tensors at all"),
@@ -323,6 +327,9 @@ def test_what_is_no_model_is_said_in_one_line(tmp_path: Path) -> None:
             path.unlink()
         for n, c in (whole | {name: content}).items():
             (folder / n).write_bytes(c)
-        with pytest.raises(ValueError, match=r"bad is no model of format 2: .") as caught:
+        with pytest.raises(ValueError, match=r"bad is no model of format 2: (config|miml|dictionary)\.(json|safetensors): .") as caught:
             Model.load(str(folder))
         assert "\n" not in str(caught.value)
+    (good / "miml.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"good holds no miml.safetensors: copy the whole model folder"):
+        Model.load(str(good))
