@@ -18,7 +18,7 @@ import pytest
 import soundfile
 import torch
 
-from avsep import cli, media, records, shards, synthetic, vision
+from avsep import cli, media, records, shards, storage, synthetic, vision
 from avsep.model import Model
 from avsep.objects import object_index, object_scores, weak_labels
 from avsep.vision import ImageLabeller, build_network
@@ -242,6 +242,22 @@ def test_separate_gives_wavs_that_add_up(run, rendered, tmp_path):
     assert (out / "relation_map.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_separate_reads_and_writes_where_a_uri_says(run, rendered, tmp_path, memory_folder):
+    """The same as locally; what an earlier separation left there goes."""
+    video = sorted((rendered / "clips").glob("*test*"))[0]
+    storage.write_bytes(f"{memory_folder}/clip.flac", video.read_bytes())
+    command = ["separate", f"{memory_folder}/clip.flac", "--model", str(run / "run" / "model")]
+    out = f"{memory_folder}/out"
+    assert cli.main([*command, "--out", out, "--objects", "flute"]) == 0
+    assert cli.main([*command, "--out", out, "--objects", "drum,violin"]) == 0
+    assert cli.main([*command, "--out", str(tmp_path), "--objects", "drum,violin"]) == 0
+    names = ["_rest.wav", "drum.wav", "relation_map.png", "separation.json", "violin.wav"]
+    assert [storage.name(f) for f in storage.list_files(out)] == names == sorted(os.listdir(tmp_path))
+    for name, samples in wavs(tmp_path).items():
+        with storage.local_file(f"{out}/{name}.wav") as path:
+            assert np.array_equal(soundfile.read(path, dtype="float32")[0], samples)
+
+
 def test_separate_covers_a_long_file_in_windows(run, tmp_path):
     rng = np.random.default_rng(0)
     sound = np.concatenate([synthetic.performance(n, rng, 9.0) for n in ("drum", "flute", "violin")])[: 26 * RATE]
@@ -283,7 +299,9 @@ def test_separate_leaves_foreign_wavs_alone(run, rendered, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["separate", "missing.mp4", "--model", "MODEL", "--out", "OUT"], ["missing.mp4"]),
+        (["separate", "missing.mp4", "--model", "MODEL", "--out", "OUT"], ["missing.mp4", "check the path"]),
+        (["separate", "VIDEO", "--model", "MODEL", "--out", "VIDEO"], ["--out", "is a file; give a folder"]),
+        (["separate", __file__, "--model", "MODEL", "--out", "OUT"], [__file__, "unreadable"]),
         (["separate", "VIDEO", "--model", "nowhere", "--out", "OUT"], ["nowhere", "pipelines.train"]),
         (["separate", "VIDEO", "--model", "MODEL", "--out", "OUT", "--objects", "kazoo"], ["kazoo", "violin"]),
         (["separate", "VIDEO", "--model", "MODEL", "--out", "OUT", "--objects", ","], ["--objects"]),

@@ -327,7 +327,7 @@ def test_what_is_no_model_is_said_in_one_line(tmp_path: Path) -> None:
             path.unlink()
         for n, c in (whole | {name: content}).items():
             (folder / n).write_bytes(c)
-        with pytest.raises(ValueError, match=r"bad is no model of format 2: (config|miml|dictionary)\.(json|safetensors): .") as caught:
+        with pytest.raises(ValueError, match=r"bad is no model of format 2: [a-z]+\.[a-z]+: .") as caught:
             Model.load(str(folder))
         assert "\n" not in str(caught.value)
     (good / "miml.safetensors").unlink()
