@@ -50,6 +50,7 @@ _LOST_DB = -30.0  # what a sound that was lost altogether counts, instead of −
 _WORST = 10
 _MOST_PAIRS = 200
 _ALONE_DB = 20.0  # an object sounds alone when whatever else there is stays this far below it
+_SLACK_S = 1.0  # a clip may end this much before or after its references, as codecs pad and files end early
 _HEARD = 0.01  # scores below it are no claim that an object is audible
 
 
@@ -112,18 +113,29 @@ class ClipResult:
 def references_of(folder: str, segment_id: str) -> tuple[dict[str, NDArray[np.float32]], int]:
     """Read `folder/segment_id/OBJECT.flac` (or .wav); return waveforms by name and their rate.
 
-    Raises ValueError when there is none, or rates or lengths differ.
+    Raises ValueError when there is none, one is damaged or there twice, or rates or lengths differ.
     """
     waveforms: dict[str, NDArray[np.float32]] = {}
     shapes = set()
     for path in storage.list_files(storage.join(folder, segment_id)):
         stem, _, kind = storage.name(path).rpartition(".")
         if kind in ("flac", "wav"):
-            samples, rate = soundfile.read(io.BytesIO(storage.read_bytes(path)), dtype="float32", always_2d=True)
+            try:
+                samples, rate = soundfile.read(io.BytesIO(storage.read_bytes(path)), dtype="float32", always_2d=True)
+            except soundfile.LibsndfileError as error:
+                raise ValueError(f"{path} is no sound that can be read: {error.error_string}") from None
+            if not len(samples) or not np.isfinite(samples).all():
+                raise ValueError(f"{path} has no samples, or some that are not finite numbers")
+            if stem in waveforms:
+                raise ValueError(f"{path}: there is a .flac and a .wav of this object; remove one")
             waveforms[stem] = samples.mean(1)
             shapes.add((len(samples), rate))
     if len(shapes) != 1:
-        what = "no references" if not shapes else f"references of several lengths or rates {sorted(shapes)}"
+        what = (
+            "no references (OBJECT.flac or .wav)"
+            if not shapes
+            else f"references of several lengths or rates {sorted(shapes)}"
+        )
         raise ValueError(f"{storage.join(folder, segment_id)}: {what}")
     return waveforms, shapes.pop()[1]
 
@@ -153,6 +165,11 @@ class Case:
         with storage.local_file(segment.source) as path:
             clip = media.decode(path, segment.start_s, segment.end_s, sample_rate=sample_rate)
         length = len(waveforms[names[0]])
+        if abs(length - len(clip.waveform)) > _SLACK_S * sample_rate:
+            raise ValueError(
+                f"references of {segment.segment_id} last {length / sample_rate:.2f} s, the clip "
+                f"{len(clip.waveform) / sample_rate:.2f} s: give references of the excerpt, aligned with it"
+            )
         mixture = np.pad(clip.waveform[:length], (0, max(0, length - len(clip.waveform))))
         return cls(
             segment,
@@ -410,7 +427,9 @@ def _ahead(clips: Sequence[ClipResult], name: str) -> dict[str, Any]:
 
 
 def _bootstrap(values: Sequence[NDArray[np.float64]]) -> list[float]:
-    """Return a 95 % interval of the mean over all values, clips drawn with replacement."""
+    """Return a 95 % interval of the mean over all values, clips drawn with replacement; NaN for a single clip."""
+    if len(values) < 2:
+        return [float("nan")] * 2
     sums, counts = np.array([np.nansum(v) for v in values]), np.array([np.isfinite(v).sum() for v in values])
     rows = np.random.default_rng(0).integers(len(values), size=(1000, len(values)))
     means = sums[rows].sum(1) / np.maximum(counts[rows].sum(1), 1)
@@ -472,11 +491,14 @@ def table_header(results: dict[str, Any]) -> list[str]:
 
 def _intervals(name: str, entry: dict[str, Any]) -> list[str]:
     ahead = entry["default_ahead"]
-    low, high = ahead["interval_95"]
     return [
-        "{:.1f} … {:.1f}".format(*entry["interval_95"]),
-        "–" if name == "default" else f"{ahead['sdr']:.1f} ({low:.1f} … {high:.1f})",
+        _span(entry["interval_95"]),
+        "–" if name == "default" else f"{ahead['sdr']:.1f} ({_span(ahead['interval_95'])})",
     ]
+
+
+def _span(interval: Sequence[float]) -> str:
+    return "–" if np.isnan(interval[0]) else "{:.1f} … {:.1f}".format(*interval)
 
 
 def _kind(name: str) -> str:
@@ -552,6 +574,10 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if not segments:
         fail(f"{arguments.segments} holds no segments of --split {arguments.split}")
+    if arguments.given == "labels" and (untold := sum(s.labels is None for s in segments)):
+        if untold == len(segments):
+            fail(f"--given labels: {arguments.segments} gives none; add a column `labels`, or say --given none")
+        say(f"evaluate: {untold} of {len(segments)} clips have no labels: of them the separators are told nothing")
     for model in filter(None, (arguments.model, arguments.paper_model)):
         Separator.load(model)  # a mistake is told before the work begins
     storage.make_directory(out)
@@ -638,13 +664,17 @@ def _by_object(results: dict[str, Any], figure: str, title: str) -> tuple[list[s
 
 def _summary(results: dict[str, Any]) -> str:
     auc = results["silent_auc"]
-    by_sources = ", ".join(f"{k}: {a:.3f}" for k, a in results["basis_accuracy_by_sources"].items())
+    by_sources = ", ".join(f"{k}: {_share(a)}" for k, a in results["basis_accuracy_by_sources"].items())
     return (
-        f"Bases given to the right object, by energy: {results['basis_accuracy']:.3f} "
+        f"Bases given to the right object, by energy: {_share(results['basis_accuracy'])} "
         f"(by number of sources {by_sources}); "
-        f"mAP of what is heard: {results['map']:.3f}"
+        f"mAP of what is heard: {_share(results['map'])}"
         + ("" if auc is None else f"; silent visible objects told apart, AUC: {auc:.3f}")
     )
+
+
+def _share(value: float) -> str:
+    return "–" if np.isnan(value) else f"{value:.3f}"
 
 
 def console_table(results: dict[str, Any]) -> list[str]:

@@ -121,6 +121,7 @@ def test_results_hold_floor_and_ceiling_in_order(run):
     entry = results["separators"]["mixture"]
     assert entry["default_ahead"]["sdr"] == pytest.approx(sdr["default"] - sdr["mixture"])
     assert entry["interval_95"][0] <= sdr["mixture"] <= entry["interval_95"][1]
+    assert evaluate._bootstrap([np.zeros(3)]) == pytest.approx([math.nan] * 2, nan_ok=True)  # nothing to draw from
     curve = results["calibration"]["sound_score"]
     assert 0 <= curve["expected_calibration_error"] <= 1 and sum(b["count"] for b in curve["bins"]) >= 6
     assert len(results["clips"]) == 3
@@ -145,7 +146,7 @@ def solos(tmp_path_factory) -> Path:
 def test_the_published_protocols(run, solos, tmp_path, protocol):
     arguments = ["--model", str(run / "run" / "model"), "--segments", str(solos / "table.csv"), "--in-process"]
     arguments += ["--references", str(solos / "references"), "--out", str(tmp_path), "--protocol", protocol]
-    assert evaluate.main([*arguments, "--given", "labels"]) == 2
+    assert evaluate.main([*arguments, "--given", "none"]) == 2
     assert evaluate.main(arguments) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     separators, ids = results["separators"], [c["segment_id"] for c in results["clips"]]
@@ -180,6 +181,32 @@ def test_evaluation_without_being_told(run, rendered, tmp_path, given):
     assert evaluate.main(arguments) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert math.isfinite(results["separators"]["default"]["mean"]["sdr"])
+
+
+def test_references_that_do_not_fit_are_named(run, solos, tmp_path, capfd):
+    """A clip at a time, and what is told of them when none is left; labels that nobody gave are asked for."""
+    shutil.copytree(solos, tmp_path, dirs_exist_ok=True)
+    drum = tmp_path / "references" / "drum" / "drum.flac"
+    sound, _ = soundfile.read(drum)
+    segment = records.read_segments(str(tmp_path / "table.csv"))[0]
+
+    def damage(write, message):
+        shutil.copy(solos / "references" / "drum" / "drum.flac", drum)
+        write()
+        with pytest.raises(ValueError, match=message):
+            evaluate.Case.load(segment, str(tmp_path / "references"), RATE)
+
+    damage(lambda: drum.write_bytes(b"junk"), r"drum.flac is no sound that can be read: ")
+    damage(lambda: soundfile.write(drum, sound, 16_000), r"references of drum have 16000 Hz; the model works at 48000")
+    damage(lambda: soundfile.write(drum, sound[: 2 * RATE], RATE), r"last 2.00 s, the clip 4.00 s: give references")
+    damage(lambda: soundfile.write(drum.with_suffix(".wav"), sound, RATE), r"drum.wav: there is a .flac and a .wav")
+    wav = drum.with_suffix(".wav")
+    nan = np.full(4 * RATE, np.nan)
+    damage(lambda: (drum.unlink(), soundfile.write(wav, nan, RATE, subtype="FLOAT")), r"drum.wav has no samples, or")
+    arguments = ["--model", str(run / "run" / "model"), "--segments", str(tmp_path / "table.csv"), "--in-process"]
+    arguments += ["--references", str(tmp_path / "references"), "--out", str(tmp_path / "out")]
+    assert evaluate.main([*arguments, "--given", "labels"]) == 2
+    assert "gives none; add a column `labels`, or say --given none" in capfd.readouterr().err
 
 
 def test_evaluation_takes_clips_longer_than_a_window(run, rendered, tmp_path):
