@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -547,7 +548,8 @@ def clip_section(job: Job, segments: Sequence[Segment], clip: ClipResult | None 
         if name in found:
             sounds.append((f"{name}, separated", found[name]))
     sounds += [("rest, reference", case.rest.numpy()), ("rest, separated", separation.rest.numpy())]
-    section.sounds([(c, w, plots.spectrogram(w, stft)) for c, w in sounds], stft.sample_rate)
+    loudest = case.mixture.numpy()  # one scale for all: what is faint looks faint
+    section.sounds([(c, w, plots.spectrogram(w, stft, beside=loudest)) for c, w in sounds], stft.sample_rate)
     return section
 
 
@@ -622,7 +624,10 @@ def add_results(report: Report, results: dict[str, Any], given: str) -> None:
         "labels": "The separators are told the table's weak labels, to which the sound may add.",
         "none": "The separators are told nothing and use what they hear.",
     }[given]
-    bounds = "All figures in dB; italic rows are bounds. 95 % intervals are bootstrapped over clips."
+    bounds = (
+        "All figures in dB; italic rows are bounds. 95 % intervals are bootstrapped over clips. "
+        f"In means a sound that was lost altogether counts {_LOST_DB:.0f} dB."
+    ).replace("-", "−")
     report.table(table_header(results), table_rows(results), f"{caption} {bounds}")
     nsdr = " The SDR gain is NSDR." if results.get("protocol") == "denoising" else ""
     report.table(
@@ -632,7 +637,7 @@ def add_results(report: Report, results: dict[str, Any], given: str) -> None:
     )
     report.paragraph(_summary(results) + ".")
     report.heading("By object")
-    report.table(*_by_object(results, "sdr", "SDR, dB"))
+    report.table(*_by_object(results, "sdr", "SDR, dB"), "In brackets the number of clips in which it sounds.")
     report.table(*_by_object(results, "sdr_improvement", "SDR gain, dB"))
     struck = results["struck_beside_pitched"]
     if struck["clips"]:
@@ -644,22 +649,24 @@ def add_results(report: Report, results: dict[str, Any], given: str) -> None:
         report.heading("Calibration")
         figure = plots.reliability({k: c["bins"] for k, c in curves.items()})
         report.image(figure, "How often objects are audible, by score")
-        errors = (f"{k}, expected calibration error: {c['expected_calibration_error']:.3f}" for k, c in curves.items())
+        errors = " and ".join(f"{c['expected_calibration_error']:.3f} for the {k}" for k, c in curves.items())
         report.paragraph(
-            f"Objects that are shown, or heard from {_HEARD:.0%} of the sound up. {'. '.join(errors).capitalize()}. "
-            "The sound score is a share of the sound, so an audible object's is below one where others play."
+            f"Objects that are shown, or heard from {_HEARD:.0%} of the sound up. "
+            f"Expected calibration error: {errors}. The sound score is a share of the sound, so an audible object's "
+            "is below one where others play."
         )
 
 
 def _by_object(results: dict[str, Any], figure: str, title: str) -> tuple[list[str], list[tuple[str, list[str]]]]:
     entries = results["separators"]
     objects = list(entries["mixture"]["by_object"])
+    counts = Counter(o for c in results["clips"] for o in c["objects"])
     rows = [
         (_kind(n), [n.replace("_", " "), *(_db(e["by_object"][o][figure]) for o in objects)])
         for n, e in entries.items()
         if e["clips"] == entries["mixture"]["clips"]
     ]
-    return [title, *objects], rows
+    return [title, *(f"{o} ({counts[o]})" for o in objects)], rows
 
 
 def _summary(results: dict[str, Any]) -> str:
