@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
+import soundfile
 
 from avsep import plots, shards, storage
 from avsep.model import CONFIG_FILE, Model
@@ -185,6 +186,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ClipError as error:
         remedy = _REMEDIES.get(error.reason, "give another file, or copy it again")
         print(f"avsep {arguments.command}: {arguments.video}: {error}; {remedy}", file=sys.stderr)
+        return 2
+    except soundfile.LibsndfileError as error:  # of writing: what is read goes through ffmpeg
+        print(
+            f"avsep {arguments.command}: {arguments.out} can't be written: {error} Is the disk full?", file=sys.stderr
+        )
         return 2
     except (LabellerUnavailable, OSError, ValueError) as error:
         print(f"avsep {arguments.command}: {error}", file=sys.stderr)

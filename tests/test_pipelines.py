@@ -309,6 +309,15 @@ def test_a_failed_separation_leaves_the_earlier_one_whole(run, rendered, tmp_pat
     assert not (tmp_path / "new").exists()
 
 
+def test_a_full_disk_is_told_in_one_line(run, rendered, tmp_path, capfd):
+    (tmp_path / "drum.wav.part").symlink_to("/dev/full")
+    video = str(sorted((rendered / "clips").glob("*test*"))[0])
+    command = ["separate", video, "--model", str(run / "run" / "model"), "--out", str(tmp_path)]
+    assert cli.main([*command, "--objects", "drum"]) == 2
+    assert f"avsep separate: {tmp_path} can't be written: " in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_silence_is_nobody_s_sound(run, tmp_path):
     soundfile.write(tmp_path / "silent.wav", np.zeros(RATE, np.float32), RATE)
     arguments = ["separate", str(tmp_path / "silent.wav"), "--model", str(run / "run" / "model")]
