@@ -104,7 +104,7 @@ class ModelConfig:
     format: int = FORMAT
 
     @classmethod
-    def read(cls, directory: str) -> ModelConfig:
+    def read(cls, directory: storage.AnyPath) -> ModelConfig:
         """Read a model directory's `config.json` alone; raises as `Model.load` does."""
         path = storage.join(directory, CONFIG_FILE)
         if not storage.exists(path):
@@ -130,7 +130,7 @@ class Model:
     dictionary: BasisDictionary | None = None
     context: BasisContext | None = None
 
-    def save(self, directory: str) -> None:
+    def save(self, directory: storage.AnyPath) -> None:
         """Write the model directory; files that this model has not are left alone."""
         weights = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
         if self.context is not None:
@@ -142,7 +142,7 @@ class Model:
         storage.write_text(storage.join(directory, CONFIG_FILE), json.dumps(asdict(self.config), indent=1) + "\n")
 
     @classmethod
-    def load(cls, directory: str) -> Model:
+    def load(cls, directory: storage.AnyPath) -> Model:
         """Read a model directory.
 
         Raises:
@@ -171,7 +171,7 @@ class Model:
         return cls(config, network.eval(), dictionary, context.eval() if context else None)
 
 
-def _no_model(directory: str, file: str, error: Exception) -> ValueError:
+def _no_model(directory: storage.AnyPath, file: str, error: Exception) -> ValueError:
     reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
     if isinstance(error, KeyError):
         reason = f"{reason} is missing"

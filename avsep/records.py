@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -262,13 +263,14 @@ def rejections_to_table(rejections: Iterable[Rejection]) -> pa.Table:
     return pa.Table.from_pylist([asdict(r) for r in rejections], schema=REJECTION_SCHEMA)
 
 
-def read_segments(uri: str) -> list[Segment]:
+def read_segments(uri: storage.AnyPath) -> list[Segment]:
     """Read segments from a CSV or Parquet table, or from a folder that `pipelines.manifest` wrote.
 
     Relative sources become absolute, relative to the table. Raises ValueError for a broken row
     (with its number), a duplicated id, an unknown or missing column or a file that is no table,
     FileNotFoundError for no table.
     """
+    uri = os.fspath(uri)
     if not storage.exists(uri):
         raise FileNotFoundError(f"{uri} doesn't exist; a table (.csv, .parquet) or a manifest's folder is needed")
     tables = [uri]

@@ -185,7 +185,7 @@ def test_a_parquet_table_and_a_manifest_s_folder_read_alike(tmp_path: Path) -> N
     for i, segment in enumerate(segments):
         pq.write_table(segments_to_table([segment]), tmp_path / f"segments-{i}.parquet")
     (tmp_path / "statistics.json").write_text("{}")
-    assert read_segments(str(tmp_path)) == segments
+    assert read_segments(str(tmp_path)) == segments == read_segments(tmp_path)
     assert read_segments(str(tmp_path / "segments-1.parquet")) == segments[1:]
 
 

@@ -262,6 +262,16 @@ def test_errors_name_the_value_and_the_remedy() -> None:
         separator(torch.ones(500), ["tuba"])
     with pytest.raises(ValueError, match="no sample to separate"):
         separator(torch.ones(0), ["dog"])
+    for sound, message in (
+        (torch.ones(2, 500), r"the waveform is \(2, 500\); \(S,\) is needed"),
+        (torch.full((500,), torch.nan), "the waveform holds NaN or infinity"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            separator(sound, ["dog"])
+    with pytest.raises(ValueError, match="objects are 'dog'; give a list of names"):
+        separator(torch.ones(500), "dog")
+    with pytest.raises(ValueError, match="objects are dog, dog; name each once"):
+        separator(torch.ones(500), ["dog", "dog"])
     few = Model(replace(model().config, objects=("dog",)), model().network)
     with pytest.raises(ValueError, match="doesn't know 'violin', only dog"):
         Separator(few)(torch.ones(500), ["violin"])
@@ -282,7 +292,7 @@ def test_a_model_directory_brings_everything_back(tmp_path: Path) -> None:
     trained.save(str(tmp_path / "model"))
     names = sorted(p.name for p in (tmp_path / "model").iterdir())
     assert names == ["config.json", "dictionary.safetensors", "miml.safetensors"]
-    back = Model.load(str(tmp_path / "model"))
+    back = Model.load(tmp_path / "model")
     assert back.config == trained.config and not back.network.training
     assert back.dictionary is not None and back.dictionary.counts() == {"dog": 2}
     x = tone(DOG, 2.0) + tone(VIOLIN, 2.0)
