@@ -139,7 +139,10 @@ def inspect(arguments: argparse.Namespace) -> int:
         with storage.open_input(path) as f:
             import pyarrow.parquet as pq
 
-            file = pq.ParquetFile(f)
+            try:
+                file = pq.ParquetFile(f)
+            except pa.ArrowInvalid as error:
+                raise ValueError(f"{path} is no Parquet file, or a damaged one: {error}") from None
             metadata = file.schema_arrow.metadata or {}
             print(f"{file.metadata.num_rows} rows in {file.metadata.num_row_groups} row groups")
             for field in file.schema_arrow:

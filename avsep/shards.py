@@ -302,9 +302,12 @@ def clip_files(out: storage.AnyPath) -> list[str]:
 
 
 def read_table(path: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read one clip file, or some of its columns."""
-    with storage.open_input(path) as f:
-        return pq.read_table(f, columns=None if columns is None else list(columns))
+    """Read one clip file, or some of its columns. Raises OSError, with the remedy, when it is missing or damaged."""
+    try:
+        with storage.open_input(path) as f:
+            return pq.read_table(f, columns=None if columns is None else list(columns))
+    except (OSError, pa.ArrowInvalid) as error:
+        raise OSError(f"{path} is missing or damaged ({error}); pipelines.audit says what to do") from None
 
 
 def read_clips(out: storage.AnyPath, *, split: str | None = None) -> Iterator[ClipRecord]:

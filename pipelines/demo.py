@@ -34,8 +34,8 @@ EXAMPLES = """examples:
   python -m pipelines.demo --out out/quick --clips 40
 """
 SEED = 1
-_SHARES = {"train": 0.75, "val": 0.10, "test": 0.15}
-_LEAST_CLIPS = 20
+_LEAST_CLIPS = 8
+_FOLDERS = ("clips", "manifest", "shards", "model", "paper", "results", "separated", "relation_maps")  # it makes
 _EMPTY_SCENE = 819  # ImageNet's "stage": what the picture network answers when it sees none of the objects
 _PICTURES_A_CLASS, _HELD_OUT = 85, 10
 _PAPER_EPOCHS = 20
@@ -89,11 +89,17 @@ def train_labeller(path: str) -> float:
     return float((guesses.numpy() == np.array(classes)[:, None]).mean())
 
 
+def split_clips(n_clips: int) -> dict[str, int]:
+    """Divide clips among the splits, none of which is empty."""
+    n_val, n_test = max(1, round(0.10 * n_clips)), max(1, round(0.15 * n_clips))
+    return {"train": n_clips - n_val - n_test, "val": n_val, "test": n_test}
+
+
 def prepare(runner: execution.Runner, folder: Path, n_clips: int, labeller: Path) -> float:
     """Render all clips and the table that names them, and meanwhile train the picture network."""
     jobs: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [(train_labeller, (str(labeller),))]
-    for split, share in _SHARES.items():
-        for number in range(max(2, round(n_clips * share))):
+    for split, count in split_clips(n_clips).items():
+        for number in range(count):
             # tests are duets, with a trio now and then, so that there is something to separate
             n_objects = None if split == "train" else 3 if number % 4 == 3 else 2
             jobs.append((render, (str(folder), split, number, n_objects)))
@@ -169,10 +175,13 @@ def run(arguments: argparse.Namespace) -> int:
         fail(f"--clips {arguments.clips}: at least {_LEAST_CLIPS} are needed for three splits")
     started = time.monotonic()
     out = Path(arguments.out).absolute()
-    for made in ("clips", "manifest", "shards", "model", "paper", "results", "separated", "relation_maps"):
-        shutil.rmtree(out / made, ignore_errors=True)  # of an earlier run, perhaps with another --clips
-    out.mkdir(parents=True, exist_ok=True)
     labeller = out / LABELLER_FILE
+    earlier = [out / name for name in _FOLDERS if (out / name).exists()]
+    if earlier and not labeller.exists() and not (out / "clips" / "references").exists():
+        fail(f"--out {arguments.out} holds {earlier[0].name}/, which no demo made; give another folder")
+    storage.make_directory(str(out))
+    for folder in earlier:
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, perhaps with another --clips
     shards, model = str(out / "shards"), str(out / "model")
     say("starting Ray on this machine …")
     with execution.session() as runner:

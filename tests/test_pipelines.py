@@ -23,7 +23,7 @@ from avsep.model import Model
 from avsep.objects import object_index, object_scores, weak_labels
 from avsep.vision import ImageLabeller, build_network
 from deploy import cost, pages
-from pipelines import audit, collect, evaluate, extract, finetune, manifest, train
+from pipelines import audit, collect, demo, evaluate, extract, finetune, manifest, train
 
 RATE = 48_000
 
@@ -353,6 +353,18 @@ def test_mistakes_get_one_line_and_status_2(run, rendered, tmp_path, capfd, argu
     assert len(message) == 1
     for word in words:
         assert word in message[0]
+
+
+def test_the_demo_leaves_folders_alone_that_it_did_not_make(tmp_path, capfd):
+    (tmp_path / "clips").mkdir()
+    assert demo.main(["--out", str(tmp_path)]) == 2
+    assert "holds clips/, which no demo made; give another folder" in capfd.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["clips"]
+    assert demo.main(["--out", str(tmp_path / "new"), "--clips", "7"]) == 2
+    for n_clips in (8, 20, 40, 120):
+        counts = demo.split_clips(n_clips)
+        assert sum(counts.values()) == n_clips and all(counts.values())
+    assert counts == {"train": 90, "val": 12, "test": 18}
 
 
 def test_inspect_knows_models_extractions_and_shards(run, capsys):
