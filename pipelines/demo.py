@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from avsep import cli, plots, stages, storage, synthetic, vision
+from avsep import cli, evaluation, plots, stages, storage, synthetic, vision
 from avsep.model import LABELLER_FILE
 from avsep.objects import OBJECTS
 from avsep.records import Segment, read_segments
@@ -160,7 +160,7 @@ def write_report(out: Path, seconds: float, labeller_accuracy: float) -> Path:
 
 def draw_overview(separator: Separator, segment: Segment, out: Path) -> bytes:
     """Draw one test clip's frame, mixture and separated sounds, and keep the figure in overview.png."""
-    case = evaluate.Case.load(segment, str(out / "clips" / "references"), separator.stft.sample_rate)
+    case = evaluation.Case.load(segment, str(out / "clips" / "references"), separator.stft.sample_rate)
     separation = separator(case.mixture, case.names)
     sounds = [("mixture", case.mixture.numpy()), *zip(separation.objects, separation.estimates.numpy(), strict=True)]
     picture = stages.middle_picture(segment.source, segment.start_s, segment.end_s)

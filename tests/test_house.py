@@ -29,7 +29,7 @@ LAYERS = (
         "practice",
         "finetuning",
     ),
-    ("videos",),
+    ("videos", "evaluation"),
     ("jobs",),
     ("cli", "web"),
 )

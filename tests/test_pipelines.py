@@ -18,7 +18,7 @@ import pytest
 import soundfile
 import torch
 
-from avsep import cli, media, records, shards, storage, synthetic, vision
+from avsep import cli, evaluation, media, records, shards, storage, synthetic, vision
 from avsep.model import Model
 from avsep.objects import object_index, object_scores, weak_labels
 from avsep.vision import ImageLabeller, build_network
@@ -121,7 +121,7 @@ def test_results_hold_floor_and_ceiling_in_order(run):
     entry = results["separators"]["mixture"]
     assert entry["default_ahead"]["sdr"] == pytest.approx(sdr["default"] - sdr["mixture"])
     assert entry["interval_95"][0] <= sdr["mixture"] <= entry["interval_95"][1]
-    assert evaluate._bootstrap([np.zeros(3)]) == pytest.approx([math.nan] * 2, nan_ok=True)  # nothing to draw from
+    assert evaluation._bootstrap([np.zeros(3)]) == pytest.approx([math.nan] * 2, nan_ok=True)  # nothing to draw from
     curve = results["calibration"]["sound_score"]
     assert 0 <= curve["expected_calibration_error"] <= 1 and sum(b["count"] for b in curve["bins"]) >= 6
     assert len(results["clips"]) == 3
@@ -162,13 +162,13 @@ def test_the_published_protocols(run, solos, tmp_path, protocol):
         assert ids == ["drum", "flute", "violin"]
         assert set(separators["default"]["by_sources"]) == {"1"}
         assert separators["default"]["mean"]["sir"] is None  # nothing else sounds that has a reference
-        again = evaluate.add_noise(
-            evaluate.Case.load(
+        again = evaluation.add_noise(
+            evaluation.Case.load(
                 segment := records.read_segments(str(solos / "table.csv"))[0], str(solos / "references"), RATE
             )
         )
         assert torch.equal(
-            again.mixture, evaluate.build_case([segment], str(solos / "references"), RATE, protocol).mixture
+            again.mixture, evaluation.build_case([segment], str(solos / "references"), RATE, protocol).mixture
         )
         noise = again.rest.square().mean() / again.references[0].square().mean()
         assert 10 * math.log10(noise) == pytest.approx(0, abs=0.05)
@@ -194,7 +194,7 @@ def test_references_that_do_not_fit_are_named(run, solos, tmp_path, capfd):
         shutil.copy(solos / "references" / "drum" / "drum.flac", drum)
         write()
         with pytest.raises(ValueError, match=message):
-            evaluate.Case.load(segment, str(tmp_path / "references"), RATE)
+            evaluation.Case.load(segment, str(tmp_path / "references"), RATE)
 
     damage(lambda: drum.write_bytes(b"junk"), r"drum.flac is no sound that can be read: ")
     damage(lambda: soundfile.write(drum, sound, 16_000), r"references of drum have 16000 Hz; the model works at 48000")
