@@ -7,23 +7,26 @@ import contextlib
 import json
 import sys
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
 import soundfile
+from tqdm import tqdm
 
 from avsep import plots, shards, storage
 from avsep.model import CONFIG_FILE, Model
 from avsep.objects import OBJECT_NAMES, object_scores, weak_labels
 from avsep.records import ClipError, Reason
 from avsep.separation import REST
-from avsep.videos import VideoSeparator, pictures
+from avsep.videos import Step, VideoSeparator, pictures
 from avsep.vision import DEFAULT_ARCHITECTURE, ImageLabeller, LabellerUnavailable
 
 _REPORT = "separation.json"
+_SAY_EVERY_S = 5.0
 _REMEDIES = {
     Reason.MISSING: "check the path",
     Reason.NO_AUDIO: "give a file with sound",
@@ -75,7 +78,7 @@ def separate_file(
         path = stack.enter_context(storage.local_file(video))
         remote = storage.is_uri(out)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if remote else out)
-        done = separate_video(path, folder, objects)
+        done = separate_video(path, folder, objects, step=stack.enter_context(_progress()))
         names = [f"{name}.wav" for name in (*done.plan.objects, REST)]
         for name in names if remote else ():
             with pa.memory_map(str(folder / name)) as f:
@@ -92,6 +95,23 @@ def separate_file(
     report = {"source": video, "model": model_dir, **done.report, "relation_map": "relation_map.png"}
     storage.write_text(storage.join(out, _REPORT), json.dumps(report, indent=1) + "\n")
     return report
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Step]:
+    """Show how far a separation is: a bar on a terminal, elsewhere a line now and then, on stderr."""
+    said = time.monotonic()
+    with tqdm(total=100, unit="%", disable=None, leave=False) as bar:
+
+        def step(stage: str, done: float) -> None:
+            nonlocal said
+            bar.set_description(stage)
+            bar.update(int(100 * done) - bar.n)
+            if bar.disable and time.monotonic() - said > _SAY_EVERY_S:
+                said = time.monotonic()
+                print(f"{stage}: {done:.0%}", file=sys.stderr)
+
+        yield step
 
 
 def _earlier_files(out: str) -> list[str]:

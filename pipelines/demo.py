@@ -131,13 +131,15 @@ def write_report(out: Path, seconds: float, labeller_accuracy: float) -> Path:
     results = json.loads((out / "results" / "results.json").read_text())
     figures = {n: e["mean"]["sdr"] for n, e in results["separators"].items()}
     report = Report("avsep demo: what do objects sound like?")
+    ahead = figures["default"] - figures["paper"]
+    n_clips = len(results["clips"])
     report.paragraph(
         f"Clips with one to three objects were rendered, a network learned from their pictures and sound alone "
-        f"which sound belongs to which object, and then separated {len(results['clips'])} clips that it had not "
+        f"which sound belongs to which object, and then separated {n_clips} clip{'s' * (n_clips > 1)} that it had not "
         f"seen. On them its mean SDR is {figures['default']:.1f} dB: {figures['default'] - figures['mixture']:.1f} dB "
         f"above the mixture as it is, {figures['ideal_mask'] - figures['default']:.1f} dB under the ideal mask "
-        f"({figures['ideal_mask']:.1f} dB), {figures['default'] - figures['paper']:.1f} dB above the published recipe "
-        f"trained on the same clips. The run took {seconds / 60:.1f} minutes."
+        f"({figures['ideal_mask']:.1f} dB), {abs(ahead):.1f} dB {'above' if ahead >= 0 else 'under'} the published "
+        f"recipe trained on the same clips. The run took {seconds / 60:.1f} minutes."
     )
     separator = Separator.load(str(out / "model"))
     segments = [s for s in read_segments(str(out / "manifest")) if s.split == "test"]

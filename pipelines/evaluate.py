@@ -147,22 +147,24 @@ def table_header(results: dict[str, Any]) -> list[str]:
 
 def _intervals(name: str, entry: dict[str, Any]) -> list[str]:
     ahead = entry["default_ahead"]
+    span = _span(ahead["interval_95"])
     return [
         _span(entry["interval_95"]),
-        "–" if name == "default" else f"{ahead['sdr']:.1f} ({_span(ahead['interval_95'])})",
+        "–" if name == "default" else " ".join([_db(ahead["sdr"]), *([f"({span})"] if span != "–" else [])]),
     ]
 
 
-def _span(interval: Sequence[float]) -> str:
-    return "–" if np.isnan(interval[0]) else "{:.1f} … {:.1f}".format(*interval)
+def _span(interval: Sequence[float | None]) -> str:
+    low, high = map(_db, interval)
+    return "–" if low == "–" else f"{low} … {high}"
 
 
 def _kind(name: str) -> str:
     return "bound" if name in BOUNDS else "ours" if name == "default" else ""
 
 
-def _db(value: float) -> str:
-    return "–" if np.isnan(value) else f"{value:.1f}"
+def _db(value: float | None) -> str:
+    return "–" if value is None or np.isnan(value) else f"{value:.1f}"  # None: as results.json has it
 
 
 def clip_section(job: Job, segments: Sequence[Segment], clip: ClipResult | None = None) -> Report:
@@ -335,8 +337,8 @@ def _summary(results: dict[str, Any]) -> str:
     )
 
 
-def _share(value: float) -> str:
-    return "–" if np.isnan(value) else f"{value:.3f}"
+def _share(value: float | None) -> str:
+    return "–" if value is None or np.isnan(value) else f"{value:.3f}"
 
 
 def console_table(results: dict[str, Any]) -> list[str]:

@@ -285,7 +285,8 @@ def test_separate_reads_and_writes_where_a_uri_says(run, rendered, tmp_path, mem
             assert np.array_equal(soundfile.read(path, dtype="float32")[0], samples)
 
 
-def test_separate_covers_a_long_file_in_windows(run, tmp_path):
+def test_separate_covers_a_long_file_in_windows(run, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(cli, "_SAY_EVERY_S", 0.0)
     rng = np.random.default_rng(0)
     sound = np.concatenate([synthetic.performance(n, rng, 9.0) for n in ("drum", "flute", "violin")])[: 26 * RATE]
     soundfile.write(tmp_path / "long.flac", sound, RATE, subtype="PCM_24")
@@ -294,6 +295,9 @@ def test_separate_covers_a_long_file_in_windows(run, tmp_path):
     sounds = wavs(tmp_path / "out")
     assert len(sounds["drum"]) == len(sound)
     assert np.abs(sum(sounds.values()) - sound).max() < 1e-5
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith(("listening: ", "separating: "))]
+    shares = [int(line.split()[1].rstrip("%")) for line in told]
+    assert shares == sorted(shares) and shares[-1] == 100
 
 
 def test_a_failed_separation_leaves_the_earlier_one_whole(run, rendered, tmp_path):
