@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import soundfile
@@ -49,15 +50,16 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = p.add_subparsers(dest="command", required=True)
-    s = commands.add_parser("separate", help="one WAV per object, and the rest")
+    shown: dict[str, Any] = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    s = commands.add_parser("separate", help="one WAV per object, and the rest", **shown)
     s.add_argument("video", help="any file that ffmpeg reads; sound alone will do")
     s.add_argument("--model", required=True, help="the model folder that pipelines.train wrote")
     s.add_argument("--out", required=True, help="folder for the WAVs and separation.json")
     s.add_argument("--objects", help="comma-separated names; without it the pictures decide, or the sound")
     s.add_argument("--weights", help="weights of the picture network, unless the model carries its own")
-    i = commands.add_parser("inspect", help="what is in a shard, an extraction's folder or a model")
+    i = commands.add_parser("inspect", help="what is in a shard, an extraction's folder or a model", **shown)
     i.add_argument("path", help="a .parquet file or a folder")
-    la = commands.add_parser("label", help="what the pictures show")
+    la = commands.add_parser("label", help="what the pictures show", **shown)
     la.add_argument("video")
     la.add_argument("--weights", help="a .pth or .safetensors file; else torchvision's ImageNet weights")
     la.add_argument("--architecture", default=DEFAULT_ARCHITECTURE, help="any torchvision classifier")
