@@ -634,7 +634,7 @@ def markdown(card: Mapping[str, Any], title: str) -> str:
     )
     if len(card["duplicates"]) > 100:
         lines += [f"… and {len(card['duplicates']) - 100:,} more in card.json.", ""]
-    lines += ["## Rejections", ""]
+    lines += ["## Rejections", "", *([] if card["rejections"] else ["None.", ""])]
     total = max(1, n_clips + n_rejected)
     table(("reason", "segments", "share"), ((r, n, f"{n / total:.1%}") for r, n in card["rejections"].items()))
     lines += ["## Level and duration", "", "![Level and duration](distributions.png)", ""]

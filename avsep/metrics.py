@@ -54,11 +54,13 @@ def bss_eval(references: ArrayLike, estimates: ArrayLike, *, filter_length: int 
     are filtered copies of each other the figures exist only in the limit, and are those of a
     diagonal loaded by 1e-10.
 
-    Raises ValueError for other than `(J, S)`, or less than `filter_length` samples.
+    Raises ValueError for other than `(J, S)`, or less than `filter_length` samples, or no tap.
     """
     r, e = _pair(references, estimates)
     if r.ndim != 2:
         raise ValueError(f"references are {r.shape}; (J, S) is needed")
+    if filter_length < 1:
+        raise ValueError(f"filter_length is {filter_length}; a filter has at least one tap")
     if r.shape[1] < filter_length:
         raise ValueError(
             f"the signals have {r.shape[1]} samples; BSS-eval's filter of {filter_length} taps needs at least as many: "

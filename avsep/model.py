@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import safetensors.torch
@@ -104,7 +104,7 @@ class ModelConfig:
     format: int = FORMAT
 
     @classmethod
-    def read(cls, directory: str) -> ModelConfig:
+    def read(cls, directory: storage.AnyPath) -> ModelConfig:
         """Read a model directory's `config.json` alone; raises as `Model.load` does."""
         path = storage.join(directory, CONFIG_FILE)
         if not storage.exists(path):
@@ -114,7 +114,7 @@ class ModelConfig:
         try:
             return _parse(json.loads(storage.read_bytes(path)))
         except (TypeError, KeyError, ValueError) as error:
-            raise _no_model(directory, error) from None
+            raise _no_model(directory, CONFIG_FILE, error) from None
 
     def build(self) -> MIML:
         """Build the network, untrained."""
@@ -130,7 +130,7 @@ class Model:
     dictionary: BasisDictionary | None = None
     context: BasisContext | None = None
 
-    def save(self, directory: str) -> None:
+    def save(self, directory: storage.AnyPath) -> None:
         """Write the model directory; files that this model has not are left alone."""
         weights = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
         if self.context is not None:
@@ -142,7 +142,7 @@ class Model:
         storage.write_text(storage.join(directory, CONFIG_FILE), json.dumps(asdict(self.config), indent=1) + "\n")
 
     @classmethod
-    def load(cls, directory: str) -> Model:
+    def load(cls, directory: storage.AnyPath) -> Model:
         """Read a model directory.
 
         Raises:
@@ -150,27 +150,37 @@ class Model:
             ValueError: it is of another format, or its files don't fit together.
         """
         config = ModelConfig.read(directory)
+        path = storage.join(directory, NETWORK_FILE)
+        if not storage.exists(path):
+            raise FileNotFoundError(
+                f"{directory} holds no {NETWORK_FILE}: copy the whole model folder, or train it again"
+            )
         try:
-            weights = safetensors.torch.load(storage.read_bytes(storage.join(directory, NETWORK_FILE)))
+            weights = safetensors.torch.load(storage.read_bytes(path))
             network, context = config.build(), None
             network.load_state_dict({k: v for k, v in weights.items() if not k.startswith(_CONTEXT)})
             if config.context:
                 context = BasisContext()
                 own = {k.removeprefix(_CONTEXT): v for k, v in weights.items() if k.startswith(_CONTEXT)}
                 context.load_state_dict(own)
-            dictionary = None
-            if storage.exists(storage.join(directory, DICTIONARY_FILE)):
-                dictionary = BasisDictionary.load(storage.join(directory, DICTIONARY_FILE))
+            dictionary, path = None, storage.join(directory, DICTIONARY_FILE)
+            if storage.exists(path):
+                dictionary = BasisDictionary.load(path)
         except (TypeError, KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
-            raise _no_model(directory, error) from None
+            raise _no_model(directory, storage.name(path), error) from None
         return cls(config, network.eval(), dictionary, context.eval() if context else None)
 
 
-def _no_model(directory: str, error: Exception) -> ValueError:
-    return ValueError(f"{directory} is no model of format {FORMAT}: {str(error).strip().split(chr(10))[0]}")
+def _no_model(directory: storage.AnyPath, file: str, error: Exception) -> ValueError:
+    reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
+    if isinstance(error, KeyError):
+        reason = f"{reason} is missing"
+    return ValueError(f"{directory} is no model of format {FORMAT}: {file}: {reason}")
 
 
-def _parse(raw: dict[str, Any]) -> ModelConfig:
+def _parse(raw: Any) -> ModelConfig:
+    if not isinstance(raw, dict):
+        raise ValueError("it is no object of fields; train it again")
     if raw.get("format") != FORMAT:
         raise ValueError(f"its format is {raw.get('format')!r}; train it again")
     nested: dict[str, Any] = {
@@ -181,8 +191,27 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
         "separation": SeparationConfig,
         "evidence": Evidence,
     }
-    parsed = {k: nested[k](**v) if k in nested else v for k, v in raw.items()}
+    parsed = {k: _built(k, nested[k], v) if k in nested else v for k, v in raw.items()}
+    for f in fields(ModelConfig):
+        _check_type(f.name, raw.get(f.name, f.default), f.default)
     return replace(ModelConfig(**parsed), objects=tuple(raw["objects"]))
+
+
+def _built(name: str, kind: Any, raw: Any) -> Any:
+    if not isinstance(raw, dict):
+        raise ValueError(f"{name} is {raw!r}; it must be an object of fields")
+    for f in fields(kind):  # before its own checks, which compare numbers
+        if f.name in raw:
+            _check_type(f"{name}.{f.name}", raw[f.name], f.default)
+    return kind(**raw)
+
+
+def _check_type(name: str, value: Any, default: Any) -> None:
+    """Raise ValueError when a field isn't of its default's kind."""
+    kinds: dict[type, Any] = {bool: bool, int: int, float: (int, float), str: str}
+    kind = kinds.get(type(default))
+    if kind and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+        raise ValueError(f"{name} is {value!r}; it must be of the kind of {default!r}")
 
 
 def versions() -> dict[str, str]:

@@ -137,12 +137,20 @@ def _draw_level(axes: Axes, level: NDArray, seconds: float, sample_rate: int, pe
     axes.set_xlabel("s")
 
 
-def spectrogram(waveform: NDArray[np.float32], stft: STFT, title: str = "", top_hz: float = 8000.0) -> bytes:
-    """Draw a waveform's level over time and frequency, 70 dB deep, `(S,)`."""
+def spectrogram(
+    waveform: NDArray[np.float32],
+    stft: STFT,
+    title: str = "",
+    top_hz: float = 8000.0,
+    *,
+    beside: NDArray[np.float32] | None = None,
+) -> bytes:
+    """Draw a waveform's level over time and frequency, 70 dB deep, `(S,)`: from its own peak, or `beside`'s."""
     level = _level(waveform, stft)
+    peak = level.max() if beside is None else _level(beside, stft).max()
     figure = Figure((4.2, 2.4), layout="constrained")
     axes = figure.subplots()
-    _draw_level(axes, level, len(waveform) / stft.sample_rate, stft.sample_rate, level.max(), top_hz)
+    _draw_level(axes, level, len(waveform) / stft.sample_rate, stft.sample_rate, peak, top_hz)
     axes.set_ylabel("kHz")
     if title:
         axes.set_title(title, fontsize=9)
@@ -173,7 +181,9 @@ def cooccurrence(together: NDArray, names: Sequence[str]) -> bytes:
     axes = figure.subplots()
     share = together / np.maximum(np.diag(together)[:, None], 1)
     np.fill_diagonal(share, np.nan)
-    image = axes.imshow(share, cmap="viridis", vmin=0, vmax=max(0.05, float(np.nanmax(share, initial=0))))
+    image = axes.imshow(
+        share, aspect="auto", cmap="viridis", vmin=0, vmax=max(0.05, float(np.nanmax(share, initial=0)))
+    )
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     counts = np.diag(together).astype(int)
     axes.set_yticks(range(len(names)), [f"{n} ({c:,})" for n, c in zip(names, counts, strict=True)], fontsize=7)

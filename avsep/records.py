@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -239,7 +240,7 @@ def validate(record: Segment | ClipRecord | Rejection) -> None:
     )
     for column in ("objects", "labels"):
         unknown = set(getattr(record, column) or ()) - set(OBJECT_NAMES)
-        require(not unknown, f"{column} holds {sorted(unknown)}; the objects are {', '.join(OBJECT_NAMES)}")
+        require(not unknown, f"{column} holds {sorted(unknown, key=str)}; the objects are {', '.join(OBJECT_NAMES)}")
     if isinstance(record, ClipRecord):
         peaks = record.bases.max(0)
         require(
@@ -262,12 +263,14 @@ def rejections_to_table(rejections: Iterable[Rejection]) -> pa.Table:
     return pa.Table.from_pylist([asdict(r) for r in rejections], schema=REJECTION_SCHEMA)
 
 
-def read_segments(uri: str) -> list[Segment]:
+def read_segments(uri: storage.AnyPath) -> list[Segment]:
     """Read segments from a CSV or Parquet table, or from a folder that `pipelines.manifest` wrote.
 
     Relative sources become absolute, relative to the table. Raises ValueError for a broken row
-    (with its number), a duplicated id or an unknown column, FileNotFoundError for no table.
+    (with its number), a duplicated id, an unknown or missing column or a file that is no table,
+    FileNotFoundError for no table.
     """
+    uri = os.fspath(uri)
     if not storage.exists(uri):
         raise FileNotFoundError(f"{uri} doesn't exist; a table (.csv, .parquet) or a manifest's folder is needed")
     tables = [uri]
@@ -279,7 +282,7 @@ def read_segments(uri: str) -> list[Segment]:
             raise FileNotFoundError(f"{uri} holds no segments*.parquet; run pipelines.manifest first")
     segments: list[Segment] = []
     for table in tables:
-        rows = _csv_rows(table) if table.endswith(".csv") else _parquet_rows(table)
+        rows = _csv_rows(table) if table_kind(table) == "csv" else _parquet_rows(table)
         for number, row in rows:
             try:
                 segments.append(segment_from_row(row, relative_to=storage.parent(table)))
@@ -293,19 +296,43 @@ def read_segments(uri: str) -> list[Segment]:
     return segments
 
 
+def table_kind(uri: str) -> str:
+    """Tell by its name whether a table is `csv` or `parquet`; ValueError when it is neither."""
+    if uri.lower().endswith(".csv"):
+        return "csv"
+    if uri.lower().endswith((".parquet", ".pq")):
+        return "parquet"
+    raise ValueError(f"{uri}: a table's name must end with .csv or .parquet")
+
+
+def check_columns(uri: str, columns: Sequence[str]) -> None:
+    """Raise ValueError when a table's header lacks a required column, or has an unknown one or one twice."""
+    known = ", ".join(SEGMENT_SCHEMA.names)
+    if len(columns) == 1 and any(mark in columns[0] for mark in ";\t"):
+        raise ValueError(f"{uri}: the header is one cell, {columns[0]!r}; cells must be separated by commas")
+    for column in ("segment_id", "source"):
+        if column not in columns:
+            raise ValueError(f"{uri} has no column {column!r}; it is required (the columns are {known})")
+    for index, column in enumerate(columns):
+        if column not in SEGMENT_SCHEMA.names:
+            raise ValueError(f"{uri} has an unknown column {column!r}; remove it: the columns are {known}")
+        if column in columns[:index]:
+            raise ValueError(f"{uri} has the column {column!r} twice; remove one")
+
+
 def segment_from_row(row: dict[str, Any], *, relative_to: str) -> Segment:
     """Build a validated segment from a table's row: text cells (CSV) or typed ones (Parquet).
 
     In text cells objects are `;`-separated; a missing column means None, an empty cell an
     empty list. A missing `start_s` is 0, a missing or empty `end_s` the source's end, a missing
-    `split` train.
+    `split` train. Raises ValueError for a cell that breaks the contract.
     """
-    known = {f.name for f in fields(Segment)}
-    if unknown := set(row) - known:
-        raise ValueError(f"unknown column {sorted(map(str, unknown))[0]!r}; the columns are {', '.join(sorted(known))}")
     for column in ("segment_id", "source"):
-        if not row.get(column):
+        if row.get(column) in (None, ""):
             raise ValueError(f"{column} is missing or empty")
+    for column in ("objects", "labels"):
+        if not isinstance(row.get(column), (str, list, tuple, type(None))):
+            raise ValueError(f"{column} is {row[column]!r}; it must be a list of object names")
     segment = Segment(
         segment_id=str(row["segment_id"]),
         source=storage.resolve(str(row["source"]), relative_to),
@@ -325,7 +352,7 @@ def _seconds(row: dict[str, Any], column: str) -> float | None:
         return None
     try:
         return float(value)
-    except ValueError:
+    except (TypeError, ValueError):
         raise ValueError(f"{column} is {value!r}; it must be a number of seconds") from None
 
 
@@ -337,15 +364,29 @@ def _names(value: Any) -> tuple[str, ...] | None:
     return tuple(dict.fromkeys(value))
 
 
-def _csv_rows(uri: str) -> Iterable[tuple[int, dict[str, Any]]]:
-    text = io.StringIO(storage.read_bytes(uri).decode("utf-8-sig"), newline="")
-    reader = csv.DictReader(text)
-    for row in reader:
-        if None in row:
-            raise ValueError(f"{uri}, row {reader.line_num}: more cells than the header has columns")
-        yield reader.line_num, {k: v for k, v in row.items() if v is not None}
+def _csv_rows(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        text = storage.read_bytes(uri).decode("utf-8-sig")
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        columns = next(reader, [])
+        check_columns(uri, columns)
+        for cells in reader:
+            if cells and len(cells) != len(columns):
+                what = f"{len(cells)} cells; the header has {len(columns)} columns"
+                raise ValueError(f"{uri}, row {reader.line_num}: {what}")
+            if cells:
+                yield reader.line_num, dict(zip(columns, cells, strict=True))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{uri} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except csv.Error as error:
+        raise ValueError(f"{uri}, row {reader.line_num}: {error}") from None
 
 
-def _parquet_rows(uri: str) -> Iterable[tuple[int, dict[str, Any]]]:
-    with storage.open_input(uri) as f:
-        yield from enumerate(pq.read_table(f).to_pylist(), 1)
+def _parquet_rows(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        with storage.open_input(uri) as f:
+            table = pq.read_table(f)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{uri} is no Parquet file ({str(error).splitlines()[0]})") from None
+    check_columns(uri, table.column_names)
+    yield from enumerate(table.to_pylist(), 1)

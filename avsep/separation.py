@@ -19,6 +19,7 @@ from avsep.model import Model, SeparationConfig
 from avsep.objects import object_index
 from avsep.stages import ExtractionConfig, Factors, factorize
 from avsep.stft import STFT
+from avsep.storage import AnyPath
 
 REST = "_rest"
 
@@ -119,9 +120,9 @@ class Separator:
             raise ValueError(f"bases are {self.config.bases!r}, and the model has no dictionary: run pipelines.collect")
 
     @classmethod
-    def load(cls, model_dir: str) -> Separator:
+    def load(cls, model_dir: AnyPath) -> Separator:
         """Load the model directory that `pipelines.train` (and `collect`) wrote."""
-        return cls(Model.load(str(model_dir)))
+        return cls(Model.load(model_dir))
 
     @torch.inference_mode()
     def analyse(self, waveform: Tensor, seed: int = 0) -> Window:
@@ -213,9 +214,13 @@ class Separator:
 
         `objects` are there for certain; else `seen` are what pictures show, and the sound may add
         to it or find it silent; without either it is what is heard. Raises ValueError for an
-        unknown object.
+        unknown object, or one named twice, and for a waveform that isn't `(S,)` or not finite.
         """
-        mixture = torch.as_tensor(waveform, dtype=torch.float32)
+        mixture = torch.as_tensor(waveform, dtype=torch.float32).detach()
+        if mixture.ndim != 1:
+            raise ValueError(f"the waveform is {tuple(mixture.shape)}; (S,) is needed: average the channels")
+        if not mixture.isfinite().all():
+            raise ValueError("the waveform holds NaN or infinity; separation needs finite samples")
         blocks = np.array_split(mixture.numpy(), max(1, len(mixture) // (1 << 20)))
         plan = self.plan(blocks, objects, seen)
         parts = list(plan.render(blocks))
@@ -237,8 +242,16 @@ class Separator:
         seen: Sequence[str] | None = None,
     ) -> Plan:
         """Listen to a whole sound, given in blocks `(S,)`, and decide what to separate from it."""
-        certain, shown = (None if names is None else [self._index(n) for n in names] for names in (objects, seen))
-        return Plan(self, blocks, certain, shown)
+        return Plan(self, blocks, self._indices(objects), self._indices(seen))
+
+    def _indices(self, names: Sequence[str] | None) -> list[int] | None:
+        if names is None:
+            return None
+        if isinstance(names, str):
+            raise ValueError(f"objects are {names!r}; give a list of names")
+        if len(set(names)) != len(names):
+            raise ValueError(f"objects are {', '.join(names)}; name each once")
+        return [self._index(name) for name in names]
 
     def _index(self, name: str) -> int:
         try:

@@ -218,7 +218,7 @@ def _hash(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def read_commits(out: str) -> list[Commit]:
+def read_commits(out: storage.AnyPath) -> list[Commit]:
     """Read every commit record, ordered by shard and generation; [] where nothing is committed."""
     paths = [path for path in storage.list_files(storage.join(out, "commits")) if path.endswith(".json")]
     with ThreadPoolExecutor(_READERS) as pool:  # an object store takes its time for each
@@ -238,7 +238,7 @@ def read_commit(path: str) -> Commit:
         raise ValueError(f"{path} is no commit record ({error}); remove it to have its shard done again") from None
 
 
-def read_ids(out: str) -> tuple[list[str], list[str]]:
+def read_ids(out: storage.AnyPath) -> tuple[list[str], list[str]]:
     """Return (clip ids, rejection ids) of everything committed, each sorted.
 
     An id that a later generation turned into a clip is no rejection any more.
@@ -257,7 +257,7 @@ class State:
     rejections: dict[str, Rejection]  # those that stand, by segment_id
 
 
-def read_state(out: str) -> State:
+def read_state(out: storage.AnyPath) -> State:
     """Read every commit record, and the rejections that stand."""
     commits = read_commits(out)
     files = rejection_files(commits)
@@ -288,12 +288,12 @@ def _latest_rejections(commits: Iterable[Commit]) -> dict[str, DataFile]:
     return {i: c.rejections for c in last.values() if c.rejections for i in c.rejections.ids}
 
 
-def read_rejections(out: str) -> list[Rejection]:
+def read_rejections(out: storage.AnyPath) -> list[Rejection]:
     """Read the rejections that stand, in order of their ids."""
     return list(read_state(out).rejections.values())
 
 
-def clip_files(out: str) -> list[str]:
+def clip_files(out: storage.AnyPath) -> list[str]:
     """List the committed clip files, as paths; ValueError where nothing is committed."""
     files = [storage.join(out, c.clips.path) for c in read_commits(out) if c.clips]
     if not files:
@@ -302,12 +302,15 @@ def clip_files(out: str) -> list[str]:
 
 
 def read_table(path: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read one clip file, or some of its columns."""
-    with storage.open_input(path) as f:
-        return pq.read_table(f, columns=None if columns is None else list(columns))
+    """Read one clip file, or some of its columns. Raises OSError, with the remedy, when it is missing or damaged."""
+    try:
+        with storage.open_input(path) as f:
+            return pq.read_table(f, columns=None if columns is None else list(columns))
+    except (OSError, pa.ArrowInvalid) as error:
+        raise OSError(f"{path} is missing or damaged ({error}); pipelines.audit says what to do") from None
 
 
-def read_clips(out: str, *, split: str | None = None) -> Iterator[ClipRecord]:
+def read_clips(out: storage.AnyPath, *, split: str | None = None) -> Iterator[ClipRecord]:
     """Iterate over committed clips, one file in memory at a time."""
     for path in clip_files(out):
         for record in clips_from_table(read_table(path)):
@@ -315,7 +318,7 @@ def read_clips(out: str, *, split: str | None = None) -> Iterator[ClipRecord]:
                 yield record
 
 
-def read_configuration(out: str) -> dict[str, Any]:
+def read_configuration(out: storage.AnyPath) -> dict[str, Any]:
     """Return the configuration that a folder's clips were extracted with."""
     with storage.open_input(clip_files(out)[0]) as f:
         return json.loads(pq.read_schema(f).metadata[b"avsep.configuration"])

@@ -29,6 +29,8 @@ class STFT:
     hop_length: int = 2_400
 
     def __post_init__(self) -> None:
+        if self.sample_rate <= 0:
+            raise ValueError(f"sample_rate is {self.sample_rate}; it must be above 0 Hz")
         if self.n_fft <= 0 or self.n_fft % 2:
             raise ValueError(f"n_fft is {self.n_fft}; it must be a positive even number of samples")
         if not 0 < self.hop_length <= self.n_fft // 2:
@@ -55,10 +57,14 @@ class STFT:
         return torch.hann_window(self.n_fft, dtype=dtype, device=device)
 
     def __call__(self, waveform: Tensor) -> Tensor:
-        """Transform `(…, S)` real samples to `(…, F, N)` complex values.
+        """Transform `(…, S)` real samples to `(…, F, N)` complex values; those of integers are as they are, in float32.
 
-        Raises ValueError when S is less than half a window.
+        Raises ValueError when S is less than half a window, or samples are complex.
         """
+        if waveform.is_complex():
+            raise ValueError(f"the waveform is {waveform.dtype}; the STFT takes real samples")
+        if waveform.dtype != torch.float64:
+            waveform = waveform.float()
         n_samples = waveform.shape[-1] if waveform.ndim else 0
         if n_samples < self.n_fft // 2:
             raise ValueError(
@@ -82,8 +88,11 @@ class STFT:
     def inverse(self, spectrogram: Tensor, length: int) -> Tensor:
         """Transform `(…, F, N)` complex values to the `(…, length)` samples they came from.
 
-        Raises ValueError when the number of bins or frames doesn't belong to `length` samples.
+        Raises ValueError when the number of bins or frames doesn't belong to `length` samples, or
+        values are real: magnitudes alone have no inverse.
         """
+        if not spectrogram.is_complex():
+            raise ValueError(f"the spectrogram is {spectrogram.dtype}; the inverse needs complex values")
         expected = (self.n_bins, self.n_frames(length))
         if tuple(spectrogram.shape[-2:]) != expected:
             raise ValueError(
@@ -91,6 +100,8 @@ class STFT:
                 f"(F, N) = {expected}: pass the length of the waveform it came from"
             )
         lead = spectrogram.shape[:-2]
+        if not spectrogram.numel():  # an empty batch, which istft refuses
+            return spectrogram.real.new_zeros(*lead, length)
         waveform = torch.istft(
             spectrogram.reshape(-1, *expected),
             self.n_fft,

@@ -18,6 +18,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+AnyPath = str | os.PathLike[str]  # a local path; URIs are str
+
 ABANDONED_S = 3600.0  # a file that was begun this long ago has no writer any more
 S3_ATTEMPTS = 8  # at a request that is refused, cut off or unanswered: half a minute and more
 _S3_CONNECT_S, _S3_SILENCE_S = 10.0, 30.0
@@ -25,13 +27,14 @@ _OPTION = re.compile(r"[?&](access_key|secret_key|session_token|endpoint_overrid
 _TEMPORARY = re.compile(r"(?P<before>.*)\.(?P<pid>\d+)\.[0-9a-f]+\.tmp")
 
 
-def is_uri(path: str) -> bool:
+def is_uri(path: AnyPath) -> bool:
     """Tell `s3://bucket/key` and `youtube:ID` from local paths, whose names may hold colons too."""
+    path = os.fspath(path)
     scheme, separator, _ = path.partition("://")
     return path.startswith("youtube:") or (bool(separator) and "/" not in scheme and len(scheme) > 1)
 
 
-def filesystem(path: str) -> tuple[pafs.FileSystem, str]:
+def filesystem(path: AnyPath) -> tuple[pafs.FileSystem, str]:
     """Open the file system of a local path or URI: pyarrow's own, else fsspec's.
 
     S3 is set up by the environment variables that other tools read: `AWS_ACCESS_KEY_ID`,
@@ -40,6 +43,7 @@ def filesystem(path: str) -> tuple[pafs.FileSystem, str]:
     the key as it stands. Raises ValueError for a scheme that nobody knows, and for
     credentials in a URI.
     """
+    path = os.fspath(path)
     if not is_uri(path):
         return pafs.LocalFileSystem(), os.path.abspath(path)
     _check_uri(path)
@@ -114,9 +118,9 @@ def resolve(path: str, relative_to: str) -> str:
     return os.path.normpath(os.path.join(os.path.abspath(relative_to), os.path.expanduser(path)))
 
 
-def join(base: str, *parts: str) -> str:
+def join(base: AnyPath, *parts: str) -> str:
     """Join with slashes, which every URI and every supported system takes."""
-    return "/".join([base.rstrip("/") or "/", *parts])
+    return "/".join([os.fspath(base).rstrip("/") or "/", *parts])
 
 
 def parent(path: str) -> str:
@@ -129,21 +133,34 @@ def name(path: str) -> str:
     return path.rsplit("/", 1)[-1]
 
 
-def exists(path: str) -> bool:
+def exists(path: AnyPath) -> bool:
     """Tell whether a file or a directory is there."""
     fs, inner = filesystem(path)
     return fs.get_file_info(inner).type != pafs.FileType.NotFound
 
 
-def is_directory(path: str) -> bool:
+def is_directory(path: AnyPath) -> bool:
     """Tell whether it is a directory (on object stores: a prefix with files under it)."""
     fs, inner = filesystem(path)
     return fs.get_file_info(inner).type == pafs.FileType.Directory
 
 
-def make_directory(path: str) -> None:
-    """Create a directory and its parents; there is none to create on an object store."""
+def make_directory(path: AnyPath) -> None:
+    """Create a directory and its parents; there is none to create on an object store.
+
+    Raises OSError, with the remedy, where a file is in the way or nothing may be written.
+    """
     fs, inner = filesystem(path)
+    if isinstance(fs, pafs.LocalFileSystem):
+        try:
+            os.makedirs(inner, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise NotADirectoryError(f"{path}: a file is in the way; give a folder") from None
+        except OSError as error:
+            raise OSError(f"{path} can't be made ({error.strerror}); give a folder that can be written to") from None
+        if not os.access(inner, os.W_OK):
+            raise PermissionError(f"{path} is read-only; give a folder that can be written to")
+        return
     fs.create_dir(inner, recursive=True)
 
 
@@ -162,7 +179,7 @@ def open_input(path: str) -> Iterator[pa.NativeFile]:
         yield f
 
 
-def read_bytes(path: str) -> bytes:
+def read_bytes(path: AnyPath) -> bytes:
     """Read a whole file, as one writer left it."""
     fs, inner = filesystem(path)
     while True:

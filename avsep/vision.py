@@ -23,6 +23,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
+from avsep import storage
 from avsep.objects import N_IMAGENET_CLASSES
 
 # Published thresholds belong to this network and these weights.
@@ -58,7 +59,7 @@ class ImageLabeller:
 
         Args:
             architecture: a name that `torchvision.models.get_model` knows.
-            weights: a local file. `.safetensors` as `save` writes it names its own architecture
+            weights: a file or URI. `.safetensors` as `save` writes it names its own architecture
                 and classes; a `.pth` state dict whose name ends in 8 or more hex digits, as
                 torchvision's do, is checked against them. None takes torchvision's ImageNet
                 weights (V1), from its cache or the internet.
@@ -69,14 +70,21 @@ class ImageLabeller:
         """
         if weights is None:
             return cls._load_published(architecture, device)
-        path = Path(weights)
+        try:
+            with storage.local_file(str(weights)) as path:
+                return cls._load_file(architecture, str(weights), path, device)
+        except (OSError, ValueError) as error:
+            raise LabellerUnavailable(f"--weights {weights} can't be read: {error}") from None
+
+    @classmethod
+    def _load_file(cls, architecture: str, weights: str, path: Path, device: str) -> ImageLabeller:
         if not path.is_file():
-            raise LabellerUnavailable(f"--weights {path}: no such file; give a .pth or .safetensors file")
+            raise LabellerUnavailable(f"--weights {weights}: no such file; give a .pth or .safetensors file")
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        expected = re.search(r"-([0-9a-f]{8,64})$", path.stem)
+        expected = re.search(r"-([0-9a-f]{8,64})$", storage.name(weights).rsplit(".", 1)[0])
         if expected and not sha256.startswith(expected[1]):
             raise LabellerUnavailable(
-                f"--weights {path}: its SHA-256 starts with {sha256[:8]}, its name says {expected[1]}; "
+                f"--weights {weights}: its SHA-256 starts with {sha256[:8]}, its name says {expected[1]}; "
                 "download the file again"
             )
         classes: tuple[int, ...] | None = None
@@ -93,7 +101,7 @@ class ImageLabeller:
             network.load_state_dict(state)
         except Exception as error:
             reason = str(error).split("\n")[0] if isinstance(error, RuntimeError) else "it is no weights file"
-            raise LabellerUnavailable(f"--weights {path} doesn't fit {architecture}: {reason}") from None
+            raise LabellerUnavailable(f"--weights {weights} doesn't fit {architecture}: {reason}") from None
         return cls(architecture, network.eval().to(device), sha256, classes, device)
 
     @classmethod

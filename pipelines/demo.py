@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from avsep import cli, plots, stages, storage, synthetic, vision
+from avsep import cli, evaluation, plots, stages, storage, synthetic, vision
 from avsep.model import LABELLER_FILE
 from avsep.objects import OBJECTS
 from avsep.records import Segment, read_segments
@@ -34,8 +34,8 @@ EXAMPLES = """examples:
   python -m pipelines.demo --out out/quick --clips 40
 """
 SEED = 1
-_SHARES = {"train": 0.75, "val": 0.10, "test": 0.15}
-_LEAST_CLIPS = 20
+_LEAST_CLIPS = 8
+_FOLDERS = ("clips", "manifest", "shards", "model", "paper", "results", "separated", "relation_maps")  # it makes
 _EMPTY_SCENE = 819  # ImageNet's "stage": what the picture network answers when it sees none of the objects
 _PICTURES_A_CLASS, _HELD_OUT = 85, 10
 _PAPER_EPOCHS = 20
@@ -89,11 +89,17 @@ def train_labeller(path: str) -> float:
     return float((guesses.numpy() == np.array(classes)[:, None]).mean())
 
 
+def split_clips(n_clips: int) -> dict[str, int]:
+    """Divide clips among the splits, none of which is empty."""
+    n_val, n_test = max(1, round(0.10 * n_clips)), max(1, round(0.15 * n_clips))
+    return {"train": n_clips - n_val - n_test, "val": n_val, "test": n_test}
+
+
 def prepare(runner: execution.Runner, folder: Path, n_clips: int, labeller: Path) -> float:
     """Render all clips and the table that names them, and meanwhile train the picture network."""
     jobs: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [(train_labeller, (str(labeller),))]
-    for split, share in _SHARES.items():
-        for number in range(max(2, round(n_clips * share))):
+    for split, count in split_clips(n_clips).items():
+        for number in range(count):
             # tests are duets, with a trio now and then, so that there is something to separate
             n_objects = None if split == "train" else 3 if number % 4 == 3 else 2
             jobs.append((render, (str(folder), split, number, n_objects)))
@@ -125,13 +131,15 @@ def write_report(out: Path, seconds: float, labeller_accuracy: float) -> Path:
     results = json.loads((out / "results" / "results.json").read_text())
     figures = {n: e["mean"]["sdr"] for n, e in results["separators"].items()}
     report = Report("avsep demo: what do objects sound like?")
+    ahead = figures["default"] - figures["paper"]
+    n_clips = len(results["clips"])
     report.paragraph(
         f"Clips with one to three objects were rendered, a network learned from their pictures and sound alone "
-        f"which sound belongs to which object, and then separated {len(results['clips'])} clips that it had not "
+        f"which sound belongs to which object, and then separated {n_clips} clip{'s' * (n_clips > 1)} that it had not "
         f"seen. On them its mean SDR is {figures['default']:.1f} dB: {figures['default'] - figures['mixture']:.1f} dB "
         f"above the mixture as it is, {figures['ideal_mask'] - figures['default']:.1f} dB under the ideal mask "
-        f"({figures['ideal_mask']:.1f} dB), {figures['default'] - figures['paper']:.1f} dB above the published recipe "
-        f"trained on the same clips. The run took {seconds / 60:.1f} minutes."
+        f"({figures['ideal_mask']:.1f} dB), {abs(ahead):.1f} dB {'above' if ahead >= 0 else 'under'} the published "
+        f"recipe trained on the same clips. The run took {seconds / 60:.1f} minutes."
     )
     separator = Separator.load(str(out / "model"))
     segments = [s for s in read_segments(str(out / "manifest")) if s.split == "test"]
@@ -154,7 +162,7 @@ def write_report(out: Path, seconds: float, labeller_accuracy: float) -> Path:
 
 def draw_overview(separator: Separator, segment: Segment, out: Path) -> bytes:
     """Draw one test clip's frame, mixture and separated sounds, and keep the figure in overview.png."""
-    case = evaluate.Case.load(segment, str(out / "clips" / "references"), separator.stft.sample_rate)
+    case = evaluation.Case.load(segment, str(out / "clips" / "references"), separator.stft.sample_rate)
     separation = separator(case.mixture, case.names)
     sounds = [("mixture", case.mixture.numpy()), *zip(separation.objects, separation.estimates.numpy(), strict=True)]
     picture = stages.middle_picture(segment.source, segment.start_s, segment.end_s)
@@ -169,10 +177,13 @@ def run(arguments: argparse.Namespace) -> int:
         fail(f"--clips {arguments.clips}: at least {_LEAST_CLIPS} are needed for three splits")
     started = time.monotonic()
     out = Path(arguments.out).absolute()
-    for made in ("clips", "manifest", "shards", "model", "paper", "results", "separated", "relation_maps"):
-        shutil.rmtree(out / made, ignore_errors=True)  # of an earlier run, perhaps with another --clips
-    out.mkdir(parents=True, exist_ok=True)
     labeller = out / LABELLER_FILE
+    earlier = [out / name for name in _FOLDERS if (out / name).exists()]
+    if earlier and not labeller.exists() and not (out / "clips" / "references").exists():
+        fail(f"--out {arguments.out} holds {earlier[0].name}/, which no demo made; give another folder")
+    storage.make_directory(str(out))
+    for folder in earlier:
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, perhaps with another --clips
     shards, model = str(out / "shards"), str(out / "model")
     say("starting Ray on this machine …")
     with execution.session() as runner:

@@ -614,8 +614,8 @@ def run(
         fail(f"{remote} segments must be downloaded; say with --media FOLDER where downloads are kept")
     if arguments.until and not arguments.media:
         fail("--until fetch: say with --media FOLDER where downloads are kept")
-    if arguments.rate <= 0:
-        fail(f"--rate {arguments.rate:g}: it must be above 0 downloads an hour")
+    if not 0 < arguments.rate < math.inf:
+        fail(f"--rate {arguments.rate:g}: it must be a number of downloads an hour above 0")
     identities(arguments.proxies, arguments.cookies)  # a mistake is told before the work begins
     labeller = None
     if not arguments.until:
@@ -630,6 +630,7 @@ def run(
         works = plan_work(state, segments, arguments.retry_rejected)
         dry_run(arguments, segments, state, works, recipe.extraction, labeller is not None)
         return execution.DONE
+    storage.make_directory(out)
     name = FETCH_LOCK if arguments.until else shards.LOCK_FILE  # extraction may follow a fetch to the same folder
     with lock.Lock(storage.join(out, name), f"--out {out}", tell=say) as mine:
         state = shards.read_state(out)
@@ -732,7 +733,7 @@ def _report(arguments: argparse.Namespace, segments: Sequence[Segment], state: s
     missing = len(segments) - len(clips) - sum(reasons.values())
     if missing:
         say(f"{missing} segments are in neither; run the same command again")
-    return execution.SHORTFALL if missing or not clips else execution.DONE
+    return execution.SHORTFALL if missing else execution.DONE
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,7 +28,15 @@ import pyarrow.parquet as pq
 from avsep import audioset, storage
 from avsep.audioset import BadLine, Counts
 from avsep.objects import OBJECT_NAMES, OBJECTS
-from avsep.records import SEGMENT_SCHEMA, SPLITS, Segment, segment_from_row, segments_to_table
+from avsep.records import (
+    SEGMENT_SCHEMA,
+    SPLITS,
+    Segment,
+    check_columns,
+    segment_from_row,
+    segments_to_table,
+    table_kind,
+)
 from pipelines import execution
 from pipelines.execution import complain, say
 
@@ -59,8 +67,8 @@ examples:
 DIR gets segments.parquet (several files beyond half a million segments), statistics.json (written
 last) and dead_letters.jsonl: rows that can't be used, with file, line, reason and text.
 
-exit status: 0 done; 1 done, but rows of one's own table are among the dead letters, or no segment
-is left; 2 unusable arguments or input."""
+exit status: 0 done; 1 done, but rows of one's own table are among the dead letters, or none of AudioSet's
+is left; 2 unusable arguments or input, such as a table without a usable row."""
 
 
 @dataclass(frozen=True)
@@ -416,7 +424,7 @@ def plan_table(uri: str) -> tuple[list[Block], Reader]:
         raise ValueError(f"{uri} is a directory; give a table, .csv or .parquet")
     _check_exist([uri])
     folder = storage.parent(uri)
-    if uri.lower().endswith(".csv"):
+    if table_kind(uri) == "csv":
         blocks = line_blocks([uri])
         header = read_lines(Block(0, 0, uri, 0, 1))
         try:
@@ -425,8 +433,6 @@ def plan_table(uri: str) -> tuple[list[Block], Reader]:
             raise ValueError(f"{uri}: line 1 is no CSV header ({error}); save the table as UTF-8") from None
         _check_columns(uri, columns)
         return blocks, lambda block: read_csv(block, columns, folder)
-    if not uri.lower().endswith((".parquet", ".pq")):
-        raise ValueError(f"{uri}: a table's name must end with .csv or .parquet")
     try:
         with storage.open_input(uri) as f:
             parquet = pq.ParquetFile(f)
@@ -445,15 +451,7 @@ def _check_exist(uris: Iterable[str]) -> None:
 
 
 def _check_columns(uri: str, columns: Sequence[str]) -> None:
-    known = ", ".join(SEGMENT_SCHEMA.names)
-    for column in ("segment_id", "source"):
-        if column not in columns:
-            raise ValueError(f"{uri} has no column {column!r}; it is required (the columns are {known})")
-    for index, column in enumerate(columns):
-        if column not in SEGMENT_SCHEMA.names:
-            raise ValueError(f"{uri} has an unknown column {column!r}; remove it: the columns are {known}")
-        if column in columns[:index]:
-            raise ValueError(f"{uri} has the column {column!r} twice; remove one")
+    check_columns(uri, columns)
     if "split" not in columns:
         say("the table has no column 'split': every segment is in split train")
 
@@ -514,10 +512,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             uris = list(dict.fromkeys(storage.resolve(uri, ".") for uri in args.audioset))
             ontology = storage.resolve(args.ontology, ".") if args.ontology else None
             blocks, read = plan_audioset(uris, ontology, args.own_node_only)
-        if storage.exists(out) and not storage.is_directory(out):
-            raise ValueError(f"--out {args.out} is a file; give a folder")
         pipeline = beam.Pipeline(options=options)
         staging = storage.join(out, STAGING)
+        storage.make_directory(out)
         remove_folder(staging)
         storage.make_directory(staging)
     except (ValueError, OSError, ImportError) as error:
@@ -529,21 +526,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         if execution.is_local(options):  # what a step raises comes back to us; Beam would print its traceback first
             logging.getLogger("apache_beam.runners.common").setLevel(logging.CRITICAL)
         pipeline.run().wait_until_finish()
+        first = _first_reason(storage.join(staging, "dead_letters.jsonl"))
+        if args.table and not _read_statistics(staging)["kept"]:
+            raise execution.UsageError(f"{uris[0]}: no row can be used; {first or 'there is none'}")
         segments = commit(staging, out)
-    except OSError as error:
+    except (OSError, execution.UsageError) as error:
         complain(f"manifest: {_one_line(error)}")
         return 2
     finally:
         remove_folder(staging)
-    statistics = json.loads(storage.read_bytes(storage.join(out, "statistics.json")))
+    statistics = _read_statistics(out)
     for line in report_lines(statistics, out, segments):
         say(line)
     n_dead, letters = statistics["dead_letters"], storage.join(out, "dead_letters.jsonl")
     if n_dead:
-        say(f"{n_dead:,} rows can't be used; see {letters} for lines and reasons")
+        say(f"{n_dead:,} rows can't be used; see {letters} for lines and reasons; {first}")
     if not statistics["kept"]:
         say("no segment is left: the manifest is empty")
     return 1 if not statistics["kept"] or (args.table and n_dead) else 0
+
+
+def _read_statistics(folder: str) -> dict[str, Any]:
+    statistics: dict[str, Any] = json.loads(storage.read_bytes(storage.join(folder, "statistics.json")))
+    return statistics
+
+
+def _first_reason(letters: str) -> str:
+    """Say what is wrong with the first of the dead letters; empty when there is none."""
+    line = storage.read_bytes(letters).partition(b"\n")[0]
+    if not line:
+        return ""
+    letter = json.loads(line)
+    return f"the first, line {letter['line']}: {letter['reason']}"
 
 
 def _one_line(error: BaseException) -> str:

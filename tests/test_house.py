@@ -29,7 +29,7 @@ LAYERS = (
         "practice",
         "finetuning",
     ),
-    ("videos",),
+    ("videos", "evaluation"),
     ("jobs",),
     ("cli", "web"),
 )
@@ -233,9 +233,10 @@ def test_every_command_has_help_with_exactly_its_flags(command: str, capsys: pyt
     assert found <= FLAGS[command], "a new flag needs a reason, and a line in FLAGS"
 
 
-@pytest.mark.parametrize("command", [c for c in FLAGS if " " not in c])
-def test_every_pipeline_s_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert f"python -m pipelines.{command} " in re.sub(r"\s+", " ", help_text(command, capsys).split("examples:")[1])
+@pytest.mark.parametrize("command", FLAGS)
+def test_every_command_s_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    call = command if " " in command else f"python -m pipelines.{command}"
+    assert f"{call} " in re.sub(r"\s+", " ", help_text(command, capsys).split("examples:")[1])
 
 
 def test_every_pipeline_is_a_command_of_the_contract() -> None:

@@ -430,7 +430,8 @@ def test_bad_rows_of_a_table_are_told_one_by_one(tmp_path: Path, capsys: pytest.
     found = statistics(tmp_path / "out")
     assert (found["rows"], found["kept"], found["dead_letters"]) == (14, 2, 12)
     said = capsys.readouterr().out
-    assert f"12 rows can't be used; see {tmp_path / 'out' / 'dead_letters.jsonl'}" in said
+    assert f"12 rows can't be used; see {tmp_path / 'out' / 'dead_letters.jsonl'} for lines and reasons" in said
+    assert "; the first, line 3: segment_id is missing" in said
 
 
 def test_parquet_table_in_row_groups(tmp_path: Path) -> None:
@@ -454,11 +455,20 @@ def test_parquet_table_in_row_groups(tmp_path: Path) -> None:
     ]
 
 
-def test_a_table_without_rows_leaves_an_empty_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    table = write_table(tmp_path / "clips.csv", ["segment_id", "source"])
-    assert manifest.main(["--table", str(table), "--out", str(tmp_path / "out")]) == 1
-    assert read_segments(str(tmp_path / "out")) == []
-    assert "empty" in capsys.readouterr().out
+def test_a_table_without_a_usable_row_is_refused_and_replaces_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reason is told at once."""
+    header = ["segment_id", "source", "labels"]
+    good = write_table(tmp_path / "good.csv", header, ["a", "x.mp4", "dog"])
+    assert manifest.main(["--table", str(good), "--out", str(tmp_path / "out")]) == 0
+    for rows, reason in (([], "there is none"), ([["a", "x.mp4", "unicorn"]], "line 2: Segment 'a': labels holds")):
+        table = write_table(tmp_path / "clips.csv", header, *rows)
+        capsys.readouterr()
+        assert manifest.main(["--table", str(table), "--out", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert f"{table}: no row can be used; " in error and reason in error and error.count("\n") == 1
+        assert [s.labels for s in read_segments(str(tmp_path / "out"))] == [("dog",)]
 
 
 # --- the command line

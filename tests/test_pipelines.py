@@ -18,12 +18,12 @@ import pytest
 import soundfile
 import torch
 
-from avsep import cli, media, records, shards, synthetic, vision
+from avsep import cli, evaluation, media, records, shards, storage, synthetic, vision
 from avsep.model import Model
 from avsep.objects import object_index, object_scores, weak_labels
 from avsep.vision import ImageLabeller, build_network
 from deploy import cost, pages
-from pipelines import audit, collect, evaluate, extract, finetune, manifest, train
+from pipelines import audit, collect, demo, evaluate, extract, finetune, manifest, train
 
 RATE = 48_000
 
@@ -121,6 +121,7 @@ def test_results_hold_floor_and_ceiling_in_order(run):
     entry = results["separators"]["mixture"]
     assert entry["default_ahead"]["sdr"] == pytest.approx(sdr["default"] - sdr["mixture"])
     assert entry["interval_95"][0] <= sdr["mixture"] <= entry["interval_95"][1]
+    assert evaluation._bootstrap([np.zeros(3)]) == pytest.approx([math.nan] * 2, nan_ok=True)  # nothing to draw from
     curve = results["calibration"]["sound_score"]
     assert 0 <= curve["expected_calibration_error"] <= 1 and sum(b["count"] for b in curve["bins"]) >= 6
     assert len(results["clips"]) == 3
@@ -145,7 +146,7 @@ def solos(tmp_path_factory) -> Path:
 def test_the_published_protocols(run, solos, tmp_path, protocol):
     arguments = ["--model", str(run / "run" / "model"), "--segments", str(solos / "table.csv"), "--in-process"]
     arguments += ["--references", str(solos / "references"), "--out", str(tmp_path), "--protocol", protocol]
-    assert evaluate.main([*arguments, "--given", "labels"]) == 2
+    assert evaluate.main([*arguments, "--given", "none"]) == 2
     assert evaluate.main(arguments) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     separators, ids = results["separators"], [c["segment_id"] for c in results["clips"]]
@@ -161,13 +162,13 @@ def test_the_published_protocols(run, solos, tmp_path, protocol):
         assert ids == ["drum", "flute", "violin"]
         assert set(separators["default"]["by_sources"]) == {"1"}
         assert separators["default"]["mean"]["sir"] is None  # nothing else sounds that has a reference
-        again = evaluate.add_noise(
-            evaluate.Case.load(
+        again = evaluation.add_noise(
+            evaluation.Case.load(
                 segment := records.read_segments(str(solos / "table.csv"))[0], str(solos / "references"), RATE
             )
         )
         assert torch.equal(
-            again.mixture, evaluate.build_case([segment], str(solos / "references"), RATE, protocol).mixture
+            again.mixture, evaluation.build_case([segment], str(solos / "references"), RATE, protocol).mixture
         )
         noise = again.rest.square().mean() / again.references[0].square().mean()
         assert 10 * math.log10(noise) == pytest.approx(0, abs=0.05)
@@ -180,6 +181,32 @@ def test_evaluation_without_being_told(run, rendered, tmp_path, given):
     assert evaluate.main(arguments) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert math.isfinite(results["separators"]["default"]["mean"]["sdr"])
+
+
+def test_references_that_do_not_fit_are_named(run, solos, tmp_path, capfd):
+    """A clip at a time, and what is told of them when none is left; labels that nobody gave are asked for."""
+    shutil.copytree(solos, tmp_path, dirs_exist_ok=True)
+    drum = tmp_path / "references" / "drum" / "drum.flac"
+    sound, _ = soundfile.read(drum)
+    segment = records.read_segments(str(tmp_path / "table.csv"))[0]
+
+    def damage(write, message):
+        shutil.copy(solos / "references" / "drum" / "drum.flac", drum)
+        write()
+        with pytest.raises(ValueError, match=message):
+            evaluation.Case.load(segment, str(tmp_path / "references"), RATE)
+
+    damage(lambda: drum.write_bytes(b"junk"), r"drum.flac is no sound that can be read: ")
+    damage(lambda: soundfile.write(drum, sound, 16_000), r"references of drum have 16000 Hz; the model works at 48000")
+    damage(lambda: soundfile.write(drum, sound[: 2 * RATE], RATE), r"last 2.00 s, the clip 4.00 s: give references")
+    damage(lambda: soundfile.write(drum.with_suffix(".wav"), sound, RATE), r"drum.wav: there is a .flac and a .wav")
+    wav = drum.with_suffix(".wav")
+    nan = np.full(4 * RATE, np.nan)
+    damage(lambda: (drum.unlink(), soundfile.write(wav, nan, RATE, subtype="FLOAT")), r"drum.wav has no samples, or")
+    arguments = ["--model", str(run / "run" / "model"), "--segments", str(tmp_path / "table.csv"), "--in-process"]
+    arguments += ["--references", str(tmp_path / "references"), "--out", str(tmp_path / "out")]
+    assert evaluate.main([*arguments, "--given", "labels"]) == 2
+    assert "gives none; add a column `labels`, or say --given none" in capfd.readouterr().err
 
 
 def test_evaluation_takes_clips_longer_than_a_window(run, rendered, tmp_path):
@@ -242,7 +269,24 @@ def test_separate_gives_wavs_that_add_up(run, rendered, tmp_path):
     assert (out / "relation_map.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_separate_covers_a_long_file_in_windows(run, tmp_path):
+def test_separate_reads_and_writes_where_a_uri_says(run, rendered, tmp_path, memory_folder):
+    """The same as locally; what an earlier separation left there goes."""
+    video = sorted((rendered / "clips").glob("*test*"))[0]
+    storage.write_bytes(f"{memory_folder}/clip.flac", video.read_bytes())
+    command = ["separate", f"{memory_folder}/clip.flac", "--model", str(run / "run" / "model")]
+    out = f"{memory_folder}/out"
+    assert cli.main([*command, "--out", out, "--objects", "flute"]) == 0
+    assert cli.main([*command, "--out", out, "--objects", "drum,violin"]) == 0
+    assert cli.main([*command, "--out", str(tmp_path), "--objects", "drum,violin"]) == 0
+    names = ["_rest.wav", "drum.wav", "relation_map.png", "separation.json", "violin.wav"]
+    assert [storage.name(f) for f in storage.list_files(out)] == names == sorted(os.listdir(tmp_path))
+    for name, samples in wavs(tmp_path).items():
+        with storage.local_file(f"{out}/{name}.wav") as path:
+            assert np.array_equal(soundfile.read(path, dtype="float32")[0], samples)
+
+
+def test_separate_covers_a_long_file_in_windows(run, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(cli, "_SAY_EVERY_S", 0.0)
     rng = np.random.default_rng(0)
     sound = np.concatenate([synthetic.performance(n, rng, 9.0) for n in ("drum", "flute", "violin")])[: 26 * RATE]
     soundfile.write(tmp_path / "long.flac", sound, RATE, subtype="PCM_24")
@@ -251,6 +295,9 @@ def test_separate_covers_a_long_file_in_windows(run, tmp_path):
     sounds = wavs(tmp_path / "out")
     assert len(sounds["drum"]) == len(sound)
     assert np.abs(sum(sounds.values()) - sound).max() < 1e-5
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith(("listening: ", "separating: "))]
+    shares = [int(line.split()[1].rstrip("%")) for line in told]
+    assert shares == sorted(shares) and shares[-1] == 100
 
 
 def test_a_failed_separation_leaves_the_earlier_one_whole(run, rendered, tmp_path):
@@ -264,6 +311,15 @@ def test_a_failed_separation_leaves_the_earlier_one_whole(run, rendered, tmp_pat
     assert cli.main(["separate", str(tmp_path / "text.mp4"), *command[:3], str(tmp_path / "new")]) == 2
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_is_told_in_one_line(run, rendered, tmp_path, capfd):
+    (tmp_path / "drum.wav.part").symlink_to("/dev/full")
+    video = str(sorted((rendered / "clips").glob("*test*"))[0])
+    command = ["separate", video, "--model", str(run / "run" / "model"), "--out", str(tmp_path)]
+    assert cli.main([*command, "--objects", "drum"]) == 2
+    assert f"avsep separate: {tmp_path} can't be written: " in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_silence_is_nobody_s_sound(run, tmp_path):
@@ -283,7 +339,9 @@ def test_separate_leaves_foreign_wavs_alone(run, rendered, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["separate", "missing.mp4", "--model", "MODEL", "--out", "OUT"], ["missing.mp4"]),
+        (["separate", "missing.mp4", "--model", "MODEL", "--out", "OUT"], ["missing.mp4", "check the path"]),
+        (["separate", "VIDEO", "--model", "MODEL", "--out", "VIDEO"], ["--out", "is a file; give a folder"]),
+        (["separate", __file__, "--model", "MODEL", "--out", "OUT"], [__file__, "unreadable"]),
         (["separate", "VIDEO", "--model", "nowhere", "--out", "OUT"], ["nowhere", "pipelines.train"]),
         (["separate", "VIDEO", "--model", "MODEL", "--out", "OUT", "--objects", "kazoo"], ["kazoo", "violin"]),
         (["separate", "VIDEO", "--model", "MODEL", "--out", "OUT", "--objects", ","], ["--objects"]),
@@ -299,6 +357,18 @@ def test_mistakes_get_one_line_and_status_2(run, rendered, tmp_path, capfd, argu
     assert len(message) == 1
     for word in words:
         assert word in message[0]
+
+
+def test_the_demo_leaves_folders_alone_that_it_did_not_make(tmp_path, capfd):
+    (tmp_path / "clips").mkdir()
+    assert demo.main(["--out", str(tmp_path)]) == 2
+    assert "holds clips/, which no demo made; give another folder" in capfd.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["clips"]
+    assert demo.main(["--out", str(tmp_path / "new"), "--clips", "7"]) == 2
+    for n_clips in (8, 20, 40, 120):
+        counts = demo.split_clips(n_clips)
+        assert sum(counts.values()) == n_clips and all(counts.values())
+    assert counts == {"train": 90, "val": 12, "test": 18}
 
 
 def test_inspect_knows_models_extractions_and_shards(run, capsys):

@@ -185,7 +185,7 @@ def test_a_parquet_table_and_a_manifest_s_folder_read_alike(tmp_path: Path) -> N
     for i, segment in enumerate(segments):
         pq.write_table(segments_to_table([segment]), tmp_path / f"segments-{i}.parquet")
     (tmp_path / "statistics.json").write_text("{}")
-    assert read_segments(str(tmp_path)) == segments
+    assert read_segments(str(tmp_path)) == segments == read_segments(tmp_path)
     assert read_segments(str(tmp_path / "segments-1.parquet")) == segments[1:]
 
 
@@ -194,21 +194,54 @@ def test_a_parquet_table_and_a_manifest_s_folder_read_alike(tmp_path: Path) -> N
     [
         ("segment_id,source\na,a.mp4\na,b.mp4", "'a' occurs twice; ids must be unique"),
         ("segment_id,source\na,a.mp4\nb,", "t.csv, row 3: source is missing or empty"),
-        ("source\na.mp4", "row 2: segment_id is missing"),
+        ("source\na.mp4", "t.csv has no column 'segment_id'; it is required"),
+        (
+            "segment_id;source\na;a.mp4",
+            "the header is one cell, 'segment_id;source'; cells must be separated by commas",
+        ),
         (
             "segment_id,source,start_s\na,a.mp4,soon",
             "row 2: start_s is 'soon'; it must be a number of seconds",
         ),
         ("segment_id,source,end_s\na,a.mp4,-3", "row 2: .*end_s is -3.0; it must come after"),
         ("segment_id,source,labels\na,a.mp4,tuba", r"row 2: .*\['tuba'\]; the objects are"),
-        ("segment_id,source,label\na,a.mp4,dog", "unknown column 'label'; the columns are end_s, labels"),
-        ("segment_id,source\na,a.mp4,dog", "row 2: more cells than the header has columns"),
+        ("segment_id,source,label\na,a.mp4,dog", "unknown column 'label'; remove it: the columns are segment_id"),
+        ("segment_id,source,source\na,a.mp4,b.mp4", "has the column 'source' twice"),
+        ("segment_id,source\na,a.mp4,dog", "row 2: 3 cells; the header has 2 columns"),
+        ("segment_id,source,labels\na,a.mp4", "row 2: 2 cells; the header has 3 columns"),
+        ('segment_id,source\na,"a.mp4', "row 2: unexpected end of data"),
+        ("segment_id,source\na,\udcff.mp4", "t.csv is not UTF-8"),
     ],
 )
 def test_a_broken_table_names_row_value_and_rule(tmp_path: Path, rows: str, message: str) -> None:
-    (tmp_path / "t.csv").write_text(rows)
+    (tmp_path / "t.csv").write_bytes(rows.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=message):
         read_segments(str(tmp_path / "t.csv"))
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ({"start_s": [[1.0]]}, r"row 1: start_s is \[1.0\]; it must be a number of seconds"),
+        ({"labels": [5]}, "row 1: labels is 5; it must be a list of object names"),
+        ({"labels": [["tuba", None]]}, r"row 1: .*labels holds \[None, 'tuba'\]"),
+        ({"foo": [1]}, "unknown column 'foo'"),
+    ],
+)
+def test_a_parquet_table_of_another_schema_is_named(tmp_path: Path, cells: dict[str, list], message: str) -> None:
+    table = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"segment_id": [0], "source": ["a.mp4"], **cells}), table)
+    with pytest.raises(ValueError, match=message):
+        read_segments(str(table))
+
+
+def test_a_file_that_is_no_table_is_named(tmp_path: Path) -> None:
+    (tmp_path / "t.parquet").write_bytes(b"no table")
+    with pytest.raises(ValueError, match=r"t.parquet is no Parquet file"):
+        read_segments(str(tmp_path / "t.parquet"))
+    (tmp_path / "t.txt").write_text("segment_id,source\n")
+    with pytest.raises(ValueError, match=r"t.txt: a table's name must end with .csv or .parquet"):
+        read_segments(str(tmp_path / "t.txt"))
 
 
 def test_no_table_at_all(tmp_path: Path) -> None:

@@ -262,6 +262,16 @@ def test_errors_name_the_value_and_the_remedy() -> None:
         separator(torch.ones(500), ["tuba"])
     with pytest.raises(ValueError, match="no sample to separate"):
         separator(torch.ones(0), ["dog"])
+    for sound, message in (
+        (torch.ones(2, 500), r"the waveform is \(2, 500\); \(S,\) is needed"),
+        (torch.full((500,), torch.nan), "the waveform holds NaN or infinity"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            separator(sound, ["dog"])
+    with pytest.raises(ValueError, match="objects are 'dog'; give a list of names"):
+        separator(torch.ones(500), "dog")
+    with pytest.raises(ValueError, match="objects are dog, dog; name each once"):
+        separator(torch.ones(500), ["dog", "dog"])
     few = Model(replace(model().config, objects=("dog",)), model().network)
     with pytest.raises(ValueError, match="doesn't know 'violin', only dog"):
         Separator(few)(torch.ones(500), ["violin"])
@@ -282,7 +292,7 @@ def test_a_model_directory_brings_everything_back(tmp_path: Path) -> None:
     trained.save(str(tmp_path / "model"))
     names = sorted(p.name for p in (tmp_path / "model").iterdir())
     assert names == ["config.json", "dictionary.safetensors", "miml.safetensors"]
-    back = Model.load(str(tmp_path / "model"))
+    back = Model.load(tmp_path / "model")
     assert back.config == trained.config and not back.network.training
     assert back.dictionary is not None and back.dictionary.counts() == {"dog": 2}
     x = tone(DOG, 2.0) + tone(VIOLIN, 2.0)
@@ -313,6 +323,10 @@ def test_what_is_no_model_is_said_in_one_line(tmp_path: Path) -> None:
         ("config.json", json.dumps(config | {"colour": "red"}).encode()),
         ("config.json", json.dumps({k: v for k, v in config.items() if k != "objects"}).encode()),
         ("config.json", json.dumps(config | {"n_bases": 6, "objects": ["dog"]}).encode()),
+        ("config.json", json.dumps([config]).encode()),
+        ("config.json", json.dumps(config | {"n_bases": "6"}).encode()),
+        ("config.json", json.dumps(config | {"stft": None}).encode()),
+        ("config.json", json.dumps(config | {"separation": config["separation"] | {"window_s": "10"}}).encode()),
         ("miml.safetensors", other),
         ("miml.safetensors", whole["miml.safetensors"][:-9]),
         ("dictionary.safetensors", b"no tensors at all"),
@@ -323,6 +337,9 @@ def test_what_is_no_model_is_said_in_one_line(tmp_path: Path) -> None:
             path.unlink()
         for n, c in (whole | {name: content}).items():
             (folder / n).write_bytes(c)
-        with pytest.raises(ValueError, match=r"bad is no model of format 2: .") as caught:
+        with pytest.raises(ValueError, match=r"bad is no model of format 2: [a-z]+\.[a-z]+: .") as caught:
             Model.load(str(folder))
         assert "\n" not in str(caught.value)
+    (good / "miml.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"good holds no miml.safetensors: copy the whole model folder"):
+        Model.load(str(good))

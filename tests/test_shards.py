@@ -102,6 +102,7 @@ def test_what_is_committed_is_read_back_once(out: str) -> None:
     write(out, "00001-bb", 0, "d", "")
     write(out, "00002-cc", 0, "", "e")
     assert read_ids(out) == (["a", "c", "d"], ["b", "e"])
+    assert read_ids(out) == read_ids(out if ":" in out else Path(out))
     assert [r.segment_id for r in shards.read_clips(out)] == ["a", "c", "d"]
     assert shards.read_rejections(out) == [rejection("b"), rejection("e")]
     assert shards.read_commits(out)[0] == commit

@@ -61,6 +61,12 @@ def test_leading_axes_are_batches() -> None:
     assert torch.allclose(SMALL.inverse(X, 500), x, atol=1e-5)
 
 
+def test_integers_are_taken_as_they_are_and_an_empty_batch_stays_empty() -> None:
+    x = (100 * noise(500)).to(torch.int16)
+    assert torch.equal(SMALL(x), SMALL(x.float())) and torch.equal(SMALL(x.half()), SMALL(x.float()))
+    assert SMALL.inverse(SMALL(torch.zeros(0, 500)), 500).shape == (0, 500)
+
+
 def test_a_smaller_hop_is_inverted_too() -> None:
     stft, x = STFT(n_fft=80, hop_length=20), noise(1234)
     assert torch.allclose(stft.inverse(stft(x), 1234), x, atol=1e-5)
@@ -73,6 +79,12 @@ def test_errors_name_the_value_the_rule_and_the_remedy() -> None:
         SMALL(torch.tensor(1.0))
     with pytest.raises(ValueError, match=r"\(41, 14\).*600 samples need.*\(41, 16\).*pass the length"):
         SMALL.inverse(SMALL(torch.zeros(500)), 600)
+    with pytest.raises(ValueError, match=r"complex64; the STFT takes real samples"):
+        SMALL(torch.zeros(500, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"float32; the inverse needs complex values"):
+        SMALL.inverse(SMALL(torch.zeros(500)).abs(), 500)
+    with pytest.raises(ValueError, match=r"sample_rate is 0; it must be above 0 Hz"):
+        STFT(sample_rate=0)
     with pytest.raises(ValueError, match=r"n_fft is 81; it must be a positive even number"):
         STFT(n_fft=81)
     with pytest.raises(ValueError, match=r"hop_length is 41; it must lie in 1…40"):

@@ -59,6 +59,15 @@ def test_parts_of_paths() -> None:
     assert (storage.name("s3://b/c.txt"), storage.name("c.txt")) == ("c.txt", "c.txt")
 
 
+def test_a_folder_that_cannot_be_made_is_named_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in ("file", "file/sub"):
+        with pytest.raises(NotADirectoryError, match=rf"{path}: a file is in the way; give a folder"):
+            storage.make_directory(str(tmp_path / path))
+    with pytest.raises(OSError, match=r"^/proc/x can't be made \(.*\); give a folder that can be written to"):
+        storage.make_directory("/proc/x")
+
+
 def test_files_are_written_listed_read_and_deleted(folder: str) -> None:
     a, b = storage.join(folder, "x", "a.bin"), storage.join(folder, "x", "b.txt")
     assert not storage.exists(a) and storage.list_files(storage.join(folder, "x")) == []

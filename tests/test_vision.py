@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from avsep import vision
+from avsep import storage, vision
 from avsep.objects import object_index, object_scores
 from avsep.vision import ImageLabeller, LabellerUnavailable, build_network, normalise
 
@@ -109,6 +109,15 @@ def test_bfloat16_is_not_used_where_it_would_change_the_logits(
 
 def test_small_networks_stay_in_float32(network: nn.Module) -> None:
     assert ImageLabeller(TINY, network, "")._classify is network
+
+
+def test_weights_are_read_where_a_uri_says(tmp_path: Path, memory_folder: str) -> None:
+    labeller, path, uri = small_labeller(), tmp_path / "labeller.safetensors", f"{memory_folder}/labeller.safetensors"
+    labeller.save(path)
+    storage.write_bytes(uri, path.read_bytes())
+    assert ImageLabeller.load(weights=uri).sha256 == ImageLabeller.load(weights=path).sha256
+    with pytest.raises(LabellerUnavailable, match=r"memory://\S+/nothing.pth can't be read: "):
+        ImageLabeller.load(weights=f"{memory_folder}/nothing.pth")
 
 
 def test_safetensors_with_classes_give_minus_infinity_elsewhere(tmp_path: Path) -> None:
