@@ -73,13 +73,17 @@ class MIML(nn.Module):
 
         `valid`, boolean `(B, M)`, marks the bases that are there: padding gets zeros and takes
         no part in batch statistics. `statistics`, `(B, M, 15)` from `activation_statistics`, are
-        read by a network that was built to. Raises ValueError when the last axis isn't F, or
-        statistics are needed and missing.
+        read by a network that was built to. Raises ValueError when the last axis isn't F, there is no
+        basis, `valid` is of another shape or type, or statistics are needed and missing.
         """
         if self.shared_statistics is not None and statistics is None:
             raise ValueError("this network also reads the activations' statistics: pass them, or call `relate`")
-        if bases.ndim != 3 or bases.shape[-1] != self.n_bins:
-            raise ValueError(f"bases are {tuple(bases.shape)}; the network takes (B, M, F = {self.n_bins})")
+        if bases.ndim != 3 or bases.shape[-1] != self.n_bins or bases.shape[1] == 0:
+            raise ValueError(f"bases are {tuple(bases.shape)}; the network takes (B, M ≥ 1, F = {self.n_bins})")
+        if valid is not None and (valid.shape != bases.shape[:2] or valid.dtype != torch.bool):
+            raise ValueError(
+                f"valid is {tuple(valid.shape)}, {valid.dtype}; it must be boolean, {tuple(bases.shape[:2])}"
+            )
         n_clips, n_bases, _ = bases.shape
         flat = bases.reshape(-1, self.n_bins)
         rows = slice(None) if valid is None else valid.reshape(-1)

@@ -87,10 +87,15 @@ def test_log_bands_turn_pitch_into_a_shift() -> None:
 
 
 def test_a_wrong_number_of_bins_is_named() -> None:
-    with pytest.raises(ValueError, match=r"bases are \(2, 4, 21\); the network takes \(B, M, F = 20\)"):
+    with pytest.raises(ValueError, match=r"bases are \(2, 4, 21\); the network takes \(B, M ≥ 1, F = 20\)"):
         small().relation(torch.zeros(2, 4, 21))
     with pytest.raises(ValueError, match=r"bases are \(4, 20\)"):
         small()(torch.zeros(4, 20))
+    with pytest.raises(ValueError, match=r"bases are \(2, 0, 20\)"):
+        small()(torch.zeros(2, 0, 20))
+    for valid in (torch.ones(2, 4), torch.ones(2, 3, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"valid is \(2, \d\), .*; it must be boolean, \(2, 4\)"):
+            small()(torch.zeros(2, 4, 20), valid)
 
 
 def index_lists(labels: Tensor) -> Tensor:
