@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
@@ -62,8 +62,11 @@ def factorize(
         W = _checked_start("W0", W0, (*lead, n_bins, n_bases), W)
     if H0 is not None:
         H = _checked_start("H0", H0, (*lead, n_bases, n_frames), H)
-    _update(flat, W, H, n_iter, update_bases=True, accelerated=accelerated)
+    scale = _scale(flat)
+    H *= scale
+    _update(flat * scale, W, H, n_iter, update_bases=True, accelerated=accelerated)
     W, H = _normalise(W, H)
+    H /= scale
     return W.reshape(*lead, n_bins, n_bases), H.reshape(*lead, n_bases, n_frames)
 
 
@@ -91,8 +94,10 @@ def infer_activations(V: Tensor, W: Tensor, *, n_iter: int = 100) -> Tensor:
     column_sums = W.sum(-2, keepdim=True).mT  # (B, M, 1)
     level = flat.sum(-2, keepdim=True) / n_bases  # every basis starts with the same share of each frame
     H = torch.where(column_sums > 0, level / column_sums.clamp_min(_TINY), 0.0).contiguous()
-    W = W.contiguous()
-    _update(flat, W, H, n_iter, update_bases=False)
+    W, scale = W.contiguous(), _scale(flat)
+    H *= scale
+    _update(flat * scale, W, H, n_iter, update_bases=False)
+    H /= scale
     return H.reshape(*lead, n_bases, n_frames)
 
 
@@ -102,25 +107,32 @@ def kl_divergence(V: Tensor, W: Tensor, H: Tensor) -> Tensor:
     It is zero exactly when `V = WH`, and infinite where `WH` is zero and `V` is not.
 
     Args:
-        V: `(…, F, N)`. W: `(…, F, M)`. H: `(…, M, N)`.
+        V: `(…, F, N)`, non-negative. W: `(…, F, M)`. H: `(…, M, N)`.
+
+    Raises:
+        ValueError: the shapes disagree.
 
     >>> V = torch.tensor([[1.0, 2.0], [2.0, 4.0]])
     >>> float(kl_divergence(V, torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0, 2.0]])))
     0.0
     """
+    if W.shape[:-1] != V.shape[:-1] or H.shape != (*V.shape[:-2], W.shape[-1], V.shape[-1]):
+        raise ValueError(f"W is {tuple(W.shape)} and H {tuple(H.shape)}; for V {tuple(V.shape)} they don't fit")
     total = torch.zeros(V.shape[:-2], dtype=torch.float64, device=V.device)
     for start in range(0, V.shape[-2], _CPU_BLOCK):  # a long clip's terms take much room
         rows = slice(start, start + _CPU_BLOCK)
         v, wh = V[..., rows, :], W[..., rows, :] @ H
-        terms = (v / wh).clamp_min_(_TINY).log_().mul_(v).sub_(v).add_(wh)  # 0 log 0 = 0; torch's xlogy is slow
-        total += terms.nan_to_num_(nan=0.0, posinf=torch.inf).sum((-2, -1), dtype=torch.float64)
+        terms = torch.where(v > 0, v / wh, 1.0).log_().mul_(v).sub_(v).add_(wh)  # torch's xlogy is slow
+        total += terms.sum((-2, -1), dtype=torch.float64)
     return total
 
 
 def _check_magnitudes(V: Tensor) -> Tensor:
     if V.ndim < 2:
         raise ValueError(f"a matrix of shape {tuple(V.shape)} was given; (…, F, N) is needed")
-    V = V.to(torch.float32)
+    if 0 in V.shape[-2:]:
+        raise ValueError(f"a matrix of shape {tuple(V.shape)} was given; it needs at least one row and one column")
+    V = V.detach().to(torch.float32)
     low, high = (float(x) for x in V.aminmax()) if V.numel() else (0.0, 0.0)
     if not (low >= 0 and high < float("inf")):  # NaN fails both comparisons
         raise ValueError(
@@ -129,11 +141,17 @@ def _check_magnitudes(V: Tensor) -> Tensor:
     return V
 
 
+def _scale(V: Tensor) -> Tensor:
+    """Return the power of two, `(B, 1, 1)`, that brings each clip's maximum to between a half and one."""
+    peak = V.amax((1, 2), keepdim=True)
+    return torch.ldexp(torch.ones_like(peak), -torch.frexp(peak).exponent.clamp(-120, 120))
+
+
 def _start(V: Tensor, n_bases: int, seeds: Sequence[int] | int | None) -> tuple[Tensor, Tensor]:
     """Draw positive W and H on the CPU, so that every device starts alike; `WH` has V's mean."""
     n_clips, n_bins, n_frames = V.shape
-    if seeds is None or isinstance(seeds, int):
-        seeds = [seeds or 0] * n_clips
+    if not isinstance(seeds, Sized):
+        seeds = [int(seeds or 0)] * n_clips
     if len(seeds) != n_clips:
         raise ValueError(f"{len(seeds)} seeds for {n_clips} clips: give one a clip, or a single int")
     W = torch.empty(n_clips, n_bins, n_bases)

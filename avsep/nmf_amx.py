@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -72,11 +71,9 @@ class Problem(nmf_code.Problem):
         padded = torch.zeros(rows, frames)
         padded[: self.n_bins, : self.n_frames] = V
         self.V = zeros(rows * frames).view(self.n_panels, -1, 2, 16, 16)
-        self.scale = 2.0 ** (math.frexp(float(V.max()))[1] // 2)  # of each factor: V's maximum becomes 0.5 to 2
-        torch.mul(padded.view(self.n_panels, 2, 16, -1, 16).permute(0, 3, 1, 2, 4), self.scale**-2, out=self.V)
+        self.V.copy_(padded.view(self.n_panels, 2, 16, -1, 16).permute(0, 3, 1, 2, 4))
         self.W, self.H = zeros(rows * _BASES).view(rows, -1), zeros(_BASES * frames).view(-1, frames)
-        self.W[: self.n_bins, : self.n_bases] = W / self.scale
-        self.H[: self.n_bases, : self.n_frames] = H / self.scale
+        self.W[: self.n_bins, : self.n_bases], self.H[: self.n_bases, : self.n_frames] = W, H
 
     def run(self, n_iter: int, *, update_bases: bool = True, measure: bool = False) -> Tensor:
         """Do `n_iter` iterations; return the divergence before the last update, if it is to be measured, `(1,)`."""
@@ -89,12 +86,11 @@ class Problem(nmf_code.Problem):
             _CONFIG,
             *(self.n_panels, self.n_pairs, n_blocks, n_iter, int(update_bases), int(measure)),
         )
-        return torch.tensor([divergence * self.scale**2])
+        return torch.tensor([divergence])
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return W `(F, M)` and H `(M, N)`."""
-        W, H = self.W[: self.n_bins, : self.n_bases], self.H[: self.n_bases, : self.n_frames]
-        return W * self.scale, H * self.scale
+        return self.W[: self.n_bins, : self.n_bases], self.H[: self.n_bases, : self.n_frames]
 
 
 @functools.cache

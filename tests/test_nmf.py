@@ -108,6 +108,15 @@ def test_bases_have_maximum_one_and_normalising_leaves_the_product(level: float)
     assert torch.equal(factorize(V, 4, n_iter=50)[0].amax(0), torch.ones(4))
 
 
+@pytest.mark.parametrize("level", [2.0**-100, 2.0**100])
+def test_any_level_will_do(level: float) -> None:
+    V = spectrogram(4)
+    W, H = factorize(V, 5, n_iter=20)
+    W_2, H_2 = factorize(V * level, 5, n_iter=20)
+    assert torch.allclose(W, W_2, rtol=1e-3, atol=1e-5) and torch.allclose(H * level, H_2, rtol=1e-3, atol=1e-5 * level)
+    assert torch.allclose(infer_activations(V, W) * level, infer_activations(V * level, W), rtol=1e-3)
+
+
 def test_a_clip_does_not_depend_on_its_batch() -> None:
     V = uniform(3, 40, 25)
     W, H = factorize(V, 4, n_iter=30, seeds=[5, 6, 7])
@@ -205,6 +214,7 @@ def test_kl_divergence_is_its_formula_with_its_limits() -> None:
     assert float(lost) == float("inf")  # V has what WH lacks
     nothing = kl_divergence(torch.zeros(1, 2), torch.ones(1, 1), torch.tensor([[3.0, 0.0]]))
     assert float(nothing) == 3  # WH has what V lacks
+    assert kl_divergence(torch.tensor([[float("nan")]]), torch.ones(1, 1), torch.ones(1, 1)).isnan()
 
 
 def test_rows_are_walked_in_blocks_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,3 +275,7 @@ def test_errors_name_the_value_and_the_rule() -> None:
         infer_activations(V, uniform(19, 2))
     with pytest.raises(ValueError, match=r"shape \(20,\) was given"):
         factorize(V[:, 0], 2)
+    with pytest.raises(ValueError, match=r"shape \(20, 0\) was given; it needs at least one"):
+        factorize(V[:, :0], 2)
+    with pytest.raises(ValueError, match=r"H \(2, 1\); for V \(20, 10\) they don't fit"):
+        kl_divergence(V, uniform(20, 2), uniform(2, 1))
