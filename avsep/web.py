@@ -613,7 +613,6 @@ def make_app(service: Service) -> FastAPI:
         wait_s = preferences(request.headers.get("prefer", ""), config)
         zipped = wants_archive(request.headers.get("accept", ""))
         with service.admitted():
-            await run_in_threadpool(store.sweep)
             job_id = store.create()
             try:
                 async with asyncio.timeout(config.max_upload_s):
