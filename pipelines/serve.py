@@ -110,7 +110,7 @@ class Ingress:
 class Listening(Ingress):
     """The same where one machine is all: it listens itself, so that no byte goes through a proxy."""
 
-    def __init__(self, config: ServiceConfig, separating: Any, port: int) -> None:
+    async def __init__(self, config: ServiceConfig, separating: Any, port: int) -> None:  # type: ignore[misc]
         import asyncio
 
         from avsep import connections
@@ -121,6 +121,9 @@ class Listening(Ingress):
         listener = socket.create_server((config.host, port), backlog=1024)
         self._server = connections.server(make_app(Service(config, self._run)))
         self._serving = asyncio.get_running_loop().create_task(self._server.serve(sockets=[listener]))
+        while not self._server.started:
+            await asyncio.sleep(0.02)
+            await self.check_health()
 
     async def _run(self, job_id: str) -> None:
         """The same, but what no replica can take yet waits here: Serve would ask them again and again."""
