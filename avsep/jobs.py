@@ -91,7 +91,8 @@ class ServiceConfig:
         return cls(**values)
 
     def store(self) -> ResultStore:
-        """Return the store of results."""
+        """Return the store of results; its folder is made where there is none."""
+        os.makedirs(self.results, mode=0o700, exist_ok=True)
         return ResultStore(
             Path(self.results), self.results_bytes, self.results_jobs, self.results_ttl_s, self.max_work_s + 600
         )

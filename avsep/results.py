@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 _ID = re.compile(r"[0-9a-f]{32}")
 _STATUS = "job.json"
 UPLOAD = "upload"
+_RECOUNT_S = 60.0  # after which a finished job is looked at again: FLACs are added as they are asked for
 UNFINISHED = ("uploading", "queued", "running")
 FINISHED = ("done", "failed")
 
@@ -43,6 +45,8 @@ class ResultStore:
     max_jobs: int = 1000
     ttl_s: float = 3600.0  # after the work was finished
     stale_s: float = 1800.0  # unfinished work that nobody has touched for this long is given up
+    # finished jobs as they were when last looked at: state, bytes, and the time to look again
+    _known: dict[str, tuple[dict[str, Any], int, float]] = field(default_factory=dict, repr=False, compare=False)
 
     def create(self) -> str:
         """Make an empty job and return its id."""
@@ -69,6 +73,7 @@ class ResultStore:
     def update(self, job_id: str, **values: Any) -> dict[str, Any]:
         """Change some of a job's state."""
         state = {**self.job(job_id), **values}
+        self._known.pop(job_id, None)
         self._write(job_id, state)
         return state
 
@@ -93,7 +98,7 @@ class ResultStore:
         Raises StoreFull where they don't, with all results gone.
         """
         now, finished = time.time(), []
-        for entry in self._entries(gone=True):
+        for entry in map(self.root.joinpath, self._names(gone=True)):
             with contextlib.suppress(FileNotFoundError):  # others are deleting too
                 if now - entry.stat().st_mtime > self.stale_s:
                     shutil.rmtree(entry, ignore_errors=True)
@@ -129,22 +134,26 @@ class ResultStore:
         """List the jobs that are queued or running."""
         return [job_id for job_id, state, _ in self._jobs() if state["status"] in ("queued", "running")]
 
-    def clear(self) -> None:
-        """Remove everything: for a store of its own, at a service's start and end."""
-        for entry in [*self._entries(gone=True), *self._entries()]:
-            shutil.rmtree(entry, ignore_errors=True)
-
     def _jobs(self) -> Iterator[tuple[str, dict[str, Any], int]]:
-        for entry in self._entries():
-            with contextlib.suppress(NoSuchJob, FileNotFoundError):
-                state = self.job(entry.name)
-                yield entry.name, state, _size(entry)
+        now, job_ids = time.monotonic(), self._names()
+        for job_id in job_ids:
+            known = self._known.get(job_id)
+            if known is None or known[2] < now:
+                try:
+                    state = self.job(job_id)
+                except NoSuchJob:
+                    continue
+                known = state, _size(self.root / job_id), now + _RECOUNT_S * random.uniform(0.5, 1.5)
+                if state["status"] in FINISHED:
+                    slim = {"status": state["status"], "finished": state["finished"]}
+                    self._known[job_id] = (slim, *known[1:])
+            yield job_id, known[0], known[1]
+        for gone in self._known.keys() - set(job_ids):
+            self._known.pop(gone, None)
 
-    def _entries(self, gone: bool = False) -> list[Path]:
+    def _names(self, gone: bool = False) -> list[str]:
         names = os.listdir(self.root)
-        return [
-            self.root / n for n in names if (_ID.fullmatch(n[1:33]) and n.startswith(".") if gone else _ID.fullmatch(n))
-        ]
+        return [n for n in names if (n.startswith(".") and _ID.fullmatch(n[1:33]) if gone else _ID.fullmatch(n))]
 
     def _folder(self, job_id: str) -> Path:
         if not _ID.fullmatch(job_id):

@@ -488,7 +488,7 @@ def preferences(header: str, config: ServiceConfig) -> float:
         name, _, value = token.strip().partition("=")
         if name.lower() == "respond-async":
             return 0.0
-        if name.lower() == "wait" and value.strip('" ').isdigit():
+        if name.lower() == "wait" and value.strip('" ').isdecimal():
             wait_s = min(float(value.strip('" ')), _MAX_WAIT_S)
     return wait_s
 
@@ -613,7 +613,6 @@ def make_app(service: Service) -> FastAPI:
         wait_s = preferences(request.headers.get("prefer", ""), config)
         zipped = wants_archive(request.headers.get("accept", ""))
         with service.admitted():
-            await run_in_threadpool(store.sweep)
             job_id = store.create()
             try:
                 async with asyncio.timeout(config.max_upload_s):
@@ -853,6 +852,8 @@ class _Guard:
             await self._app(scope, receive, send)
             return
         started, status = time.monotonic(), 500
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}  # whoever asked leaves the body out
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -893,7 +894,7 @@ class _Guard:
         if request.method not in ("GET", "HEAD") and request.headers.get("sec-fetch-site") == "cross-site":
             return problem(403, "other sites' pages may not use this service")
         length = request.headers.get("content-length", "0")
-        if not length.isdigit():
+        if not length.isdecimal():
             return problem(400, "the content length is no number")
         if int(length[:20]) > config.max_upload_bytes + _BODY_SLACK:
             return problem(413, f"the body may have {config.max_upload_bytes} bytes", headers={"Connection": "close"})

@@ -32,11 +32,19 @@ EXAMPLES = """examples:
   curl -F file=@duet.mp4 http://127.0.0.1:8000/v1/separations
 """
 _LOST_AFTER = 3  # workers that died at one job
-_BLAS = {"OMP_NUM_THREADS": "1"}
+_TAKEN = 2  # jobs that a replica has: one in work, and one that waits beside it
+_WORKER = {  # its environment
+    "OMP_NUM_THREADS": "1",
+    # glibc gives each thread an arena and large blocks back to the system: 9,000 page faults a clip, and growth
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 28),
+}
+_INGRESS = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
 _PATIENCE = {  # on a machine full of work Serve's own processes answer late; else it kills them
     "RAY_worker_niceness": "0",  # clients wait; Ray's 15 is for batch work
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1",
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
 }
 
 
@@ -69,7 +77,7 @@ class Separating:
 
 
 class Ingress:
-    """The Serve replica that takes requests."""
+    """The Serve replica that answers requests, which Serve's proxies bring."""
 
     def __init__(self, config: ServiceConfig, separating: Any) -> None:
         execution.log_as_asked()
@@ -99,30 +107,72 @@ class Ingress:
         raise WorkerLost
 
 
-def build(arguments: dict[str, Any]) -> Any:
-    """Build the Serve application, for `serve run` and `deploy/serve.yaml`: ServiceConfig's fields by name."""
+class Listening(Ingress):
+    """The same where one machine is all: it listens itself, so that no byte goes through a proxy."""
+
+    async def __init__(self, config: ServiceConfig, separating: Any, port: int) -> None:  # type: ignore[misc]
+        import asyncio
+
+        from avsep import connections
+        from avsep.web import Service, make_app
+
+        super().__init__(config, separating)
+        self._slots = asyncio.Semaphore(_TAKEN * replicas(config))
+        listener = socket.create_server((config.host, port), backlog=1024)
+        self._server = connections.server(make_app(Service(config, self._run)))
+        self._serving = asyncio.get_running_loop().create_task(self._server.serve(sockets=[listener]))
+        while not self._server.started:
+            await asyncio.sleep(0.02)
+            await self.check_health()
+
+    async def _run(self, job_id: str) -> None:
+        """The same, but what no replica can take yet waits here: Serve would ask them again and again."""
+        async with self._slots:
+            await super()._run(job_id)
+
+    async def check_health(self) -> None:
+        """Have Serve begin this replica anew where it listens no more."""
+        if self._serving.done():
+            raise RuntimeError("the server ended")
+
+    async def __del__(self) -> None:
+        """Answer what has come; Serve waits for it."""
+        self._server.should_exit = True
+        await self._serving
+
+
+def replicas(config: ServiceConfig) -> int:
+    """Say how many processes are to separate, unless an operator's `serve.yaml` does."""
+    return config.replicas or max(1, len(os.sched_getaffinity(0)))
+
+
+def build(arguments: dict[str, Any], port: int | None = None) -> Any:
+    """Build the Serve application, for `serve run` and `deploy/serve.yaml`: ServiceConfig's fields by name.
+
+    With a port it listens there itself, for one machine; else requests come through Serve's proxies.
+    """
     from ray import serve
 
     config = ServiceConfig.from_environment(os.environ, **arguments)
     separating = serve.deployment(
         Separating,
         name="separating",
-        num_replicas=config.replicas or max(1, len(os.sched_getaffinity(0))),
-        max_ongoing_requests=2,
+        num_replicas=replicas(config),
+        max_ongoing_requests=_TAKEN,
         max_queued_requests=config.max_pending,
-        ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": _BLAS}},
+        ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": _WORKER}},
         health_check_period_s=5,
         graceful_shutdown_timeout_s=60,
     )
     ingress = serve.deployment(
-        serve.ingress()(Ingress),
+        serve.ingress()(Ingress) if port is None else Listening,
         name="ingress",
         max_ongoing_requests=200,
         max_queued_requests=200,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _INGRESS}},
         graceful_shutdown_timeout_s=20,
     )
-    return ingress.bind(config, separating.bind(config))
+    return ingress.bind(config, separating.bind(config), *([] if port is None else [port]))
 
 
 @contextlib.contextmanager
@@ -157,9 +207,9 @@ def start(config: ServiceConfig, port: int, results: str) -> None:
     if execution.as_json():
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # in this process it knows text alone
     try:
-        serve.start(http_options={"host": config.host, "port": port, "keep_alive_timeout_s": 30})
+        serve.start(proxy_location="Disabled")
         serve.run(
-            build({"model": config.model, "results": results}),
+            build({"model": config.model, "results": results}, port),
             name="avsep",
             route_prefix="/",
             logging_config={

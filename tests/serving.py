@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -159,10 +160,27 @@ def descendants(pid: int) -> dict[int, str]:
     return found
 
 
-class RayService:
-    """The service as it is started, `python -m pipelines.serve`, in a process of its own."""
+# What `serve deploy deploy/serve.yaml` does, without its replicas' numbers.
+PROXIED = """
+import os, sys, time
+from ray import serve
+from pipelines import execution
+from pipelines.serve import build
+os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "avsep.connections.guard_serve_proxy"
+with execution.session():
+    serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[4])})
+    serve.run(build({"model": sys.argv[2]}), name="avsep", route_prefix="/")
+    try:
+        time.sleep(1e6)
+    finally:
+        serve.shutdown()
+"""
 
-    def __init__(self, folder: Path, n_iter: int = 2500, **limits: Any) -> None:
+
+class RayService:
+    """The service as it is started, `python -m pipelines.serve`, in a process of its own; or behind Serve's proxy."""
+
+    def __init__(self, folder: Path, n_iter: int = 2500, proxied: bool = False, **limits: Any) -> None:
         self.model, self.results = folder / "model", folder / "results"
         write_model(self.model, n_iter, recipe="first")
         self.port = free_port()
@@ -170,7 +188,8 @@ class RayService:
         environment = {**os.environ, **{f"AVSEP_SERVE_{k.upper()}": str(v) for k, v in limits.items()}}
         self.log = (folder / "log").open("w")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.serve", "--model", str(self.model), "--port", str(self.port)],
+            [sys.executable, *(["-c", PROXIED] if proxied else ["-m", "pipelines.serve"]),
+             "--model", str(self.model), "--port", str(self.port)],
             env=environment, stdout=self.log, stderr=subprocess.STDOUT,
         )  # fmt: skip
         self.url = f"http://127.0.0.1:{self.port}"
@@ -201,7 +220,7 @@ class RayService:
     def close(self) -> None:
         self.client.close()
         if self.process.poll() is None:
-            self.process.terminate()
+            self.process.send_signal(signal.SIGINT)
             self.process.wait(60)
         self.log.close()
 

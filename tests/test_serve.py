@@ -195,6 +195,21 @@ def test_what_the_service_says_of_itself(server):
         assert name in text
 
 
+def test_a_head_is_a_get_without_its_body(server):
+    for path in ("/", "/healthz", "/v1/separations/" + "0" * 32):
+        got, head = server.client.get(path), server.client.head(path)
+        assert head.status_code == got.status_code and head.content == b""
+        assert head.headers["content-length"] == str(len(got.content))
+    assert server.client.head("/v1/separations").status_code == 405
+
+
+def test_a_preference_that_is_none_is_passed_over(server, sound):
+    for prefer in (b"wait=\xb2", b"wait=-1", b"wait=1e9", b"wait", b"=,;"):
+        answer = server.post(sound, {"Prefer": prefer})
+        assert answer.status_code == 201
+        server.client.delete(answer.headers["location"])
+
+
 def test_the_page_is_whole_and_asks_nobody_else(server):
     for path in ("/", "/docs", "/static/page.js", "/static/docs.js", "/static/page.css", "/static/icon.svg"):
         answer = server.client.get(path)
@@ -609,7 +624,6 @@ def test_what_failures_mean():
 def test_work_that_was_under_way_is_taken_up_again(tmp_path, model, sound):
     """What a service and a worker that died had written is no hindrance to the next."""
     store = ServiceConfig(model, str(tmp_path / "results")).store()
-    store.root.mkdir()
     job = store.create()
     shutil.copy(sound, store.path(job) / "upload")
     part = store.path(job) / "tracks.01234567.part"

@@ -47,7 +47,7 @@ LIMITS = {"max_upload_bytes": 4_000_000, "max_duration_s": 20.0, "max_pixels": 6
 
 @pytest.fixture(scope="module", params=["application", pytest.param("ray", marks=pytest.mark.slow)])
 def server(request, tmp_path_factory) -> Iterator[Server | RayService]:
-    """The application alone, and behind Serve's proxy."""
+    """The application alone, and as it is started, on Ray."""
     folder = tmp_path_factory.mktemp("service")
     with contextlib.ExitStack() as stack:
         if request.param == "ray":

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from serving import RayService, descendants, wait, write_model, write_sound
 
+from avsep import connections
 from pipelines import serve
 
 pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(800)]
@@ -76,6 +77,35 @@ def test_a_client_gone_while_waiting_stops_its_work(service, long):
     wait(service.idle)
 
 
+def test_headers_that_dribble_are_given_up(service):
+    headers_have_a_deadline(service)
+
+
+def headers_have_a_deadline(service: RayService) -> None:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=60) as raw:
+        raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n")
+        raw.settimeout(1)
+        started, answer = time.monotonic(), b""
+        while not answer:
+            with contextlib.suppress(TimeoutError):
+                raw.sendall(b"X: y\r\n")
+                answer = raw.recv(1000)
+            assert time.monotonic() - started < 2 * connections.HEAD_S
+    assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_dead_ingress_is_begun_anew_and_its_work_taken_up(service, long):
+    url = service.post(long, Prefer="respond-async").headers["location"]
+    wait(lambda: service.client.get(url).json()["progress"] > 0, 200)
+    (ingress,) = service.replicas("ingress")
+    os.kill(ingress, signal.SIGKILL)
+    wait(lambda: service.replicas("ingress") not in ([], [ingress]), 100)
+    wait(service.ready, 100)
+    wait(lambda: service.client.get(url).json()["status"] == "done", 300)
+    assert service.client.delete(url).status_code == 204
+    wait(service.idle)
+
+
 def test_a_model_is_replaced_without_dropping_a_request(service, short):
     answers: list[tuple[int, str]] = []
     stop = threading.Event()
@@ -129,6 +159,22 @@ def test_it_leaves_nothing_behind(service, short):
     service.process.terminate()
     assert service.process.wait(60) == 0
     wait(lambda: not [p for p in processes if _alive(p)])
+
+
+def test_behind_serve_s_proxies(tmp_path, short):
+    """As on a cluster: the same answers, and the same bounds on connections."""
+    with contextlib.closing(RayService(tmp_path, 60, proxied=True, max_upload_bytes=2_000_000)) as service:
+        assert [t for t in descendants(service.process.pid).values() if "ProxyActor" in t]
+        job = service.post(short)
+        assert job.status_code == 201 and service.client.delete(job.headers["location"]).status_code == 204
+        with pytest.raises(httpx.ReadTimeout), short.open("rb") as file:
+            httpx.post(f"{service.url}/v1/separations", files={"file": file}, timeout=0.1)
+        wait(lambda: folders(service) == set())
+        with socket.create_connection(("127.0.0.1", service.port), timeout=10) as raw:
+            raw.sendall(b"POST /v1/separations HTTP/1.1\r\nHost: x\r\nContent-Length: 10000000000\r\n\r\n")
+            assert raw.recv(4096).startswith(b"HTTP/1.1 413 ")
+        headers_have_a_deadline(service)
+        wait(service.idle)
 
 
 def _resident(pid: int) -> int:

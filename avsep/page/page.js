@@ -6,6 +6,7 @@ const LONG_S = 180; // longer sounds are decoded at half the rate, to halve thei
 const SMOOTH_S = 0.02; // gains move this slowly, so that they don't click
 const REST = "_rest";
 const titled = (name) => (name === REST ? "the rest" : name.replaceAll("_", " "));
+const sure = (p) => (p > 0.99 ? "over 99 % sure" : `${Math.round(p * 100)} % sure`);
 const megabytes = (bytes) => `${Math.round(bytes / 2 ** 20)} MB`;
 const clock = (s) => `${Math.floor(s / 60)}:${String(Math.floor(s % 60)).padStart(2, "0")}`;
 
@@ -322,7 +323,7 @@ function addTrack(part, track, number) {
   find(".head p").textContent = part.name === REST ? "what belongs to none" : [
     part.silent ? (part.visible ? "visible, but silent" : "silent") : `${Math.round(part.sound_score * 100)} % of the sound`,
     part.found === "sound" && part.visible === false && !part.silent && "not seen",
-    part.found !== "given" && `${Math.round((part.silent ? 1 - part.confidence : part.confidence) * 100)} % sure`,
+    part.found !== "given" && sure(part.silent ? 1 - part.confidence : part.confidence),
   ].filter(Boolean).join(", ");
   find(".fader .hidden").textContent = `Level of ${part.title}`;
   const fader = find(".fader input");

@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -47,42 +48,81 @@ def plain(model: str, files: list[str], seconds: float) -> tuple[int, float, flo
     return count, time.monotonic() - started, sum(os.times()[:4]) - used
 
 
-def below(pid: int) -> list[int]:
-    """List a process and its descendants."""
-    found, parents = [pid], {}
+ROLES = {  # of the service's processes, by what is in their titles
+    "ServeReplica:avsep:separating": "workers",
+    "ServeReplica:avsep:ingress": "ingress",
+    "ProxyActor": "proxy",
+    "ServeController": "controller",
+}
+
+
+def processes(pid: int) -> dict[int, str]:
+    """Name the role of a process and all below it; ffmpeg belongs to whoever started it."""
+    parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-    for process in found:
-        found += [p for p, parent in parents.items() if parent == process]
+    found, below = {}, [pid]
+    while below:
+        for process in below:
+            with contextlib.suppress(OSError):
+                title = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace")
+                found[process] = next((role for part, role in ROLES.items() if part in title), "Ray's others")
+        below = [p for p, parent in parents.items() if parent in below]
     return found
 
 
 def memory(pid: int) -> dict[str, float]:
-    """Resident MB of the service's own processes, by what they do."""
+    """Private MB of each role's processes."""
     sizes: Counter[str] = Counter()
-    for process in below(pid):
+    for process, role in processes(pid).items():
         with contextlib.suppress(OSError):
-            title = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace")
-            for kind in ("ServeReplica:avsep:ingress", "ServeReplica:avsep:separating", "ProxyActor"):
-                if kind in title:
-                    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-                    sizes[kind.removeprefix("ServeReplica:avsep:")] += pages * 4096 / 1e6
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+            sizes[role] += sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1e3
     return dict(sizes)
 
 
-def cpu(pid: int) -> float:
-    """CPU seconds of a process and all below it, of those that ended too."""
-    total = 0
-    for process in below(pid):
+def cpu(pid: int) -> dict[str, float]:
+    """CPU seconds of each role's processes, those of their children that ended among them."""
+    used: Counter[str] = Counter()
+    for process, role in processes(pid).items():
         with contextlib.suppress(OSError):
-            total += sum(map(int, Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[11:15]))
-    return total / os.sysconf("SC_CLK_TCK")
+            ticks = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[11:15]
+            used[role] += sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+    return dict(used)
 
 
-def load(url: str, files: list[Path], clients: int, seconds: float) -> dict:
-    """Ask with so many clients for so long."""
+class Growth:
+    """Sample memory beside the number of requests done, while a load runs."""
+
+    def __init__(self, pid: int, done: Callable[[], int]) -> None:
+        self._pid, self._done = pid, done
+        self.samples: list[tuple[int, dict[str, float]]] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.wait(4):
+            self.samples.append((self._done(), memory(self._pid)))
+
+    def result(self) -> dict[str, dict[str, float]]:
+        """First and last MB of each role, and MB a thousand requests over the second half (least squares)."""
+        self._stop.set()
+        self._thread.join()
+        half = self.samples[len(self.samples) // 2 :]
+        found = {}
+        for role in self.samples[0][1] if len(half) > 2 else ():
+            sizes = [s.get(role, 0.0) for _, s in half]
+            slope = np.polyfit([n for n, _ in half], sizes, 1)[0]
+            first, last = (self.samples[i][1].get(role, 0.0) for i in (0, -1))
+            found[role] = {"mb": [round(first), round(last)], "mb_per_1000": round(1000 * slope, 1)}
+        return found
+
+
+def load(url: str, files: list[Path], clients: int, seconds: float, pid: int = 0) -> dict:
+    """Ask with so many clients for so long; with the service's process tell its memory, too."""
     statuses: Counter[str] = Counter()
     latencies: list[float] = []
     contents = [f.read_bytes() for f in files]
@@ -107,6 +147,7 @@ def load(url: str, files: list[Path], clients: int, seconds: float) -> dict:
                 except httpx.HTTPError as error:
                     statuses[type(error).__name__] += 1
 
+    growth = Growth(pid, lambda: len(latencies)) if pid else None
     started = time.monotonic()
     threads = [threading.Thread(target=client, args=(n,)) for n in range(clients)]
     for thread in threads:
@@ -122,6 +163,7 @@ def load(url: str, files: list[Path], clients: int, seconds: float) -> dict:
         "p50_s": round(p50, 2),
         "p95_s": round(p95, 2),
         "answers": dict(statuses),
+        **({"memory": growth.result()} if growth else {}),
     }
 
 
@@ -164,17 +206,17 @@ def main() -> None:
             row = {
                 "plain function, processes": replicas,
                 "clips_a_minute": round(rate, 1),
-                "cpu_s_a_clip": round(work, 2),
+                "cpu_s_a_clip": round(work, 4),
             }
             print(json.dumps(row), flush=True)
             for clients in arguments.clients:
-                before, used = memory(service.pid), cpu(service.pid)
-                found = load(url, files, clients, arguments.seconds)
-                after, used = memory(service.pid), cpu(service.pid) - used
-                found["cpu_s_a_clip"] = round(used / max(1, found["clips"]), 2)
-                found["overhead_in_cpu"] = round(found["cpu_s_a_clip"] / work - 1, 3)
+                before = cpu(service.pid)
+                found = load(url, files, clients, arguments.seconds, service.pid)
+                used = {k: v - before.get(k, 0.0) for k, v in cpu(service.pid).items()}
+                clips = max(1, found["clips"])
+                found["cpu_s_a_clip"] = {k: round(v / clips, 4) for k, v in used.items()}
+                found["overhead_in_cpu"] = round(sum(used.values()) / clips / work - 1, 3)
                 found["rate_of_plain"] = round(found["clips_a_minute"] / rate, 3)
-                found["memory_mb"] = {k: [round(before[k]), round(after[k])] for k in before if k in after}
                 print(json.dumps(found), flush=True)
     finally:
         service.terminate()
