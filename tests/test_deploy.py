@@ -24,7 +24,8 @@ ROOT = Path(__file__).parent.parent
 KUBERAY = ROOT / "deploy" / "kuberay"
 MANIFESTS = sorted(p.name for p in KUBERAY.glob("*.yaml"))
 JOBS = ("manifest", "extract", "train", "collect", "evaluate")
-KUBERNETES = ("1.29", "1.37")  # the oldest and the newest that we say we support
+OLDEST, NEWEST = ("1.29", "1.4"), ("1.37", "1.7")  # Kubernetes and KubeRay that we say we support
+CRDS = "AVSEP_KUBERAY_CRDS"  # a file or folder of KubeRay's own, from its chart or `kubectl get crd -o yaml`
 HEALTH = {  # with which a lost node is noticed within 20 seconds
     "RAY_health_check_period_ms": "2000",
     "RAY_health_check_timeout_ms": "5000",
@@ -39,32 +40,88 @@ def documents(name: str) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all((KUBERAY / name).read_text()))
 
 
-def validate(document: dict[str, Any], version: str) -> None:
-    """Validate against Kubernetes' schemas, and KubeRay's fields around them; unknown fields are errors."""
+def validate(document: dict[str, Any], kubernetes: str, kuberay: str) -> None:
+    """Validate against Kubernetes' schemas, and around them against KubeRay's fields; unknown fields are errors.
+
+    KubeRay's are those of `tests/kuberay.yaml`, checked against the API references of 1.6.2 and 1.7.0 and the Go types.
+    """
     if document["apiVersion"] != "ray.io/v1":
-        kubernetes_validate.validate(document, version, strict=True)
+        kubernetes_validate.validate(document, kubernetes, strict=True)
         return
-    kuberay = json.loads((Path(__file__).parent / "kuberay.json").read_text())
-    kubernetes = schema_contents(f"kubernetes-json-schema/v{version}.0-local-strict/_definitions.json", version)
+    fields = strict(yaml.safe_load((Path(__file__).parent / "kuberay.yaml").read_text()), kuberay)
+    pods = schema_contents(f"kubernetes-json-schema/v{kubernetes}.0-local-strict/_definitions.json", kubernetes)
     registry = referencing.Registry().with_resources(
-        (schema["$id"], referencing.Resource.from_contents(schema)) for schema in (kuberay, kubernetes)
+        (schema["$id"], referencing.Resource.from_contents(schema)) for schema in (fields, pods)
     )
-    schema = {"$ref": f"{kuberay['$id']}#/$defs/{document['kind']}"}
+    schema = {"$ref": f"{fields['$id']}#/$defs/{document['kind']}"}
     jsonschema.Draft202012Validator(schema, registry=registry).validate(document)
+
+
+def strict(schema: Any, release: str = "", closed: bool = True) -> Any:
+    """Make a schema say what the API server does: no unknown field passes, and a default fills in what is required.
+
+    Leaves out what came after a release, where one is given.
+    """
+    if not isinstance(schema, dict):
+        return [strict(s, release, closed) for s in schema] if isinstance(schema, list) else schema
+    made = dict(schema)
+    for key in schema.keys() & {"items", "additionalProperties"}:
+        made[key] = strict(schema[key], release, closed)
+    for key in schema.keys() & {"allOf", "anyOf", "oneOf", "not"}:  # they say more of fields declared elsewhere
+        made[key] = strict(schema[key], release, closed=False)
+    for key in schema.keys() & {"properties", "$defs", "dependentSchemas"}:
+        known = {
+            n: s for n, s in schema[key].items() if not release or number(s.get("x-since", "0")) <= number(release)
+        }
+        made[key] = {n: strict(s, release, closed and key != "dependentSchemas") for n, s in known.items()}
+    if closed and "properties" in schema:
+        if not schema.get("x-kubernetes-preserve-unknown-fields"):
+            made.setdefault("additionalProperties", False)
+        made["required"] = [n for n in schema.get("required", ()) if "default" not in schema["properties"].get(n, {})]
+    return made
+
+
+def number(release: str) -> tuple[int, ...]:
+    return tuple(map(int, release.split(".")))
+
+
+def custom_schemas(where: Path) -> dict[str, Any]:
+    """Read the schemas of ray.io/v1 by kind from custom resource definitions; their CEL rules are not evaluated."""
+    files = (
+        [where] if where.is_file() else sorted(f for f in where.rglob("*") if f.suffix in (".yaml", ".yml", ".json"))
+    )
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    documents = [d for f in files for d in yaml.load_all(f.read_text(), loader) if isinstance(d, dict)]
+    definitions = [i for d in documents for i in d.get("items", [d]) if i.get("kind") == "CustomResourceDefinition"]
+    return {
+        definition["spec"]["names"]["kind"]: strict(version["schema"]["openAPIV3Schema"])
+        for definition in definitions
+        if definition["spec"]["group"] == "ray.io"
+        for version in definition["spec"]["versions"]
+        if version["name"] == "v1"
+    }
 
 
 # ------------------------------------------------------------------------------------------ Kubernetes
 
 
-@pytest.mark.parametrize("version", KUBERNETES)
+@pytest.mark.parametrize("versions", [OLDEST, NEWEST], ids=["oldest", "newest"])
 @pytest.mark.parametrize("name", MANIFESTS)
-def test_manifests_are_valid(name: str, version: str) -> None:
+def test_manifests_are_valid(name: str, versions: tuple[str, str]) -> None:
     for document in documents(name):
-        validate(document, version)
+        validate(document, *versions)
+
+
+@pytest.mark.skipif(CRDS not in os.environ, reason=f"{CRDS} names no file or folder of KubeRay's own definitions")
+def test_manifests_are_valid_by_kuberay_s_own_definitions() -> None:
+    schemas = custom_schemas(Path(os.environ[CRDS]))
+    for document in (d for name in MANIFESTS for d in documents(name) if d["apiVersion"] == "ray.io/v1"):
+        assert document["kind"] in schemas, f"{os.environ[CRDS]} defines {sorted(schemas)} of ray.io/v1"
+        jsonschema.Draft202012Validator(schemas[document["kind"]]).validate(document)
 
 
 def test_the_validation_sees_mistakes() -> None:
-    cluster, policy = documents("cluster.yaml")
+    (cluster, policy), (job,) = documents("cluster.yaml"), documents("train.yaml")
     pod = ("spec", "workerGroupSpecs", 0, "template", "spec")
     mistakes = (
         (cluster, ("spec", "workerGroupSpec"), []),
@@ -72,16 +129,76 @@ def test_the_validation_sees_mistakes() -> None:
         (cluster, (*pod, "toleration"), []),
         (cluster, (*pod, "containers", 0, "livenessProbe", "httpGet", "prot"), 1),
         (cluster, ("spec", "autoscalerOptions", "upscalingMode"), "Fast"),
+        (cluster, ("metadata", "name"), "Avsep"),
         (policy, ("spec", "ingres"), []),
+        (job, ("spec", "clusterSelector"), {"cluster": "avsep"}),
+        (job, ("spec", "backoffLimit"), 2),
+        (job, ("spec", "submitterConfig", "retries"), 2),
     )
     for document, path, value in mistakes:
-        wrong = copy.deepcopy(document)
-        target: Any = wrong
-        for key in path[:-1]:
-            target = target[key]
-        target[path[-1]] = value
         with pytest.raises(jsonschema.ValidationError):
-            validate(wrong, KUBERNETES[-1])
+            validate(changed(document, path, value), *NEWEST)
+    newer = changed(cluster, ("spec", "workerGroupSpecs", 0, "priority"), 1)
+    validate(newer, *NEWEST)
+    with pytest.raises(jsonschema.ValidationError, match="priority"):
+        validate(newer, *OLDEST)
+
+
+def test_custom_resource_definitions_are_read_as_the_api_server_does(tmp_path: Path) -> None:
+    """Unknown fields are errors, defaults fill in what is required, other groups and versions do not count."""
+    text: dict[str, Any] = {"type": "string"}
+    size = {"anyOf": [{"type": "integer"}, text], "x-kubernetes-int-or-string": True}
+    group = {
+        "type": "object",
+        "required": ["name", "replicas"],
+        "properties": {"name": text, "replicas": {"type": "integer", "default": 0}, "size": size},
+        "anyOf": [{"properties": {"name": {"enum": ["cpu", "gpu"]}}}],
+    }
+    spec = {
+        "type": "object",
+        "properties": {
+            "groups": {"type": "array", "items": group},
+            "free": {"type": "object", "properties": {}, "x-kubernetes-preserve-unknown-fields": True},
+            "params": {"type": "object", "additionalProperties": text},
+        },
+    }
+    schema = {"type": "object", "properties": {"kind": text, "metadata": {"type": "object"}, "spec": spec}}
+    versions = [{"name": "v1alpha1", "schema": {}}, {"name": "v1", "schema": {"openAPIV3Schema": schema}}]
+    mine = {"group": "ray.io", "names": {"kind": "RayCluster"}, "versions": versions}
+    other = mine | {"group": "example.com", "names": {"kind": "Other"}}
+    crds = [{"kind": "CustomResourceDefinition", "spec": s} for s in (mine, other)]
+    (tmp_path / "list.json").write_text(json.dumps({"kind": "List", "items": crds}))
+    (tmp_path / "each.yaml").write_text(yaml.safe_dump_all([*crds, None]))
+    right = {
+        "kind": "RayCluster",
+        "metadata": {"name": "x"},
+        "spec": {"groups": [{"name": "cpu", "size": 1}], "free": {"a": 1}, "params": {"a": "1"}},
+    }
+    mistakes: tuple[tuple[tuple[Any, ...], Any], ...] = (
+        (("spec", "groups", 0, "sise"), 1),
+        (("spec", "groups", 0, "name"), "tpu"),
+        (("spec", "groups", 0, "size"), 1.5),
+        (("spec", "groups", 0), {"replicas": 1}),
+        (("spec", "params", "a"), 1),
+        (("specs",), {}),
+    )
+    for where in (tmp_path / "list.json", tmp_path / "each.yaml", tmp_path):
+        schemas = custom_schemas(where)
+        assert schemas.keys() == {"RayCluster"}
+        validator = jsonschema.Draft202012Validator(schemas["RayCluster"])
+        validator.validate(right)
+        for path, value in mistakes:
+            with pytest.raises(jsonschema.ValidationError):
+                validator.validate(changed(right, path, value))
+
+
+def changed(document: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str, Any]:
+    wrong = copy.deepcopy(document)
+    target: Any = wrong
+    for key in path[:-1]:
+        target = target[key]
+    target[path[-1]] = value
+    return wrong
 
 
 def clusters() -> dict[str, dict[str, Any]]:
