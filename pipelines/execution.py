@@ -20,7 +20,6 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -309,17 +308,6 @@ def map_in_order(runner: Runner, function: Callable[..., Any], items: Sequence[t
 
 def _numbered(number: int, function: Callable[..., Any], item: tuple[Any, ...]) -> tuple[int, Any]:
     return number, function(*item)
-
-
-def available_memory() -> int:
-    """Return how many bytes this process can still take: the machine's, or its container's."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = 1024 * int(fields["MemAvailable"].split()[0])
-    with contextlib.suppress(OSError, ValueError):  # no limit, or another kind of container
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, limit - used)
-    return free
 
 
 def one_thread() -> None:
