@@ -132,6 +132,7 @@ class InProcess:
 
 
 _LOOK_S = 5.0  # between looks at how large the cluster is
+_GPUS_WAIT_S = 900.0
 
 
 class OnRay:
@@ -142,7 +143,23 @@ class OnRay:
 
         self._ray = ray
         self._n_workers, self._looked = 1, -math.inf
-        self.n_gpus = int(ray.cluster_resources().get("GPU", 0))
+
+    @functools.cached_property
+    def n_gpus(self) -> int:
+        """GPUs to use: those that are there, or as many as AVSEP_GPUS says, for which an autoscaler is waited for."""
+        there = int(self._ray.cluster_resources().get("GPU", 0))
+        wanted = _whole_number("AVSEP_GPUS")
+        if wanted is None or wanted <= there:
+            return there if wanted is None else wanted
+        say(f"waits for {wanted} GPUs (AVSEP_GPUS), {duration(_GPUS_WAIT_S)} at most; the cluster has {there}")
+        place = self._ray.remote(Held).options(num_cpus=0, num_gpus=1)
+        places = [place.remote(int) for _ in range(wanted)]  # what waits is what an autoscaler sees
+        came, late = self._ray.wait([p.call.remote() for p in places], num_returns=wanted, timeout=_GPUS_WAIT_S)
+        for p in places:
+            self._ray.kill(p)
+        if late:
+            say(f"{len(came)} of {wanted} GPUs came; going on with those")
+        return len(came)
 
     @property
     def n_workers(self) -> int:
@@ -151,6 +168,12 @@ class OnRay:
             self._looked = time.monotonic()
             self._n_workers = max(1, int(self._ray.cluster_resources().get("CPU", 1)))
         return self._n_workers
+
+    @property
+    def n_nodes(self) -> int:
+        """Nodes with CPUs that the cluster has now; one where they are still to come."""
+        nodes = [n for n in self._ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) >= 1]
+        return max(1, len(nodes))
 
     def map(
         self,
@@ -237,13 +260,10 @@ class RemoteCall:
         return self.actor.call.remote(*arguments).future()
 
 
-def train_workers(
-    fit: Callable[[dict[str, Any]], None], job: dict[str, Any], out: str, runner: OnRay, n_workers: int | None = None
-) -> None:
-    """Run `fit(job)` in Ray Train's workers, as many as said, else one a GPU, else one.
+def train_workers(fit: Callable[[dict[str, Any]], None], job: dict[str, Any], out: str, runner: OnRay) -> None:
+    """Run `fit(job)` in Ray Train's workers: one a GPU, else one a node.
 
-    When a worker dies all are started again. Raises UsageError for more workers than this machine has places for;
-    a cluster may grow.
+    When one dies they are all started again, on what is there then.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -258,22 +278,18 @@ def train_workers(
     class Config(TorchConfig):
         backend_cls = Backend
 
-    n_workers = n_workers or min(runner.n_gpus, runner.n_workers) or 1
-    on_gpus = 0 < n_workers <= runner.n_gpus
-    if n_workers > runner.n_workers:
-        places = f"{runner.n_workers} CPUs and {runner.n_gpus} GPUs"
-        if os.environ.get("RAY_ADDRESS", "local") == "local":  # they would be waited for, for ever
-            raise UsageError(f"--workers {n_workers}: Ray has {places} on this machine (AVSEP_CPUS says otherwise)")
-        say(f"{n_workers} training workers wait for their places; at present the cluster has {places}")
+    on_gpus = runner.n_gpus > 0
+    n_workers = min(runner.n_gpus, runner.n_workers) if on_gpus else runner.n_nodes
     fs, folder = storage.filesystem(storage.join(out, "ray"))
     trainer = TorchTrainer(
         fit,
         train_loop_config=job | {"device": "cuda" if on_gpus else "cpu"},  # Ray hides GPUs from nobody
         torch_config=Config(),
         scaling_config=ScalingConfig(
-            num_workers=n_workers,
+            num_workers=(1, n_workers) if n_workers > 1 else 1,
             use_gpu=on_gpus,
             resources_per_worker={"CPU": 1} | ({"GPU": 1} if on_gpus else {}),
+            placement_strategy="SPREAD",
         ),
         run_config=RunConfig(
             name=f"train-{time.time_ns():x}",  # an old name would resume Ray's own record of an old run
@@ -320,7 +336,8 @@ def session(in_process: bool = False) -> Iterator[Runner]:
     """Give a runner: a plain loop, the cluster that RAY_ADDRESS names, or Ray on this machine.
 
     Ray on this machine starts quietly and is stopped at the end; sessions nest, and an inner one
-    uses the outer one's Ray. AVSEP_CPUS says how many workers this machine is to have, other than its cores.
+    uses the outer one's Ray. AVSEP_CPUS says how many workers this machine is to have, other than its cores, and
+    AVSEP_GPUS how many of its GPUs are used; on a cluster that many are waited for.
     """
     if in_process:
         threads = torch.get_num_threads()
@@ -337,7 +354,11 @@ def session(in_process: bool = False) -> Iterator[Runner]:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # else a variable that a job sets, too, is an error
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning about GPUs to come
-    cpus = int(os.environ["AVSEP_CPUS"]) if os.environ.get("AVSEP_CPUS") else None
+    here = {
+        "include_dashboard": False,
+        "num_cpus": _whole_number("AVSEP_CPUS"),
+        "num_gpus": _whole_number("AVSEP_GPUS"),
+    }
     import ray
 
     if ray.is_initialized():
@@ -348,12 +369,19 @@ def session(in_process: bool = False) -> Iterator[Runner]:
         logging_level=logging.ERROR,
         log_to_driver=False,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
-        **({"include_dashboard": False, "num_cpus": cpus} if address == "local" else {}),
+        **(here if address == "local" else {}),
     )
     try:
         yield OnRay()
     finally:
         ray.shutdown()
+
+
+def _whole_number(variable: str) -> int | None:
+    text = os.environ.get(variable)
+    if text and not text.isdecimal():
+        fail(f"{variable}={text}: it must be a whole number, such as 4; or leave it out")
+    return int(text) if text else None
 
 
 class Progress:

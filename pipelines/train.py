@@ -59,7 +59,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", required=True, help="folder or URI of the run; the model goes to OUT/model")
     p.add_argument("--recipe", default="default", help="one of " + ", ".join(recipes.RECIPES))
     p.add_argument("--epochs", type=int, help="instead of the recipe's")
-    p.add_argument("--workers", type=int, help="share each batch among so many; one a GPU of Ray's, else one")
     p.add_argument("--resume", action="store_true", help="go on from OUT's checkpoint")
     p.add_argument("--in-process", action="store_true", help="a plain loop without Ray")
     return p
@@ -240,9 +239,6 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = recipes.get(arguments.recipe)
     if arguments.epochs is not None and arguments.epochs < 1:
         fail(f"--epochs {arguments.epochs}: at least one epoch is needed")
-    if arguments.workers is not None and (arguments.workers < 1 or (arguments.workers > 1 and arguments.in_process)):
-        needed = "Ray starts them; leave out --in-process" if arguments.workers > 1 else "at least one is needed"
-        fail(f"--workers {arguments.workers}: {needed}")
     training_config = replace(recipe.training, epochs=arguments.epochs or recipe.training.epochs)
     out, files = arguments.out, shards.clip_files(arguments.clips)
     extracted = shards.read_configuration(arguments.clips)
@@ -279,7 +275,6 @@ def run(arguments: argparse.Namespace) -> int:
         "n_bytes": n_train * config.n_bases * config.stft.n_bins * 2,
         "threads": min(2, os.cpu_count() or 1),
         "settings": settings,
-        "workers": arguments.workers,
         "pass": 1,
         "earlier_rows": [],
     }
@@ -310,7 +305,7 @@ def train_pass(runner: execution.Runner, job: dict[str, Any]) -> None:
     if isinstance(runner, execution.InProcess):
         fit(job)
     else:
-        execution.train_workers(fit_on_ray, job, job["out"], runner, job["workers"])
+        execution.train_workers(fit_on_ray, job, job["out"], runner)
 
 
 def make_mixtures(runner: execution.Runner, job: dict[str, Any], n_mixtures: int) -> list[practice.Practice]:

@@ -137,7 +137,7 @@ def test_a_cluster_gives_what_one_machine_does(rendered, tmp_path, monkeypatch):
         finish(job, logs["extract"])
         s3.delay_s = 0.0
         nodes.wait(3)
-        command = ["train", "--clips", clips, "--out", f"{there}/run", "--epochs", str(EPOCHS), "--workers", "2"]
+        command = ["train", "--clips", clips, "--out", f"{there}/run", "--epochs", str(EPOCHS)]  # a worker on each node
         job = submit(nodes.url, logs["train"], *command)
         lose_a_training_worker(nodes, f"{there}/run", job, logs["train"])
         finish(job, logs["train"], 400)
@@ -219,3 +219,8 @@ def test_submit_s_mistakes_get_one_line(tmp_path):
     assert "must be a mapping" in said("--runtime-env", str(tmp_path / "env.yaml"), "extract")
     nowhere = f"http://127.0.0.1:{free_port()}"
     assert f"no Ray head answers at {nowhere}" in said("--address", nowhere, "extract")
+
+
+def test_submit_shows_a_pipeline_s_own_help():
+    done = subprocess.run([*SUBMIT, "collect", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--model" in done.stdout and "pipelines.collect" in done.stdout

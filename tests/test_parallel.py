@@ -1,8 +1,13 @@
 """Several workers that share clips and batches end where one does."""
 
+import contextlib
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -12,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cluster import ENVIRONMENT, descendants
 from torch import Tensor, distributed, multiprocessing
 
 from avsep import objects, parallel, shards
@@ -232,3 +238,47 @@ def test_the_second_pass_of_two_workers_ends_where_that_of_one_does(tmp_path, mo
     difference = float((maps[0] - maps[1]).abs().max())
     print("losses", *([r["train_loss"] for r in h] for h in rows), "maps differ by", difference)
     assert difference < 2e-3
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    file = out / "history.json"
+    return json.loads(file.read_text()) if file.exists() else []
+
+
+def named(name: str) -> list[int]:
+    """Processes below this one that go by a name."""
+    found = []
+    for pid in descendants(os.getpid()):
+        with contextlib.suppress(OSError):
+            found += [pid] if name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes() else []
+    return found
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+def test_training_goes_on_without_a_node_that_is_gone_for_good(tmp_path, monkeypatch):
+    """A worker on each of two nodes, then one on the node that is left: each epoch once, the losses of one worker."""
+    write_clips(tmp_path / "clips", 60, 12, objects_a_clip=1)
+    command = ["--clips", str(tmp_path / "clips"), "--epochs", "12", "--recipe", "audioset"]  # one pass
+    assert pipeline.main([*command, "--out", str(tmp_path / "here"), "--in-process"]) == 0
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    program = [sys.executable, "-m", "pipelines.train", *command, "--out", str(tmp_path / "there")]
+    try:
+        with subprocess.Popen(program, cwd=Path(__file__).parent.parent) as process:
+            while len(rows_of(tmp_path / "there")) < 3:
+                assert process.poll() is None
+                time.sleep(0.1)
+            assert len(named("RayTrainWorker")) == 2
+            cluster.remove_node(nodes[0], allow_graceful=False)
+            assert process.wait(timeout=400) == 0
+    finally:
+        cluster.shutdown()
+    here, there = rows_of(tmp_path / "here"), rows_of(tmp_path / "there")
+    assert [r["epoch"] for r in there] == [r["epoch"] for r in here] == list(range(12))
+    assert [r["train_loss"] for r in there] == pytest.approx([r["train_loss"] for r in here], rel=1e-3)
