@@ -133,6 +133,7 @@ class InProcess:
 
 _LOOK_S = 5.0  # between looks at how large the cluster is
 _GPUS_WAIT_S = 900.0
+_NOTICED_S = 30.0  # a node that is gone is noticed after 20
 
 
 class OnRay:
@@ -144,7 +145,7 @@ class OnRay:
         self._ray = ray
         self._n_workers, self._looked = 1, -math.inf
 
-    @functools.cached_property
+    @property
     def n_gpus(self) -> int:
         """GPUs to use: those that are there, or as many as AVSEP_GPUS says, for which an autoscaler is waited for."""
         there = int(self._ray.cluster_resources().get("GPU", 0))
@@ -263,9 +264,9 @@ class RemoteCall:
 def train_workers(fit: Callable[[dict[str, Any]], None], job: dict[str, Any], out: str, runner: OnRay) -> None:
     """Run `fit(job)` in Ray Train's workers: one a GPU, else one a node.
 
-    When one dies they are all started again, on what is there then.
+    When one dies, they are all started again on what is there once the cluster has noticed, twice at most.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     base: Any = TorchConfig().backend_cls
@@ -278,27 +279,33 @@ def train_workers(fit: Callable[[dict[str, Any]], None], job: dict[str, Any], ou
     class Config(TorchConfig):
         backend_cls = Backend
 
-    on_gpus = runner.n_gpus > 0
-    n_workers = min(runner.n_gpus, runner.n_workers) if on_gpus else runner.n_nodes
     fs, folder = storage.filesystem(storage.join(out, "ray"))
-    trainer = TorchTrainer(
-        fit,
-        train_loop_config=job | {"device": "cuda" if on_gpus else "cpu"},  # Ray hides GPUs from nobody
-        torch_config=Config(),
-        scaling_config=ScalingConfig(
-            num_workers=(1, n_workers) if n_workers > 1 else 1,
-            use_gpu=on_gpus,
-            resources_per_worker={"CPU": 1} | ({"GPU": 1} if on_gpus else {}),
-            placement_strategy="SPREAD",
-        ),
-        run_config=RunConfig(
-            name=f"train-{time.time_ns():x}",  # an old name would resume Ray's own record of an old run
-            storage_path=folder,
-            storage_filesystem=fs,
-            failure_config=FailureConfig(max_failures=2),
-        ),
-    )
-    trainer.fit()
+
+    def train_once() -> None:
+        n_gpus = min(runner.n_gpus, runner.n_workers)
+        trainer = TorchTrainer(
+            fit,
+            train_loop_config=job | {"device": "cuda" if n_gpus else "cpu"},  # Ray hides GPUs from nobody
+            torch_config=Config(),
+            scaling_config=ScalingConfig(
+                num_workers=n_gpus or runner.n_nodes,
+                use_gpu=n_gpus > 0,
+                resources_per_worker={"CPU": 1} | ({"GPU": 1} if n_gpus else {}),
+                placement_strategy="SPREAD",
+            ),
+            run_config=RunConfig(
+                name=f"train-{time.time_ns():x}",  # an old name would resume Ray's own record of an old run
+                storage_path=folder,
+                storage_filesystem=fs,
+            ),
+        )
+        trainer.fit()
+
+    for _ in range(2):
+        with contextlib.suppress(TrainingFailedError):
+            return train_once()
+        time.sleep(_NOTICED_S)  # Ray's own restart would wait for a lost node, for ever
+    train_once()
 
 
 def meet_at_ray_s_address() -> None:

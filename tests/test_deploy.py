@@ -342,7 +342,6 @@ def two_gpus() -> None:
     """A program that starts on a cluster without workers, and asks for GPUs."""
     with execution.session() as runner:
         print(runner.n_gpus, flush=True)
-        assert runner.n_gpus == 2
         callers = runner.actors(int, 2, gpus=1)  # they find the places free again
         assert len(callers) == 2
 
