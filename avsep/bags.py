@@ -1,19 +1,20 @@
-"""Clip shards as bags for training: labels decided, bases in memory or streamed."""
+"""Clip shards as bags for training: labels decided, files shared among workers, bases in memory or read anew."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from avsep import shards
+from avsep import parallel, shards
 from avsep.miml import activation_statistics
 from avsep.model import LabelConfig
 from avsep.objects import N_IMAGENET_CLASSES, multi_hot, object_scores, weak_labels
-from avsep.training import Bags, shuffled_batches
+from avsep.training import Bags, Share, shuffled_batches
 
 # a clip's W (F, M), H (M, N), shares of energy (M,) and labels (L,) → whose its bases are, (L + 1, M)
 Teacher = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -61,44 +62,132 @@ def decide_labels(given: Sequence[str] | None, image_logits: Any, config: LabelC
     return weak_labels(object_scores(logits), config.threshold, config.best_threshold)
 
 
-def load_bags(
-    files: Iterable[str], labels: LabelConfig, split: str, teacher: Teacher | None = None, more: Bags | None = None
-) -> Bags | None:
-    """Read the bags of a split from clip files into memory, in order of their ids, then `more`; None for none."""
-    parts = [b for b in (bags_from_file(f, labels, split, teacher) for f in files) if b is not None]
+def count_clips(path: str, labels: LabelConfig) -> dict[str, int]:
+    """Count one clip file's clips that have labels, by split."""
+    columns = shards.read_table(path, ["split", "labels", "image_logits"])
+    counts = {"train": 0, "val": 0, "test": 0}
+    for i in range(len(columns)):
+        marks = decide_labels(columns.column("labels")[i].as_py(), columns.column("image_logits")[i].values, labels)
+        counts[columns.column("split")[i].as_py()] += int(marks is not None and bool(marks.any()))
+    return counts
+
+
+def load_bags(files: Iterable[str], labels: LabelConfig, split: str) -> Bags | None:
+    """Read the bags of a split from clip files into memory, in order of their ids; None for none."""
+    parts = [b for b in (bags_from_file(f, labels, split) for f in files) if b is not None]
     if not parts:
         return None
-    whole = _join(parts)
-    return whole if more is None else Bags.join([whole, more])
-
-
-def _join(parts: Sequence[Bags]) -> Bags:
     whole = Bags.join(parts)
     return whole.take(torch.tensor(np.argsort(whole.segment_ids)))
 
 
-def streamed_batches(
-    files: Sequence[str],
-    labels: LabelConfig,
-    split: str,
-    batch_size: int,
-    seed: int,
-    buffer_clips: int = 8192,
-    teacher: Teacher | None = None,
-    more: Bags | None = None,
-) -> Iterator[Bags]:
-    """Yield batches from more clips than fit in memory.
+class TrainingClips:
+    """Clip files' bags of split `train`, with practice mixtures, as batches.
 
-    Files (each a random sample of the clips) come in random order; `buffer_clips` at a time are
-    shuffled together, the first of them with `more`.
+    The clips of as many files as have `buffer_clips` are shuffled together, and an epoch takes the files (each a
+    random sample of the clips) in another order. The mixtures are spread over all. Of several workers of
+    torch.distributed each reads and holds the files that are its own. The batches are the same however many workers
+    there are, and whether bags are held in memory, that of `device`, or read anew each time.
+
+    Args:
+        files: clip files.
+        counts: how many clips of each have labels; files without any are not read.
+        labels: how labels are decided.
+        teacher: gives the bases' targets.
+        mixtures: bags to train on, too; they have targets.
+        held: whether bags are kept after they were read.
+        device: where they are kept.
+        buffer_clips: clips shuffled together; more may be where a file has more.
     """
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
-    held: list[Bags] = [] if more is None else [more]
-    for position, index in enumerate(order):
-        bags = bags_from_file(files[index], labels, split, teacher)
-        held += [bags] if bags is not None else []
-        if held and (sum(map(len, held)) >= buffer_clips or position == len(order) - 1):
-            yield from shuffled_batches(_join(held), batch_size, seed + position)
-            held = []
-    if held:
-        yield from shuffled_batches(_join(held), batch_size, seed + len(order))
+
+    def __init__(
+        self,
+        files: Sequence[str],
+        counts: Sequence[int],
+        labels: LabelConfig,
+        *,
+        teacher: Teacher | None = None,
+        mixtures: Bags | None = None,
+        held: bool = False,
+        device: str = "cpu",
+        buffer_clips: int = 8192,
+    ) -> None:
+        used = [(f, n) for f, n in zip(files, counts, strict=True) if n]
+        self._files, self._counts = [f for f, _ in used], [n for _, n in used]
+        self._labels, self._teacher, self._mixtures = labels, teacher, mixtures
+        self._held, self._device, self._buffer_clips = held, device, buffer_clips
+        self._workers = parallel.share_out(self._counts)
+        self._bags: dict[int, Bags] = {}
+        self._known: dict[int, tuple[list[str], list[int]]] = {}  # every file's ids, and their bases with energy
+        self._whole: Bags | None = None  # what one group holds that has all files
+        self._none: Bags | None = None  # a worker without files needs the tensors' shapes
+
+    def batches(self, batch_size: int, seed: int) -> Iterator[Bags]:
+        """Yield an epoch's batches, of several workers each one's part of them."""
+        groups = self._groups(seed)
+        for number, files in enumerate(groups):
+            yield from shuffled_batches(self._group(files, number, len(groups)), batch_size, seed + number)
+
+    def _groups(self, seed: int) -> list[list[int]]:
+        groups: list[list[int]] = []
+        size = self._buffer_clips
+        for file in torch.randperm(len(self._files), generator=torch.Generator().manual_seed(seed)).tolist():
+            if size >= self._buffer_clips:
+                groups.append([])
+                size = 0
+            groups[-1].append(file)
+            size += self._counts[file]
+        return groups
+
+    def _group(self, files: list[int], number: int, n_groups: int) -> Bags:
+        """Return the clips of some files, in order of their ids, then this group's mixtures; or this worker's part."""
+        if self._whole is not None:
+            return self._whole
+        rank, n_workers = parallel.place()
+        parts = {f: self._read(f, keep=self._held and n_groups > 1) for f in files if self._workers[f] == rank}
+        self._meet(files, parts)
+        keys = [((0, i), n) for f in files for i, n in zip(*self._known[f], strict=True)]
+        own = [(0, i) for f in parts for i in self._known[f][0]]
+        bags = list(parts.values())
+        if self._mixtures is not None:
+            n_valid = self._mixtures.valid.sum(1).tolist()
+            some = range(number, len(n_valid), n_groups)
+            keys += [((1, f"{i:09d}"), n_valid[i]) for i in some]
+            some = some[rank::n_workers]
+            own += [(1, f"{i:09d}") for i in some]
+            bags.append(self._mixtures.take(torch.tensor(some, dtype=torch.long)))
+        assert self._none is not None
+        part = _join(bags) if bags else self._none
+        if n_workers == 1:
+            part = part.take(torch.tensor(sorted(range(len(own)), key=own.__getitem__)))
+        else:
+            row = {key: i for i, key in enumerate(own)}
+            keys.sort()
+            share = Share(torch.tensor([row.get(k, -1) for k, _ in keys]), torch.tensor([n for _, n in keys]))
+            part = replace(part, share=share)
+        if self._held and n_groups == 1:
+            part = self._whole = part.to(self._device)
+        return part
+
+    def _read(self, file: int, keep: bool) -> Bags:
+        if file in self._bags:
+            return self._bags[file]
+        bags = bags_from_file(self._files[file], self._labels, "train", self._teacher)
+        assert bags is not None and len(bags) == self._counts[file]
+        if keep:
+            bags = self._bags[file] = bags.to(self._device)
+        return bags
+
+    def _meet(self, files: list[int], parts: dict[int, Bags]) -> None:
+        """Learn what clips the other workers have read, when files are read for the first time."""
+        if all(f in self._known for f in files):
+            return
+        facts = {f: (b.segment_ids, b.valid.sum(1).tolist()) for f, b in parts.items()}
+        none = next((b.take(slice(0, 0)).to("cpu") for b in parts.values()), None)
+        for theirs, like in parallel.gather((facts, none)):
+            self._known |= theirs
+            self._none = like if self._none is None else self._none  # an empty one is false
+
+
+def _join(parts: Sequence[Bags]) -> Bags:
+    return Bags.join([p.to(parts[0].bases.device) for p in parts])

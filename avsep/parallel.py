@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,22 @@ def place() -> tuple[int, int]:
     return distributed.get_rank(), distributed.get_world_size()
 
 
-def own_part(n_rows: int) -> slice:
-    """Return this worker's rows of a batch: the parts are equal, but for one row, and may be empty."""
-    rank, n_workers = place()
-    return slice(n_rows * rank // n_workers, n_rows * (rank + 1) // n_workers)
+def share_out(sizes: Sequence[int]) -> list[int]:
+    """Return the worker of each item, so that all get about as much: the largest go first, to who has least."""
+    loads = [0] * place()[1]
+    workers = [0] * len(sizes)
+    for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        workers[item] = loads.index(min(loads))
+        loads[workers[item]] += sizes[item]
+    return workers
+
+
+def gather(value: Any) -> list[Any]:
+    """Return every worker's value, in their order; all must call it."""
+    values = [value] * place()[1]
+    if len(values) > 1:
+        distributed.all_gather_object(values, value)
+    return values
 
 
 def add_up(tensor: Tensor) -> Tensor:
@@ -29,11 +41,6 @@ def add_up(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def all_agree(is_so: bool, device: torch.device | str) -> bool:
-    """Tell whether something is so for every worker."""
-    return float(add_up(torch.tensor(float(is_so), device=device))) == place()[1]
-
-
 def add_up_gradients(model: nn.Module) -> None:
     """Sum each parameter's gradient over the workers: that of losses which are each divided by the whole batch."""
     for parameter in model.parameters():
@@ -41,15 +48,14 @@ def add_up_gradients(model: nn.Module) -> None:
             add_up(parameter.grad)
 
 
-def noise_of_part(n_rows: int, first: int) -> Callable[[Tensor], Tensor]:
-    """Return what draws `torch.randn_like` for `n_rows` rows and gives a worker's, from row `first`.
+def noise_of_part(rows: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return what draws `torch.randn_like` for a whole batch and gives a worker's rows, where boolean `rows` is true.
 
     All workers must have the same random state, and stay so.
     """
 
     def draw(like: Tensor) -> Tensor:
-        whole = torch.randn(n_rows, *like.shape[1:], dtype=like.dtype, device=like.device)
-        return whole[first : first + len(like)]
+        return torch.randn(len(rows), *like.shape[1:], dtype=like.dtype, device=like.device)[rows.to(like.device)]
 
     return draw
 

@@ -22,10 +22,11 @@ def _png(figure: Figure) -> bytes:
 
 
 def loss_curves(rows: Sequence[dict[str, float]]) -> bytes:
-    """Draw train and validation loss, and the validation figures, by epoch."""
+    """Draw train and validation loss, and the validation figures, by epoch; a line parts two passes."""
     figure = Figure((9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    epochs = [r["epoch"] + 1 for r in rows]
+    epochs = range(1, len(rows) + 1)
+    starts = [e - 0.5 for e, a, b in zip(epochs[1:], rows, rows[1:], strict=False) if a.get("pass") != b.get("pass")]
     for axes, keys in (
         (left, {"train_loss": "training", "val_loss": "validation"}),
         (right, {"val_map": "mAP of clip scores", "val_agreement": "basis–label agreement"}),
@@ -37,6 +38,8 @@ def loss_curves(rows: Sequence[dict[str, float]]) -> bytes:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(frameon=False)
+        for start in starts:
+            axes.axvline(start, color="0.6", linewidth=1)
     left.set_ylabel("loss")
     right.set_ylim(0, 1.02)
     return _png(figure)
@@ -95,7 +98,8 @@ def reliability(curves: dict[str, Sequence[dict[str, float]]]) -> bytes:
         axes.scatter([b["score"] for b in bins], [b["share"] for b in bins], sizes, color=line.get_color())
     axes.set(xlabel="score", ylabel="share audible", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    if curves:
+        axes.legend(frameon=False)
     return _png(figure)
 
 
@@ -179,6 +183,10 @@ def cooccurrence(together: NDArray, names: Sequence[str]) -> bytes:
     """Draw how often labels occur together as shares of rows, from `(L, L)` counts, a label's own on the diagonal."""
     figure = Figure((0.32 * len(names) + 3, 0.3 * len(names) + 2.2), layout="constrained")
     axes = figure.subplots()
+    if not names:
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "no labels", ha="center")
+        return _png(figure)
     share = together / np.maximum(np.diag(together)[:, None], 1)
     np.fill_diagonal(share, np.nan)
     image = axes.imshow(

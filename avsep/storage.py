@@ -63,6 +63,7 @@ def _check_uri(uri: str) -> None:
     """Refuse credentials, which would go into logs, records and messages; the message doesn't repeat them."""
     scheme, _, rest = uri.partition("://")
     host = rest.partition("/")[0]  # a secret key may hold slashes
+    host = re.sub(r"^\[[0-9A-Fa-f:.]+\]", "", host)  # an IPv6 address
     if "@" in host or re.search(r":(?!\d+$)", host):  # a port is all digits
         raise ValueError(f"{scheme}://…: credentials in a URI would be logged; give them by environment or profile")
     if scheme == "s3" and _OPTION.search(rest):

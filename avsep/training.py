@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -49,20 +49,30 @@ class Bags:
     labels: Tensor  # boolean (B, L): weak labels
     statistics: Tensor | None = None  # (B, M, 15): how each basis moves
     targets: Tensor | None = None  # (B, L + 1, M): how much of each basis is whose, noise last, where that is known
+    share: Share | None = None  # where several workers hold a part each: what this one knows of the whole
 
     def __len__(self) -> int:
         return len(self.segment_ids)
 
     def take(self, rows: Tensor | slice) -> Bags:
-        """Select clips."""
+        """Select clips that are held here."""
         ids = self.segment_ids[rows] if isinstance(rows, slice) else [self.segment_ids[i] for i in rows.tolist()]
         tensors: dict[str, Any] = {n: None if (t := getattr(self, n)) is None else t[rows] for n in _TENSORS}
         return Bags(ids, **tensors)
 
+    def take_of_whole(self, clips: Tensor) -> Bags:
+        """Select clips of the whole, of which each worker gets those that it holds."""
+        if self.share is None:
+            return self.take(clips)
+        held = self.share.rows[clips]
+        here = held >= 0
+        rows = torch.where(here, here.cumsum(0) - 1, -1)
+        return replace(self.take(held[here]), share=Share(rows, self.share.n_valid[clips]))
+
     def to(self, device: torch.device | str) -> Bags:
         """Move the tensors to a device."""
         tensors: dict[str, Any] = {n: _on(device, getattr(self, n)) for n in _TENSORS}
-        return Bags(self.segment_ids, **tensors)
+        return Bags(self.segment_ids, **tensors, share=self.share)
 
     @staticmethod
     def join(parts: Sequence[Bags]) -> Bags:
@@ -70,6 +80,17 @@ class Bags:
         columns = {n: [getattr(p, n) for p in parts] for n in _TENSORS}
         whole: dict[str, Any] = {n: None if any(t is None for t in c) else torch.cat(c) for n, c in columns.items()}
         return Bags([i for p in parts for i in p.segment_ids], **whole)
+
+
+@dataclass
+class Share:
+    """The whole of which a worker holds a part: B clips in an order that all workers agree on."""
+
+    rows: Tensor  # (B,): the worker's row of each clip, −1 where another holds it
+    n_valid: Tensor  # (B,): each clip's bases with energy
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 _TENSORS = ("bases", "valid", "basis_energy", "labels", "statistics", "targets")
@@ -99,13 +120,17 @@ def batch_size_for(n_clips: int, config: TrainingConfig) -> int:
 
 
 def shuffled_batches(bags: Bags, batch_size: int, seed: int) -> Iterator[Bags]:
-    """Yield batches of a random order; none is dropped, and a last one too small for batch norm joins its neighbour."""
-    order = torch.randperm(len(bags), generator=torch.Generator().manual_seed(seed))
+    """Yield batches of a random order; none is dropped, and a last one too small for batch norm joins its neighbour.
+
+    Of bags that workers share each gets its part of the same batches, which may be empty.
+    """
+    n_clips = len(bags.share or bags)
+    order = torch.randperm(n_clips, generator=torch.Generator().manual_seed(seed))
     batches = list(order.split(batch_size))
     if len(batches) > 1 and len(batches[-1]) < batch_size // 4:
         batches[-2:] = [torch.cat(batches[-2:])]
-    for rows in batches:
-        yield bags.take(rows)
+    for clips in batches:
+        yield bags.take_of_whole(clips)
 
 
 def warp_frequencies(bases: Tensor, factors: Tensor) -> Tensor:
@@ -128,26 +153,25 @@ def train_epoch(
 ) -> dict[str, float]:
     """Train over the batches once; return the mean loss by clip. On a GPU matrices are multiplied in bfloat16.
 
-    Several workers of torch.distributed get the same batches and random state, take their part of
-    each, and end where one worker would, up to rounding, once `parallel.share_batch_norm(model)` was called.
+    Several workers of torch.distributed get their parts of the same batches (`Bags.share`) and the same random
+    state, and end where one worker would, up to rounding, once `parallel.share_batch_norm(model)` was called.
     """
     model.train()
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-    shared = parallel.place()[1] > 1
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
     for batch in batches:
-        n_clips, n_bases, n_bins = batch.bases.shape
+        n_bases, n_bins = batch.bases.shape[1:]
+        n_clips = len(batch.share or batch)
+        assert batch.share is not None or parallel.place()[1] == 1  # else it would be learned from several times
         count += n_clips
         factors = None
         if config.warp:
             factors = 1 + config.warp * (2 * torch.rand(n_clips * n_bases, generator=generator) - 1)
-        if shared:
-            part = parallel.own_part(n_clips)
-            n_before, n_valid = int(batch.valid[: part.start].sum()), int(batch.valid.sum())
-            model.noise_like = parallel.noise_of_part(n_valid, n_before)
-            batch = batch.take(part)
-            factors = None if factors is None else factors.reshape(n_clips, n_bases)[part].flatten()
+        if batch.share is not None:
+            here = batch.share.rows >= 0
+            model.noise_like = parallel.noise_of_part(here.repeat_interleave(batch.share.n_valid))
+            factors = None if factors is None else factors.reshape(n_clips, n_bases)[here].flatten()
         bases = batch.bases.to(device).float()
         if factors is not None:
             bases = warp_frequencies(bases.reshape(-1, n_bins), factors.to(device)).reshape(bases.shape)

@@ -20,7 +20,6 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -133,6 +132,8 @@ class InProcess:
 
 
 _LOOK_S = 5.0  # between looks at how large the cluster is
+_GPUS_WAIT_S = 900.0
+_NOTICED_S = 30.0  # a node that is gone is noticed after 20
 
 
 class OnRay:
@@ -143,7 +144,23 @@ class OnRay:
 
         self._ray = ray
         self._n_workers, self._looked = 1, -math.inf
-        self.n_gpus = int(ray.cluster_resources().get("GPU", 0))
+
+    @property
+    def n_gpus(self) -> int:
+        """GPUs to use: those that are there, or as many as AVSEP_GPUS says, for which an autoscaler is waited for."""
+        there = int(self._ray.cluster_resources().get("GPU", 0))
+        wanted = _whole_number("AVSEP_GPUS")
+        if wanted is None or wanted <= there:
+            return there if wanted is None else wanted
+        say(f"waits for {wanted} GPUs (AVSEP_GPUS), {duration(_GPUS_WAIT_S)} at most; the cluster has {there}")
+        place = self._ray.remote(Held).options(num_cpus=0, num_gpus=1)
+        places = [place.remote(int) for _ in range(wanted)]  # what waits is what an autoscaler sees
+        came, late = self._ray.wait([p.call.remote() for p in places], num_returns=wanted, timeout=_GPUS_WAIT_S)
+        for p in places:
+            self._ray.kill(p)
+        if late:
+            say(f"{len(came)} of {wanted} GPUs came; going on with those")
+        return len(came)
 
     @property
     def n_workers(self) -> int:
@@ -152,6 +169,12 @@ class OnRay:
             self._looked = time.monotonic()
             self._n_workers = max(1, int(self._ray.cluster_resources().get("CPU", 1)))
         return self._n_workers
+
+    @property
+    def n_nodes(self) -> int:
+        """Nodes with CPUs that the cluster has now; one where they are still to come."""
+        nodes = [n for n in self._ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) >= 1]
+        return max(1, len(nodes))
 
     def map(
         self,
@@ -238,15 +261,12 @@ class RemoteCall:
         return self.actor.call.remote(*arguments).future()
 
 
-def train_workers(
-    fit: Callable[[dict[str, Any]], None], job: dict[str, Any], out: str, runner: OnRay, n_workers: int | None = None
-) -> None:
-    """Run `fit(job)` in Ray Train's workers, as many as said, else one a GPU, else one.
+def train_workers(fit: Callable[[dict[str, Any]], None], job: dict[str, Any], out: str, runner: OnRay) -> None:
+    """Run `fit(job)` in Ray Train's workers: one a GPU, else one a node.
 
-    When a worker dies all are started again. Raises UsageError for more workers than this machine has places for;
-    a cluster may grow.
+    When one dies, they are all started again on what is there once the cluster has noticed, twice at most.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     base: Any = TorchConfig().backend_cls
@@ -259,31 +279,33 @@ def train_workers(
     class Config(TorchConfig):
         backend_cls = Backend
 
-    n_workers = n_workers or min(runner.n_gpus, runner.n_workers) or 1
-    on_gpus = 0 < n_workers <= runner.n_gpus
-    if n_workers > runner.n_workers:
-        places = f"{runner.n_workers} CPUs and {runner.n_gpus} GPUs"
-        if os.environ.get("RAY_ADDRESS", "local") == "local":  # they would be waited for, for ever
-            raise UsageError(f"--workers {n_workers}: Ray has {places} on this machine (AVSEP_CPUS says otherwise)")
-        say(f"{n_workers} training workers wait for their places; at present the cluster has {places}")
     fs, folder = storage.filesystem(storage.join(out, "ray"))
-    trainer = TorchTrainer(
-        fit,
-        train_loop_config=job | {"device": "cuda" if on_gpus else "cpu"},  # Ray hides GPUs from nobody
-        torch_config=Config(),
-        scaling_config=ScalingConfig(
-            num_workers=n_workers,
-            use_gpu=on_gpus,
-            resources_per_worker={"CPU": 1} | ({"GPU": 1} if on_gpus else {}),
-        ),
-        run_config=RunConfig(
-            name=f"train-{time.time_ns():x}",  # an old name would resume Ray's own record of an old run
-            storage_path=folder,
-            storage_filesystem=fs,
-            failure_config=FailureConfig(max_failures=2),
-        ),
-    )
-    trainer.fit()
+
+    def train_once() -> None:
+        n_gpus = min(runner.n_gpus, runner.n_workers)
+        trainer = TorchTrainer(
+            fit,
+            train_loop_config=job | {"device": "cuda" if n_gpus else "cpu"},  # Ray hides GPUs from nobody
+            torch_config=Config(),
+            scaling_config=ScalingConfig(
+                num_workers=n_gpus or runner.n_nodes,
+                use_gpu=n_gpus > 0,
+                resources_per_worker={"CPU": 1} | ({"GPU": 1} if n_gpus else {}),
+                placement_strategy="SPREAD",
+            ),
+            run_config=RunConfig(
+                name=f"train-{time.time_ns():x}",  # an old name would resume Ray's own record of an old run
+                storage_path=folder,
+                storage_filesystem=fs,
+            ),
+        )
+        trainer.fit()
+
+    for _ in range(2):
+        with contextlib.suppress(TrainingFailedError):
+            return train_once()
+        time.sleep(_NOTICED_S)  # Ray's own restart would wait for a lost node, for ever
+    train_once()
 
 
 def meet_at_ray_s_address() -> None:
@@ -311,17 +333,6 @@ def _numbered(number: int, function: Callable[..., Any], item: tuple[Any, ...]) 
     return number, function(*item)
 
 
-def available_memory() -> int:
-    """Return how many bytes this process can still take: the machine's, or its container's."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = 1024 * int(fields["MemAvailable"].split()[0])
-    with contextlib.suppress(OSError, ValueError):  # no limit, or another kind of container
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, limit - used)
-    return free
-
-
 def one_thread() -> None:
     """Keep a worker to one thread: processes are the parallelism, and busy threads get in each other's way."""
     torch.set_num_threads(1)
@@ -332,7 +343,8 @@ def session(in_process: bool = False) -> Iterator[Runner]:
     """Give a runner: a plain loop, the cluster that RAY_ADDRESS names, or Ray on this machine.
 
     Ray on this machine starts quietly and is stopped at the end; sessions nest, and an inner one
-    uses the outer one's Ray. AVSEP_CPUS says how many workers this machine is to have, other than its cores.
+    uses the outer one's Ray. AVSEP_CPUS says how many workers this machine is to have, other than its cores, and
+    AVSEP_GPUS how many of its GPUs are used; on a cluster that many are waited for.
     """
     if in_process:
         threads = torch.get_num_threads()
@@ -349,7 +361,11 @@ def session(in_process: bool = False) -> Iterator[Runner]:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # else a variable that a job sets, too, is an error
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning about GPUs to come
-    cpus = int(os.environ["AVSEP_CPUS"]) if os.environ.get("AVSEP_CPUS") else None
+    here = {
+        "include_dashboard": False,
+        "num_cpus": _whole_number("AVSEP_CPUS"),
+        "num_gpus": _whole_number("AVSEP_GPUS"),
+    }
     import ray
 
     if ray.is_initialized():
@@ -360,12 +376,19 @@ def session(in_process: bool = False) -> Iterator[Runner]:
         logging_level=logging.ERROR,
         log_to_driver=False,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
-        **({"include_dashboard": False, "num_cpus": cpus} if address == "local" else {}),
+        **(here if address == "local" else {}),
     )
     try:
         yield OnRay()
     finally:
         ray.shutdown()
+
+
+def _whole_number(variable: str) -> int | None:
+    text = os.environ.get(variable)
+    if text and not text.isdecimal():
+        fail(f"{variable}={text}: it must be a whole number, such as 4; or leave it out")
+    return int(text) if text else None
 
 
 class Progress:

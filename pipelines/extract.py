@@ -681,10 +681,11 @@ def _drive(
         ) as progress,
     ):
         callers: list[Caller] = [(None, None)]
-        if works and runner.n_gpus and not job.fetch_only:
+        n_gpus = runner.n_gpus if works and not job.fetch_only else 0
+        if n_gpus:
             architecture = labeller.architecture if labeller else None
             make = functools.partial(open_stages, job.config, architecture, arguments.weights)
-            actors = runner.actors(make, _ACTORS_A_GPU * runner.n_gpus, gpus=1 / _ACTORS_A_GPU)
+            actors = runner.actors(make, _ACTORS_A_GPU * n_gpus, gpus=1 / _ACTORS_A_GPU)
             callers = [
                 (stages.StageOf(a, "label") if labeller else None, stages.StageOf(a, "factorize")) for a in actors
             ]

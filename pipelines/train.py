@@ -36,8 +36,8 @@ EXAMPLES = """examples:
   python -m pipelines.train --clips out/clips --out out/paper --recipe paper
   python -m pipelines.train --clips out/clips --out out/run --resume
 """
-_IN_MEMORY_BYTES = 4 << 30  # of bases; more are streamed from the shards, unless a GPU has room
-_OF_GPU, _OF_HOST = 0.6, 0.3  # of the free memory: bases held on a GPU, and passed through its host
+_IN_MEMORY_BYTES = 4 << 30  # of bases that a worker without a GPU holds; more are read anew for every epoch
+_OF_GPU = 0.6  # of its free memory, for bases held there
 _SOLOS_AN_OBJECT = 100  # that practice mixtures draw from
 _SOLO_FILES = 200  # in which they are looked for
 _EVIDENCE_FILES = 20  # whose labels say how far labels can be believed; they are held in memory
@@ -59,7 +59,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", required=True, help="folder or URI of the run; the model goes to OUT/model")
     p.add_argument("--recipe", default="default", help="one of " + ", ".join(recipes.RECIPES))
     p.add_argument("--epochs", type=int, help="instead of the recipe's")
-    p.add_argument("--workers", type=int, help="share each batch among so many; one a GPU of Ray's, else one")
     p.add_argument("--resume", action="store_true", help="go on from OUT's checkpoint")
     p.add_argument("--in-process", action="store_true", help="a plain loop without Ray")
     return p
@@ -68,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
 def fit(job: dict[str, Any], report: Any = None) -> None:
     """Train to the end of a pass from its checkpoint, if there is one: the body of one training worker.
 
-    Every worker reads the same batches and takes its part; the first one writes.
+    Every worker reads its own files and takes its part of each batch; the first one validates and writes.
     """
     files, out = job["files"], job["out"]
     config: ModelConfig = job["config"]
@@ -96,21 +95,17 @@ def fit(job: dict[str, Any], report: Any = None) -> None:
         taught = Model.load(storage.join(out, "model"))
         teacher = practice.Teacher(taught.network, taught.context) if taught.context else None
         mixtures, val_mixtures = _read_mixtures(out, _MIXTURES_FILE), _read_mixtures(out, _VAL_MIXTURES_FILE)
-    val = bags.load_bags(files, config.labels, "val")
-    whole = None
-    if parallel.all_agree(fits(job["n_bytes"], device), device):  # else their batches would differ
-        whole = bags.load_bags(files, config.labels, "train", teacher, mixtures)
-        whole = whole.to(device) if whole is not None else None
-    batch_size = training.batch_size_for(job["n_train"], training_config)
+    val = bags.load_bags(files, config.labels, "val") if first else None
+    clips = bags.TrainingClips(
+        files, job["counts"], config.labels, teacher=teacher, mixtures=mixtures, held=fits(job["n_bytes"], device),
+        device=device,
+    )  # fmt: skip
+    batch_size = training.batch_size_for(sum(job["counts"]), training_config)
     for epoch in range(len(history.rows), training_config.epochs):
         started = time.monotonic()
-        torch.manual_seed(training_config.seed * 1_000_003 + epoch)  # dropout, alike after a resume
         seed = training_config.seed * 1_000_003 + epoch
-        batches = (
-            training.shuffled_batches(whole, batch_size, seed)
-            if whole is not None
-            else bags.streamed_batches(files, config.labels, "train", batch_size, seed, teacher=teacher, more=mixtures)
-        )
+        torch.manual_seed(seed)  # noise, alike after a resume
+        batches = clips.batches(batch_size, seed)
         row = training.train_epoch(network, batches, optimiser, training_config, epoch)
         if val is not None:
             pieces = (val.take(slice(i, i + 256)) for i in range(0, len(val), 256))
@@ -139,11 +134,12 @@ def fit(job: dict[str, Any], report: Any = None) -> None:
 
 
 def fits(n_bytes: int, device: str) -> bool:
-    """Tell whether bases of so many bytes are to be held in memory, the GPU's where there is one."""
-    if device == "cpu" or n_bytes < _IN_MEMORY_BYTES:
-        return n_bytes < _IN_MEMORY_BYTES
-    host = execution.available_memory() / parallel.place()[1]  # its other workers may be on this host
-    return n_bytes < min(_OF_GPU * torch.cuda.mem_get_info()[0], _OF_HOST * host)
+    """Tell whether this worker's part of so many bytes of bases is to be held in memory, the GPU's where there is one.
+
+    It changes nothing but the time that an epoch takes.
+    """
+    free = _OF_GPU * torch.cuda.mem_get_info()[0] if device != "cpu" else _IN_MEMORY_BYTES
+    return n_bytes / parallel.place()[1] < free
 
 
 def _checkpoint(out: str, number: int) -> str:
@@ -243,9 +239,6 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = recipes.get(arguments.recipe)
     if arguments.epochs is not None and arguments.epochs < 1:
         fail(f"--epochs {arguments.epochs}: at least one epoch is needed")
-    if arguments.workers is not None and (arguments.workers < 1 or (arguments.workers > 1 and arguments.in_process)):
-        needed = "Ray starts them; leave out --in-process" if arguments.workers > 1 else "at least one is needed"
-        fail(f"--workers {arguments.workers}: {needed}")
     training_config = replace(recipe.training, epochs=arguments.epochs or recipe.training.epochs)
     out, files = arguments.out, shards.clip_files(arguments.clips)
     extracted = shards.read_configuration(arguments.clips)
@@ -268,8 +261,8 @@ def run(arguments: argparse.Namespace) -> int:
     }
     if arguments.resume:
         _check_resumable(storage.join(out, "checkpoint.pt"), settings)
-    counts = [_count(f, config) for f in files]
-    n_train, n_val = sum(c[0] for c in counts), sum(c[1] for c in counts)
+    counts = [bags.count_clips(f, config.labels) for f in files]
+    n_train, n_val = (sum(c[split] for c in counts) for split in ("train", "val"))
     if n_train < 1:
         fail(f"{arguments.clips} has no clip of split train with labels, so there is nothing to learn from")
     say(f"train: {n_train} clips, {n_val} for validation, recipe {recipe.name}")
@@ -278,11 +271,10 @@ def run(arguments: argparse.Namespace) -> int:
         "out": out,
         "config": config,
         "training": training_config,
-        "n_train": n_train,
+        "counts": [c["train"] for c in counts],
         "n_bytes": n_train * config.n_bases * config.stft.n_bins * 2,
         "threads": min(2, os.cpu_count() or 1),
         "settings": settings,
-        "workers": arguments.workers,
         "pass": 1,
         "earlier_rows": [],
     }
@@ -308,24 +300,12 @@ def run(arguments: argparse.Namespace) -> int:
     return execution.DONE
 
 
-def _count(path: str, config: ModelConfig) -> tuple[int, int]:
-    """Count one file's usable train and val clips."""
-    columns = shards.read_table(path, ["split", "labels", "image_logits"])
-    counts = {"train": 0, "val": 0, "test": 0}
-    for i in range(len(columns)):
-        marks = bags.decide_labels(
-            columns.column("labels")[i].as_py(), columns.column("image_logits")[i].values, config.labels
-        )
-        counts[columns.column("split")[i].as_py()] += int(marks is not None and bool(marks.any()))
-    return counts["train"], counts["val"]
-
-
 def train_pass(runner: execution.Runner, job: dict[str, Any]) -> None:
     """Train the network over all epochs."""
     if isinstance(runner, execution.InProcess):
         fit(job)
     else:
-        execution.train_workers(fit_on_ray, job, job["out"], runner, job["workers"])
+        execution.train_workers(fit_on_ray, job, job["out"], runner)
 
 
 def make_mixtures(runner: execution.Runner, job: dict[str, Any], n_mixtures: int) -> list[practice.Practice]:

@@ -19,7 +19,7 @@ ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_raylet_start_wait_time_s": "180",  # on a busy machine
+    "RAY_raylet_start_wait_time_s": "60",  # on a busy machine
     # a node that is gone is noticed in seconds
     "RAY_health_check_initial_delay_ms": "0",
     "RAY_health_check_period_ms": "2000",
@@ -61,6 +61,8 @@ class Node:
     address: str
     namespace: str | None
     process: subprocess.Popen | None = None
+    command: list[str] = field(default_factory=list)
+    starts: int = 0
 
     def processes(self, name: str) -> list[int]:
         """Those of its processes that go by this name."""
@@ -132,26 +134,38 @@ class Cluster:
             command += ["--address", f"{self.nodes[0].address}:{self.port}"]
         if not node.namespace:
             command += ["--dashboard-agent-listen-port", str(free_port())]
-        with (self.folder / f"{node.name}.log").open("wb") as log:
-            node.process = subprocess.Popen(
-                command, env=self.environment, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
-            )
+        node.command = command
+        self._launch(node)
         self.nodes.append(node)
         return node
+
+    def _launch(self, node: Node) -> None:
+        node.starts += 1
+        with (self.folder / f"{node.name}.log").open("wb") as log:
+            node.process = subprocess.Popen(
+                node.command, env=self.environment, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
+            )
 
     @property
     def url(self) -> str:
         """The dashboard's, which is the Jobs API's."""
         return f"http://{self.nodes[0].address}:{self.dashboard_port}"
 
-    def wait(self, n_alive: int, timeout_s: float = 180) -> None:
+    def wait(self, n_alive: int, timeout_s: float = 300) -> None:
         """Wait until the head counts so many nodes."""
         deadline, alive = time.monotonic() + timeout_s, -1
-        while time.monotonic() < deadline and all(n.process is None or n.process.poll() is None for n in self.nodes):
+        while time.monotonic() < deadline:
             with contextlib.suppress(OSError, ValueError, KeyError):
                 alive = self._count()
                 if alive == n_alive:
                     return
+            for (
+                node
+            ) in self.nodes:  # on a busy machine a raylet's agents may not start within the 15 s that it gives them
+                if node.process and node.process.poll() is not None and node.starts < 3:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(node.process.pid, signal.SIGKILL)
+                    self._launch(node)
             time.sleep(1)
         logs = "\n".join((self.folder / f"{n.name}.log").read_text()[-500:] for n in self.nodes)
         raise AssertionError(f"{alive} nodes are alive, not {n_alive}\n{logs}")

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -137,7 +138,7 @@ def test_a_cluster_gives_what_one_machine_does(rendered, tmp_path, monkeypatch):
         finish(job, logs["extract"])
         s3.delay_s = 0.0
         nodes.wait(3)
-        command = ["train", "--clips", clips, "--out", f"{there}/run", "--epochs", str(EPOCHS), "--workers", "2"]
+        command = ["train", "--clips", clips, "--out", f"{there}/run", "--epochs", str(EPOCHS)]  # a worker on each node
         job = submit(nodes.url, logs["train"], *command)
         lose_a_training_worker(nodes, f"{there}/run", job, logs["train"])
         finish(job, logs["train"], 400)
@@ -219,3 +220,22 @@ def test_submit_s_mistakes_get_one_line(tmp_path):
     assert "must be a mapping" in said("--runtime-env", str(tmp_path / "env.yaml"), "extract")
     nowhere = f"http://127.0.0.1:{free_port()}"
     assert f"no Ray head answers at {nowhere}" in said("--address", nowhere, "extract")
+
+
+def test_submit_shows_a_pipeline_s_own_help():
+    done = subprocess.run([*SUBMIT, "collect", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--model" in done.stdout and "pipelines.collect" in done.stdout
+
+
+def test_submit_can_be_interrupted_before_it_has_submitted():
+    """By a head that takes the connection and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"http://127.0.0.1:{head.getsockname()[1]}"
+        process = subprocess.Popen([*SUBMIT, "--address", address, "extract"], stderr=subprocess.PIPE, text=True)
+        head.settimeout(60)
+        connection, _ = head.accept()
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1].splitlines()
+        connection.close()
+    assert process.returncode == 130 and len([line for line in said if line]) == 2
+    assert said[-1].startswith(f"deploy/submit --address {address} --follow avsep-extract-")

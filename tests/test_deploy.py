@@ -16,6 +16,7 @@ import kubernetes_validate
 import pytest
 import referencing
 import yaml
+from cluster import ENVIRONMENT
 from kubernetes_validate.utils import schema_contents
 
 from pipelines import execution
@@ -24,7 +25,8 @@ ROOT = Path(__file__).parent.parent
 KUBERAY = ROOT / "deploy" / "kuberay"
 MANIFESTS = sorted(p.name for p in KUBERAY.glob("*.yaml"))
 JOBS = ("manifest", "extract", "train", "collect", "evaluate")
-KUBERNETES = ("1.29", "1.37")  # the oldest and the newest that we say we support
+OLDEST, NEWEST = ("1.29", "1.4"), ("1.37", "1.7")  # Kubernetes and KubeRay that we say we support
+CRDS = "AVSEP_KUBERAY_CRDS"  # a file or folder of KubeRay's own, from its chart or `kubectl get crd -o yaml`
 HEALTH = {  # with which a lost node is noticed within 20 seconds
     "RAY_health_check_period_ms": "2000",
     "RAY_health_check_timeout_ms": "5000",
@@ -39,32 +41,88 @@ def documents(name: str) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all((KUBERAY / name).read_text()))
 
 
-def validate(document: dict[str, Any], version: str) -> None:
-    """Validate against Kubernetes' schemas, and KubeRay's fields around them; unknown fields are errors."""
+def validate(document: dict[str, Any], kubernetes: str, kuberay: str) -> None:
+    """Validate against Kubernetes' schemas, and around them against KubeRay's fields; unknown fields are errors.
+
+    KubeRay's are those of `tests/kuberay.yaml`, checked against the API references of 1.6.2 and 1.7.0 and the Go types.
+    """
     if document["apiVersion"] != "ray.io/v1":
-        kubernetes_validate.validate(document, version, strict=True)
+        kubernetes_validate.validate(document, kubernetes, strict=True)
         return
-    kuberay = json.loads((Path(__file__).parent / "kuberay.json").read_text())
-    kubernetes = schema_contents(f"kubernetes-json-schema/v{version}.0-local-strict/_definitions.json", version)
+    fields = strict(yaml.safe_load((Path(__file__).parent / "kuberay.yaml").read_text()), kuberay)
+    pods = schema_contents(f"kubernetes-json-schema/v{kubernetes}.0-local-strict/_definitions.json", kubernetes)
     registry = referencing.Registry().with_resources(
-        (schema["$id"], referencing.Resource.from_contents(schema)) for schema in (kuberay, kubernetes)
+        (schema["$id"], referencing.Resource.from_contents(schema)) for schema in (fields, pods)
     )
-    schema = {"$ref": f"{kuberay['$id']}#/$defs/{document['kind']}"}
+    schema = {"$ref": f"{fields['$id']}#/$defs/{document['kind']}"}
     jsonschema.Draft202012Validator(schema, registry=registry).validate(document)
+
+
+def strict(schema: Any, release: str = "", closed: bool = True) -> Any:
+    """Make a schema say what the API server does: no unknown field passes, and a default fills in what is required.
+
+    Leaves out what came after a release, where one is given.
+    """
+    if not isinstance(schema, dict):
+        return [strict(s, release, closed) for s in schema] if isinstance(schema, list) else schema
+    made = dict(schema)
+    for key in schema.keys() & {"items", "additionalProperties"}:
+        made[key] = strict(schema[key], release, closed)
+    for key in schema.keys() & {"allOf", "anyOf", "oneOf", "not"}:  # they say more of fields declared elsewhere
+        made[key] = strict(schema[key], release, closed=False)
+    for key in schema.keys() & {"properties", "$defs", "dependentSchemas"}:
+        known = {
+            n: s for n, s in schema[key].items() if not release or number(s.get("x-since", "0")) <= number(release)
+        }
+        made[key] = {n: strict(s, release, closed and key != "dependentSchemas") for n, s in known.items()}
+    if closed and "properties" in schema:
+        if not schema.get("x-kubernetes-preserve-unknown-fields"):
+            made.setdefault("additionalProperties", False)
+        made["required"] = [n for n in schema.get("required", ()) if "default" not in schema["properties"].get(n, {})]
+    return made
+
+
+def number(release: str) -> tuple[int, ...]:
+    return tuple(map(int, release.split(".")))
+
+
+def custom_schemas(where: Path) -> dict[str, Any]:
+    """Read the schemas of ray.io/v1 by kind from custom resource definitions; their CEL rules are not evaluated."""
+    files = (
+        [where] if where.is_file() else sorted(f for f in where.rglob("*") if f.suffix in (".yaml", ".yml", ".json"))
+    )
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    documents = [d for f in files for d in yaml.load_all(f.read_text(), loader) if isinstance(d, dict)]
+    definitions = [i for d in documents for i in d.get("items", [d]) if i.get("kind") == "CustomResourceDefinition"]
+    return {
+        definition["spec"]["names"]["kind"]: strict(version["schema"]["openAPIV3Schema"])
+        for definition in definitions
+        if definition["spec"]["group"] == "ray.io"
+        for version in definition["spec"]["versions"]
+        if version["name"] == "v1"
+    }
 
 
 # ------------------------------------------------------------------------------------------ Kubernetes
 
 
-@pytest.mark.parametrize("version", KUBERNETES)
+@pytest.mark.parametrize("versions", [OLDEST, NEWEST], ids=["oldest", "newest"])
 @pytest.mark.parametrize("name", MANIFESTS)
-def test_manifests_are_valid(name: str, version: str) -> None:
+def test_manifests_are_valid(name: str, versions: tuple[str, str]) -> None:
     for document in documents(name):
-        validate(document, version)
+        validate(document, *versions)
+
+
+@pytest.mark.skipif(CRDS not in os.environ, reason=f"{CRDS} names no file or folder of KubeRay's own definitions")
+def test_manifests_are_valid_by_kuberay_s_own_definitions() -> None:
+    schemas = custom_schemas(Path(os.environ[CRDS]))
+    for document in (d for name in MANIFESTS for d in documents(name) if d["apiVersion"] == "ray.io/v1"):
+        assert document["kind"] in schemas, f"{os.environ[CRDS]} defines {sorted(schemas)} of ray.io/v1"
+        jsonschema.Draft202012Validator(schemas[document["kind"]]).validate(document)
 
 
 def test_the_validation_sees_mistakes() -> None:
-    cluster, policy = documents("cluster.yaml")
+    (cluster, policy), (job,) = documents("cluster.yaml"), documents("train.yaml")
     pod = ("spec", "workerGroupSpecs", 0, "template", "spec")
     mistakes = (
         (cluster, ("spec", "workerGroupSpec"), []),
@@ -72,16 +130,76 @@ def test_the_validation_sees_mistakes() -> None:
         (cluster, (*pod, "toleration"), []),
         (cluster, (*pod, "containers", 0, "livenessProbe", "httpGet", "prot"), 1),
         (cluster, ("spec", "autoscalerOptions", "upscalingMode"), "Fast"),
+        (cluster, ("metadata", "name"), "Avsep"),
         (policy, ("spec", "ingres"), []),
+        (job, ("spec", "clusterSelector"), {"cluster": "avsep"}),
+        (job, ("spec", "backoffLimit"), 2),
+        (job, ("spec", "submitterConfig", "retries"), 2),
     )
     for document, path, value in mistakes:
-        wrong = copy.deepcopy(document)
-        target: Any = wrong
-        for key in path[:-1]:
-            target = target[key]
-        target[path[-1]] = value
         with pytest.raises(jsonschema.ValidationError):
-            validate(wrong, KUBERNETES[-1])
+            validate(changed(document, path, value), *NEWEST)
+    newer = changed(cluster, ("spec", "workerGroupSpecs", 0, "priority"), 1)
+    validate(newer, *NEWEST)
+    with pytest.raises(jsonschema.ValidationError, match="priority"):
+        validate(newer, *OLDEST)
+
+
+def test_custom_resource_definitions_are_read_as_the_api_server_does(tmp_path: Path) -> None:
+    """Unknown fields are errors, defaults fill in what is required, other groups and versions do not count."""
+    text: dict[str, Any] = {"type": "string"}
+    size = {"anyOf": [{"type": "integer"}, text], "x-kubernetes-int-or-string": True}
+    group = {
+        "type": "object",
+        "required": ["name", "replicas"],
+        "properties": {"name": text, "replicas": {"type": "integer", "default": 0}, "size": size},
+        "anyOf": [{"properties": {"name": {"enum": ["cpu", "gpu"]}}}],
+    }
+    spec = {
+        "type": "object",
+        "properties": {
+            "groups": {"type": "array", "items": group},
+            "free": {"type": "object", "properties": {}, "x-kubernetes-preserve-unknown-fields": True},
+            "params": {"type": "object", "additionalProperties": text},
+        },
+    }
+    schema = {"type": "object", "properties": {"kind": text, "metadata": {"type": "object"}, "spec": spec}}
+    versions = [{"name": "v1alpha1", "schema": {}}, {"name": "v1", "schema": {"openAPIV3Schema": schema}}]
+    mine = {"group": "ray.io", "names": {"kind": "RayCluster"}, "versions": versions}
+    other = mine | {"group": "example.com", "names": {"kind": "Other"}}
+    crds = [{"kind": "CustomResourceDefinition", "spec": s} for s in (mine, other)]
+    (tmp_path / "list.json").write_text(json.dumps({"kind": "List", "items": crds}))
+    (tmp_path / "each.yaml").write_text(yaml.safe_dump_all([*crds, None]))
+    right = {
+        "kind": "RayCluster",
+        "metadata": {"name": "x"},
+        "spec": {"groups": [{"name": "cpu", "size": 1}], "free": {"a": 1}, "params": {"a": "1"}},
+    }
+    mistakes: tuple[tuple[tuple[Any, ...], Any], ...] = (
+        (("spec", "groups", 0, "sise"), 1),
+        (("spec", "groups", 0, "name"), "tpu"),
+        (("spec", "groups", 0, "size"), 1.5),
+        (("spec", "groups", 0), {"replicas": 1}),
+        (("spec", "params", "a"), 1),
+        (("specs",), {}),
+    )
+    for where in (tmp_path / "list.json", tmp_path / "each.yaml", tmp_path):
+        schemas = custom_schemas(where)
+        assert schemas.keys() == {"RayCluster"}
+        validator = jsonschema.Draft202012Validator(schemas["RayCluster"])
+        validator.validate(right)
+        for path, value in mistakes:
+            with pytest.raises(jsonschema.ValidationError):
+                validator.validate(changed(right, path, value))
+
+
+def changed(document: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str, Any]:
+    wrong = copy.deepcopy(document)
+    target: Any = wrong
+    for key in path[:-1]:
+        target = target[key]
+    target[path[-1]] = value
+    return wrong
 
 
 def clusters() -> dict[str, dict[str, Any]]:
@@ -150,6 +268,8 @@ def test_jobs_run_on_the_cluster(name: str) -> None:
     assert job["spec"]["entrypoint"].startswith(f"python -m pipelines.{name} ")
     # a retry of KubeRay's deletes the cluster that others may be using
     assert "backoffLimit" not in job["spec"] and "shutdownAfterJobFinishes" not in job["spec"]
+    environment = yaml.safe_load(job["spec"].get("runtimeEnvYAML", "{}")).get("env_vars", {})
+    assert environment.keys() <= {"AVSEP_GPUS"} and all(isinstance(v, str) for v in environment.values())
 
 
 def test_the_service_is_serve_yaml() -> None:
@@ -200,18 +320,70 @@ def four_at_once(folder: str) -> None:
 @pytest.mark.slow
 def test_work_fills_nodes_that_come_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with an autoscaler that starts from no worker: its nodes come while the first tasks wait."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     (tmp_path / "started").mkdir()
-    code = f"from tests.test_deploy import four_at_once; four_at_once({str(tmp_path / 'started')!r})"
+    code = f"from test_deploy import four_at_once; four_at_once({str(tmp_path / 'started')!r})"
     try:
-        with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as program:
+        with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT / "tests", stdout=subprocess.PIPE) as program:
             assert program.stdout and program.stdout.readline() == b"started\n"
             for _ in range(2):
                 cluster.add_node(num_cpus=2)
             assert program.wait(timeout=120) == 0
     finally:
         cluster.shutdown()
+
+
+def two_gpus() -> None:
+    """A program that starts on a cluster without workers, and asks for GPUs."""
+    with execution.session() as runner:
+        print(runner.n_gpus, flush=True)
+        callers = runner.actors(int, 2, gpus=1)  # they find the places free again
+        assert len(callers) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_gpus_that_a_program_asks_for_are_an_autoscaler_s_to_bring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are among what the cluster lacks, and are taken when they come."""
+    for name, value in (ENVIRONMENT | {"AVSEP_GPUS": "2"}).items():
+        monkeypatch.setenv(name, value)
+    from ray.autoscaler.v2.sdk import get_cluster_status
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+
+    def lacking() -> list[dict[str, float]]:
+        demand = get_cluster_status(cluster.address).resource_demands.ray_task_actor_demand
+        return [bundle.bundle for d in demand for b in d.bundles_by_count for bundle in [b] * b.count]
+
+    command = [sys.executable, "-c", "from test_deploy import two_gpus; two_gpus()"]
+    try:
+        with subprocess.Popen(command, cwd=ROOT / "tests", stdout=subprocess.PIPE, text=True) as program:
+            assert program.stdout and program.stdout.readline().startswith("waits for 2 GPUs")
+            deadline = time.monotonic() + 120
+            while lacking() != [{"GPU": 1.0}] * 2:
+                assert program.poll() is None and time.monotonic() < deadline, lacking()
+                time.sleep(0.5)
+            for _ in range(2):
+                cluster.add_node(num_cpus=1, num_gpus=1)
+            assert program.wait(timeout=200) == 0 and program.stdout.read().split() == ["2"]
+    finally:
+        cluster.shutdown()
+
+
+def test_numbers_in_the_environment_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    for name in ("AVSEP_CPUS", "AVSEP_GPUS"):
+        with monkeypatch.context() as wrong:
+            wrong.setenv(name, "two")
+            with (
+                pytest.raises(execution.UsageError, match=f"{name}=two: it must be a whole number"),
+                execution.session(),
+            ):
+                pass

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import io
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from avsep import cli
+from avsep import cli, jobs
 from deploy import cost, pages
 
 ROOT = Path(__file__).parent.parent
@@ -157,6 +158,14 @@ def test_every_argument_named_alone_exists(path: Path) -> None:
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     named = {flag for span in re.findall(r"`(--[^`]+)`", text_of(path)) for flag in flags_of(span.split())}
     assert not named - known - {"--runner"}
+
+
+def test_every_variable_named_is_read_by_something() -> None:
+    code = "".join(p.read_text() for folder in ("avsep", "pipelines", "tests") for p in (ROOT / folder).glob("*.py"))
+    read = set(re.findall(r"[\"'](AVSEP_[A-Z_]+)[\"']", code))
+    read |= {f"AVSEP_SERVE_{f.name.upper()}" for f in dataclasses.fields(jobs.ServiceConfig)}
+    named = {name for path in TEXTS if path.suffix != ".py" for name in re.findall(r"AVSEP_[A-Z_]+", path.read_text())}
+    assert len(named) > 8 and not named - read
 
 
 def test_the_check_sees_mistakes() -> None:

@@ -47,7 +47,7 @@ FLAGS = {
         "--in-process", "--profile", "--dry-run", "--media", "--until", "--rate", "--proxies", "--cookies",
     },
     "audit": {"--clips", "--out"},
-    "train": {"--clips", "--out", "--recipe", "--epochs", "--workers", "--resume", "--in-process"},
+    "train": {"--clips", "--out", "--recipe", "--epochs", "--resume", "--in-process"},
     "finetune": {
         "--segments", "--clips", "--model", "--out", "--targets", "--weights", "--architecture", "--epochs",
         "--media", "--in-process",

@@ -212,6 +212,8 @@ def test_keys_stand_as_they_are(s3: S3, s3_folder: str) -> None:
         ("s3://KEY:s3cr3t@bucket/a", "credentials in a URI would be logged"),
         ("s3://KEY:s3/cr3t@bucket/a", "credentials in a URI would be logged"),
         ("http://me:s3cr3t@host/a.mp4", "credentials in a URI would be logged"),
+        ("http://me:s3cr3t@[::1]:80/a.mp4", "credentials in a URI would be logged"),
+        ("hdfs://[::1]:s3cr3t/a", "credentials in a URI would be logged"),
         ("s3://bucket/a?access_key=KEY&secret_key=s3cr3t", "into the environment"),
     ],
 )
@@ -238,4 +240,10 @@ def test_file_systems_travel_to_other_processes_without_the_secret(s3: S3, s3_fo
 
 
 def test_a_port_is_no_credential() -> None:
-    assert storage.resolve("hdfs://namenode:8020/a", ".") == "hdfs://namenode:8020/a"
+    for uri in (
+        "hdfs://namenode:8020/a",
+        "hdfs://[2001:db8::1]:8020/a",
+        "http://[::1]/a.mp4",
+        "http://[::1]:9000/a.mp4",
+    ):
+        assert storage.resolve(uri, ".") == uri

@@ -2,6 +2,7 @@ import io
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from avsep import training
-from avsep.bags import decide_labels, load_bags, streamed_batches
+from avsep.bags import TrainingClips, count_clips, decide_labels, load_bags
 from avsep.miml import MIML, partial_label_loss
 from avsep.model import LabelConfig
 from avsep.objects import multi_hot, object_index
@@ -264,30 +265,42 @@ def test_bags_hold_what_the_records_hold(clips: list[str]) -> None:
     assert load_bags(clips, LabelConfig(), "test") is None
 
 
+def training_clips(files: list[str], **options: Any) -> TrainingClips:
+    return TrainingClips(files, [count_clips(f, LabelConfig())["train"] for f in files], LabelConfig(), **options)
+
+
+def test_files_say_how_many_of_their_clips_have_labels(clips: list[str]) -> None:
+    assert [count_clips(f, LabelConfig())["train"] for f in clips] == [6, 6, 6, 2]
+    assert sum(count_clips(f, LabelConfig())["val"] for f in clips) == 1
+
+
 @pytest.mark.parametrize("buffer_clips", [1, 7, 10_000])
-def test_streamed_batches_cover_every_clip_once(clips: list[str], buffer_clips: int) -> None:
-    batches = list(streamed_batches(clips, LabelConfig(), "train", 4, 3, buffer_clips))
-    assert sorted(i for b in batches for i in b.segment_ids) == [f"c{i:03d}" for i in range(20)]
-    again = list(streamed_batches(clips, LabelConfig(), "train", 4, 3, buffer_clips))
-    assert [b.segment_ids for b in again] == [b.segment_ids for b in batches]
-    other = list(streamed_batches(clips, LabelConfig(), "train", 4, 4, buffer_clips))
-    assert [b.segment_ids for b in other] != [b.segment_ids for b in batches]
+def test_batches_cover_every_clip_once_whether_held_or_read_anew(clips: list[str], buffer_clips: int) -> None:
+    held, read = (training_clips(clips, buffer_clips=buffer_clips, held=held) for held in (True, False))
+    drawn = list(read.batches(4, 3))
+    assert sorted(i for b in drawn for i in b.segment_ids) == [f"c{i:03d}" for i in range(20)]
+    for again in (held.batches(4, 3), held.batches(4, 3), read.batches(4, 3)):
+        for batch, first in zip(again, drawn, strict=True):
+            assert batch.segment_ids == first.segment_ids and torch.equal(batch.bases, first.bases)
+    assert [b.segment_ids for b in read.batches(4, 4)] != [b.segment_ids for b in drawn]
 
 
-def test_a_teacher_s_targets_come_with_the_bags_and_practice_after_them(clips: list[str]) -> None:
+@pytest.mark.parametrize(("buffer_clips", "n_groups"), [(7, 2), (10_000, 1)])
+def test_targets_come_with_the_bags_and_mixtures_are_spread_over_all(
+    clips: list[str], buffer_clips: int, n_groups: int
+) -> None:
     def teacher(W: Tensor, H: Tensor, energy: Tensor, labels: Tensor) -> Tensor:
         assert W.shape[1] == H.shape[0] == len(energy)
         return torch.cat([labels.float(), torch.zeros(1)])[:, None].expand(-1, W.shape[1])
 
-    taught = load_bags(clips, LabelConfig(), "train", teacher)
-    assert taught is not None and taught.targets is not None and taught.statistics is not None
+    (taught,) = training_clips(clips, teacher=teacher).batches(100, 0)
+    assert taught.targets is not None and taught.statistics is not None
     assert torch.equal(taught.targets[:, :-1, 0].bool(), taught.labels)
-    more = replace(taught.take(slice(0, 2)), segment_ids=["practice-0", "practice-1"])
-    whole = load_bags(clips, LabelConfig(), "train", teacher, more)
-    assert whole is not None and whole.segment_ids == [*taught.segment_ids, "practice-0", "practice-1"]
-    batches = list(streamed_batches(clips, LabelConfig(), "train", 4, 3, 7, teacher=teacher, more=more))
-    assert sorted(i for b in batches for i in b.segment_ids) == sorted(whole.segment_ids)
-    assert all(b.targets is not None for b in batches)
+    more = replace(taught.take(slice(0, 4)), segment_ids=[f"practice-{i}" for i in range(4)])
+    groups = list(training_clips(clips, teacher=teacher, mixtures=more, buffer_clips=buffer_clips).batches(100, 3))
+    assert len(groups) == n_groups and all(b.targets is not None for b in groups)
+    assert sorted(i for b in groups for i in b.segment_ids) == sorted([*taught.segment_ids, *more.segment_ids])
+    assert {sum(i.startswith("practice") for i in b.segment_ids) for b in groups} == {4 // n_groups}
 
 
 def test_targets_teach_what_weak_labels_leave_open() -> None:

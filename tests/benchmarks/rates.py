@@ -34,9 +34,10 @@ def sides(folder: Path, weights: str) -> dict[str, Callable[[], Any]]:
     network = ModelConfig(network=recipe.network).build()
     optimiser = training.optimiser_for(network, recipe.training)[0]
 
+    clips = bags.TrainingClips(files, [bags.count_clips(f, recipe.labels)["train"] for f in files], recipe.labels)
+
     def train() -> None:
-        batches = bags.streamed_batches(files, recipe.labels, "train", _BATCH, 0)
-        training.train_epoch(network, batches, optimiser, recipe.training, 0)
+        training.train_epoch(network, clips.batches(_BATCH, 0), optimiser, recipe.training, 0)
 
     def read() -> None:
         bags.bags_from_file(files[0], recipe.labels, "train")
