@@ -202,6 +202,7 @@ def fit(rank: int, job: dict[str, Any]) -> None:
     pipeline.fit(job)
 
 
+@pytest.mark.slow
 def test_the_second_pass_of_two_workers_ends_where_that_of_one_does(tmp_path, monkeypatch):
     """Of pipelines.train, on clips of solos: with practice mixtures, and targets from the first pass."""
     write_clips(tmp_path / "clips", 60, 12, objects_a_clip=1)
