@@ -278,6 +278,7 @@ def run(arguments: argparse.Namespace) -> int:
         "pass": 1,
         "earlier_rows": [],
     }
+    storage.make_directory(out)
     if not arguments.resume:
         made = ("checkpoint.pt", "checkpoint-2.pt", HISTORY_FILE, _MIXTURES_FILE, _VAL_MIXTURES_FILE)
         for old in (*made, *(f"model/{f}" for f in MODEL_FILES)):  # of an earlier run
