@@ -57,14 +57,16 @@ def factorize(
     if n_iter < 0:
         raise ValueError(f"n_iter is {n_iter}; it must not be negative")
     flat = V.reshape(-1, n_bins, n_frames)
+    scale = _scale(flat)
+    flat = flat * scale
     W, H = _start(flat, n_bases, seeds)
     if W0 is not None:
         W = _checked_start("W0", W0, (*lead, n_bins, n_bases), W)
     if H0 is not None:
-        H = _checked_start("H0", H0, (*lead, n_bases, n_frames), H)
-    scale = _scale(flat)
-    H *= scale
-    _update(flat * scale, W, H, n_iter, update_bases=True, accelerated=accelerated)
+        H = _checked_start("H0", H0, (*lead, n_bases, n_frames), H) * scale
+    if n_iter:
+        W, H = W * _scale(W), H * _scale(H)  # no update depends on the level of those before
+    _update(flat, W, H, n_iter, update_bases=True, accelerated=accelerated)
     W, H = _normalise(W, H)
     H /= scale
     return W.reshape(*lead, n_bins, n_bases), H.reshape(*lead, n_bases, n_frames)
@@ -90,13 +92,14 @@ def infer_activations(V: Tensor, W: Tensor, *, n_iter: int = 100) -> Tensor:
     if W.shape != (*lead, n_bins, n_bases):
         raise ValueError(f"W is {tuple(W.shape)}; for V {tuple(V.shape)} it must be {(*lead, n_bins, 'M')}")
     flat = V.reshape(-1, n_bins, n_frames)
+    scale = _scale(flat)
+    flat = flat * scale
     W = _check_magnitudes(W).reshape(-1, n_bins, n_bases).to(V.device)
     column_sums = W.sum(-2, keepdim=True).mT  # (B, M, 1)
     level = flat.sum(-2, keepdim=True) / n_bases  # every basis starts with the same share of each frame
     H = torch.where(column_sums > 0, level / column_sums.clamp_min(_TINY), 0.0).contiguous()
-    W, scale = W.contiguous(), _scale(flat)
-    H *= scale
-    _update(flat * scale, W, H, n_iter, update_bases=False)
+    W = W.contiguous()
+    _update(flat, W, H, n_iter, update_bases=False)
     H /= scale
     return H.reshape(*lead, n_bases, n_frames)
 
@@ -104,7 +107,7 @@ def infer_activations(V: Tensor, W: Tensor, *, n_iter: int = 100) -> Tensor:
 def kl_divergence(V: Tensor, W: Tensor, H: Tensor) -> Tensor:
     """Return `D(V|WH) = Σ V log(V/(WH)) − V + WH` for each clip, `(…,)` float64.
 
-    It is zero exactly when `V = WH`, and infinite where `WH` is zero and `V` is not.
+    It is zero exactly when `V = WH`, and infinite where float32 takes `WH` beside `V` for zero.
 
     Args:
         V: `(…, F, N)`, non-negative. W: `(…, F, M)`. H: `(…, M, N)`.
@@ -141,9 +144,9 @@ def _check_magnitudes(V: Tensor) -> Tensor:
     return V
 
 
-def _scale(V: Tensor) -> Tensor:
-    """Return the power of two, `(B, 1, 1)`, that brings each clip's maximum to between a half and one."""
-    peak = V.amax((1, 2), keepdim=True)
+def _scale(X: Tensor) -> Tensor:
+    """Return the power of two, `(B, 1, 1)`, that brings each matrix's maximum to between a half and one, or nearer."""
+    peak = X.amax((1, 2), keepdim=True)
     return torch.ldexp(torch.ones_like(peak), -torch.frexp(peak).exponent.clamp(-120, 120))
 
 
@@ -175,7 +178,7 @@ def _update(V: Tensor, W: Tensor, H: Tensor, n_iter: int, *, update_bases: bool,
 
     On a GPU the whole batch at once; on a CPU one clip a thread, which stays in its core's cache.
     """
-    kernel = _cpu_kernel(V.shape[1], H.shape[1]) if V.device.type == "cpu" else None
+    kernel = _cpu_kernel(V.shape[1], V.shape[2], H.shape[1]) if V.device.type == "cpu" else None
 
     def update_clips(clips: slice) -> None:
         v, w, h = V[clips], W[clips], H[clips]
@@ -198,10 +201,10 @@ def _update(V: Tensor, W: Tensor, H: Tensor, n_iter: int, *, update_bases: bool,
             list(pool.map(update_clips, clips))
 
 
-def _cpu_kernel(n_bins: int, n_bases: int) -> nmf_amx.Kernel | nmf_cpu.Kernel | None:
-    """Return this CPU's fastest kernel for a problem's shape: matrix units always work on 32 bases and 128 bins."""
-    matrix_units = nmf_amx.load() if 16 <= n_bases <= nmf_amx.MAX_BASES and n_bins >= 512 else None
-    return matrix_units or nmf_cpu.load()
+def _cpu_kernel(n_bins: int, n_frames: int, n_bases: int) -> nmf_amx.Kernel | nmf_cpu.Kernel | None:
+    """Return this CPU's fastest kernel for a shape: matrix units always work on 32 bases, 128 bins and 32 frames."""
+    fills_them = 16 <= n_bases <= nmf_amx.MAX_BASES and n_bins >= 512 and n_frames >= 48
+    return (nmf_amx.load() if fills_them else None) or nmf_cpu.load()
 
 
 _WORTH_ACCELERATING = 50  # iterations

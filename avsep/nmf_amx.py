@@ -1,8 +1,8 @@
 """KL-NMF's updates on a CPU's matrix units (Intel AMX): float32's precision from products of bfloat16.
 
 Every operand is split into two bfloat16 numbers, `x = high + low`, and `x y ≈ high high + low high + high low`,
-summed in float32: a relative error of 2⁻¹⁶, after which 200 iterations end as near to float64's as those
-of float32 do.
+summed in float32. What is lost of a product is 2⁻¹⁵ of it at most and nothing on average; 200 iterations end
+about as near to float64's as those of float32 do (LOG.md). WH is never less than 10⁻¹⁸, where V's maximum is one.
 
 An iteration is one pass over V, a panel of 32 rows at a time: with the activations held, a panel's new
 bases need that panel of V alone, and then the panel adds its part to the activations' update. A block of
@@ -180,6 +180,8 @@ class _Updates(Emitter):
             )
 
         bits = [b.bitcast(x, self.ints) for x in (first, second)]
+        if rounded:
+            bits = [b.add(x, self._splat(0x8000)) for x in bits]
         highs = [b.bitcast(b.and_(x, mask), self.vector) for x in bits]
         lows = [b.bitcast(b.fsub(x, h), self.ints) for x, h in zip((first, second), highs, strict=True)]
         if rounded:

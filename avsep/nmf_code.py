@@ -65,21 +65,26 @@ def cached(source: str, instructions: Instructions, build: Callable[[], bytes]) 
     import llvmlite
     import llvmlite.binding as llvm
 
-    texts = (Path(file).read_text() for file in (__file__, source))
-    parts = (*texts, llvmlite.__version__, llvm.get_host_cpu_name(), instructions.features, repr(instructions))
-    name = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "avsep")
+    parts = (llvmlite.__version__, llvm.get_host_cpu_name(), instructions.features, repr(instructions))
+    texts = [Path(file).read_bytes() for file in (__file__, source)]
+    name = hashlib.sha256(b"\n".join([*texts, *(p.encode() for p in parts)])).hexdigest()
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "avsep")
+    except RuntimeError:  # no home folder
+        return build()
     path = folder / f"nmf-{name[:32]}.o"
-    with contextlib.suppress(OSError, RuntimeError):
-        digest, code = path.read_bytes()[:32], path.read_bytes()[32:]
-        if path.stat().st_uid == os.getuid() and hashlib.sha256(code).digest() == digest:
-            return code
+    with contextlib.suppress(OSError):
+        kept = path.read_bytes()
+        if path.stat().st_uid == os.getuid() and hashlib.sha256(kept[32:]).digest() == kept[:32]:
+            return kept[32:]
     code = build()
-    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no home folder
+    with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as f:
-            f.write(hashlib.sha256(code).digest() + code)
-        os.replace(f.name, path)
+        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+            written = Path(unfinished, "code")
+            written.touch(mode=0o600)
+            written.write_bytes(hashlib.sha256(code).digest() + code)
+            os.replace(written, path)
     return code
 
 

@@ -162,6 +162,19 @@ def test_no_place_to_keep_it_is_no_error(tmp_path: Path, builds: list, monkeypat
     )
 
 
+def test_without_a_home_folder_it_is_compiled_anew(builds: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 54_321)  # nobody's
+    assert nmf_cpu._machine_code(nmf_cpu.AVX2) and len(builds) == 1
+
+
+@pytest.mark.skipif(nmf_amx.load() is None, reason="no matrix units")
+def test_matrix_units_that_may_not_be_used_are_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nmf_amx, "_permitted", lambda: False)
+    assert nmf_amx.load.__wrapped__() is None
+
+
 def test_without_llvmlite_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llvmlite", None)
     monkeypatch.setitem(sys.modules, "llvmlite.binding", None)

@@ -157,7 +157,7 @@ def main() -> None:
     p.add_argument("--quick", action="store_true", help="without the slow peers")
     arguments = p.parse_args()
     make = functools.partial(sides, arguments.bases, arguments.iterations, arguments.quick)
-    kernel = nmf._cpu_kernel(STFT().n_bins, arguments.bases)
+    kernel = nmf._cpu_kernel(*spectrogram().shape, arguments.bases)
     print(
         f"kernel: {type(kernel).__module__ if kernel else 'torch'}; M = {arguments.bases}, {arguments.iterations} its"
     )
