@@ -113,7 +113,7 @@ def server(app: ASGIApp, keep_alive_s: int = 30, shutdown_s: int = 15) -> uvicor
             http=BoundedHttp,
             ws="none",
             log_config=None,
-            log_level="critical",
+            log_level="error",
             access_log=False,
             server_header=False,
             proxy_headers=False,

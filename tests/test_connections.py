@@ -26,11 +26,15 @@ async def many(_: Request) -> Response:
     return StreamingResponse(b"x" * 100_000 for _ in range(MANY // 100_000))
 
 
+async def broken(_: Request) -> Response:
+    raise ZeroDivisionError
+
+
 @pytest.fixture
 def port(monkeypatch) -> Iterator[int]:
     for name, value in {"HEAD_S": 0.6, "STALLED_S": 0.8, "HEAD_BYTES": 10_000, "MAX_CONNECTIONS": 20}.items():
         monkeypatch.setattr(connections, name, value)
-    routes = [Route("/", echo, methods=["GET", "POST"]), Route("/many", many)]
+    routes = [Route("/", echo, methods=["GET", "POST"]), Route("/many", many), Route("/broken", broken)]
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = connections.server(Starlette(routes=routes), shutdown_s=2)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
@@ -77,6 +81,12 @@ def test_headers_have_a_deadline_however_they_dribble(port, before):
         raw.sendall(GET.encode())
         answer, seconds = until_closed(raw, lambda: raw.sendall(b"X: y\r\n"))
     assert answer.startswith(b"HTTP/1.1 408 ") and 0.4 < seconds < 3
+
+
+def test_what_breaks_is_logged(port, caplog):
+    with connected(port, "GET /broken HTTP/1.1\r\nHost: x\r\n\r\n") as raw:
+        assert raw.recv(1000).startswith(b"HTTP/1.1 500 ")
+    wait(lambda: "ZeroDivisionError" in caplog.text)
 
 
 def test_an_idle_connection_is_closed(port):

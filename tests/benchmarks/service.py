@@ -4,8 +4,9 @@ python tests/benchmarks/service.py --model out/demo/model --clips out/demo/clips
 
 Starts the service, asks it with so many clients at once, and calls `VideoSeparator` in a loop in
 as many processes as the service has replicas, in turns. Latency counts from the first byte sent to
-the result's last one described; a client told 429 or 503 waits as told and asks again. On a machine
-that others use too, compare CPU seconds a clip rather than rates.
+the result's last one described; a client told 429 or 503 waits as told and asks again. CPU seconds and
+private memory are told by what processes do. On a machine that others use too take many short turns
+(`--seconds 20 --rounds 4`), and compare within a turn.
 """
 
 from __future__ import annotations
