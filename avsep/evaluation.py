@@ -5,6 +5,8 @@ Floor (the mixture) and ceiling (the ideal mask) are separators like the others.
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -201,8 +203,10 @@ def separate_case(
     """
     known = told(case, given)
     n_sources = len(case.names)
+    separator = copy.copy(separator)
     separator.factorize = _once(separator.factorize)
     if paper is not None and paper.extraction == separator.extraction:
+        paper = copy.copy(paper)
         paper.factorize = separator.factorize
     separation = separator(case.mixture, **known)
     window = whole_window(separator, separation, case)
@@ -235,11 +239,11 @@ def separate_case(
 
 
 def _once(factorize: Callable[[Tensor, int], stages.Factors]) -> Callable[[Tensor, int], stages.Factors]:
-    """Keep the factors of one sound's windows, which several separators ask for: seed and length tell them apart."""
-    kept: dict[tuple[int, int], stages.Factors] = {}
+    """Keep the factors of windows, which several separators ask for."""
+    kept: dict[tuple[int, bytes], stages.Factors] = {}
 
     def factorize_once(waveform: Tensor, seed: int) -> stages.Factors:
-        key = seed, len(waveform)
+        key = seed, hashlib.sha256(waveform.numpy().tobytes()).digest()
         if key not in kept:
             kept[key] = factorize(waveform, seed)
         return kept[key]
@@ -329,17 +333,19 @@ def _interval(clips: Sequence[ClipResult], name: str) -> list[float]:
 def _ahead(clips: Sequence[ClipResult], name: str) -> dict[str, Any]:
     """Return by how much the default's mean SDR is above a separator's on the same clips, with a 95 % interval."""
     ours, theirs = (_values(clips, n, "sdr") for n in ("default", name))
-    gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
-    return {"sdr": float(np.nanmean(np.concatenate(gaps))), "interval_95": _bootstrap(gaps)}
+    gaps = [(a - b)[np.isfinite(a) & np.isfinite(b)] for a, b in zip(ours, theirs, strict=True)]
+    all_gaps = np.concatenate([np.zeros(0), *gaps])
+    return {"sdr": float(all_gaps.mean()) if len(all_gaps) else float("nan"), "interval_95": _bootstrap(gaps)}
 
 
 def _bootstrap(values: Sequence[NDArray[np.float64]]) -> list[float]:
     """Return a 95 % interval of the mean over all values, clips drawn with replacement; NaN for a single clip."""
+    values = [v for v in (v[np.isfinite(v)] for v in values) if len(v)]
     if len(values) < 2:
         return [float("nan")] * 2
-    sums, counts = np.array([np.nansum(v) for v in values]), np.array([np.isfinite(v).sum() for v in values])
+    sums, counts = np.array([v.sum() for v in values]), np.array([len(v) for v in values])
     rows = np.random.default_rng(0).integers(len(values), size=(1000, len(values)))
-    means = sums[rows].sum(1) / np.maximum(counts[rows].sum(1), 1)
+    means = sums[rows].sum(1) / counts[rows].sum(1)
     return [float(x) for x in np.percentile(means, [2.5, 97.5])]
 
 

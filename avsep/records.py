@@ -386,7 +386,9 @@ def _parquet_rows(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with storage.open_input(uri) as f:
             table = pq.read_table(f)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{uri} is no Parquet file ({str(error).splitlines()[0]})") from None
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(f"{uri} is no Parquet file, or a damaged one ({str(error).splitlines()[0]})") from None
     check_columns(uri, table.column_names)
     yield from enumerate(table.to_pylist(), 1)

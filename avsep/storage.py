@@ -275,8 +275,11 @@ def local_file(path: str) -> Iterator[Path]:
         yield Path(inner)
         return
     with tempfile.NamedTemporaryFile(suffix=Path(inner).suffix) as copy:
-        with fs.open_input_stream(inner) as stream:
-            _copy(stream, copy)
+        try:
+            with fs.open_input_stream(inner) as stream:
+                _copy(stream, copy)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path} doesn't exist; check the path") from None
         copy.flush()
         yield Path(copy.name)
 

@@ -35,6 +35,7 @@ EXAMPLES = """examples:
 """
 SEED = 1
 _LEAST_CLIPS = 8
+_MARKER = ".avsep-demo"
 _FOLDERS = ("clips", "manifest", "shards", "model", "paper", "results", "separated", "relation_maps")  # it makes
 _EMPTY_SCENE = 819  # ImageNet's "stage": what the picture network answers when it sees none of the objects
 _PICTURES_A_CLASS, _HELD_OUT = 85, 10
@@ -179,9 +180,10 @@ def run(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out).absolute()
     labeller = out / LABELLER_FILE
     earlier = [out / name for name in _FOLDERS if (out / name).exists()]
-    if earlier and not labeller.exists() and not (out / "clips" / "references").exists():
-        fail(f"--out {arguments.out} holds {earlier[0].name}/, which no demo made; give another folder")
+    if earlier and not (out / _MARKER).exists():
+        fail(f"--out {arguments.out} holds {earlier[0].name}/, which no demo made; give another folder, or remove it")
     storage.make_directory(str(out))
+    storage.write_text(str(out / _MARKER), "A demo's folder: the next one deletes what this one made.\n")
     for folder in earlier:
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, perhaps with another --clips
     shards, model = str(out / "shards"), str(out / "model")

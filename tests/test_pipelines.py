@@ -359,10 +359,27 @@ def test_mistakes_get_one_line_and_status_2(run, rendered, tmp_path, capfd, argu
         assert word in message[0]
 
 
+def test_factors_are_kept_for_the_same_sound_alone():
+    """Other windows of a clip, and other clips, have the same seeds and lengths."""
+    asked = []
+
+    def factorize(waveform, seed):
+        asked.append(seed)
+        return waveform.sum() + seed
+
+    once = evaluation._once(factorize)
+    a, b = torch.ones(10), torch.zeros(10)
+    assert [float(once(w, s)) for w, s in ((a, 0), (b, 0), (a, 1), (a.clone(), 0))] == [10, 0, 11, 10]
+    assert asked == [0, 0, 1]
+
+
 def test_the_demo_leaves_folders_alone_that_it_did_not_make(tmp_path, capfd):
-    (tmp_path / "clips").mkdir()
+    mine = tmp_path / "clips" / "references" / "mine" / "dog.flac"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
     assert demo.main(["--out", str(tmp_path)]) == 2
     assert "holds clips/, which no demo made; give another folder" in capfd.readouterr().err
+    assert mine.exists()
     assert [p.name for p in tmp_path.iterdir()] == ["clips"]
     assert demo.main(["--out", str(tmp_path / "new"), "--clips", "7"]) == 2
     for n_clips in (8, 20, 40, 120):
