@@ -211,13 +211,19 @@ def to_record(
         activations=(factors.H / scale).numpy().astype(np.float16),
         activation_scale=scale,
         basis_energy=factors.basis_energy.numpy(),
-        image_logits=logits.astype(np.float16) if pictured and logits is not None else None,
+        image_logits=_as_float16(logits) if pictured and logits is not None else None,
         kl_divergence=factors.kl_divergence,
         duration_s=len(clip.waveform) / sample_rate,
         rms_db=rms_db(clip.waveform),
         media_sha256=decoded.sha256,
         label_source="given" if segment.labels is not None else "pictures" if pictured else "none",
     )
+
+
+def _as_float16(logits: NDArray) -> NDArray[np.float16]:
+    """Convert logits, −inf among them; none becomes +inf, which would leave no probability."""
+    with np.errstate(over="ignore"):
+        return np.minimum(logits, np.finfo(np.float16).max).astype(np.float16)
 
 
 def extract_record(segment: Segment, config: ExtractionConfig, label: Label | None) -> ClipRecord | Rejection:
