@@ -22,6 +22,7 @@ from avsep.stft import STFT
 from avsep.storage import AnyPath
 
 REST = "_rest"
+_FAINT = 1e-3  # of the loudest window: what a fainter one seems to hold doesn't count
 
 
 def ratio_masks(magnitudes: Tensor, power: float = 1.0) -> Tensor:
@@ -264,6 +265,7 @@ class Separator:
 class Plan:
     """A sound listened to once, in overlapping windows, ready to be rendered in a second pass.
 
+    The objects are those of any window that isn't faint beside the loudest; each is silent where it isn't heard.
     Memory stays constant whatever the length: the windows' factors wait in a temporary file
     (0.15 MB for ten seconds).
     """
@@ -282,36 +284,45 @@ class Plan:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the plan)
         self.n_samples = 0
         self.window_scores: list[tuple[int, int, Tensor]] = []  # first and last sample of each, objects' shares (L,)
-        total, weighted = 0.0, torch.zeros(len(separator.model.config.objects))
+        energies: list[float] = []
         for number, (window, fresh, _) in enumerate(_windows(blocks, self.length, self.overlap)):
             self.n_samples += fresh
             start = self.n_samples - len(window)
             analysed = separator.analyse(torch.from_numpy(_padded(window, separator.stft)), seed=number)
-            weighted += analysed.energy * analysed.sound_scores
-            total += analysed.energy
+            energies.append(analysed.energy)
             self.window_scores.append((start, self.n_samples, analysed.sound_scores))
             if number == 0:
                 self.first_window = analysed
             self._store(analysed)
         if self.n_samples == 0:
             raise ValueError("there is no sample to separate")
-        scores = weighted / max(total, 1e-30)
+        energy, shares = torch.tensor(energies), torch.stack([scores for _, _, scores in self.window_scores])  # (n, L)
+        scores = (energy[:, None] * shares).sum(0) / energy.sum().clamp_min(1e-30)
+        peaks = shares[energy >= _FAINT * energy.max()].amax(0)  # what sounds in one window sounds
         names = separator.model.config.objects
-        shown = (
+        self._shown = (
             None if seen is None else torch.isin(torch.arange(len(names)), torch.tensor(list(seen), dtype=torch.long))
         )
-        confidence = separator.model.config.evidence.confidence(scores, shown)
-        heard = scores >= config.silent_share
+        confidence = separator.model.config.evidence.confidence(peaks, self._shown)
+        self._doubted = False  # whether a window must make an object likely, too
         if objects is not None:
             self.indices = list(objects)
         else:
             self.indices = separator.fuse(seen, confidence) if scores.any() or seen else []
-            if config.assignment == "soft" and (len(self.indices) > 1 or seen):
-                heard &= confidence >= config.least_confidence
+            self._doubted = config.assignment == "soft" and (len(self.indices) > 1 or bool(seen))
+        heard = self._heard(peaks)
         self.objects = tuple(names[i] for i in self.indices)
         self.sound_scores = {n: float(s) for n, s in zip(names, scores, strict=True)}
         self.confidence = {n: float(c) for n, c in zip(names, confidence, strict=True)}
         self.silent = tuple(names[i] for i in self.indices if not heard[i])
+
+    def _heard(self, shares: Tensor) -> Tensor:
+        """Say which objects of such shares `(L,)` sound, boolean `(L,)`."""
+        heard = shares >= self.separator.config.silent_share
+        if self._doubted:
+            confidence = self.separator.model.config.evidence.confidence(shares, self._shown)
+            heard = heard & (confidence >= self.separator.config.least_confidence)
+        return heard
 
     def _store(self, window: Window) -> None:
         scale = float(window.factors.H.max()) or 1.0
@@ -331,14 +342,13 @@ class Plan:
         Windows are cross-faded; what comes out adds up to what went in.
         """
         self._file.seek(0)
-        sounding = [k for k, name in enumerate(self.objects) if name not in self.silent]
-        least = self.separator.config.silent_share
         tail = np.zeros((len(self.objects) + 1, 0), np.float32)
         fade_in = np.sin(np.linspace(0, np.pi / 2, self.overlap, endpoint=False, dtype=np.float32)) ** 2
         for window, _, last in _windows(blocks, self.length, self.overlap):
             padded = torch.from_numpy(_padded(window, self.separator.stft))
             analysed = self._stored()
-            rows = [k for k in sounding if analysed.sound_scores[self.indices[k]] >= least]  # heard in this window
+            heard = self._heard(analysed.sound_scores)
+            rows = [k for k, i in enumerate(self.indices) if heard[i] and self.objects[k] not in self.silent]
             masks = self.separator.masks(padded, analysed, [self.indices[k] for k in rows])
             estimates = np.zeros((len(self.objects) + 1, len(window)), np.float32)
             estimates[[*rows, -1]] = separate(padded, masks, self.separator.stft).numpy()[:, : len(window)]

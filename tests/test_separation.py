@@ -220,6 +220,19 @@ def test_an_object_heard_in_one_half_is_silent_in_the_other() -> None:
     assert gain(dog, found.estimates[0]) > 15 and gain(violin, found.estimates[1]) > 15
 
 
+@pytest.mark.parametrize("named", [None, ["dog", "violin"]])
+def test_an_object_of_one_window_is_found_in_a_long_sound(named: list[str] | None) -> None:
+    """Two seconds of three minutes: less than an object must have of the whole to be heard."""
+    dog, violin = tone(DOG, 180.0), tone(VIOLIN, 180.0, 2.0)
+    violin[: 30 * RATE], violin[32 * RATE :] = 0, 0
+    found = Separator(model())(dog + violin, named)
+    assert found.objects == ("dog", "violin") and found.silent == ()
+    assert found.sound_scores["violin"] < 0.02
+    violin_found = found.estimates[1]
+    assert not violin_found[: 27 * RATE].any() and not violin_found[35 * RATE :].any()
+    assert gain(violin, violin_found) > 10
+
+
 def test_pictures_and_sound_are_weighed() -> None:
     """The pictures show dog and cat, and the violin is heard (METHOD.md's banjo and guitar)."""
     x = tone(DOG, 3.0) + tone(VIOLIN, 3.0, 2.0)
