@@ -10,7 +10,8 @@ import shutil
 import threading
 import time
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class ServiceConfig:
     token: str | None = None  # clients must send it as `Authorization: Bearer …`
     host: str = "127.0.0.1"
     replicas: int = 0  # that separate; 0: one a core
+    devices: int = -1  # processes, a GPU each, that label and factorise for those; -1: one a GPU that Ray has
     allow_urls: bool = False  # let clients name public URLs and YouTube ids
     max_upload_bytes: int = 256 << 20
     max_upload_s: float = 300.0
@@ -115,8 +117,8 @@ class HotModel:
     A new model that can't be loaded changes nothing but `problem`.
     """
 
-    def __init__(self, directory: str, weights: str | None, limits: FileLimits) -> None:
-        self._arguments = (directory, weights, limits)
+    def __init__(self, directory: str, weights: str | None, limits: FileLimits, device: str = "cpu") -> None:
+        self._arguments = (directory, weights, limits, device)
         self.problem = ""
         self._stamp = model_stamp(directory)
         self._loaded = self._load()
@@ -164,10 +166,14 @@ def _settled(stamp: Stamp) -> bool:
 
 
 class JobWorker:
-    """Do jobs, one at a time; whatever happens, the job's state says it."""
+    """Do jobs, one at a time; whatever happens, the job's state says it.
 
-    def __init__(self, config: ServiceConfig) -> None:
+    `elsewhere` does stages in other processes, as `VideoSeparator` takes it.
+    """
+
+    def __init__(self, config: ServiceConfig, elsewhere: Callable[..., Future] | None = None) -> None:
         self.config, self.store = config, config.store()
+        self._elsewhere = elsewhere
         self.model = HotModel(config.model, config.weights, config.limits())
         self._one = threading.Lock()
 
@@ -216,7 +222,8 @@ class JobWorker:
             self._fetch(options["url"], folder, lambda: step("fetching", 0.0), deadline)
         separate = self.model()
         part = folder / f"{TRACKS}.{secrets.token_hex(4)}.part"  # what a worker that died left stays beside it
-        done = separate(folder / UPLOAD, part, options.get("objects"), options.get("bases"), step, mixture=True)
+        given = (options.get("objects"), options.get("bases"))
+        done = separate(folder / UPLOAD, part, *given, step, mixture=True, elsewhere=self._elsewhere)
         _write_window(folder, done)
         try:
             part.rename(folder / TRACKS)

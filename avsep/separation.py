@@ -117,6 +117,7 @@ class Separator:
         self.stft = model.config.stft
         self.extraction = ExtractionConfig(self.stft, model.config.n_bases, model.config.n_iter)
         self.factorize: Callable[[Tensor, int], Factors] = functools.partial(factorize, config=self.extraction)
+        self.factorize_all: Callable[[Tensor, Sequence[int]], Sequence[Factors]] | None = None  # one by one
         if self.config.bases != "own" and model.dictionary is None:
             raise ValueError(f"bases are {self.config.bases!r}, and the model has no dictionary: run pipelines.collect")
 
@@ -132,7 +133,9 @@ class Separator:
         The factorisations' bases stand side by side, each factorisation's one after the other.
         """
         count = self.config.n_factorizations
-        runs = [self.factorize(waveform, seed + i) for i in range(count)]
+        seeds = range(seed, seed + count)
+        together = self.factorize_all
+        runs = together(waveform, seeds) if together else [self.factorize(waveform, s) for s in seeds]
         divergence = sum(f.kl_divergence for f in runs) / count
         factors = Factors(torch.cat([f.W for f in runs], 1), torch.cat([f.H for f in runs]) / count, divergence)
         relation = self.model.network.relate(factors.W, factors.H)

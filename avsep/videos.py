@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,12 +23,14 @@ from avsep.model import LABELLER_FILE
 from avsep.objects import OBJECT_NAMES, object_index, object_scores, weak_labels
 from avsep.records import ClipError, Reason
 from avsep.separation import REST, Plan, Separator
+from avsep.stages import ExtractionConfig, Factors
 from avsep.vision import ImageLabeller, LabellerUnavailable
 
 MIXTURE = "_mixture"
 _HELD_S = 60.0  # a file up to this long is decoded once and held; a longer one is read twice, in blocks
 _MAX_PICTURES = 60  # of a file that are labelled; a longer one is sampled evenly
 _BLOCK = 1 << 20  # samples read at a time
+_LOOK_S = 0.25  # between steps while other processes work
 _LISTENING, _SEPARATING = 0.7, 0.3  # shares of the time
 _LIMITS = media.DecodeLimits()
 
@@ -62,23 +66,26 @@ class VideoSeparator:
     model_dir: str
     weights: str | None = None  # of the picture network, unless the model carries its own
     limits: FileLimits = field(default_factory=FileLimits)
+    device: str = "cpu"  # the picture network's
 
     @classmethod
-    def load(cls, model_dir: str, weights: str | None = None, limits: FileLimits = FileLimits()) -> VideoSeparator:
+    def load(
+        cls, model_dir: str, weights: str | None = None, limits: FileLimits = FileLimits(), device: str = "cpu"
+    ) -> VideoSeparator:
         """Load the model directory that `pipelines.train` (and `collect`) wrote."""
-        return cls(Separator.load(model_dir), model_dir, weights, limits)
+        return cls(Separator.load(model_dir), model_dir, weights, limits, device)
 
     @cached_property
     def labeller(self) -> ImageLabeller | str:
         """The picture network, or why there is none; a mistake in the `weights` given raises LabellerUnavailable."""
         config = self.separator.model.config.labeller
         if self.weights is not None:
-            return ImageLabeller.load(config.architecture, self.weights)
+            return ImageLabeller.load(config.architecture, self.weights, self.device)
         own = storage.join(self.model_dir, LABELLER_FILE)
         try:
             with contextlib.ExitStack() as stack:
                 path = stack.enter_context(storage.local_file(own)) if storage.exists(own) else None
-                labeller = ImageLabeller.load(config.architecture, path)
+                labeller = ImageLabeller.load(config.architecture, path, self.device)
         except LabellerUnavailable as error:
             return str(error)
         if config.sha256 not in (None, labeller.sha256):
@@ -95,12 +102,15 @@ class VideoSeparator:
         bases: str | None = None,
         step: Step = _no_step,
         mixture: bool = False,
+        elsewhere: Callable[..., Future] | None = None,
     ) -> FileSeparation:
         """Separate a file of any length into float32 WAVs that add up to its sound.
 
         Writes `OBJECT.wav`, `_rest.wav` and, if asked, `_mixture.wav` into `out`, under other names
         until all are whole. `objects` are those that are there; None lets pictures and sound
-        decide. `bases` (own, learned, both) overrides the model's choice.
+        decide. `bases` (own, learned, both) overrides the model's choice. `elsewhere` starts a stage in
+        another process: `("label", pictures, sha256)`, which may give None for a network that it hasn't,
+        and `("factorize", waveform, seeds, config)`.
 
         Raises ClipError for a file without usable sound, ValueError for unknown objects or bases
         that the model hasn't, and whatever `step` raises.
@@ -110,12 +120,17 @@ class VideoSeparator:
             separator = Separator(separator.model, replace(separator.config, bases=bases))
         for name in objects or ():
             object_index(name)
+        others = None if elsewhere is None else _Elsewhere(elsewhere, step)
+        if others is not None:
+            step = others.tell
+            separator = Separator(separator.model, separator.config)  # for this file alone
+            separator.factorize_all = functools.partial(others.factorize, config=separator.extraction)
         timings, clock = {}, _Clock()
         step("decoding", 0.0)
         rate = separator.stft.sample_rate
         source = _Source(video, rate, self.limits, step)
         timings["decode_s"] = clock()
-        scores, note = self._picture_scores(source.pictures, step)
+        scores, note = self._picture_scores(source.pictures, step, others)
         seen = None
         if scores is not None:
             labels = separator.model.config.labels
@@ -169,14 +184,45 @@ class VideoSeparator:
         }
         return FileSeparation(report, plan, source.pictures)
 
-    def _picture_scores(self, pictures: NDArray[np.uint8], step: Step) -> tuple[Tensor | None, str]:
+    def _picture_scores(
+        self, pictures: NDArray[np.uint8], step: Step, others: _Elsewhere | None
+    ) -> tuple[Tensor | None, str]:
         """Score the objects in pictures, `(L,)`; None and why when there is no picture or no picture network."""
         if len(pictures) == 0:
             return None, "the file has no pictures"
         if isinstance(self.labeller, str):
             return None, self.labeller
         step("looking", 0.0)
-        return object_scores(self.labeller(pictures)), ""
+        logits = self.labeller(pictures) if others is None else others.label(self.labeller, pictures)
+        return object_scores(logits), ""
+
+
+class _Elsewhere:
+    """One file's stages that other processes do; what ends the work by `step` ends the wait for them."""
+
+    def __init__(self, start: Callable[..., Future], step: Step) -> None:
+        self._start, self._step = start, step
+        self._told = ("decoding", 0.0)
+
+    def tell(self, stage: str, done: float) -> None:
+        self._told = (stage, done)
+        self._step(stage, done)
+
+    def _ask(self, *arguments: Any) -> Any:
+        future = self._start(*arguments)
+        try:
+            while not wait([future], _LOOK_S).done:
+                self._step(*self._told)
+            return future.result()
+        finally:
+            future.cancel()
+
+    def label(self, own: ImageLabeller, pictures: NDArray[np.uint8]) -> Tensor:
+        logits = self._ask("label", pictures, own.sha256)
+        return own(pictures) if logits is None else torch.tensor(logits)
+
+    def factorize(self, waveform: Tensor, seeds: Sequence[int], config: ExtractionConfig) -> Sequence[Factors]:
+        return self._ask("factorize", waveform.numpy(), seeds, config)
 
 
 def _heard(plan: Plan, scores: Tensor, least: float) -> dict[str, float]:

@@ -8,6 +8,7 @@ AVSEP_SERVE_ALLOW_URLS, AVSEP_SERVE_MAX_UPLOAD_BYTES … (the fields of `avsep.j
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import logging
 import os
@@ -17,12 +18,17 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from avsep import jobs
-from avsep.jobs import JobWorker, ServiceConfig
+import numpy as np
+import torch
+
+from avsep import jobs, stages
+from avsep.jobs import HotModel, JobWorker, ServiceConfig
 from pipelines import execution
 from pipelines.execution import fail, say
 
@@ -33,6 +39,7 @@ EXAMPLES = """examples:
 """
 _LOST_AFTER = 3  # workers that died at one job
 _TAKEN = 2  # jobs that a replica has: one in work, and one that waits beside it
+_TOGETHER = 16  # requests that a device does at once
 _WORKER = {  # its environment
     "OMP_NUM_THREADS": "1",
     # glibc gives each thread an arena and large blocks back to the system: 9,000 page faults a clip, and growth
@@ -64,16 +71,115 @@ def parser() -> argparse.ArgumentParser:
 class Separating:
     """A Serve replica that separates: one job at a time, while the next one waits beside it."""
 
-    def __init__(self, config: ServiceConfig) -> None:
+    def __init__(self, config: ServiceConfig, on_device: Any = None) -> None:
         execution.log_as_asked()
         execution.one_thread()
-        self._worker = JobWorker(config)
+        self._on_device = on_device
+        self._worker = JobWorker(config, None if on_device is None else self._ask)
 
     async def __call__(self, job_id: str) -> None:
         """Do a job of the store."""
-        import asyncio
-
+        self._loop = asyncio.get_running_loop()
         await asyncio.to_thread(self._worker, job_id)
+
+    def _ask(self, stage: str, *arguments: Any) -> Future:
+        return asyncio.run_coroutine_threadsafe(self._asked(stage, arguments), self._loop)
+
+    async def _asked(self, stage: str, arguments: tuple[Any, ...]) -> Any:
+        """Have a device do a stage; one that died is begun anew."""
+        from ray import exceptions
+
+        for left in reversed(range(_LOST_AFTER)):
+            response = self._on_device.remote(stage, *arguments)
+            try:
+                result = await response
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+            except exceptions.RayActorError:
+                if not left:
+                    raise
+            else:
+                break
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+
+class OnDevice:
+    """The Serve replica that labels and factorises on a GPU, what several replicas ask for together."""
+
+    def __init__(self, config: ServiceConfig) -> None:
+        execution.log_as_asked()
+        execution.one_thread()
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.device == "cpu":
+            jobs.log.warning("Ray gives a GPU, but torch finds none: it is done on the CPU")
+        self._model = HotModel(config.model, config.weights, config.limits(), self.device)
+        self.sizes: dict[str, Counter[int]] = {"label": Counter(), "factorize": Counter()}
+        self._stages = {"label": self._together("label", self.label)}
+        self._stages["factorize"] = self._together("factorize", self.factorize)
+
+    async def __call__(self, stage: str, *request: Any) -> Any:
+        """Do a stage; an exception is returned."""
+        return await self._stages[stage](request)
+
+    def check_health(self) -> None:
+        """Have Serve begin this replica anew where an error of the GPU's spoils all that follows."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    async def batch_sizes(self) -> dict[str, Counter[int]]:
+        """Say of how many requests each stage's batches were."""
+        return self.sizes
+
+    def _together(self, stage: str, function: Callable[[list[Any]], list[Any]]) -> Callable[[Any], Awaitable[Any]]:
+        """Take requests one by one and do them in batches: what comes during one is the next."""
+        from ray import serve
+
+        free = asyncio.Lock()
+
+        async def work(requests: list[Any]) -> list[Any]:
+            async with free:
+                self.sizes[stage][len(requests)] += 1
+                return await asyncio.to_thread(each, function, requests)
+
+        batched = serve.batch(work, max_batch_size=_TOGETHER)
+
+        async def ask(request: Any) -> Any:
+            async with free:  # Serve closes a batch 10 ms after its first request, whether or not it can begin
+                pass
+            return await batched(request)
+
+        return ask
+
+    def label(self, requests: list[Any]) -> list[Any]:
+        """Classify each request's pictures; None for another network than the present model's."""
+        labeller = self._model().labeller
+        mine = [p for p, sha256 in requests if not isinstance(labeller, str) and sha256 == labeller.sha256]
+        if not mine or isinstance(labeller, str):
+            return [None] * len(requests)
+        logits = iter(labeller(np.concatenate(mine)).split([len(p) for p in mine]))
+        return [next(logits).numpy() if sha256 == labeller.sha256 else None for _, sha256 in requests]
+
+    def factorize(self, requests: list[Any]) -> list[Any]:
+        """Factorise each request's waveform with its seeds, those of one configuration together."""
+        found: dict[int, list[stages.Factors]] = {}
+        for config in {c for _, _, c in requests}:  # two where a model is being replaced
+            rows = [i for i, r in enumerate(requests) if r[2] == config]
+            waveforms = [requests[i][0] for i in rows for _ in requests[i][1]]
+            seeds = [seed for i in rows for seed in requests[i][1]]
+            factors = iter(stages.factorize_clips(waveforms, seeds, config, self.device))
+            found |= {i: [next(factors) for _ in requests[i][1]] for i in rows}
+        return [found[i] for i in range(len(requests))]
+
+
+def each(function: Callable[[list[Any]], list[Any]], requests: list[Any]) -> list[Any]:
+    """Do requests together; where that fails, each by itself: nobody's fails for another's fault."""
+    try:
+        return function(requests)
+    except Exception as error:
+        return [error] if len(requests) == 1 else [each(function, [r])[0] for r in requests]
 
 
 class Ingress:
@@ -111,8 +217,6 @@ class Listening(Ingress):
     """The same where one machine is all: it listens itself, so that no byte goes through a proxy."""
 
     async def __init__(self, config: ServiceConfig, separating: Any, port: int) -> None:  # type: ignore[misc]
-        import asyncio
-
         from avsep import connections
         from avsep.web import Service, make_app
 
@@ -146,6 +250,15 @@ def replicas(config: ServiceConfig) -> int:
     return config.replicas or max(1, len(os.sched_getaffinity(0)))
 
 
+def devices(config: ServiceConfig) -> int:
+    """Say how many processes are to label and factorise on GPUs."""
+    import ray
+
+    if config.devices >= 0 or not ray.is_initialized():
+        return max(0, config.devices)
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
 def build(arguments: dict[str, Any], port: int | None = None) -> Any:
     """Build the Serve application, for `serve run` and `deploy/serve.yaml`: ServiceConfig's fields by name.
 
@@ -164,6 +277,16 @@ def build(arguments: dict[str, Any], port: int | None = None) -> Any:
         health_check_period_s=5,
         graceful_shutdown_timeout_s=60,
     )
+    shared = []
+    if n_devices := devices(config):
+        on_device = serve.deployment(
+            OnDevice,
+            name="on_device",
+            num_replicas=n_devices,
+            max_ongoing_requests=200,
+            ray_actor_options={"num_cpus": 0, "num_gpus": 1},
+        )
+        shared.append(on_device.bind(config))
     ingress = serve.deployment(
         serve.ingress()(Ingress) if port is None else Listening,
         name="ingress",
@@ -172,7 +295,7 @@ def build(arguments: dict[str, Any], port: int | None = None) -> Any:
         ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _INGRESS}},
         graceful_shutdown_timeout_s=20,
     )
-    return ingress.bind(config, separating.bind(config), *([] if port is None else [port]))
+    return ingress.bind(config, separating.bind(config, *shared), *([] if port is None else [port]))
 
 
 @contextlib.contextmanager

@@ -12,20 +12,25 @@ import socket
 import threading
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 import soundfile
+import torch
 from serving import PITCH, RATE, Server, serving, tone, wait, write_model, write_sound, write_video
 
+from avsep import stages
 from avsep.dictionary import BasisDictionary
-from avsep.jobs import JobWorker, ServiceConfig, as_failure, fail
+from avsep.jobs import JobWorker, OutOfTime, ServiceConfig, as_failure, fail
 from avsep.records import ClipError, Reason
 from avsep.results import NoSuchJob, ResultStore, StoreFull
+from avsep.separation import Separator
 from avsep.uploads import BadUpload, download, public_addresses
+from avsep.videos import VideoSeparator
+from pipelines import serve
 
 
 @pytest.fixture(scope="module")
@@ -636,3 +641,30 @@ def test_work_that_was_under_way_is_taken_up_again(tmp_path, model, sound):
         JobWorker(server.config)(job)  # once more does nothing
         fail(store, job, {"status": 503, "reason": "late", "detail": ""})
         assert store.job(job)["status"] == "done"
+
+
+def test_a_request_that_a_device_can_t_do_spoils_no_other(model):
+    waveform, config = tone("dog", 2.0), Separator.load(model).extraction
+    requests = [
+        (waveform, range(3), config),
+        (np.full_like(waveform, np.nan), [0], config),
+        (waveform[:9000], [7], config),
+    ]
+    first, second, third = serve.each(serve.OnDevice(ServiceConfig(model)).factorize, requests)
+    assert isinstance(second, ValueError)
+    for factors, seed in zip(first, range(3), strict=True):
+        torch.testing.assert_close(factors.W, stages.factorize(waveform, seed, config).W)
+    torch.testing.assert_close(third[0].H, stages.factorize(waveform[:9000], 7, config).H)
+
+
+def test_a_wait_for_a_device_ends_with_the_work(model, sound, tmp_path):
+    never: Future = Future()
+
+    def step(stage: str, done: float) -> None:
+        if stage == "listening" and time.monotonic() > deadline:
+            raise OutOfTime
+
+    deadline = time.monotonic() + 0.6
+    with pytest.raises(OutOfTime):
+        VideoSeparator.load(model)(sound, tmp_path / "out", step=step, elsewhere=lambda *_: never)
+    assert never.cancelled() and time.monotonic() < deadline + 20

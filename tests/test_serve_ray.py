@@ -7,14 +7,22 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
+import numpy as np
 import pytest
-from serving import RayService, descendants, wait, write_model, write_sound
+import soundfile
+import torch
+from serving import PITCH, RayService, descendants, free_port, serving, wait, write_model, write_sound, write_video
 
-from avsep import connections
-from pipelines import serve
+from avsep import connections, vision
+from avsep.jobs import ServiceConfig
+from avsep.model import LABELLER_FILE
+from avsep.objects import OBJECTS, object_index
+from pipelines import execution, serve
 
 pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(800)]
 
@@ -175,6 +183,86 @@ def test_behind_serve_s_proxies(tmp_path, short):
             assert raw.recv(4096).startswith(b"HTTP/1.1 413 ")
         headers_have_a_deadline(service)
         wait(service.idle)
+
+
+def write_pictured_model(folder: Path, seed: int) -> None:
+    """A model that carries a picture network, of drawn weights."""
+    torch.manual_seed(seed)
+    classes = tuple(OBJECTS[object_index(name)].imagenet[0] for name in PITCH)
+    network = vision.build_network("shufflenet_v2_x0_5", len(classes)).eval()
+    write_model(folder, 3000 + seed, recipe=f"{seed}")
+    vision.ImageLabeller("shufflenet_v2_x0_5", network, "", classes).save(folder / LABELLER_FILE)
+
+
+def answers_of(client: httpx.Client, files: list[Path], folder: Path) -> list[tuple[Any, dict[str, np.ndarray]]]:
+    """What each file's client is told and given, all asking at once."""
+
+    def ask(number: int) -> tuple[Any, dict[str, np.ndarray]]:
+        with files[number].open("rb") as file:
+            answer = client.post("/v1/separations", files={"file": file}, headers={"Prefer": "wait=100"})
+        if answer.status_code != 201:
+            return (answer.status_code, answer.json()["reason"]), {}
+        result, url = answer.json()["result"], answer.headers["location"]
+        sounds = {}
+        for name in (*(o["name"] for o in result["objects"]), "_rest"):
+            (folder / f"{number}.wav").write_bytes(client.get(f"{url}/tracks/{name}.wav").raise_for_status().content)
+            sounds[name] = soundfile.read(folder / f"{number}.wav")[0]
+        return result, sounds
+
+    with ThreadPoolExecutor(len(files)) as clients:
+        return list(clients.map(ask, range(len(files))))
+
+
+def test_a_device_s_answers_are_the_ordinary_ones(tmp_path, monkeypatch):
+    """Ray is told of a GPU; where torch finds none the stages of all requests are done together all the same."""
+    from ray import serve as ray_serve
+
+    model = tmp_path / "model"
+    write_pictured_model(model, 1)
+    files = [write_video(tmp_path / f"{i}.mkv", 20.0 + i) for i in range(4)] + [
+        write_sound(tmp_path / "blind.wav"),
+        tmp_path / "none",
+    ]
+    files[-1].write_bytes(b"no media")
+    monkeypatch.setenv("AVSEP_CPUS", "3")
+    monkeypatch.setenv("AVSEP_GPUS", "1")
+    monkeypatch.setenv("AVSEP_SERVE_REPLICAS", "3")
+    port = free_port()
+    with execution.session(), httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=200) as client:
+        serve.start(ServiceConfig(str(model)), port, str(tmp_path / "served"))
+        try:
+            for seed in (1, 2):
+                if seed == 2:
+                    write_pictured_model(model, 2)
+                    time.sleep(1.5)
+                with serving(tmp_path / f"{seed}", str(model)) as ordinary:
+                    expected = answers_of(ordinary.client, files, tmp_path)
+                found = answers_of(client, files, tmp_path)
+                assert [r["objects_from"] for r, sounds in found if sounds] == ["pictures"] * 4 + ["sound"]
+                for (result, sounds), (told, heard) in zip(expected, found, strict=True):
+                    if not sounds:
+                        assert told == result == (422, "unreadable")
+                        continue
+                    assert result["model"]["recipe"] == told["model"]["recipe"] == f"{seed}"
+                    assert result["objects_from"] == told["objects_from"]
+                    for one, other in zip(result["objects"], told["objects"], strict=True):
+                        assert one["name"] == other["name"]
+                        assert other["picture_score"] == pytest.approx(one["picture_score"], abs=1e-5)
+                    for name, sound in sounds.items():
+                        np.testing.assert_allclose(heard[name], sound, atol=1e-5)
+            sizes = ray_serve.get_deployment_handle("on_device", "avsep").batch_sizes.remote().result()
+            assert sum(size * count for size, count in sizes["label"].items()) == 8
+            assert max(sizes["factorize"]) > 1
+            with files[0].open("rb") as file:
+                sent = client.post("/v1/separations", files={"file": file}, headers={"Prefer": "respond-async"})
+            url = sent.headers["location"]
+            wait(lambda: client.get(url).json()["stage"] == "listening")
+            (device,) = (p for p, t in descendants(os.getpid()).items() if "ServeReplica:avsep:on_device" in t)
+            os.kill(device, signal.SIGKILL)
+            wait(lambda: client.get(url).json()["status"] in ("done", "failed"), 200)
+            assert client.get(url).json()["status"] == "done"
+        finally:
+            ray_serve.shutdown()
 
 
 def _resident(pid: int) -> int:
