@@ -30,7 +30,7 @@ def main() -> None:
     p.add_argument("--bases", type=int, nargs="+", default=[10, 25, 50, 100])
     p.add_argument("--seconds", type=float, nargs="+", default=[1, 10, 60, 600])
     p.add_argument("--objects", type=int, nargs="+", default=[1, 2, 5, 23])
-    p.add_argument("--clips", type=int, nargs="+", default=[10, 30, 100], help="extracted in a plain loop")
+    p.add_argument("--clips", type=int, nargs="+", default=[10, 100, 1000], help="extracted in a plain loop")
     p.set_defaults(rounds=2)
     arguments = p.parse_args()
     torch.set_num_threads(1)
