@@ -44,13 +44,14 @@ def documents(name: str) -> list[dict[str, Any]]:
 def validate(document: dict[str, Any], kubernetes: str, kuberay: str) -> None:
     """Validate against Kubernetes' schemas, and around them against KubeRay's fields; unknown fields are errors.
 
-    KubeRay's are those of `tests/kuberay.yaml`, checked against the API references of 1.6.2 and 1.7.0 and the Go types.
+    KubeRay's are those of `tests/kuberay.yaml`, whose head says what they were held to.
     """
     if document["apiVersion"] != "ray.io/v1":
         kubernetes_validate.validate(document, kubernetes, strict=True)
         return
     fields = strict(yaml.safe_load((Path(__file__).parent / "kuberay.yaml").read_text()), kuberay)
     pods = schema_contents(f"kubernetes-json-schema/v{kubernetes}.0-local-strict/_definitions.json", kubernetes)
+    pods["$defs"]["io.k8s.apimachinery.pkg.api.resource.Quantity"] = fields["$defs"]["Quantity"]
     registry = referencing.Registry().with_resources(
         (schema["$id"], referencing.Resource.from_contents(schema)) for schema in (fields, pods)
     )
@@ -123,10 +124,12 @@ def test_manifests_are_valid_by_kuberay_s_own_definitions() -> None:
 
 def test_the_validation_sees_mistakes() -> None:
     (cluster, policy), (job,) = documents("cluster.yaml"), documents("train.yaml")
-    pod = ("spec", "workerGroupSpecs", 0, "template", "spec")
+    group = ("spec", "workerGroupSpecs", 0)
+    pod = (*group, "template", "spec")
+    rule = {"policy": "DeleteSelf", "condition": {"jobStatus": "FAILED"}}
     mistakes = (
         (cluster, ("spec", "workerGroupSpec"), []),
-        (cluster, ("spec", "workerGroupSpecs", 0, "maxReplicas"), "4"),
+        (cluster, (*group, "maxReplicas"), "4"),
         (cluster, (*pod, "toleration"), []),
         (cluster, (*pod, "containers", 0, "livenessProbe", "httpGet", "prot"), 1),
         (cluster, ("spec", "autoscalerOptions", "upscalingMode"), "Fast"),
@@ -135,11 +138,19 @@ def test_the_validation_sees_mistakes() -> None:
         (job, ("spec", "clusterSelector"), {"cluster": "avsep"}),
         (job, ("spec", "backoffLimit"), 2),
         (job, ("spec", "submitterConfig", "retries"), 2),
+        (job, ("spec", "deletionStrategy"), {"onSuccess": {"policy": "DeleteNone"}, "deletionRules": [rule]}),
+        (cluster, (*group, "template", "metadata"), {"generateName": "avsep-"}),
+        (cluster, (*pod, "containers", 0, "resources", "requests", "cpu"), 0.5),
+        (cluster, (*pod, "containers", 0, "resources", "requests", "memory"), "8GB"),
     )
     for document, path, value in mistakes:
         with pytest.raises(jsonschema.ValidationError):
             validate(changed(document, path, value), *NEWEST)
-    newer = changed(cluster, ("spec", "workerGroupSpecs", 0, "priority"), 1)
+    validate(
+        changed(cluster, group, {"groupName": "cpu", "template": cluster["spec"]["headGroupSpec"]["template"]}), *OLDEST
+    )
+    validate(changed(job, ("spec", "deletionStrategy"), {"deletionRules": [rule]}), *NEWEST)
+    newer = changed(cluster, (*group, "priority"), 1)
     validate(newer, *NEWEST)
     with pytest.raises(jsonschema.ValidationError, match="priority"):
         validate(newer, *OLDEST)
