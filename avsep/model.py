@@ -51,6 +51,7 @@ class SeparationConfig:
     posterior_power: float = 1.0
     mask_power: float = 2.0
     n_factorizations: int = 3  # of each window, from other starts; their masks are averaged
+    fine_masks: bool = True  # soft masks of own bases: at longer windows, to which the bases are fitted anew
     rest_below: float = 0.0  # a basis of which the given objects explain less than this goes to the rest
     bases: str = "own"  # own, learned or both
     dictionary_power: float = 0.8  # weight of the learned bases' masks beside the own ones'

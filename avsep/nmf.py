@@ -72,13 +72,16 @@ def factorize(
     return W.reshape(*lead, n_bins, n_bases), H.reshape(*lead, n_bases, n_frames)
 
 
-def infer_activations(V: Tensor, W: Tensor, *, n_iter: int = 100) -> Tensor:
+def infer_activations(V: Tensor, W: Tensor, *, n_iter: int = 100, H0: Tensor | None = None) -> Tensor:
     """Find `H` with `V ≈ W H` for bases held fixed; the problem is convex, so no seed matters.
+
+    A start near the solution saves updates; each frame's level in it means nothing.
 
     Args:
         V: `(…, F, N)` non-negative magnitudes.
         W: `(…, F, M)` non-negative bases; a basis of zeros gets activations of zero.
         n_iter: number of multiplicative updates.
+        H0: explicit start, `(…, M, N)`, instead of the same share for every basis; what is zero stays zero.
 
     Returns:
         H `(…, M, N)`, float32.
@@ -96,8 +99,10 @@ def infer_activations(V: Tensor, W: Tensor, *, n_iter: int = 100) -> Tensor:
     flat = flat * scale
     W = _check_magnitudes(W).reshape(-1, n_bins, n_bases).to(V.device)
     column_sums = W.sum(-2, keepdim=True).mT  # (B, M, 1)
-    level = flat.sum(-2, keepdim=True) / n_bases  # every basis starts with the same share of each frame
-    H = torch.where(column_sums > 0, level / column_sums.clamp_min(_TINY), 0.0).contiguous()
+    H = torch.where(column_sums > 0, 1 / column_sums.clamp_min(_TINY), 0.0).expand(-1, -1, n_frames)
+    if H0 is not None:
+        H = torch.where(column_sums > 0, _checked_start("H0", H0, (*lead, n_bases, n_frames), H), 0.0)
+    H = H * (flat.sum(-2, keepdim=True) / (column_sums * H).sum(-2, keepdim=True).clamp_min(_TINY))  # WH has V's sums
     W = W.contiguous()
     _update(flat, W, H, n_iter, update_bases=False)
     H /= scale

@@ -23,6 +23,7 @@ from avsep.storage import AnyPath
 
 REST = "_rest"
 _FAINT = 1e-3  # of the loudest window: what a fainter one seems to hold doesn't count
+_FINE_ITERATIONS = 4  # of the bases at the masks' resolution; more change nothing
 
 
 def ratio_masks(magnitudes: Tensor, power: float = 1.0) -> Tensor:
@@ -115,6 +116,8 @@ class Separator:
         self.model = model
         self.config = separation or model.config.separation
         self.stft = model.config.stft
+        fine = self.config.fine_masks and self.config.bases == "own" and self.config.assignment == "soft"
+        self.mask_stft = _finer(self.stft) if fine else self.stft
         self.extraction = ExtractionConfig(self.stft, model.config.n_bases, model.config.n_iter)
         self.factorize: Callable[[Tensor, int], Factors] = functools.partial(factorize, config=self.extraction)
         self.factorize_all: Callable[[Tensor, Sequence[int]], Sequence[Factors]] | None = None  # one by one
@@ -170,7 +173,7 @@ class Separator:
 
     @torch.inference_mode()
     def masks(self, waveform: Tensor, window: Window, objects: Sequence[int]) -> Tensor:
-        """Return the objects' masks and, last, the rest's, `(J + 1, F, N)`, summing to one."""
+        """Return the objects' masks and, last, the rest's, `(J + 1, F, N)` of `mask_stft`, summing to one."""
         W, H = window.factors.W, window.factors.H
         shares = self.shares(window, objects)
         own = learned = None
@@ -178,6 +181,8 @@ class Separator:
             if self.config.assignment == "threshold":
                 own = self._refit(self.stft(waveform).abs(), [W[:, s > 0] for s in shares])
             else:
+                if self.mask_stft != self.stft:
+                    W, H = self._finely(waveform, W, H)
                 own = torch.stack([(W * s) @ H for s in shares])
             own = ratio_masks(own, self.config.mask_power)
         if self.config.bases != "own":
@@ -191,6 +196,15 @@ class Separator:
             assert masks is not None
             return masks
         return ratio_masks(own * learned.clamp_min(1e-3) ** self.config.dictionary_power)
+
+    def _finely(self, waveform: Tensor, W: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
+        """Carry factors over to `mask_stft`, `(F, M), (M, N)` → `(F', M), (M, N')`, and fit its bases anew."""
+        V = self.mask_stft(waveform).abs().T  # (N', F'): the activations are held fixed, as bases of the frames
+        H = _resample(H, V.shape[0], self.mask_stft.hop_length / self.stft.hop_length)
+        bins = _resample(W.T, V.shape[1], self.stft.n_fft / self.mask_stft.n_fft).clamp_min(1e-6)
+        runs = zip(H.split(self.model.config.n_bases), bins.split(self.model.config.n_bases), strict=True)
+        fitted = [nmf.infer_activations(V, h.T, H0=w, n_iter=_FINE_ITERATIONS) for h, w in runs]
+        return torch.cat(fitted).T, H
 
     def _refit(self, V: Tensor, bases: Sequence[Tensor]) -> Tensor:
         """Hold stacked bases fixed, find their activations, and return each part's `W_j H_j`."""
@@ -354,13 +368,28 @@ class Plan:
             rows = [k for k, i in enumerate(self.indices) if heard[i] and self.objects[k] not in self.silent]
             masks = self.separator.masks(padded, analysed, [self.indices[k] for k in rows])
             estimates = np.zeros((len(self.objects) + 1, len(window)), np.float32)
-            estimates[[*rows, -1]] = separate(padded, masks, self.separator.stft).numpy()[:, : len(window)]
-            estimates[-1] += window - estimates.sum(0)  # rounding of the transform
+            if rows:
+                parts = separate(padded, masks[:-1], self.separator.mask_stft)
+                estimates[rows] = parts.numpy()[:, : len(window)]
+            estimates[-1] = window - estimates.sum(0)
             shared = tail.shape[1]
             estimates[:, :shared] = estimates[:, :shared] * fade_in[:shared] + tail * (1 - fade_in[:shared])
             done = len(window) if last else len(window) - self.overlap
             yield estimates[:, :done]
             tail = estimates[:, done:]
+
+
+def _finer(stft: STFT) -> STFT:
+    """Return the STFT of the masks: windows half as long again, which tell close partials apart, by quarters."""
+    quarter = max(1, round(stft.n_fft * 3 / 8))
+    return STFT(stft.sample_rate, 4 * quarter, quarter)
+
+
+def _resample(x: Tensor, n: int, step: float) -> Tensor:
+    """Interpolate the last axis at 0, step, 2 step, …: `(…, N)` → `(…, n)`."""
+    at = (torch.arange(n) * step).clamp_max(x.shape[-1] - 1)
+    left = at.long()
+    return torch.lerp(x[..., left], x[..., (left + 1).clamp_max(x.shape[-1] - 1)], at - left)
 
 
 def _padded(window: NDArray[np.float32], stft: STFT) -> NDArray[np.float32]:

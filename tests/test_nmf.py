@@ -189,6 +189,20 @@ def test_infer_activations_finds_planted_ones() -> None:
     assert more < few
 
 
+def test_a_start_near_the_solution_saves_updates() -> None:
+    """Each frame's level in it means nothing, and what is zero stays zero."""
+    planted = planted_bases(3, variation=0.5)
+    levels = 10.0 ** torch.arange(-9, 9).repeat(100)[: planted.H.shape[-1]]
+    near = planted.H * (1 + 0.1 * uniform(*planted.H.shape)) * levels
+    few = infer_activations(planted.V, planted.W, n_iter=2, H0=near)
+    many = infer_activations(planted.V, planted.W, n_iter=50)
+    assert (few - planted.H).norm() < (many - planted.H).norm()
+    near[..., 0, :] = 0
+    assert not infer_activations(planted.V, planted.W, n_iter=5, H0=near)[..., 0, :].any()
+    with pytest.raises(ValueError, match="H0 is"):
+        infer_activations(planted.V, planted.W, H0=near[..., :-1])
+
+
 def test_one_basis_has_activations_in_closed_form(path: str) -> None:
     """For a single basis the minimum is the ratio of the column sums of V and W."""
     V, W = uniform(30, 20), uniform(30, 1, seed=1)

@@ -161,6 +161,20 @@ def test_learned_bases_separate_and_add_up_too(bases: str) -> None:
     assert gain(violin, found.estimates[1]) > 12
 
 
+def test_fine_masks_tell_close_partials_apart_better() -> None:
+    """45 Hz apart is about a main lobe of the factors' windows; the masks' windows are half as long again."""
+    t = torch.arange(4 * RATE) / RATE
+    dog = torch.sin(2 * math.pi * 430 * t) * (1 + torch.sin(2 * math.pi * 0.7 * t))
+    violin = torch.sin(2 * math.pi * 475 * t) * (1 + torch.sin(2 * math.pi * 1.1 * t + 2))
+    coarse, fine = (Separator(model(fine_masks=fine)) for fine in (False, True))
+    assert fine.mask_stft == STFT(RATE, 300, 75) and coarse.mask_stft == SMALL
+    before, after = (s(dog + violin, ["dog", "violin"]).estimates for s in (coarse, fine))
+    assert gain(dog, after[0]) > gain(dog, before[0]) + 0.5 and gain(violin, after[1]) > gain(violin, before[1]) + 0.5
+    masks = fine.masks(dog + violin, fine.analyse(dog + violin), [DOG, VIOLIN])
+    assert masks.shape == (3, *fine.mask_stft(dog).shape)
+    assert torch.allclose(masks.sum(0), torch.ones(()), atol=1e-6)
+
+
 def test_windows_do_not_depend_on_how_the_sound_arrives() -> None:
     x = (tone(DOG, 7.3) + tone(VIOLIN, 7.3, 2.0)).numpy()
     separator = Separator(model())
