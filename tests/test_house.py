@@ -152,7 +152,7 @@ SIGNATURES = {
     "stft.STFT.__call__": "(self, waveform)",
     "stft.STFT.inverse": "(self, spectrogram, length)",
     "nmf.factorize": "(V, n_bases, *, n_iter=200, seeds=None, W0=None, H0=None, accelerated=False)",
-    "nmf.infer_activations": "(V, W, *, n_iter=100)",
+    "nmf.infer_activations": "(V, W, *, n_iter=100, H0=None)",
     "nmf.kl_divergence": "(V, W, H)",
     "objects.object_scores": "(image_logits)",
     "objects.weak_labels": "(scores, threshold=0.3, best_threshold=0.05)",
