@@ -255,14 +255,7 @@ class Separator:
             raise ValueError(f"objects are {names!r}; give a list of names")
         if len(set(names)) != len(names):
             raise ValueError(f"objects are {', '.join(names)}; name each once")
-        return [self._index(name) for name in names]
-
-    def _index(self, name: str) -> int:
-        try:
-            return self.model.config.objects.index(name)
-        except ValueError:
-            object_index(name)  # raises for a name that no model knows
-            raise ValueError(f"the model doesn't know {name!r}, only {', '.join(self.model.config.objects)}") from None
+        return [object_index(name) for name in names]
 
 
 class Plan:

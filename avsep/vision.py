@@ -103,6 +103,8 @@ class ImageLabeller:
         except Exception as error:
             reason = str(error).split("\n")[0] if isinstance(error, RuntimeError) else "it is no weights file"
             raise LabellerUnavailable(f"--weights {weights} doesn't fit {architecture}: {reason}") from None
+        if not all(x.isfinite().all() for x in network.state_dict().values()):
+            raise LabellerUnavailable(f"--weights {weights} holds NaN or infinity; copy the file again")
         return cls(architecture, network.eval().to(device), sha256, classes, device)
 
     @classmethod

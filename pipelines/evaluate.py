@@ -237,8 +237,10 @@ def run(arguments: argparse.Namespace) -> int:
         if untold == len(segments):
             fail(f"--given labels: {arguments.segments} gives none; add a column `labels`, or say --given none")
         say(f"evaluate: {untold} of {len(segments)} clips have no labels: of them the separators are told nothing")
-    for model in filter(None, (arguments.model, arguments.paper_model)):
-        Separator.load(model)  # a mistake is told before the work begins
+    models = [m for m in (arguments.model, arguments.paper_model) if m]
+    rates = [Separator.load(m).stft.sample_rate for m in models]  # a mistake is told before the work begins
+    if rates[0] != rates[-1]:
+        fail(f"--paper-model {models[-1]} works at {rates[-1]} Hz and --model at {rates[0]} Hz; give two of one rate")
     storage.make_directory(out)
     job = Job(arguments.model, arguments.paper_model, arguments.references, arguments.given, protocol)
     with execution.session(arguments.in_process) as runner:

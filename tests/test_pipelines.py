@@ -23,7 +23,7 @@ from avsep.model import Model
 from avsep.objects import object_index, object_scores, weak_labels
 from avsep.vision import ImageLabeller, build_network
 from deploy import cost, pages
-from pipelines import audit, collect, demo, evaluate, extract, finetune, manifest, train
+from pipelines import audit, collect, demo, evaluate, extract, finetune, manifest, serve, train
 
 RATE = 48_000
 
@@ -207,6 +207,35 @@ def test_references_that_do_not_fit_are_named(run, solos, tmp_path, capfd):
     arguments += ["--references", str(tmp_path / "references"), "--out", str(tmp_path / "out")]
     assert evaluate.main([*arguments, "--given", "labels"]) == 2
     assert "gives none; add a column `labels`, or say --given none" in capfd.readouterr().err
+
+
+def test_a_damaged_model_is_named_by_each_program_that_loads_one(run, rendered, tmp_path, capfd):
+    damaged = shutil.copytree(run / "run" / "model", tmp_path / "damaged")
+    config = json.loads((damaged / "config.json").read_text())
+    segments, out, model = str(rendered / "segments.csv"), str(tmp_path / "out"), str(damaged)
+    evaluation_of = ["--segments", segments, "--references", str(rendered / "references"), "--out", out]
+    programs = {
+        "avsep separate": lambda: cli.main(["separate", segments, "--model", model, "--out", out]),
+        "avsep inspect": lambda: cli.main(["inspect", model]),
+        "pipelines.evaluate": lambda: evaluate.main(["--model", model, *evaluation_of]),
+        "pipelines.collect": lambda: collect.main(["--model", model, "--clips", str(run / "clips")]),
+        "pipelines.serve": lambda: serve.main(["--model", model]),
+    }
+    for setting, reason in (
+        ({"n_iter": -1}, "n_iter is -1; it must lie in 1…100000"),
+        ({"objects": ["dog", "cow"]}, "objects are 2, dog, cow…; they must be the 23 of avsep/objects.py"),
+    ):
+        (damaged / "config.json").write_text(json.dumps(config | setting))
+        for program, main in programs.items():
+            capfd.readouterr()
+            assert main() == 2
+            (line,) = capfd.readouterr().err.splitlines()
+            assert line.startswith(f"{program}: {model} is no model of format 2: config.json: {reason}"), line
+
+    stft = config["stft"] | {"sample_rate": RATE // 2}
+    (damaged / "config.json").write_text(json.dumps(config | {"stft": stft}))
+    assert evaluate.main(["--model", str(run / "run" / "model"), "--paper-model", model, *evaluation_of]) == 2
+    assert f"--paper-model {model} works at {RATE // 2} Hz and --model at {RATE} Hz; give" in capfd.readouterr().err
 
 
 def test_evaluation_takes_clips_longer_than_a_window(run, rendered, tmp_path):
