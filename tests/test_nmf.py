@@ -136,6 +136,8 @@ def test_equal_seeds_start_alike_and_different_ones_do_not() -> None:
     assert torch.equal(factorize(V, 4, n_iter=0, seeds=2)[0][0], W[2])
     assert torch.equal(factorize(V, 4, n_iter=0)[0], factorize(V, 4, n_iter=0, seeds=0)[0])
     assert not torch.equal(factorize(V[0], 4, n_iter=0, seeds=2**32 - 1)[0], W[0])
+    for two in (np.int64(2), np.asarray(2), torch.tensor(2), np.full(3, 2), torch.full((3,), 2)):
+        assert torch.equal(factorize(V, np.asarray(4), n_iter=np.uint8(0), seeds=two)[0][0], W[2])
 
 
 def test_leading_axes_and_the_global_random_state() -> None:
@@ -263,10 +265,20 @@ def test_errors_name_the_value_and_the_rule() -> None:
             factorize(broken, 2)
         with pytest.raises(ValueError, match="finite and non-negative"):
             infer_activations(V, broken[:, :5])
-    with pytest.raises(ValueError, match=r"n_bases is 0; at least one"):
-        factorize(V, 0)
-    with pytest.raises(ValueError, match=r"n_iter is -1"):
-        factorize(V, 2, n_iter=-1)
+    for bases in (0, 2.0, "2", None):
+        with pytest.raises(ValueError, match=rf"n_bases is {bases!r}; it must be a whole number from 1"):
+            factorize(V, bases)
+    for n_iter in (-1, 3.0):
+        with pytest.raises(ValueError, match=rf"n_iter is {n_iter}; it must be a whole number from 0"):
+            factorize(V, 2, n_iter=n_iter)
+        with pytest.raises(ValueError, match=rf"n_iter is {n_iter}; it must be a whole number from 0"):
+            infer_activations(V, uniform(20, 2), n_iter=n_iter)
+    for seed in (1.5, 0.0, np.asarray(1.5), 2**64, -(2**63) - 1):
+        with pytest.raises(ValueError, match=r"seeds is .*; it must be a whole number from -9223372036854775808"):
+            factorize(V, 2, seeds=seed)
+    for seeds in ([1.5], "3", np.ones(1)):
+        with pytest.raises(ValueError, match=r"a seed is .*; it must be a whole number from -9223372036854775808"):
+            factorize(V, 2, seeds=seeds)
     with pytest.raises(ValueError, match=r"3 seeds for 1 clips: give one a clip"):
         factorize(V, 2, seeds=[1, 2, 3])
     with pytest.raises(ValueError, match=r"W0 is \(20, 3\); it must be \(20, 2\)"):
