@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import secrets
@@ -40,7 +39,6 @@ _SWEEP_S = 2.0
 _SETTLED_S = 1.0  # a model whose files changed later than that may still be in the writing
 _BLIND = "the pictures were not looked at: this service has no picture network"
 _TOO_MUCH = (Reason.TOO_LONG, Reason.TOO_LARGE)
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ENVIRONMENT = "AVSEP_SERVE_"
 log = logging.getLogger("avsep.jobs")
 
@@ -291,7 +289,7 @@ def as_failure(error: BaseException) -> dict[str, Any]:
         return {"status": error.status, "reason": "upload", "detail": error.detail}
     if isinstance(error, OutOfTime):
         return {"status": 503, "reason": "out_of_time", "detail": "the work took longer than this service allows"}
-    if isinstance(error, StoreFull) or (isinstance(error, OSError) and error.errno in _DISK_FULL):
+    if isinstance(error, StoreFull) or (isinstance(error, OSError) and error.errno in storage.FULL):
         return {"status": 507, "reason": "storage_full", "detail": "there is no room for results; try again later"}
     if isinstance(error, soundfile.LibsndfileError):  # it forgets errno: a short write
         return {"status": 507, "reason": "storage_full", "detail": "the result can't be written; try again later"}

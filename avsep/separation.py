@@ -12,14 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from avsep import nmf
+from avsep import nmf, storage
 from avsep.context import pair_features
 from avsep.miml import basis_posteriors, energy_shares
 from avsep.model import Model, SeparationConfig
 from avsep.objects import object_index
 from avsep.stages import ExtractionConfig, Factors, factorize
 from avsep.stft import STFT
-from avsep.storage import AnyPath
 
 REST = "_rest"
 _FAINT = 1e-3  # of the loudest window: what a fainter one seems to hold doesn't count
@@ -122,7 +121,7 @@ class Separator:
             raise ValueError(f"bases are {self.config.bases!r}, and the model has no dictionary: run pipelines.collect")
 
     @classmethod
-    def load(cls, model_dir: AnyPath) -> Separator:
+    def load(cls, model_dir: storage.AnyPath) -> Separator:
         """Load the model directory that `pipelines.train` (and `collect`) wrote."""
         return cls(Model.load(model_dir))
 
@@ -322,11 +321,12 @@ class Plan:
 
     def _store(self, window: Window) -> None:
         scale = float(window.factors.H.max()) or 1.0
-        np.save(self._file, window.factors.W.numpy().astype(np.float16))
-        np.save(self._file, (window.factors.H / scale).numpy().astype(np.float16))
-        np.save(self._file, window.relation.numpy())
-        np.save(self._file, window.sound_scores.numpy())
-        np.save(self._file, np.float64(scale))
+        W, H = (x.numpy().astype(np.float16) for x in (window.factors.W, window.factors.H / scale))
+        try:
+            for x in (W, H, window.relation.numpy(), window.sound_scores.numpy(), np.float64(scale)):
+                np.save(self._file, x)
+        except OSError as error:
+            raise storage.full_disk(error, tempfile.gettempdir(), storage.TEMPORARY_REMEDY) from None
 
     def _stored(self) -> Window:
         W, H, relation, scores, scale = (torch.from_numpy(np.asarray(np.load(self._file))) for _ in range(5))

@@ -1,6 +1,8 @@
 import copy
+import errno
 import json
 import math
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -268,6 +270,14 @@ def test_the_same_sound_gives_the_same_estimates() -> None:
     x = torch.randn(7000, generator=torch.Generator().manual_seed(3))
     one, other = (Separator(model())(x, ["dog"]) for _ in range(2))
     assert torch.equal(one.estimates, other.estimates)
+
+
+def test_a_full_temporary_folder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path("/dev/full").open("w+b", buffering=0) as full:
+        monkeypatch.setattr(tempfile, "TemporaryFile", lambda: full)
+        with pytest.raises(OSError, match=r"No space left on device; make room there, or let TMPDIR name") as caught:
+            Separator(model())(tone(DOG, 1.0), ["dog"])
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == tempfile.gettempdir()
 
 
 def test_errors_name_the_value_and_the_remedy() -> None:
