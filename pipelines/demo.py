@@ -16,31 +16,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
-from avsep import cli, evaluation, plots, stages, storage, synthetic, vision
-from avsep.model import LABELLER_FILE
-from avsep.objects import OBJECTS
-from avsep.records import Segment, read_segments
-from avsep.report import Report
-from avsep.separation import Separator
-from pipelines import collect, evaluate, execution, extract, manifest, train
-from pipelines.execution import fail, say
-
 EXAMPLES = """examples:
   python -m pipelines.demo
   python -m pipelines.demo --out out/quick --clips 40
 """
-SEED = 1
-_LEAST_CLIPS = 8
-_MARKER = ".avsep-demo"
-_FOLDERS = ("clips", "manifest", "shards", "model", "paper", "results", "separated", "relation_maps")  # it makes
-_EMPTY_SCENE = 819  # ImageNet's "stage": what the picture network answers when it sees none of the objects
-_PICTURES_A_CLASS, _HELD_OUT = 85, 10
-_PAPER_EPOCHS = 20
-_SHOWN = 3  # test clips in the report
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,6 +33,32 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", default="out/demo", help="folder of everything that the demo makes")
     p.add_argument("--clips", type=int, default=120, help="how many clips of ten seconds to render")
     return p
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # help and mistakes at once: what follows takes seconds
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from avsep import cli, evaluation, plots, stages, storage, synthetic, vision
+from avsep.model import LABELLER_FILE
+from avsep.objects import OBJECTS
+from avsep.records import Segment, read_segments
+from avsep.report import Report
+from avsep.separation import Separator
+from pipelines import collect, evaluate, execution, extract, manifest, train
+from pipelines.execution import fail, say
+
+SEED = 1
+_LEAST_CLIPS = 8
+_MARKER = ".avsep-demo"
+_FOLDERS = ("clips", "manifest", "shards", "model", "paper", "results", "separated", "relation_maps")  # it makes
+_EMPTY_SCENE = 819  # ImageNet's "stage": what the picture network answers when it sees none of the objects
+_PICTURES_A_CLASS, _HELD_OUT = 85, 10
+_PAPER_EPOCHS = 20
+_SHOWN = 3  # test clips in the report
 
 
 def render(folder: str, split: str, number: int, n_objects: int | None) -> Segment:

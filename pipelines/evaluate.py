@@ -17,29 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from avsep import baselines, plots, stages, storage
-from avsep.evaluation import (
-    FIGURES,
-    GAINS,
-    HEARD,
-    LOST_DB,
-    ClipResult,
-    alone,
-    bounded,
-    build_case,
-    measure,
-    summarise,
-    told,
-    whole_window,
-)
-from avsep.records import ClipError, Segment, read_segments
-from avsep.report import Report
-from avsep.separation import Separator
-from pipelines import execution
-from pipelines.execution import fail, say
-
 EXAMPLES = """examples:
   python -m pipelines.evaluate --model out/run/model --segments clips/segments.csv --references clips/references \\
       --out out/results
@@ -48,9 +25,6 @@ EXAMPLES = """examples:
   python -m pipelines.evaluate --model out/run/model --segments out/manifest --references clips/references \\
       --out out/pairs --protocol pairs
 """
-BOUNDS = ("mixture", "oracle_assignment", "ideal_mask")
-_WORST = 10
-_MOST_PAIRS = 200
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,6 +55,37 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--in-process", action="store_true", help="a plain loop without Ray")
     return p
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # help and mistakes at once: what follows takes seconds
+
+import numpy as np
+
+from avsep import baselines, plots, stages, storage
+from avsep.evaluation import (
+    FIGURES,
+    GAINS,
+    HEARD,
+    LOST_DB,
+    ClipResult,
+    alone,
+    bounded,
+    build_case,
+    measure,
+    summarise,
+    told,
+    whole_window,
+)
+from avsep.records import ClipError, Segment, read_segments
+from avsep.report import Report
+from avsep.separation import Separator
+from pipelines import execution
+from pipelines.execution import fail, say
+
+BOUNDS = ("mixture", "oracle_assignment", "ideal_mask")
+_WORST = 10
+_MOST_PAIRS = 200
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,29 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+EXAMPLES = """examples:
+  python -m pipelines.serve --model out/demo/model
+  AVSEP_SERVE_HOST=0.0.0.0 AVSEP_SERVE_TOKEN=secret python -m pipelines.serve --model out/demo/model --port 8080
+  curl -F file=@duet.mp4 http://127.0.0.1:8000/v1/separations
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the command."""
+    p = argparse.ArgumentParser(
+        "pipelines.serve",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--model", required=True, help="the model folder that pipelines.train wrote; may be replaced later")
+    p.add_argument("--port", type=int, default=8000, help="on AVSEP_SERVE_HOST, else on this machine alone")
+    return p
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # help and mistakes at once: what follows takes seconds
+
 import numpy as np
 import torch
 
@@ -32,11 +55,6 @@ from avsep.jobs import HotModel, JobWorker, ServiceConfig
 from pipelines import execution
 from pipelines.execution import fail, say
 
-EXAMPLES = """examples:
-  python -m pipelines.serve --model out/demo/model
-  AVSEP_SERVE_HOST=0.0.0.0 AVSEP_SERVE_TOKEN=secret python -m pipelines.serve --model out/demo/model --port 8080
-  curl -F file=@duet.mp4 http://127.0.0.1:8000/v1/separations
-"""
 _LOST_AFTER = 3  # workers that died at one job
 _TAKEN = 2  # jobs that a replica has: one in work, and one that waits beside it
 _TOGETHER = 16  # requests that a device does at once
@@ -53,19 +71,6 @@ _PATIENCE = {  # on a machine full of work Serve's own processes answer late; el
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1",
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
 }
-
-
-def parser() -> argparse.ArgumentParser:
-    """Describe the command."""
-    p = argparse.ArgumentParser(
-        "pipelines.serve",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("--model", required=True, help="the model folder that pipelines.train wrote; may be replaced later")
-    p.add_argument("--port", type=int, default=8000, help="on AVSEP_SERVE_HOST, else on this machine alone")
-    return p
 
 
 class Separating:
