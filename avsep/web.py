@@ -14,7 +14,7 @@ import secrets
 import shutil
 import time
 import zipfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -239,6 +239,13 @@ def _problems(*codes: int) -> dict[int | str, dict[str, Any]]:
     return {
         code: {"description": http.HTTPStatus(code).phrase, "content": {_PROBLEM: {"schema": _PROBLEM_SCHEMA}}}
         for code in codes
+    }
+
+
+def _file(kinds: Iterable[str], *codes: int) -> dict[int | str, dict[str, Any]]:
+    return {
+        200: {"content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in kinds}},
+        **_problems(*codes),
     }
 
 
@@ -700,16 +707,10 @@ def make_app(service: Service) -> FastAPI:
         named = {"Content-Disposition": f'attachment; filename="separation-{job_id[:8]}.zip"'}
         return StreamingResponse(_zip(files), status, {**headers, **named}, "application/zip")
 
-    binary = {200: {"description": "the file"}, **_problems(404, 409)}
-
     @app.get(
         "/v1/separations/{job_id}/tracks/{track}.{kind}",
         response_class=Response,
-        responses={
-            **binary,
-            200: {"content": {k: {"schema": {"type": "string", "format": "binary"}} for k in _AUDIO.values()}},
-            **_problems(416),
-        },
+        responses=_file(_AUDIO.values(), 404, 409, 416),
         summary="One sound: an object's, _rest or _mixture",
     )
     async def track(job_id: str, track: str, kind: str) -> Response:
@@ -733,7 +734,7 @@ def make_app(service: Service) -> FastAPI:
         folder, _ = finished(job_id)
         return JSONResponse(await of(job_id, jobs.relation, folder))
 
-    png = {200: {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}}, **_problems(404, 409)}
+    png = _file(["image/png"], 404, 409)
 
     @app.get(
         "/v1/separations/{job_id}/relation.png", response_class=Response, responses=png,
@@ -756,10 +757,7 @@ def make_app(service: Service) -> FastAPI:
     @app.get(
         "/v1/separations/{job_id}/bases/{basis}.wav",
         response_class=Response,
-        responses={
-            200: {"content": {"audio/wav": {"schema": {"type": "string", "format": "binary"}}}},
-            **_problems(404, 409, 422),
-        },
+        responses=_file(["audio/wav"], 404, 409, 422),
         summary="One basis alone, in the first window",
     )
     async def basis(job_id: str, basis: int) -> Response:
@@ -775,10 +773,7 @@ def make_app(service: Service) -> FastAPI:
     @app.get(
         "/v1/separations/{job_id}/archive.zip",
         response_class=Response,
-        responses={
-            200: {"content": {"application/zip": {"schema": {"type": "string", "format": "binary"}}}},
-            **_problems(404, 409),
-        },
+        responses=_file(["application/zip"], 404, 409),
         summary="Everything in one file",
     )
     async def archive(job_id: str) -> Response:

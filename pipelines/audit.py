@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from pipelines import arguments_of
+
 EPILOG = """\
 examples:
   python -m pipelines.audit --clips out/clips --out out/audit
@@ -27,13 +29,7 @@ exit status: 0 all is whole; 1 something is damaged, and is named; 2 unusable ar
 
 def parser() -> argparse.ArgumentParser:
     """Describe the command."""
-    p = argparse.ArgumentParser(
-        "pipelines.audit",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    p = arguments_of("audit", __doc__, EPILOG, abbreviations=False)
     p.add_argument("--clips", required=True, metavar="DIR", help="the folder or URI that extraction wrote")
     p.add_argument("--out", required=True, metavar="DIR", help="where the data card goes")
     return p

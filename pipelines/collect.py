@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
+from pipelines import arguments_of
+
 EXAMPLES = """examples:
   python -m pipelines.collect --model out/run/model --clips out/clips
 """
@@ -14,12 +16,7 @@ EXAMPLES = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """Describe the command."""
-    p = argparse.ArgumentParser(
-        "pipelines.collect",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = arguments_of("collect", __doc__, EXAMPLES)
     p.add_argument("--model", required=True, help="the model folder that pipelines.train wrote")
     p.add_argument("--clips", required=True, help="the clips it was trained on")
     p.add_argument("--in-process", action="store_true", help="a plain loop without Ray")

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelines import arguments_of
+
 EXAMPLES = """examples:
   python -m pipelines.demo
   python -m pipelines.demo --out out/quick --clips 40
@@ -24,12 +26,7 @@ EXAMPLES = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """Describe the command."""
-    p = argparse.ArgumentParser(
-        "pipelines.demo",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = arguments_of("demo", __doc__, EXAMPLES)
     p.add_argument("--out", default="out/demo", help="folder of everything that the demo makes")
     p.add_argument("--clips", type=int, default=120, help="how many clips of ten seconds to render")
     return p

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines import arguments_of
+
 EXAMPLES = """examples:
   python -m pipelines.evaluate --model out/run/model --segments clips/segments.csv --references clips/references \\
       --out out/results
@@ -29,12 +31,7 @@ EXAMPLES = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """Describe the command."""
-    p = argparse.ArgumentParser(
-        "pipelines.evaluate",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = arguments_of("evaluate", __doc__, EXAMPLES)
     p.add_argument("--model", required=True, help="the model folder")
     p.add_argument("--paper-model", help="a model trained with --recipe paper, as a row beside it")
     p.add_argument("--segments", required=True, help="a table, or a manifest's folder")

@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from pipelines import RECIPES
+from pipelines import RECIPES, arguments_of
 
 EXAMPLES = """examples:
   python -m pipelines.extract --segments out/manifest --out out/clips
@@ -35,12 +35,7 @@ EXAMPLES = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """Describe the command."""
-    p = argparse.ArgumentParser(
-        "pipelines.extract",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = arguments_of("extract", __doc__, EXAMPLES)
     p.add_argument("--segments", required=True, help="a manifest's folder, or a table")
     p.add_argument("--out", required=True, help="folder or URI of the clip shards")
     p.add_argument("--recipe", default="default", choices=RECIPES, help="a run configuration")

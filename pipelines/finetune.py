@@ -19,6 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pipelines import arguments_of
+
 EXAMPLES = """examples:
   python -m pipelines.finetune --segments out/manifest --clips out/clips --model out/run/model \\
       --out out/labeller --weights resnet152-394f9c45.pth
@@ -31,12 +33,7 @@ EXAMPLES = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """Describe the command."""
-    p = argparse.ArgumentParser(
-        "pipelines.finetune",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = arguments_of("finetune", __doc__, EXAMPLES)
     p.add_argument("--segments", required=True, help="a manifest's folder, or a table")
     p.add_argument("--out", required=True, help="folder or URI of the run")
     p.add_argument("--clips", help="what pipelines.extract wrote; for --targets agreement and both")

@@ -20,6 +20,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pipelines import arguments_of
+
 EPILOG = """\
 examples:
   a table of one's own, with columns segment_id, source and any of start_s, end_s, split, objects, labels:
@@ -39,13 +41,9 @@ is left; 2 unusable arguments or input, such as a table without a usable row."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """Describe the command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m pipelines.manifest",
-        description="Write the manifest: the segments that extraction is to process.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    """Describe the command."""
+    p = arguments_of(
+        "manifest", "Write the manifest: the segments that extraction is to process.", EPILOG, abbreviations=False
     )
     sources = p.add_mutually_exclusive_group(required=True)
     sources.add_argument("--table", metavar="CSV_OR_PARQUET", help="a table of media files")

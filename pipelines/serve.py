@@ -24,6 +24,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from pipelines import arguments_of
+
 EXAMPLES = """examples:
   python -m pipelines.serve --model out/demo/model
   AVSEP_SERVE_HOST=0.0.0.0 AVSEP_SERVE_TOKEN=secret python -m pipelines.serve --model out/demo/model --port 8080
@@ -33,12 +35,7 @@ EXAMPLES = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """Describe the command."""
-    p = argparse.ArgumentParser(
-        "pipelines.serve",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = arguments_of("serve", __doc__, EXAMPLES)
     p.add_argument("--model", required=True, help="the model folder that pipelines.train wrote; may be replaced later")
     p.add_argument("--port", type=int, default=8000, help="on AVSEP_SERVE_HOST, else on this machine alone")
     return p

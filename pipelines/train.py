@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from pipelines import RECIPES
+from pipelines import RECIPES, arguments_of
 
 EXAMPLES = """examples:
   python -m pipelines.train --clips out/clips --out out/run
@@ -31,12 +31,7 @@ EXAMPLES = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """Describe the command."""
-    p = argparse.ArgumentParser(
-        "pipelines.train",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = arguments_of("train", __doc__, EXAMPLES)
     p.add_argument("--clips", required=True, help="what pipelines.extract wrote")
     p.add_argument("--out", required=True, help="folder or URI of the run; the model goes to OUT/model")
     p.add_argument("--recipe", default="default", choices=RECIPES, help="a run configuration")
