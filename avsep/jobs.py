@@ -228,7 +228,8 @@ class JobWorker:
         except OSError:
             if self.store.job(job_id)["status"] in FINISHED:
                 return
-            raise
+            _remove(folder, TRACKS)  # of a worker that died before it could say that it was done
+            part.rename(folder / TRACKS)
         ended = time.time()
         timings = {"queued_s": round(job["started"] - job["queued"], 3), **done.report["timings"]}
         timings["total_s"] = round(ended - job["queued"], 3)

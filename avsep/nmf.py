@@ -93,12 +93,13 @@ def infer_activations(V: Tensor, W: Tensor, *, n_iter: int = 100) -> Tensor:
     scale = _scale(flat)
     flat = flat * scale
     W = _check_magnitudes(W).reshape(-1, n_bins, n_bases).to(V.device)
+    level_of_W = _scale(W)
+    W = W * level_of_W
     column_sums = W.sum(-2, keepdim=True).mT  # (B, M, 1)
     level = flat.sum(-2, keepdim=True) / n_bases  # every basis starts with the same share of each frame
     H = torch.where(column_sums > 0, level / column_sums.clamp_min(TINY), 0.0).contiguous()
-    W = W.contiguous()
-    _update(flat, W, H, n_iter, update_bases=False)
-    H /= scale
+    _update(flat, W.contiguous(), H, n_iter, update_bases=False)
+    H *= level_of_W / scale
     return H.reshape(*lead, n_bases, n_frames)
 
 
@@ -191,7 +192,9 @@ def _update(V: Tensor, W: Tensor, H: Tensor, n_iter: int, *, update_bases: bool,
     On a GPU the whole batch at once; on a CPU one clip a thread, which stays in its core's cache.
     """
     kernel = _cpu_kernel(V.shape[1], V.shape[2], H.shape[1]) if V.device.type == "cpu" else None
+    inference = torch.is_inference_mode_enabled()  # of this thread; others start without
 
+    @torch.inference_mode(inference)
     def update_clips(clips: slice) -> None:
         v, w, h = V[clips], W[clips], H[clips]
         problem = kernel.problem(v[0], w[0], h[0]) if kernel else _Blocks(v, w, h)

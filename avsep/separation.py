@@ -193,6 +193,8 @@ class Separator:
 
     def _refit(self, V: Tensor, bases: Sequence[Tensor]) -> Tensor:
         """Hold stacked bases fixed, find their activations, and return each part's `W_j H_j`."""
+        if not any(W.shape[1] for W in bases):
+            return V.new_zeros(len(bases), *V.shape)
         H = nmf.infer_activations(V, torch.cat(list(bases), 1), n_iter=self.config.n_iter)
         parts = H.split([W.shape[1] for W in bases])
         return torch.stack([W @ h for W, h in zip(bases, parts, strict=True)])

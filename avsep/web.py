@@ -32,7 +32,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from avsep import jobs
 from avsep.jobs import TRACKS, ServiceConfig, as_failure
-from avsep.objects import OBJECTS
+from avsep.objects import OBJECT_NAMES, OBJECTS
 from avsep.results import UPLOAD, NoSuchJob, StoreFull
 from avsep.separation import REST
 from avsep.uploads import BadUpload, receive_multipart
@@ -462,10 +462,9 @@ def parse_options(fields: dict[str, list[str]], config: ServiceConfig, has_file:
     if "objects" in fields:
         names = [n.strip() for value in fields["objects"] for n in value.split(",")]
         options["objects"] = list(dict.fromkeys(n for n in names if n))
-        objects = jobs.model_card(config.model)["objects"]
         for name in options["objects"]:
-            if name not in objects:
-                raise Problem(422, f"unknown object {name[:40]!r}; the objects are {', '.join(objects)}")
+            if name not in OBJECT_NAMES:
+                raise Problem(422, f"unknown object {name[:40]!r}; the objects are {', '.join(OBJECT_NAMES)}")
         if not options["objects"]:
             raise Problem(422, "'objects' names none; leave it out to have them found")
     bases = fields.get("bases", [""])[0]
@@ -510,13 +509,16 @@ def _flac(path: Path) -> Path:
     flac = path.with_suffix(".flac")
     if not flac.exists():
         part = flac.with_suffix(f".{secrets.token_hex(4)}.part")  # others may be asking for it too
-        with (
-            soundfile.SoundFile(path) as source,
-            soundfile.SoundFile(part, "w", source.samplerate, 1, subtype="PCM_24", format="FLAC") as target,
-        ):
-            for block in source.blocks(_FILE_CHUNK, dtype="float32"):
-                target.write(block)
-        part.replace(flac)
+        try:
+            with (
+                soundfile.SoundFile(path) as source,
+                soundfile.SoundFile(part, "w", source.samplerate, 1, subtype="PCM_24", format="FLAC") as target,
+            ):
+                for block in source.blocks(_FILE_CHUNK, dtype="float32"):
+                    target.write(block)
+            part.replace(flac)
+        finally:
+            part.unlink(missing_ok=True)
     return flac
 
 
@@ -779,13 +781,9 @@ def make_app(service: Service) -> FastAPI:
     async def archive(job_id: str) -> Response:
         return await archived(job_id, 200, {})
 
-    @app.get("/v1/objects", response_model=list[ObjectInfo], summary="The objects that the model knows")
+    @app.get("/v1/objects", response_model=list[ObjectInfo], summary="The objects that it knows")
     async def objects() -> Any:
-        known = {o.name: o for o in OBJECTS}
-        return [
-            ObjectInfo(name=n, imagenet=list(known[n].imagenet), audioset=known[n].mid)
-            for n in jobs.model_card(config.model)["objects"]
-        ]
+        return [ObjectInfo(name=o.name, imagenet=list(o.imagenet), audioset=o.mid) for o in OBJECTS]
 
     @app.get("/v1/model", response_model=ModelInfo, summary="The model in use")
     async def model() -> Any:

@@ -119,6 +119,24 @@ def test_any_level_will_do(level: float) -> None:
     assert float(kl_divergence(V, W_3, H_3)) < 2 * float(kl_divergence(V, W, H))
 
 
+@pytest.mark.parametrize("level", [1e-38, 1e-20, 1e20, 1e35])
+def test_bases_of_any_level_will_do(level: float) -> None:
+    V, W = uniform(30, 20), uniform(30, 4, seed=1)
+    assert torch.allclose(infer_activations(V, W * level) * level, infer_activations(V, W), rtol=1e-3, atol=1e-5)
+
+
+def test_clips_in_several_threads_may_be_inference_tensors() -> None:
+    V, before = uniform(3, 40, 25), torch.get_num_threads()
+    expected = factorize(V, 4, n_iter=10)
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode():
+            found = factorize(V.clone(), 4, n_iter=10)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_a_clip_does_not_depend_on_its_batch() -> None:
     V = uniform(3, 40, 25)
     W, H = factorize(V, 4, n_iter=30, seeds=[5, 6, 7])

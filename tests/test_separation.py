@@ -272,6 +272,18 @@ def test_the_same_sound_gives_the_same_estimates() -> None:
     assert torch.equal(one.estimates, other.estimates)
 
 
+def test_learned_masks_give_all_to_the_rest_where_no_basis_is_anyone_s() -> None:
+    """Three objects that the dictionary lacks share every basis, none of which is more than half anyone's."""
+    undecided = model(bases="learned")
+    undecided.dictionary = BasisDictionary({"cat": torch.ones(SMALL.n_bins, 2)})
+    with torch.no_grad():
+        undecided.network.subconcepts.weight.zero_()
+        undecided.network.subconcepts.bias.zero_()
+    separator, sound = Separator(undecided), tone(DOG, 1.0)
+    masks = separator.masks(sound, separator.analyse(sound), [DOG, VIOLIN, object_index("harp")])
+    assert torch.equal(masks[-1], torch.ones_like(masks[-1])) and not masks[:-1].any()
+
+
 def test_a_full_temporary_folder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with Path("/dev/full").open("w+b", buffering=0) as full:
         monkeypatch.setattr(tempfile, "TemporaryFile", lambda: full)

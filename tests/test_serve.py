@@ -335,6 +335,13 @@ def test_no_url_unless_the_operator_allows_it_and_never_a_private_one(server, tm
         assert open_server.folders() == []
 
 
+@pytest.mark.parametrize("address", ["64:ff9b::7f00:1", "2002:7f00:1::", "64:ff9b::a00:1", "::ffff:10.0.0.1"])
+def test_private_addresses_within_others_are_found(address):
+    with pytest.raises(BadUpload, match="not a public address"):
+        public_addresses(address, 80)
+    assert public_addresses("64:ff9b::808:808", 80)
+
+
 class Remote(http.server.BaseHTTPRequestHandler):
     """Answers with a file, half of one, too much, a redirect, or a byte now and then."""
 
@@ -621,14 +628,15 @@ def test_what_failures_mean():
     assert as_failure(OSError(errno.EIO, "broken"))["status"] == 500
 
 
-def test_work_that_was_under_way_is_taken_up_again(tmp_path, model, sound):
-    """What a service and a worker that died had written is no hindrance to the next."""
+@pytest.mark.parametrize("left", ["tracks.01234567.part", "tracks"])
+def test_work_that_was_under_way_is_taken_up_again(tmp_path, model, sound, left):
+    """What a service and a worker that died had written, in part or all of it, is no hindrance to the next."""
     store = ServiceConfig(model, str(tmp_path / "results")).store()
     job = store.create()
     shutil.copy(sound, store.path(job) / "upload")
-    part = store.path(job) / "tracks.01234567.part"
-    part.mkdir()
-    (part / "dog.wav.part").write_bytes(b"half")
+    part = store.path(job) / left / "dog.wav.part"
+    part.parent.mkdir()
+    part.write_bytes(b"half")
     store.update(job, status="running", options={}, queued=time.time())
     with serving(tmp_path, model) as server:
         wait(lambda: server.client.get(f"/v1/separations/{job}").json()["status"] == "done")
