@@ -23,7 +23,7 @@ from PIL import Image
 
 from avsep import fetch, media, plots, storage
 from avsep.egress import EgressIdentity
-from avsep.model import CONFIG_FILE, MODEL_FILES, ModelConfig
+from avsep.model import CONFIG_FILE, LABELLER_FILE, MODEL_FILES, ModelConfig
 from avsep.objects import OBJECT_NAMES
 from avsep.records import ClipError, Reason, Segment
 from avsep.results import FINISHED, UPLOAD, NoSuchJob, ResultStore, StoreFull
@@ -380,6 +380,13 @@ def basis_sound(folder: Path, basis: int) -> tuple[NDArray[np.float32], int]:
     mask = torch.where(V > 0, part / V.clamp_min(1e-30), 1.0 / w["W"].shape[1])
     sound = stft.inverse(mask * stft(waveform), len(waveform))
     return sound.numpy()[:n_samples], stft.sample_rate
+
+
+def check_model(config: ServiceConfig) -> None:
+    """Load what a service will; ValueError, OSError or LabellerUnavailable say what can't be used."""
+    separate = VideoSeparator.load(config.model, config.weights)
+    if config.weights is not None or storage.exists(storage.join(config.model, LABELLER_FILE)):
+        _ = separate.labeller
 
 
 def model_card(directory: str) -> dict[str, Any]:

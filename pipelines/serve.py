@@ -49,6 +49,7 @@ import torch
 
 from avsep import jobs, stages
 from avsep.jobs import HotModel, JobWorker, ServiceConfig
+from avsep.vision import LabellerUnavailable
 from pipelines import execution
 from pipelines.execution import fail, say
 
@@ -351,9 +352,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Serve until interrupted."""
     execution.absolute(arguments, "model")
     config = ServiceConfig.from_environment(os.environ, model=arguments.model)
-    jobs.model_card(config.model)  # a mistake is one line, before anything is started
-    if config.weights is not None and not os.path.isfile(config.weights):
-        fail(f"{jobs.ENVIRONMENT}WEIGHTS={config.weights}: no such file")
+    try:
+        jobs.check_model(config)  # a mistake is one line, before anything is started
+    except LabellerUnavailable as error:
+        fail(f"the picture network of {config.model}, or {jobs.ENVIRONMENT}WEIGHTS: {error}")
     with contextlib.closing(socket.socket()) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

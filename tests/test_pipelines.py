@@ -232,6 +232,20 @@ def test_a_damaged_model_is_named_by_each_program_that_loads_one(run, rendered, 
             (line,) = capfd.readouterr().err.splitlines()
             assert line.startswith(f"{program}: {model} is no model of format 2: config.json: {reason}"), line
 
+    (damaged / "config.json").write_text(json.dumps(config))
+    weights = (damaged / "miml.safetensors").read_bytes()
+    for name, content in (("miml.safetensors", weights[:-1]), ("labeller.safetensors", weights)):
+        (damaged / name).write_bytes(content)
+        capfd.readouterr()
+        assert serve.main(["--model", model]) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith("pipelines.serve: ") and f"{damaged}" in line and name in line
+        (damaged / "miml.safetensors").write_bytes(weights)
+    video = str(next((rendered / "clips").glob("*test*")))
+    assert cli.main(["separate", video, "--model", model, "--out", out]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"avsep separate: weights {damaged}/labeller.safetensors doesn't fit resnet152: ")
+
     stft = config["stft"] | {"sample_rate": RATE // 2}
     (damaged / "config.json").write_text(json.dumps(config | {"stft": stft}))
     assert evaluate.main(["--model", str(run / "run" / "model"), "--paper-model", model, *evaluation_of]) == 2
