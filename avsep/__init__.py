@@ -7,12 +7,16 @@ K sub-concepts of an object, J sources in a mixture, C classes (the L objects, t
     separation = Separator.load("out/demo/model")(waveform, ["violin", "dog"])
 """
 
-from avsep.miml import MIML
-from avsep.model import Model
-from avsep.nmf import factorize, infer_activations, kl_divergence
-from avsep.objects import OBJECT_NAMES, object_scores, weak_labels
-from avsep.separation import Separation, Separator, ratio_masks, separate
-from avsep.stft import STFT
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from avsep.miml import MIML
+    from avsep.model import Model
+    from avsep.nmf import factorize, infer_activations, kl_divergence
+    from avsep.objects import OBJECT_NAMES, object_scores, weak_labels
+    from avsep.separation import Separation, Separator, ratio_masks, separate
+    from avsep.stft import STFT
 
 __all__ = [
     "MIML",
@@ -29,3 +33,28 @@ __all__ = [
     "separate",
     "weak_labels",
 ]
+
+_MODULES = ("metrics", "miml", "nmf", "objects", "records", "separation", "shards", "stft")
+_HOMES = {
+    "avsep.miml": ("MIML",),
+    "avsep.model": ("Model",),
+    "avsep.nmf": ("factorize", "infer_activations", "kl_divergence"),
+    "avsep.objects": ("OBJECT_NAMES", "object_scores", "weak_labels"),
+    "avsep.separation": ("Separation", "Separator", "ratio_masks", "separate"),
+    "avsep.stft": ("STFT",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name when it is first asked for: torch takes seconds, and `avsep --help` needs none of it."""
+    for home, names in _HOMES.items():
+        if name in names:
+            value = globals()[name] = getattr(importlib.import_module(home), name)
+            return value
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

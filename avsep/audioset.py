@@ -254,20 +254,32 @@ def add_counts(parts: Iterable[Counts]) -> Counts:
     return total
 
 
+def under(counts: Counts, *head: str) -> dict[str, int]:
+    """Return the counts of keys that are `head` and one word more, by that word."""
+    return {key[-1]: n for key, n in sorted(counts.items()) if key[:-1] == head}
+
+
+def by_split(counts: Counts, *head: str) -> dict[str, int]:
+    """Return the counts of `head` in each split."""
+    return {split: counts[*head, split] for split in SPLITS}
+
+
+def by_object(counts: Counts) -> dict[str, Any]:
+    """Arrange how often each object is known to sound, is a weak label, and meets each other."""
+    return {
+        "objects": {name: by_split(counts, "objects", name) for name in OBJECT_NAMES},
+        "labels": {name: by_split(counts, "labels", name) for name in OBJECT_NAMES},
+        "cooccurrence": {name: pairs for name in OBJECT_NAMES if (pairs := under(counts, "together", name))},
+    }
+
+
 def summarize(counts: Counts) -> dict[str, Any]:
     """Arrange the counts for `statistics.json`.
 
     Raises AssertionError unless rows in = kept + dropped + dead letters: a row went missing.
     """
-
-    def under(*head: str) -> dict[str, int]:
-        return {key[-1]: n for key, n in sorted(counts.items()) if key[:-1] == head}
-
-    def by_split(*head: str) -> dict[str, int]:
-        return {split: counts[*head, split] for split in SPLITS}
-
-    files, dropped = under("rows"), under("dropped")
-    n_rows, n_kept, n_dead = sum(files.values()), sum(by_split("segments").values()), counts["dead_letters",]
+    files, dropped = under(counts, "rows"), under(counts, "dropped")
+    n_rows, n_kept, n_dead = sum(files.values()), sum(by_split(counts, "segments").values()), counts["dead_letters",]
     if n_rows != n_kept + sum(dropped.values()) + n_dead:
         raise AssertionError(f"{n_rows} rows, but {n_kept} kept, {dropped} dropped, {n_dead} dead letters")
     return {
@@ -277,10 +289,8 @@ def summarize(counts: Counts) -> dict[str, Any]:
         "dropped": dropped,
         "dead_letters": n_dead,
         "files": files,
-        "splits": by_split("segments"),
-        "shorter_than_10_s": by_split("shorter_than_10_s"),
-        "without_labels": by_split("unlabelled"),
-        "objects": {name: by_split("objects", name) for name in OBJECT_NAMES},
-        "labels": {name: by_split("labels", name) for name in OBJECT_NAMES},
-        "cooccurrence": {name: pairs for name in OBJECT_NAMES if (pairs := under("together", name))},
+        "splits": by_split(counts, "segments"),
+        "shorter_than_10_s": by_split(counts, "shorter_than_10_s"),
+        "without_labels": by_split(counts, "unlabelled"),
+        **by_object(counts),
     }

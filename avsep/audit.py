@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from avsep import fetch, shards, storage
+from avsep.audioset import Counts, by_object, by_split, under
 from avsep.objects import OBJECT_NAMES, object_scores, weak_labels
 from avsep.records import (
     REJECTION_SCHEMA,
@@ -50,8 +51,6 @@ _STILL = 0.05  # standard deviation over time of the log energy: below it nothin
 _SHORTEST_S = 3.0  # shorter clips are too alike to compare
 _EXAMPLES = 3  # ids that a finding names
 _PAIRS_A_GROUP = 1000
-
-Counts = Counter[tuple[str, ...]]
 
 FACTS_SCHEMA = pa.schema(
     [
@@ -526,12 +525,6 @@ def summarize(report: Report, configuration: Mapping[str, Any] | None) -> dict[s
     """Arrange a whole report for the card."""
     counts = report.counts
 
-    def under(*head: str) -> dict[str, int]:
-        return {key[-1]: n for key, n in sorted(counts.items()) if key[:-1] == head}
-
-    def by_split(*head: str) -> dict[str, int]:
-        return {split: counts[*head, split] for split in SPLITS}
-
     def histogram(name: str, edges: NDArray) -> dict[str, Any]:
         return {
             "edges": [float(e) if math.isfinite(e) else None for e in edges],
@@ -555,15 +548,13 @@ def summarize(report: Report, configuration: Mapping[str, Any] | None) -> dict[s
     return {
         "schema_version": SCHEMA_VERSION,
         "configuration": configuration,
-        "clips": by_split("clips"),
-        "hours": {split: round(n / 3600, 2) for split, n in by_split("seconds").items()},
-        "rejections": dict(sorted(under("rejected").items(), key=lambda kv: -kv[1])),
-        "rejections_by_stage": under("rejected_at"),
-        "label_source": under("label_source"),
-        "unlabelled": by_split("unlabelled"),
-        "objects": {name: by_split("objects", name) for name in OBJECT_NAMES},
-        "labels": {name: by_split("labels", name) for name in OBJECT_NAMES},
-        "cooccurrence": {name: pairs for name in OBJECT_NAMES if (pairs := under("together", name))},
+        "clips": by_split(counts, "clips"),
+        "hours": {split: round(n / 3600, 2) for split, n in by_split(counts, "seconds").items()},
+        "rejections": dict(sorted(under(counts, "rejected").items(), key=lambda kv: -kv[1])),
+        "rejections_by_stage": under(counts, "rejected_at"),
+        "label_source": under(counts, "label_source"),
+        "unlabelled": by_split(counts, "unlabelled"),
+        **by_object(counts),
         "agreement": agreement,
         "duration_s": histogram("duration", DURATION_BINS_S),
         "rms_db": histogram("level", LEVEL_BINS_DB),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from avsep import storage
 from avsep.miml import MIML, basis_posteriors
-from avsep.objects import OBJECT_NAMES
+from avsep.objects import OBJECT_NAMES, object_index
 from avsep.records import ClipRecord
 
 
@@ -100,8 +100,15 @@ class BasisDictionary:
 
     @classmethod
     def load(cls, path: str) -> BasisDictionary:
-        """Read what `save` wrote."""
-        return cls({n: W.float() for n, W in safetensors.torch.load(storage.read_bytes(path)).items()})
+        """Read what `save` wrote; ValueError for anything but finite, non-negative bases `(F, D)` of known objects."""
+        bases = {n: W.float() for n, W in safetensors.torch.load(storage.read_bytes(path)).items()}
+        for name, W in bases.items():
+            object_index(name)
+            if W.ndim != 2 or not W.numel():
+                raise ValueError(f"{name} is {tuple(W.shape)}; it must be (F, D ≥ 1)")
+            if not (W.isfinite() & (W >= 0)).all():
+                raise ValueError(f"{name} holds NaN, infinity or negative magnitudes")
+        return cls(bases)
 
 
 def _best(candidates: list[Candidate], count: int) -> list[Candidate]:

@@ -638,7 +638,7 @@ class _YtDlp:
     """yt-dlp in a child with a process group of its own, which ends with the `with` block or its parent."""
 
     def __init__(self, folder: Path, identity: EgressIdentity) -> None:
-        self._identity = identity
+        self._folder, self._identity = folder, identity
         self._replies = self._log = b""
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", _CHILD],
@@ -696,7 +696,8 @@ class _YtDlp:
     def _failure(self, answer: dict[str, Any]) -> Exception:
         message = answer["failure"]
         if answer["errno"]:  # the machine's trouble, not the clip's
-            return OSError(answer["errno"], f"{os.strerror(answer['errno'])} where downloads are written")
+            remedy = "make room for downloads there, or let TMPDIR name a folder that has some and can be written to"
+            return OSError(answer["errno"], f"{os.strerror(answer['errno'])}; {remedy}", str(self._folder.parent))
         reason, transient = classify(message, status=answer["status"], kinds=answer["kinds"])
         if self._identity.proxy and reason == Reason.TRANSIENT and _REFUSED.search(message):
             reason = Reason.EGRESS_BLOCKED  # by the proxy itself: sites that refuse come as its HTTP errors

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import secrets
@@ -24,7 +23,7 @@ from PIL import Image
 
 from avsep import fetch, media, plots, storage
 from avsep.egress import EgressIdentity
-from avsep.model import CONFIG_FILE, MODEL_FILES, ModelConfig
+from avsep.model import CONFIG_FILE, LABELLER_FILE, MODEL_FILES, ModelConfig
 from avsep.objects import OBJECT_NAMES
 from avsep.records import ClipError, Reason, Segment
 from avsep.results import FINISHED, UPLOAD, NoSuchJob, ResultStore, StoreFull
@@ -40,7 +39,6 @@ _SWEEP_S = 2.0
 _SETTLED_S = 1.0  # a model whose files changed later than that may still be in the writing
 _BLIND = "the pictures were not looked at: this service has no picture network"
 _TOO_MUCH = (Reason.TOO_LONG, Reason.TOO_LARGE)
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ENVIRONMENT = "AVSEP_SERVE_"
 log = logging.getLogger("avsep.jobs")
 
@@ -230,7 +228,8 @@ class JobWorker:
         except OSError:
             if self.store.job(job_id)["status"] in FINISHED:
                 return
-            raise
+            _remove(folder, TRACKS)  # of a worker that died before it could say that it was done
+            part.rename(folder / TRACKS)
         ended = time.time()
         timings = {"queued_s": round(job["started"] - job["queued"], 3), **done.report["timings"]}
         timings["total_s"] = round(ended - job["queued"], 3)
@@ -291,7 +290,7 @@ def as_failure(error: BaseException) -> dict[str, Any]:
         return {"status": error.status, "reason": "upload", "detail": error.detail}
     if isinstance(error, OutOfTime):
         return {"status": 503, "reason": "out_of_time", "detail": "the work took longer than this service allows"}
-    if isinstance(error, StoreFull) or (isinstance(error, OSError) and error.errno in _DISK_FULL):
+    if isinstance(error, StoreFull) or (isinstance(error, OSError) and error.errno in storage.FULL):
         return {"status": 507, "reason": "storage_full", "detail": "there is no room for results; try again later"}
     if isinstance(error, soundfile.LibsndfileError):  # it forgets errno: a short write
         return {"status": 507, "reason": "storage_full", "detail": "the result can't be written; try again later"}
@@ -381,6 +380,13 @@ def basis_sound(folder: Path, basis: int) -> tuple[NDArray[np.float32], int]:
     mask = torch.where(V > 0, part / V.clamp_min(1e-30), 1.0 / w["W"].shape[1])
     sound = stft.inverse(mask * stft(waveform), len(waveform))
     return sound.numpy()[:n_samples], stft.sample_rate
+
+
+def check_model(config: ServiceConfig) -> None:
+    """Load what a service will; ValueError, OSError or LabellerUnavailable say what can't be used."""
+    separate = VideoSeparator.load(config.model, config.weights)
+    if config.weights is not None or storage.exists(storage.join(config.model, LABELLER_FILE)):
+        _ = separate.labeller
 
 
 def model_card(directory: str) -> dict[str, Any]:

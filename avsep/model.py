@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+import operator
+from dataclasses import Field, asdict, dataclass, field, fields
+from types import NoneType
 from typing import Any
 
 import safetensors.torch
@@ -26,6 +28,35 @@ CONFIG_FILE, NETWORK_FILE, DICTIONARY_FILE, LABELLER_FILE = (
     "labeller.safetensors",
 )
 MODEL_FILES = (CONFIG_FILE, NETWORK_FILE, DICTIONARY_FILE, LABELLER_FILE)
+_SHARE, _POWER, _SURELY = (0.0, 1.0), (0.0, 100.0), 1e-9
+_RANGES: dict[str, tuple[float, float]] = {  # of the configuration's numbers: beyond them no run ends well, or at all
+    "stft.sample_rate": (1, 1_000_000),
+    "stft.n_fft": (2, 1 << 20),
+    "n_bases": (1, 1000),
+    "n_iter": (1, 100_000),
+    "image_size": (1, 10_000),
+    "network.n_subconcepts": (1, 1000),
+    "network.hidden": (1, 100_000),
+    "network.linear_bins": (1, 1 << 20),
+    "network.dropout": _SHARE,
+    "labels.threshold": _SHARE,
+    "labels.best_threshold": _SHARE,
+    "separation.threshold": _SHARE,
+    "separation.posterior_power": _POWER,
+    "separation.mask_power": _POWER,
+    "separation.n_factorizations": (1, 100),
+    "separation.rest_below": _SHARE,
+    "separation.dictionary_power": _POWER,
+    "separation.n_iter": (1, 100_000),
+    "separation.silent_share": _SHARE,
+    "separation.least_confidence": _SHARE,
+    "separation.window_s": (0.0, 3600.0),
+    "separation.overlap_s": (0.0, 3600.0),
+    "evidence.slope": (0.0, 1000.0),
+    "evidence.offset": (-1000.0, 1000.0),
+    "evidence.shown_when_heard": (_SURELY, 1 - _SURELY),
+    "evidence.shown_when_silent": (_SURELY, 1 - _SURELY),
+}
 
 
 @dataclass(frozen=True)
@@ -86,7 +117,10 @@ class LabellerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """`config.json`: whatever reads a model takes its settings from here, not from flags."""
+    """`config.json`: whatever reads a model takes its settings from here, not from flags.
+
+    Raises ValueError for a number that no run can work with, and for other objects than this version's.
+    """
 
     stft: STFT = field(default_factory=STFT)
     n_bases: int = 25
@@ -104,6 +138,17 @@ class ModelConfig:
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
+    def __post_init__(self) -> None:
+        if self.objects != OBJECT_NAMES:
+            raise ValueError(
+                f"objects are {len(self.objects)}, {', '.join(map(str, self.objects))[:80]}…; "
+                f"they must be the {len(OBJECT_NAMES)} of avsep/objects.py, in that order"
+            )
+        for name, (least, most) in _RANGES.items():
+            value = operator.attrgetter(name)(self)
+            if value is not None and not least <= value <= most:  # NaN fails, too
+                raise ValueError(f"{name} is {value}; it must lie in {least}…{most}")
+
     @classmethod
     def read(cls, directory: storage.AnyPath) -> ModelConfig:
         """Read a model directory's `config.json` alone; raises as `Model.load` does."""
@@ -114,7 +159,7 @@ class ModelConfig:
             )
         try:
             return _parse(json.loads(storage.read_bytes(path)))
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, ValueError, RecursionError) as error:
             raise _no_model(directory, CONFIG_FILE, error) from None
 
     def build(self) -> MIML:
@@ -148,7 +193,7 @@ class Model:
 
         Raises:
             FileNotFoundError: there is no model.
-            ValueError: it is of another format, or its files don't fit together.
+            ValueError: it is of another format, its files are damaged, hold what can't be, or don't fit together.
         """
         config = ModelConfig.read(directory)
         path = storage.join(directory, NETWORK_FILE)
@@ -164,26 +209,32 @@ class Model:
                 context = BasisContext()
                 own = {k.removeprefix(_CONTEXT): v for k, v in weights.items() if k.startswith(_CONTEXT)}
                 context.load_state_dict(own)
+            for name, weight in weights.items():
+                if not weight.isfinite().all():
+                    raise ValueError(f"{name} holds NaN or infinity")
             dictionary, path = None, storage.join(directory, DICTIONARY_FILE)
             if storage.exists(path):
                 dictionary = BasisDictionary.load(path)
+                for name, W in dictionary.bases.items():
+                    if len(W) != config.stft.n_bins:
+                        raise ValueError(f"{name} has bases of {len(W)} bins; the model works on {config.stft.n_bins}")
         except (TypeError, KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
             raise _no_model(directory, storage.name(path), error) from None
         return cls(config, network.eval(), dictionary, context.eval() if context else None)
 
 
 def _no_model(directory: storage.AnyPath, file: str, error: Exception) -> ValueError:
-    reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
+    reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2]).rstrip(".")
     if isinstance(error, KeyError):
         reason = f"{reason} is missing"
-    return ValueError(f"{directory} is no model of format {FORMAT}: {file}: {reason}")
+    return ValueError(
+        f"{directory} is no model of format {FORMAT}: {file}: {reason}; copy the whole folder again, or train it again"
+    )
 
 
 def _parse(raw: Any) -> ModelConfig:
-    if not isinstance(raw, dict):
-        raise ValueError("it is no object of fields; train it again")
-    if raw.get("format") != FORMAT:
-        raise ValueError(f"its format is {raw.get('format')!r}; train it again")
+    if isinstance(raw, dict) and raw.get("format") != FORMAT:
+        raise ValueError(f"its format is {raw.get('format')!r}")
     nested: dict[str, Any] = {
         "stft": STFT,
         "network": NetworkConfig,
@@ -192,27 +243,40 @@ def _parse(raw: Any) -> ModelConfig:
         "separation": SeparationConfig,
         "evidence": Evidence,
     }
-    parsed = {k: _built(k, nested[k], v) if k in nested else v for k, v in raw.items()}
-    for f in fields(ModelConfig):
-        _check_type(f.name, raw.get(f.name, f.default), f.default)
-    return replace(ModelConfig(**parsed), objects=tuple(raw["objects"]))
+    _check_fields("it", ModelConfig, raw)
+    for name, kind in nested.items():
+        _check_fields(name, kind, raw[name])
+    return ModelConfig(**raw | {k: kind(**raw[k]) for k, kind in nested.items()} | {"objects": tuple(raw["objects"])})
 
 
-def _built(name: str, kind: Any, raw: Any) -> Any:
+def _check_fields(name: str, kind: Any, raw: Any) -> None:
+    """Raise ValueError unless `raw` holds a dataclass's fields, all of them and of their defaults' kinds."""
     if not isinstance(raw, dict):
         raise ValueError(f"{name} is {raw!r}; it must be an object of fields")
+    prefix = "" if kind is ModelConfig else f"{name}."
+    names = {f.name for f in fields(kind)}
+    for missing in sorted(names - set(raw)):
+        raise ValueError(f"{prefix}{missing} is missing")
+    for unknown in sorted(set(raw) - names):
+        raise ValueError(f"{prefix}{unknown} is no setting of this version")
     for f in fields(kind):  # before its own checks, which compare numbers
-        if f.name in raw:
-            _check_type(f"{name}.{f.name}", raw[f.name], f.default)
-    return kind(**raw)
+        _check_type(f"{prefix}{f.name}", raw[f.name], f)
 
 
-def _check_type(name: str, value: Any, default: Any) -> None:
-    """Raise ValueError when a field isn't of its default's kind."""
-    kinds: dict[type, Any] = {bool: bool, int: int, float: (int, float), str: str}
-    kind = kinds.get(type(default))
-    if kind and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
-        raise ValueError(f"{name} is {value!r}; it must be of the kind of {default!r}")
+def _check_type(name: str, value: Any, of: Field[Any]) -> None:
+    """Raise ValueError when a value isn't of its field's type, of those that JSON has."""
+    kinds: dict[str, Any] = {
+        "bool": bool,
+        "int": int,
+        "float": (int, float),
+        "str": str,
+        "int | None": (int, NoneType),
+        "str | None": (str, NoneType),
+        "tuple[str, ...]": list,
+    }
+    kind = kinds.get(str(of.type), dict)  # annotations are text
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{name} is {value!r}; it must be of the type {of.type}")
 
 
 def versions() -> dict[str, str]:

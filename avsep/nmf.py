@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 import importlib
+import operator
 from collections.abc import Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from avsep import nmf_amx, nmf_code, nmf_cpu
+from avsep.nmf_code import FLOOR, TINY
 
-_TINY = torch.finfo(torch.float32).tiny  # keeps 0/0 at 0
-_FLOOR = 1e-20  # of WH, far below any audible magnitude: V / WH stays finite in float32, so 0 · (V / WH) is 0
 _CPU_BLOCK = 128  # rows of V whose V/(WH) stays in a core's cache between the two updates
 
 
@@ -48,14 +49,11 @@ def factorize(
         W `(…, F, M)`, each column with maximum one (or all zero), and H `(…, M, N)`, float32.
 
     Raises:
-        ValueError: V is negative, infinite or NaN somewhere, or the shapes disagree.
+        ValueError: V is negative, infinite or NaN somewhere, the shapes disagree, or a number isn't whole or in range.
     """
     V = _check_magnitudes(V)
     lead, (n_bins, n_frames) = V.shape[:-2], V.shape[-2:]
-    if n_bases < 1:
-        raise ValueError(f"n_bases is {n_bases}; at least one basis is needed")
-    if n_iter < 0:
-        raise ValueError(f"n_iter is {n_iter}; it must not be negative")
+    n_bases, n_iter = _whole("n_bases", n_bases, 1), _whole("n_iter", n_iter)
     flat = V.reshape(-1, n_bins, n_frames)
     scale = _scale(flat)
     flat = flat * scale
@@ -87,9 +85,9 @@ def infer_activations(V: Tensor, W: Tensor, *, n_iter: int = 100, H0: Tensor | N
         H `(…, M, N)`, float32.
 
     Raises:
-        ValueError: negative or non-finite input, or shapes that disagree.
+        ValueError: negative or non-finite input, shapes that disagree, or `n_iter` below 0 or not whole.
     """
-    V = _check_magnitudes(V)
+    V, n_iter = _check_magnitudes(V), _whole("n_iter", n_iter)
     lead, (n_bins, n_frames) = V.shape[:-2], V.shape[-2:]
     n_bases = W.shape[-1]
     if W.shape != (*lead, n_bins, n_bases):
@@ -98,14 +96,15 @@ def infer_activations(V: Tensor, W: Tensor, *, n_iter: int = 100, H0: Tensor | N
     scale = _scale(flat)
     flat = flat * scale
     W = _check_magnitudes(W).reshape(-1, n_bins, n_bases).to(V.device)
+    level_of_W = _scale(W)
+    W = W * level_of_W
     column_sums = W.sum(-2, keepdim=True).mT  # (B, M, 1)
-    H = torch.where(column_sums > 0, 1 / column_sums.clamp_min(_TINY), 0.0).expand(-1, -1, n_frames)
+    H = torch.where(column_sums > 0, 1 / column_sums.clamp_min(TINY), 0.0).expand(-1, -1, n_frames)
     if H0 is not None:
         H = torch.where(column_sums > 0, _checked_start("H0", H0, (*lead, n_bases, n_frames), H), 0.0)
-    H = H * (flat.sum(-2, keepdim=True) / (column_sums * H).sum(-2, keepdim=True).clamp_min(_TINY))  # WH has V's sums
-    W = W.contiguous()
-    _update(flat, W, H, n_iter, update_bases=False)
-    H /= scale
+    H = H * (flat.sum(-2, keepdim=True) / (column_sums * H).sum(-2, keepdim=True).clamp_min(TINY))  # WH has V's sums
+    _update(flat, W.contiguous(), H, n_iter, update_bases=False)
+    H *= level_of_W / scale
     return H.reshape(*lead, n_bases, n_frames)
 
 
@@ -149,23 +148,37 @@ def _check_magnitudes(V: Tensor) -> Tensor:
     return V
 
 
+def _whole(name: str, value: Any, least: int = 0, most: int = 2**63 - 1) -> int:
+    """Take an int, or a scalar of numpy or torch that is one."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or not least <= number <= most:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number from {least} to {most}")
+    return number
+
+
 def _scale(X: Tensor) -> Tensor:
     """Return the power of two, `(B, 1, 1)`, that brings each matrix's maximum to between a half and one, or nearer."""
     peak = X.amax((1, 2), keepdim=True)
     return torch.ldexp(torch.ones_like(peak), -torch.frexp(peak).exponent.clamp(-120, 120))
 
 
+_SEEDS = -(2**63), 2**64 - 1  # that torch takes
+
+
 def _start(V: Tensor, n_bases: int, seeds: Sequence[int] | int | None) -> tuple[Tensor, Tensor]:
     """Draw positive W and H on the CPU, so that every device starts alike; `WH` has V's mean."""
     n_clips, n_bins, n_frames = V.shape
-    if not isinstance(seeds, Sized):
-        seeds = [int(seeds or 0)] * n_clips
+    if not isinstance(seeds, Sized) or getattr(seeds, "ndim", 1) == 0:
+        seeds = [_whole("seeds", 0 if seeds is None else seeds, *_SEEDS)] * n_clips
     if len(seeds) != n_clips:
         raise ValueError(f"{len(seeds)} seeds for {n_clips} clips: give one a clip, or a single int")
     W = torch.empty(n_clips, n_bins, n_bases)
     H = torch.empty(n_clips, n_bases, n_frames)
     for i, seed in enumerate(seeds):
-        generator = torch.Generator().manual_seed(int(seed))
+        generator = torch.Generator().manual_seed(_whole("a seed", seed, *_SEEDS))
         W[i] = torch.rand(n_bins, n_bases, generator=generator) + 0.1
         H[i] = torch.rand(n_bases, n_frames, generator=generator) + 0.1
     level = (V.mean((-2, -1), keepdim=True) / n_bases).sqrt()
@@ -184,7 +197,9 @@ def _update(V: Tensor, W: Tensor, H: Tensor, n_iter: int, *, update_bases: bool,
     On a GPU the whole batch at once; on a CPU one clip a thread, which stays in its core's cache.
     """
     kernel = _cpu_kernel(V.shape[1], V.shape[2], H.shape[1]) if V.device.type == "cpu" else None
+    inference = torch.is_inference_mode_enabled()  # of this thread; others start without
 
+    @torch.inference_mode(inference)
     def update_clips(clips: slice) -> None:
         v, w, h = V[clips], W[clips], H[clips]
         problem = kernel.problem(v[0], w[0], h[0]) if kernel else _Blocks(v, w, h)
@@ -280,13 +295,13 @@ class _Blocks:
         """Go on from two earlier states along the logarithms' parabola; return each clip's step, `(B,)`."""
         change, bend, ways = torch.zeros_like(limit), torch.zeros_like(limit), []
         for x, a, b in zip(self.state, older, old, strict=True):
-            first = (b / a.clamp_min(_TINY)).clamp_(1e-8, 1e8).log_()
-            second = (x / b.clamp_min(_TINY)).clamp_(1e-8, 1e8).log_().sub_(first)
-            weights = x / x.sum((1, 2), keepdim=True).clamp_min(_TINY)
+            first = (b / a.clamp_min(TINY)).clamp_(1e-8, 1e8).log_()
+            second = (x / b.clamp_min(TINY)).clamp_(1e-8, 1e8).log_().sub_(first)
+            weights = x / x.sum((1, 2), keepdim=True).clamp_min(TINY)
             change += (weights * first * first).sum((1, 2))
             bend += (weights * second * second).sum((1, 2))
             ways.append((first, second))
-        step = (change / bend.clamp_min(_TINY)).sqrt_().clamp_min_(1.0).minimum(limit)
+        step = (change / bend.clamp_min(TINY)).sqrt_().clamp_min_(1.0).minimum(limit)
         s = step.view(-1, 1, 1).float()
         for x, (first, second) in zip(self.state, ways, strict=True):
             x.mul_((first * (2 * (s - 1)) + second * (s**2 - 1)).clamp_(-40, 40).exp_())
@@ -300,7 +315,7 @@ class _Blocks:
             n_iter = 0
         numerator, part = torch.empty_like(H), torch.empty_like(H)
         for _ in range(n_iter):
-            activation_sums = H.sum(2).unsqueeze(1).clamp_min_(_TINY)  # (B, 1, M)
+            activation_sums = H.sum(2).unsqueeze(1).clamp_min_(TINY)  # (B, 1, M)
             for i, block in enumerate(self.blocks):
                 V_block, W_block = V[:, block], W[:, block]
                 ratio = self.buffers[block.stop - block.start]
@@ -311,20 +326,20 @@ class _Blocks:
                 torch.bmm(W_block.mT, ratio, out=numerator if i == 0 else part)
                 if i:
                     numerator.add_(part)
-            H.mul_(numerator.div_(W.sum(1).unsqueeze(2).clamp_min_(_TINY)))
+            H.mul_(numerator.div_(W.sum(1).unsqueeze(2).clamp_min_(TINY)))
         return kl_divergence(V, W, H) if measure else torch.full(V.shape[:1], torch.nan, device=V.device)
 
 
 def _ratio(V: Tensor, W: Tensor, H: Tensor, *, out: Tensor) -> None:
     """`out ← V / (W H)`, with 0 where both are 0 and a finite value where only WH is."""
     torch.bmm(W, H, out=out)
-    torch.div(V, out.clamp_min_(_FLOOR), out=out)
+    torch.div(V, out.clamp_min_(FLOOR), out=out)
 
 
 def _normalise(W: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
     """Scale each basis to maximum one and its activations inversely; `WH` is unchanged."""
     peak = W.amax(-2, keepdim=True)
-    used = (peak > _TINY) & (H.amax(-1).unsqueeze(-2) > 0)
-    W = torch.where(used, W / peak.clamp_min(_TINY), 0.0)
+    used = (peak > TINY) & (H.amax(-1).unsqueeze(-2) > 0)
+    W = torch.where(used, W / peak.clamp_min(TINY), 0.0)
     H = torch.where(used.mT, H * peak.mT, 0.0)
     return W, H

@@ -31,13 +31,12 @@ import torch
 from torch import Tensor
 
 from avsep import nmf_code, nmf_cpu
-from avsep.nmf_code import FLUSH, TINY, Emitter, zeros
+from avsep.nmf_code import FLOOR, TINY, Emitter, zeros
 
 MAX_BASES = 31  # the 32nd is a constant that keeps WH above zero
 _TILE = 256  # numbers of 32 bits
 _BASES, _PANEL, _PANELS = 32, 32, 4  # of H; of W; how many of these share a block of H
 _SPARE = 7  # the register for operands that are used up at once
-_FLOOR = 1e-18  # of WH, where V's maximum is about one
 _TRUNCATED = 7e-6  # what cutting off loses on average
 _HIGH_HALF = 0xFFFF0000 - 2**32  # of 32 bits, signed
 _FIXED, _PER_PAIR, _PER_PANEL = 17 * _TILE, 12 * _TILE, 8 * _TILE  # scratch, see `_Updates._run`
@@ -110,7 +109,12 @@ def load() -> Kernel | None:
 
 
 def _permitted() -> bool:
-    """Ask Linux for the registers of the matrix units, for this process."""
+    """Ask Linux for the registers of the matrix units, for this whole process and those that it forks.
+
+    A signal's frame then has room for them, so no thread can set an alternate signal stack smaller than
+    `getauxval(AT_MINSIGSTKSZ)`, about 12 kB, any more (ENOMEM); Python's faulthandler sets a larger one. A thread
+    that has a smaller one already makes Linux refuse, and the vector units do the work.
+    """
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
@@ -144,7 +148,7 @@ class _Updates(Emitter):
 
     # ------------------------------------------------------------------ small pieces
 
-    def _index(self, index: Any, size: int) -> Any:
+    def _times(self, index: Any, size: int) -> Any:
         return self.b.mul(index, self.i64(size))
 
     def _tile(self, name: str, *arguments: Any) -> None:
@@ -223,32 +227,32 @@ class _Updates(Emitter):
         """Pack H into `H_rows` and `H_columns`, and sum it: `1 / (H 1)`."""
         f = self._function("prepare_activations", self.void, [self.pointer] * 5 + [self.i64])
         H, H_rows, H_columns, inverse_h, packed, n_pairs = f.args
-        frames, zero, constant = self._index(n_pairs, 32), self._splat(0.0), self._splat(_FLOOR**0.5)
+        frames, zero, constant = self._times(n_pairs, 32), self._splat(0.0), self._splat(FLOOR**0.5)
         with self._loop(n_pairs) as pair:
-            column = self._at(H, self._index(pair.index, 32))
-            rows = self._at(H_rows, self._index(pair.index, 4 * _TILE))
+            column = self._at(H, self._times(pair.index, 32))
+            rows = self._at(H_rows, self._times(pair.index, 4 * _TILE))
             with self._loop(self.i64(16)) as j:
                 upper = self._at(column, self.b.mul(j.index, frames))
                 lower = self._at(upper, self.b.mul(self.i64(16), frames))
-                place = self._at(rows, self._index(j.index, 16))
+                place = self._at(rows, self._times(j.index, 16))
                 is_last = self.b.icmp_unsigned("==", j.index, self.i64(15))
                 for block in range(2):
                     first, second = (self._load(x, 16 * block) for x in (upper, lower))
                     second = self.b.fadd(second, self.b.select(is_last, constant, zero))
                     self._store_packed(first, second, self._at(place, block * 2 * _TILE))
-            columns = self._at(H_columns, self._index(pair.index, 4 * _TILE))
+            columns = self._at(H_columns, self._times(pair.index, 4 * _TILE))
             with self._loop(self.i64(2)) as half:
-                place = self._at(columns, self._index(half.index, 2 * _TILE))
+                place = self._at(columns, self._times(half.index, 2 * _TILE))
                 with self._loop(self.i64(16)) as j:
-                    basis = self.b.add(self._index(half.index, 16), j.index)
+                    basis = self.b.add(self._times(half.index, 16), j.index)
                     row = self._at(column, self.b.mul(basis, frames))
-                    self._store_packed(self._load(row), self._load(row, 16), self._at(packed, self._index(j.index, 16)))
+                    self._store_packed(self._load(row), self._load(row, 16), self._at(packed, self._times(j.index, 16)))
                 for part in (0, _TILE):
                     self.b.call(self.transposed, [self._at(packed, part), self._at(place, part)])
         with self._loop(self.i64(_BASES)) as basis:
             row = self._at(H, self.b.mul(basis.index, frames))
-            with self._loop(self._index(n_pairs, 2), [zero]) as vector:
-                vector.next = [self.b.fadd(vector.values[0], self._load(self._at(row, self._index(vector.index, 16))))]
+            with self._loop(self._times(n_pairs, 2), [zero]) as vector:
+                vector.next = [self.b.fadd(vector.values[0], self._load(self._at(row, self._times(vector.index, 16))))]
             self.b.store(self._inverse(self._sum(vector.next[0])), self._at(inverse_h, basis.index), align=4)
         self.b.ret_void()
         return f
@@ -257,11 +261,11 @@ class _Updates(Emitter):
         """Pack a panel of W into `W_rows`."""
         f = self._function("pack_rows", self.void, [self.pointer] * 2)
         W, W_rows = f.args
-        constant = self.ir.Constant(self.vector, [0.0] * 15 + [_FLOOR**0.5])
+        constant = self.ir.Constant(self.vector, [0.0] * 15 + [FLOOR**0.5])
         with self._loop(self.i64(16)) as j:
             for half in range(2):
-                row = self._at(W, self._index(j.index, 32), half * 512)
-                place = self._at(W_rows, self._index(j.index, 16), half * 2 * _TILE)
+                row = self._at(W, self._times(j.index, 32), half * 512)
+                place = self._at(W_rows, self._times(j.index, 16), half * 2 * _TILE)
                 self._store_packed(self._load(row), self.b.fadd(self._load(row, 16), constant), place)
         self.b.ret_void()
         return f
@@ -272,9 +276,9 @@ class _Updates(Emitter):
         W, W_columns, sums, packed = f.args
         for half in range(2):
             with self._loop(self.i64(16), [self.ir.Constant(self.vector, None)]) as j:
-                upper = self._at(W, self._index(j.index, 32), half * 16)
+                upper = self._at(W, self._times(j.index, 32), half * 16)
                 first, second = self._load(upper), self._load(upper, 512)
-                self._store_packed(first, second, self._at(packed, self._index(j.index, 16)))
+                self._store_packed(first, second, self._at(packed, self._times(j.index, 16)))
                 j.next = [self.b.fadd(j.values[0], self.b.fadd(first, second))]
             total = self.b.fadd(self._load(sums, 16 * half), j.next[0])
             self._store(total, sums, 16 * half)
@@ -351,10 +355,10 @@ class _Updates(Emitter):
         f = self._function("bases", self.void, [self.pointer] * 7 + [self.i64])
         V, W_rows, H_rows, H_columns, products, ratios, out, n_pairs = f.args
         product_tile, high, low = 4, 5, 6
-        panel_size = self._index(n_pairs, 4 * _TILE)
+        panel_size = self._times(n_pairs, 4 * _TILE)
 
         def product(pair: Any, half: int) -> Steps:
-            w, h = self._at(W_rows, half * 2 * _TILE), self._at(H_rows, self._index(pair, 4 * _TILE))
+            w, h = self._at(W_rows, half * 2 * _TILE), self._at(H_rows, self._times(pair, 4 * _TILE))
             steps = self._loaded((high, low), w)
             for block in range(2):
                 steps += self._cleared(product_tile)
@@ -363,12 +367,12 @@ class _Updates(Emitter):
             return steps
 
         def quotients(pair: Any, half: int) -> Steps:
-            v = self._at(V, self._index(pair, 4 * _TILE), half * _TILE)
+            v = self._at(V, self._times(pair, 4 * _TILE), half * _TILE)
             wh, ratio = (self._at(x, half * 2 * _TILE) for x in (products, ratios))
             return self._quotients(v, self._at(v, 2 * _TILE), wh, ratio, ahead=panel_size)
 
         def sums(pair: Any, half: int) -> Steps:
-            r, h = self._at(ratios, half * 2 * _TILE), self._at(H_columns, self._index(pair, 4 * _TILE))
+            r, h = self._at(ratios, half * 2 * _TILE), self._at(H_columns, self._times(pair, 4 * _TILE))
             steps = self._loaded((high, low), r)
             for bases in range(2):
                 steps += self._multiply(2 * half + bases, (high, low), self._at(h, bases * 2 * _TILE))
@@ -398,7 +402,7 @@ class _Updates(Emitter):
         h, product_tile, r = (2, 3), 4, (5, 6)
 
         def product(block: Any, panel: int) -> Steps:
-            place = self._at(H_rows, self._index(block, 2 * _TILE))
+            place = self._at(H_rows, self._times(block, 2 * _TILE))
             steps = [] if panel else self._loaded(h, place)
             for half in range(2):
                 steps += self._cleared(product_tile)
@@ -407,13 +411,13 @@ class _Updates(Emitter):
             return steps
 
         def quotients(block: Any, panel: int) -> Steps:
-            v = self._at(V, self.b.mul(panel_size, self.i64(panel)), self._index(block, 2 * _TILE))
+            v = self._at(V, self.b.mul(panel_size, self.i64(panel)), self._times(block, 2 * _TILE))
             wh, ratio = (self._at(x, panel % 2 * 2 * _TILE) for x in (products, ratios))
             return self._quotients(v, self._at(v, _TILE), wh, ratio, total if measure else None)
 
         def sums(block: Any, panel: int) -> Steps:
             w, ratio = self._at(packs, panel * _PER_PANEL + 4 * _TILE), self._at(ratios, panel % 2 * 2 * _TILE)
-            place = self._at(numerators, self._index(block, 2 * _TILE))
+            place = self._at(numerators, self._times(block, 2 * _TILE))
             steps = [*([] if panel else self._loaded((0, 1), place)), *self._loaded(r, ratio)]
             for bases in range(2):
                 steps += self._multiply(bases, self._at(w, bases * 2 * _TILE), r)
@@ -446,9 +450,9 @@ class _Updates(Emitter):
         inverse = [self._load(inverse_h, 16 * half) for half in range(2)]
         with self._loop(self.i64(16)) as j:
             for half in range(2):
-                row = self._at(W, self._index(j.index, 32), half * 512)
+                row = self._at(W, self._times(j.index, 32), half * 512)
                 for bases in range(2):
-                    factor = self._load(self._at(out, self._index(j.index, 16)), (2 * half + bases) * _TILE)
+                    factor = self._load(self._at(out, self._times(j.index, 16)), (2 * half + bases) * _TILE)
                     old = self._load(row, 16 * bases)
                     self._store(self.b.fmul(old, self.b.fmul(factor, inverse[bases])), row, 16 * bases)
         self.b.ret_void()
@@ -459,13 +463,13 @@ class _Updates(Emitter):
         f = self._function("update_activations", self.void, [self.pointer] * 3 + [self.i64] * 2)
         H, numerators, sums, n_blocks, frames = f.args
         with self._loop(self.i64(2)) as half, self._loop(self.i64(16)) as j:
-            basis = self.b.add(self._index(half.index, 16), j.index)
+            basis = self.b.add(self._times(half.index, 16), j.index)
             inverse = self._splat(self._inverse(self.b.load(self._at(sums, basis), align=4, typ=self.float)))
             row = self._at(H, self.b.mul(basis, frames))
-            numerator = self._at(numerators, self._index(half.index, _TILE), self._index(j.index, 16))
+            numerator = self._at(numerators, self._times(half.index, _TILE), self._times(j.index, 16))
             with self._loop(n_blocks) as block:
-                place = self._at(row, self._index(block.index, 16))
-                factor = self._load(self._at(numerator, self._index(block.index, 2 * _TILE)))
+                place = self._at(row, self._times(block.index, 16))
+                factor = self._load(self._at(numerator, self._times(block.index, 2 * _TILE)))
                 self._store(self.b.fmul(self._load(place), self.b.fmul(factor, inverse)), place)
         self.b.ret_void()
         return f
@@ -475,20 +479,17 @@ class _Updates(Emitter):
         f = self._function("run", self.double, [self.pointer] * 5 + [self.i64] * 6, public=True)
         V, W, H, scratch, config, n_panels, n_pairs, n_blocks, n_iter, update_bases, measure = f.args
         b, zero, functions = self.b, self.ir.Constant(self.vector, None), self.functions
-        mode, saved = (b.alloca(self.i32) for _ in range(2))
-        self._call("llvm.x86.sse.stmxcsr", self.void, [saved])
-        b.store(b.or_(b.load(saved, typ=self.i32), self.i32(FLUSH)), mode)
-        self._call("llvm.x86.sse.ldmxcsr", self.void, [mode])
+        mode = self._flush()
         self._tile("ldtilecfg", config)
 
         products, ratios, out, packed, vectors = (self._at(scratch, 4 * _TILE * part) for part in range(5))
         sums, inverse_h, total = (self._at(vectors, offset) for offset in (0, 32, 64))
         H_rows = self._at(vectors, _TILE)
         H_columns, numerators = (self._at(H_rows, self.b.mul(n_pairs, self.i64(4 * k * _TILE))) for k in (1, 2))
-        packs = self._at(numerators, self._index(n_pairs, 4 * _TILE))
+        packs = self._at(numerators, self._times(n_pairs, 4 * _TILE))
         updating = b.icmp_unsigned("!=", update_bases, self.i64(0))
         super_size = b.select(updating, self.i64(0), self.i64(_PANELS * _PER_PANEL))  # one place for all, or one each
-        panel_size = self._index(n_pairs, 4 * _TILE)
+        panel_size = self._times(n_pairs, 4 * _TILE)
 
         def clear_sums() -> None:
             for half in range(2):
@@ -501,24 +502,24 @@ class _Updates(Emitter):
         clear_sums()
         with b.if_then(b.not_(updating)), self._loop(n_panels) as panel:
             pack(
-                self._at(W, self._index(panel.index, _PANEL * _BASES)),
-                self._at(packs, self._index(panel.index, _PER_PANEL)),
+                self._at(W, self._times(panel.index, _PANEL * _BASES)),
+                self._at(packs, self._times(panel.index, _PER_PANEL)),
             )
         with self._loop(n_iter, [self.double(0.0)]) as turn:
             last = b.icmp_unsigned("==", turn.index, b.sub(n_iter, self.i64(1)))
             watched = b.and_(last, b.icmp_unsigned("!=", measure, self.i64(0)))
             b.call(functions["h"], [H, H_rows, H_columns, inverse_h, packed, n_pairs])
-            with self._loop(self._index(n_pairs, 4 * _TILE // 16)) as vector:
-                self._store(zero, self._at(numerators, self._index(vector.index, 16)))
+            with self._loop(self._times(n_pairs, 4 * _TILE // 16)) as vector:
+                self._store(zero, self._at(numerators, self._times(vector.index, 16)))
             with b.if_then(updating):
                 clear_sums()
             with self._loop(b.udiv(n_panels, self.i64(_PANELS)), [self.double(0.0)]) as group:
-                v = self._at(V, self._index(b.mul(group.index, panel_size), _PANELS))
+                v = self._at(V, self._times(b.mul(group.index, panel_size), _PANELS))
                 place = self._at(packs, b.mul(group.index, super_size))
                 with b.if_then(updating), self._loop(self.i64(_PANELS)) as panel:
-                    number = b.add(self._index(group.index, _PANELS), panel.index)
-                    w = self._at(W, self._index(number, _PANEL * _BASES))
-                    rows = self._at(place, self._index(panel.index, _PER_PANEL))
+                    number = b.add(self._times(group.index, _PANELS), panel.index)
+                    w = self._at(W, self._times(number, _PANEL * _BASES))
+                    rows = self._at(place, self._times(panel.index, _PER_PANEL))
                     b.call(functions["rows"], [w, rows])
                     v_panel = self._at(v, b.mul(panel.index, panel_size))
                     b.call(functions["bases"], [v_panel, rows, H_rows, H_columns, products, ratios, out, n_pairs])
@@ -532,8 +533,8 @@ class _Updates(Emitter):
                     with otherwise:
                         b.call(functions["plain"], operands)
                 group.next = [b.fadd(group.values[0], b.fpext(self._sum(self._load(total)), self.double))]
-            b.call(functions["update_h"], [H, numerators, sums, self._index(n_pairs, 2), self._index(n_pairs, 32)])
+            b.call(functions["update_h"], [H, numerators, sums, self._times(n_pairs, 2), self._times(n_pairs, 32)])
             turn.next = [group.next[0]]
         self._tile("tilerelease")
-        self._call("llvm.x86.sse.ldmxcsr", self.void, [saved])
+        self._restore(mode)
         b.ret(turn.next[0])

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FLOOR = 1e-20  # of WH, as in avsep.nmf
-TINY = float(torch.finfo(torch.float32).tiny)
-FLUSH = 0x8040  # MXCSR bits: values below 1e-38 are zero, in and out; else each costs 100 cycles
+FLOOR = 1e-18  # of WH, where V's maximum is about one, inaudible: V/(WH) stays finite, and WH · WH above TINY
+TINY = float(torch.finfo(torch.float32).tiny)  # keeps 0/0 at 0
+_FLUSH = 0x8040  # MXCSR bits: values below 1e-38 are zero, in and out; else each costs 100 cycles
 
 
 @dataclass(frozen=True)
@@ -216,6 +216,17 @@ class Emitter:
         more, after = self.b.icmp_unsigned("<", following, count), self.b.append_basic_block()
         self.b.cbranch(more, body, after)
         self.b.position_at_end(after)
+
+    def _flush(self) -> Any:
+        """From here on take numbers below float32's normal ones for zero; return the old mode, for `_restore`."""
+        mode, saved = (self.b.alloca(self.i32) for _ in range(2))
+        self._call("llvm.x86.sse.stmxcsr", self.ir.VoidType(), [saved])
+        self.b.store(self.b.or_(self.b.load(saved, typ=self.i32), self.i32(_FLUSH)), mode)
+        self._call("llvm.x86.sse.ldmxcsr", self.ir.VoidType(), [mode])
+        return saved
+
+    def _restore(self, mode: Any) -> None:
+        self._call("llvm.x86.sse.ldmxcsr", self.ir.VoidType(), [mode])
 
     def _at(self, pointer: Any, *offset: Any) -> Any:
         for o in offset:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from avsep import nmf_code
-from avsep.nmf_code import FLOOR, FLUSH, TINY, Emitter, Instructions, zeros
+from avsep.nmf_code import FLOOR, TINY, Emitter, Instructions, zeros
 
 
 @dataclass(frozen=True)
@@ -255,10 +255,7 @@ class _Updates(Emitter):
         f = self._function("run", self.double, arguments, public=True)
         V_rows, V_columns, W, H, scratch, inverse_w, inverse_h, *rest = f.args
         f_vectors, f_tiles, n_vectors, n_tiles, n_bases, n_iter, update_bases, measure = rest
-        mode, saved = (self.b.alloca(self.i32) for _ in range(2))
-        self._call("llvm.x86.sse.stmxcsr", self.ir.VoidType(), [saved])
-        self.b.store(self.b.or_(self.b.load(saved, typ=self.i32), self.i32(FLUSH)), mode)
-        self._call("llvm.x86.sse.ldmxcsr", self.ir.VoidType(), [mode])
+        mode = self._flush()
         with self._loop(n_iter) as turn:
             with self.b.if_then(self.b.icmp_unsigned("!=", update_bases, self.i64(0))):
                 self.b.call(plain, [V_rows, W, H, scratch, inverse_h, inverse_w, f_vectors, n_tiles, n_bases])
@@ -276,5 +273,5 @@ class _Updates(Emitter):
             divergence = self.b.phi(self.double)
             for block, result in zip(blocks, results, strict=False):
                 divergence.add_incoming(result, block)
-        self._call("llvm.x86.sse.ldmxcsr", self.ir.VoidType(), [saved])
+        self._restore(mode)
         self.b.ret(divergence)

@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from avsep.nmf_code import FLOOR, TINY
+
 MAX_BASES = 128  # more don't fit into a block's registers
-_FLOOR, _TINY = 1e-20, 1.1754944e-38  # as in avsep.nmf
 
 
 @triton.jit
@@ -42,7 +43,7 @@ def iterate(V: Tensor, W: Tensor, H: Tensor, n_iter: int, *, update_bases: bool 
     """Run the updates in place on `(B, F, N)`, `(B, F, M)`, `(B, M, N)`, M at most `MAX_BASES`."""
     (n_clips, n_bins, n_frames), n_bases = V.shape, H.shape[1]
     size_m = max(16, triton.next_power_of_2(n_bases))
-    sizes = {"SIZE_X": 64, "SIZE_Y": 64 if size_m <= 64 else 32, "SIZE_M": size_m, "FLOOR": _FLOOR, "TINY": _TINY}
+    sizes = {"SIZE_X": 64, "SIZE_Y": 64 if size_m <= 64 else 32, "SIZE_M": size_m, "FLOOR": FLOOR, "TINY": TINY}
     V_t, W_t, H_t = V.mT, W.mT, H.mT
 
     def half(v: Tensor, x: Tensor, y: Tensor, n_x: int, n_y: int) -> None:

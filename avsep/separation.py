@@ -12,14 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from avsep import nmf
+from avsep import nmf, storage
 from avsep.context import pair_features
 from avsep.miml import basis_posteriors, energy_shares
 from avsep.model import Model, SeparationConfig
 from avsep.objects import object_index
 from avsep.stages import ExtractionConfig, Factors, factorize
 from avsep.stft import STFT
-from avsep.storage import AnyPath
 
 REST = "_rest"
 _FAINT = 1e-3  # of the loudest window: what a fainter one seems to hold doesn't count
@@ -125,7 +124,7 @@ class Separator:
             raise ValueError(f"bases are {self.config.bases!r}, and the model has no dictionary: run pipelines.collect")
 
     @classmethod
-    def load(cls, model_dir: AnyPath) -> Separator:
+    def load(cls, model_dir: storage.AnyPath) -> Separator:
         """Load the model directory that `pipelines.train` (and `collect`) wrote."""
         return cls(Model.load(model_dir))
 
@@ -208,6 +207,8 @@ class Separator:
 
     def _refit(self, V: Tensor, bases: Sequence[Tensor]) -> Tensor:
         """Hold stacked bases fixed, find their activations, and return each part's `W_j H_j`."""
+        if not any(W.shape[1] for W in bases):
+            return V.new_zeros(len(bases), *V.shape)
         H = nmf.infer_activations(V, torch.cat(list(bases), 1), n_iter=self.config.n_iter)
         parts = H.split([W.shape[1] for W in bases])
         return torch.stack([W @ h for W, h in zip(bases, parts, strict=True)])
@@ -269,14 +270,7 @@ class Separator:
             raise ValueError(f"objects are {names!r}; give a list of names")
         if len(set(names)) != len(names):
             raise ValueError(f"objects are {', '.join(names)}; name each once")
-        return [self._index(name) for name in names]
-
-    def _index(self, name: str) -> int:
-        try:
-            return self.model.config.objects.index(name)
-        except ValueError:
-            object_index(name)  # raises for a name that no model knows
-            raise ValueError(f"the model doesn't know {name!r}, only {', '.join(self.model.config.objects)}") from None
+        return [object_index(name) for name in names]
 
 
 class Plan:
@@ -343,11 +337,12 @@ class Plan:
 
     def _store(self, window: Window) -> None:
         scale = float(window.factors.H.max()) or 1.0
-        np.save(self._file, window.factors.W.numpy().astype(np.float16))
-        np.save(self._file, (window.factors.H / scale).numpy().astype(np.float16))
-        np.save(self._file, window.relation.numpy())
-        np.save(self._file, window.sound_scores.numpy())
-        np.save(self._file, np.float64(scale))
+        W, H = (x.numpy().astype(np.float16) for x in (window.factors.W, window.factors.H / scale))
+        try:
+            for x in (W, H, window.relation.numpy(), window.sound_scores.numpy(), np.float64(scale)):
+                np.save(self._file, x)
+        except OSError as error:
+            raise storage.full_disk(error, tempfile.gettempdir(), storage.TEMPORARY_REMEDY) from None
 
     def _stored(self) -> Window:
         W, H, relation, scores, scale = (torch.from_numpy(np.asarray(np.load(self._file))) for _ in range(5))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import re
 import secrets
+import shutil
 import socket
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
 
 import fsspec
 import pyarrow as pa
@@ -21,6 +22,8 @@ import pyarrow.fs as pafs
 AnyPath = str | os.PathLike[str]  # a local path; URIs are str
 
 ABANDONED_S = 3600.0  # a file that was begun this long ago has no writer any more
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a quota, a file
+TEMPORARY_REMEDY = "make room there, or let TMPDIR name a folder that has some"
 S3_ATTEMPTS = 8  # at a request that is refused, cut off or unanswered: half a minute and more
 _S3_CONNECT_S, _S3_SILENCE_S = 10.0, 30.0
 _OPTION = re.compile(r"[?&](access_key|secret_key|session_token|endpoint_override|region|scheme)=")
@@ -198,7 +201,7 @@ def write_bytes(path: str, data: bytes | memoryview | pa.Buffer, *, exclusive: b
     """Write a whole file atomically: readers see all of it or nothing.
 
     Locally a temporary file is flushed to disk and renamed; on an object store it is one PUT, or
-    an upload in parts, which nobody sees until it is complete.
+    an upload in parts, which nobody sees until it is complete. OSError names the path where its disk is full.
     With `exclusive`, an existing file wins: nothing is written and False comes back (object
     stores offer no such test here: the last writer wins there).
     """
@@ -213,7 +216,7 @@ def write_bytes(path: str, data: bytes | memoryview | pa.Buffer, *, exclusive: b
     os.makedirs(os.path.dirname(inner), exist_ok=True)
     temporary = f"{inner}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
     try:
-        with open(temporary, "wb") as f:
+        with _naming(path, "make room there, or write elsewhere"), open(temporary, "wb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
@@ -228,6 +231,23 @@ def write_bytes(path: str, data: bytes | memoryview | pa.Buffer, *, exclusive: b
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def _naming(path: AnyPath, remedy: str) -> Iterator[None]:
+    """Give the error of a full disk, which knows no path, the path and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise full_disk(error, path, remedy) from None
+
+
+def full_disk(error: OSError, path: AnyPath, remedy: str) -> OSError:
+    """Return what tells that there is no room at `path`; an error without a number, as numpy's are, means ENOSPC."""
+    number = error.errno or errno.ENOSPC
+    return OSError(number, f"{os.strerror(number)}; {remedy}", os.fspath(path))
 
 
 def sweep(path: str, *, recursive: bool = False, older_s: float = ABANDONED_S) -> list[str]:
@@ -274,16 +294,11 @@ def local_file(path: str) -> Iterator[Path]:
     if isinstance(fs, pafs.LocalFileSystem):
         yield Path(inner)
         return
-    with tempfile.NamedTemporaryFile(suffix=Path(inner).suffix) as copy:
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, f"copy{Path(inner).suffix}")
         try:
-            with fs.open_input_stream(inner) as stream:
-                _copy(stream, copy)
+            with _naming(copy, TEMPORARY_REMEDY), fs.open_input_stream(inner) as stream, copy.open("wb") as target:
+                shutil.copyfileobj(stream, target, 1 << 20)
         except FileNotFoundError:
             raise FileNotFoundError(f"{path} doesn't exist; check the path") from None
-        copy.flush()
-        yield Path(copy.name)
-
-
-def _copy(source: Any, target: IO[bytes], chunk: int = 1 << 20) -> None:
-    while data := source.read(chunk):
-        target.write(data)
+        yield copy

@@ -21,6 +21,7 @@ _MAX_FIELDS = 32
 _MAX_FIELD_BYTES = 8192
 _MAX_REDIRECTS = 3
 _CHUNK_BYTES = 1 << 18
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # as 6to4's, they lead to the IPv4 address within
 _SILENCE_S = 20.0  # of a server, before it is given up
 
 
@@ -141,8 +142,8 @@ def public_addresses(host: str, port: int) -> list[tuple[Any, ...]]:
         raise BadUpload(422, "the URL's host has no address") from None
     for *_, address in found:
         ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
-        if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped:
-            ip = ip.ipv4_mapped
+        if isinstance(ip, ipaddress.IPv6Address):
+            ip = ip.ipv4_mapped or ip.sixtofour or (ipaddress.IPv4Address(int(ip) % 2**32) if ip in _NAT64 else ip)
         if not ip.is_global or ip.is_multicast:
             raise BadUpload(422, "the URL's host is not a public address")
     return found

@@ -77,16 +77,17 @@ class VideoSeparator:
 
     @cached_property
     def labeller(self) -> ImageLabeller | str:
-        """The picture network, or why there is none; a mistake in the `weights` given raises LabellerUnavailable."""
+        """The picture network, or why there is none; weights that are there and unusable raise LabellerUnavailable."""
         config = self.separator.model.config.labeller
         if self.weights is not None:
             return ImageLabeller.load(config.architecture, self.weights, self.device)
         own = storage.join(self.model_dir, LABELLER_FILE)
+        has_own = storage.exists(own)
         try:
-            with contextlib.ExitStack() as stack:
-                path = stack.enter_context(storage.local_file(own)) if storage.exists(own) else None
-                labeller = ImageLabeller.load(config.architecture, path, self.device)
+            labeller = ImageLabeller.load(config.architecture, own if has_own else None, self.device)
         except LabellerUnavailable as error:
+            if has_own:
+                raise
             return str(error)
         if config.sha256 not in (None, labeller.sha256):
             return (

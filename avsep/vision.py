@@ -75,17 +75,17 @@ class ImageLabeller:
             with storage.local_file(str(weights)) as path:
                 return cls._load_file(architecture, str(weights), path, device)
         except (OSError, ValueError) as error:
-            raise LabellerUnavailable(f"--weights {weights} can't be read: {error}") from None
+            raise LabellerUnavailable(f"weights {weights} can't be read: {error}") from None
 
     @classmethod
     def _load_file(cls, architecture: str, weights: str, path: Path, device: str) -> ImageLabeller:
         if not path.is_file():
-            raise LabellerUnavailable(f"--weights {weights}: no such file; give a .pth or .safetensors file")
+            raise LabellerUnavailable(f"weights {weights}: no such file; give a .pth or .safetensors file")
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         expected = re.search(r"-([0-9a-f]{8,64})$", storage.name(weights).rsplit(".", 1)[0])
         if expected and not sha256.startswith(expected[1]):
             raise LabellerUnavailable(
-                f"--weights {weights}: its SHA-256 starts with {sha256[:8]}, its name says {expected[1]}; "
+                f"weights {weights}: its SHA-256 starts with {sha256[:8]}, its name says {expected[1]}; "
                 "download the file again"
             )
         classes: tuple[int, ...] | None = None
@@ -102,7 +102,9 @@ class ImageLabeller:
             network.load_state_dict(state)
         except Exception as error:
             reason = str(error).split("\n")[0] if isinstance(error, RuntimeError) else "it is no weights file"
-            raise LabellerUnavailable(f"--weights {weights} doesn't fit {architecture}: {reason}") from None
+            raise LabellerUnavailable(f"weights {weights} doesn't fit {architecture}: {reason}") from None
+        if not all(x.isfinite().all() for x in network.state_dict().values()):
+            raise LabellerUnavailable(f"weights {weights} holds NaN or infinity; copy the file again")
         return cls(architecture, network.eval().to(device), sha256, classes, device)
 
     @classmethod

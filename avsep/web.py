@@ -14,7 +14,7 @@ import secrets
 import shutil
 import time
 import zipfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from avsep import jobs
 from avsep.jobs import TRACKS, ServiceConfig, as_failure
-from avsep.objects import OBJECTS
+from avsep.objects import OBJECT_NAMES, OBJECTS
 from avsep.results import UPLOAD, NoSuchJob, StoreFull
 from avsep.separation import REST
 from avsep.uploads import BadUpload, receive_multipart
@@ -239,6 +239,13 @@ def _problems(*codes: int) -> dict[int | str, dict[str, Any]]:
     return {
         code: {"description": http.HTTPStatus(code).phrase, "content": {_PROBLEM: {"schema": _PROBLEM_SCHEMA}}}
         for code in codes
+    }
+
+
+def _file(kinds: Iterable[str], *codes: int) -> dict[int | str, dict[str, Any]]:
+    return {
+        200: {"content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in kinds}},
+        **_problems(*codes),
     }
 
 
@@ -455,10 +462,9 @@ def parse_options(fields: dict[str, list[str]], config: ServiceConfig, has_file:
     if "objects" in fields:
         names = [n.strip() for value in fields["objects"] for n in value.split(",")]
         options["objects"] = list(dict.fromkeys(n for n in names if n))
-        objects = jobs.model_card(config.model)["objects"]
         for name in options["objects"]:
-            if name not in objects:
-                raise Problem(422, f"unknown object {name[:40]!r}; the objects are {', '.join(objects)}")
+            if name not in OBJECT_NAMES:
+                raise Problem(422, f"unknown object {name[:40]!r}; the objects are {', '.join(OBJECT_NAMES)}")
         if not options["objects"]:
             raise Problem(422, "'objects' names none; leave it out to have them found")
     bases = fields.get("bases", [""])[0]
@@ -503,13 +509,16 @@ def _flac(path: Path) -> Path:
     flac = path.with_suffix(".flac")
     if not flac.exists():
         part = flac.with_suffix(f".{secrets.token_hex(4)}.part")  # others may be asking for it too
-        with (
-            soundfile.SoundFile(path) as source,
-            soundfile.SoundFile(part, "w", source.samplerate, 1, subtype="PCM_24", format="FLAC") as target,
-        ):
-            for block in source.blocks(_FILE_CHUNK, dtype="float32"):
-                target.write(block)
-        part.replace(flac)
+        try:
+            with (
+                soundfile.SoundFile(path) as source,
+                soundfile.SoundFile(part, "w", source.samplerate, 1, subtype="PCM_24", format="FLAC") as target,
+            ):
+                for block in source.blocks(_FILE_CHUNK, dtype="float32"):
+                    target.write(block)
+            part.replace(flac)
+        finally:
+            part.unlink(missing_ok=True)
     return flac
 
 
@@ -700,16 +709,10 @@ def make_app(service: Service) -> FastAPI:
         named = {"Content-Disposition": f'attachment; filename="separation-{job_id[:8]}.zip"'}
         return StreamingResponse(_zip(files), status, {**headers, **named}, "application/zip")
 
-    binary = {200: {"description": "the file"}, **_problems(404, 409)}
-
     @app.get(
         "/v1/separations/{job_id}/tracks/{track}.{kind}",
         response_class=Response,
-        responses={
-            **binary,
-            200: {"content": {k: {"schema": {"type": "string", "format": "binary"}} for k in _AUDIO.values()}},
-            **_problems(416),
-        },
+        responses=_file(_AUDIO.values(), 404, 409, 416),
         summary="One sound: an object's, _rest or _mixture",
     )
     async def track(job_id: str, track: str, kind: str) -> Response:
@@ -733,7 +736,7 @@ def make_app(service: Service) -> FastAPI:
         folder, _ = finished(job_id)
         return JSONResponse(await of(job_id, jobs.relation, folder))
 
-    png = {200: {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}}, **_problems(404, 409)}
+    png = _file(["image/png"], 404, 409)
 
     @app.get(
         "/v1/separations/{job_id}/relation.png", response_class=Response, responses=png,
@@ -756,10 +759,7 @@ def make_app(service: Service) -> FastAPI:
     @app.get(
         "/v1/separations/{job_id}/bases/{basis}.wav",
         response_class=Response,
-        responses={
-            200: {"content": {"audio/wav": {"schema": {"type": "string", "format": "binary"}}}},
-            **_problems(404, 409, 422),
-        },
+        responses=_file(["audio/wav"], 404, 409, 422),
         summary="One basis alone, in the first window",
     )
     async def basis(job_id: str, basis: int) -> Response:
@@ -775,22 +775,15 @@ def make_app(service: Service) -> FastAPI:
     @app.get(
         "/v1/separations/{job_id}/archive.zip",
         response_class=Response,
-        responses={
-            200: {"content": {"application/zip": {"schema": {"type": "string", "format": "binary"}}}},
-            **_problems(404, 409),
-        },
+        responses=_file(["application/zip"], 404, 409),
         summary="Everything in one file",
     )
     async def archive(job_id: str) -> Response:
         return await archived(job_id, 200, {})
 
-    @app.get("/v1/objects", response_model=list[ObjectInfo], summary="The objects that the model knows")
+    @app.get("/v1/objects", response_model=list[ObjectInfo], summary="The objects that it knows")
     async def objects() -> Any:
-        known = {o.name: o for o in OBJECTS}
-        return [
-            ObjectInfo(name=n, imagenet=list(known[n].imagenet), audioset=known[n].mid)
-            for n in jobs.model_card(config.model)["objects"]
-        ]
+        return [ObjectInfo(name=o.name, imagenet=list(o.imagenet), audioset=o.mid) for o in OBJECTS]
 
     @app.get("/v1/model", response_model=ModelInfo, summary="The model in use")
     async def model() -> Any:

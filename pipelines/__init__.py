@@ -1,1 +1,16 @@
 """Programs that one runs or submits: each reads files, maps a function of avsep over them, writes files."""
+
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+
+RECIPES = ("default", "paper", "audioset")  # their names; recipes.py has them
+
+
+def arguments_of(program: str, description: str | None, epilog: str, *, abbreviations: bool = True) -> ArgumentParser:
+    """Begin a program's parser; without abbreviations what it doesn't know can go to another."""
+    return ArgumentParser(
+        f"pipelines.{program}",
+        description=description,
+        epilog=epilog,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=abbreviations,
+    )

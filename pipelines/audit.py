@@ -14,22 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from avsep import audit, lock, plots, shards, storage
-from avsep.audit import FACTS_SCHEMA, Report
-from avsep.objects import OBJECT_NAMES
-from avsep.shards import DataFile
-from pipelines import execution
-from pipelines.execution import complain, fail, say
-
-logging.disable(logging.WARNING)  # beam warns of cloud clients that nobody asked for
-import apache_beam as beam  # noqa: E402
-from apache_beam.pvalue import AsSingleton, TaggedOutput  # noqa: E402
-
-logging.disable(logging.NOTSET)
+from pipelines import arguments_of
 
 EPILOG = """\
 examples:
@@ -44,16 +29,31 @@ exit status: 0 all is whole; 1 something is damaged, and is named; 2 unusable ar
 
 def parser() -> argparse.ArgumentParser:
     """Describe the command."""
-    p = argparse.ArgumentParser(
-        "pipelines.audit",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    p = arguments_of("audit", __doc__, EPILOG, abbreviations=False)
     p.add_argument("--clips", required=True, metavar="DIR", help="the folder or URI that extraction wrote")
     p.add_argument("--out", required=True, metavar="DIR", help="where the data card goes")
     return p
+
+
+if __name__ == "__main__":
+    parser().parse_known_args()  # help and mistakes at once: what follows takes seconds
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from avsep import audit, lock, plots, shards, storage
+from avsep.audit import FACTS_SCHEMA, Report
+from avsep.objects import OBJECT_NAMES
+from avsep.shards import DataFile
+from pipelines import execution
+from pipelines.execution import complain, fail, say
+
+logging.disable(logging.WARNING)  # beam warns of cloud clients that nobody asked for
+import apache_beam as beam
+from apache_beam.pvalue import AsSingleton, TaggedOutput
+
+logging.disable(logging.NOTSET)
 
 
 Work = tuple[str, DataFile, str, frozenset[str]]  # kind, file, digest, ids of rejections that stand

@@ -7,13 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from avsep import shards
-from avsep.bags import decide_labels
-from avsep.dictionary import BasisDictionary, Candidate, candidate_bases
-from avsep.model import Model
-from avsep.records import clips_from_table
-from pipelines import execution
-from pipelines.execution import fail, say
+from pipelines import arguments_of
 
 EXAMPLES = """examples:
   python -m pipelines.collect --model out/run/model --clips out/clips
@@ -22,16 +16,23 @@ EXAMPLES = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """Describe the command."""
-    p = argparse.ArgumentParser(
-        "pipelines.collect",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = arguments_of("collect", __doc__, EXAMPLES)
     p.add_argument("--model", required=True, help="the model folder that pipelines.train wrote")
     p.add_argument("--clips", required=True, help="the clips it was trained on")
     p.add_argument("--in-process", action="store_true", help="a plain loop without Ray")
     return p
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # help and mistakes at once: what follows takes seconds
+
+from avsep import shards
+from avsep.bags import decide_labels
+from avsep.dictionary import BasisDictionary, Candidate, candidate_bases
+from avsep.model import Model
+from avsep.records import clips_from_table
+from pipelines import execution
+from pipelines.execution import fail, say
 
 
 def candidates_of_file(model_dir: str, path: str) -> list[Candidate]:

@@ -16,6 +16,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelines import arguments_of
+
+EXAMPLES = """examples:
+  python -m pipelines.demo
+  python -m pipelines.demo --out out/quick --clips 40
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the command."""
+    p = arguments_of("demo", __doc__, EXAMPLES)
+    p.add_argument("--out", default="out/demo", help="folder of everything that the demo makes")
+    p.add_argument("--clips", type=int, default=120, help="how many clips of ten seconds to render")
+    return p
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # help and mistakes at once: what follows takes seconds
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -29,10 +48,6 @@ from avsep.separation import Separator
 from pipelines import collect, evaluate, execution, extract, manifest, train
 from pipelines.execution import fail, say
 
-EXAMPLES = """examples:
-  python -m pipelines.demo
-  python -m pipelines.demo --out out/quick --clips 40
-"""
 SEED = 1
 _LEAST_CLIPS = 8
 _MARKER = ".avsep-demo"
@@ -41,19 +56,6 @@ _EMPTY_SCENE = 819  # ImageNet's "stage": what the picture network answers when 
 _PICTURES_A_CLASS, _HELD_OUT = 85, 10
 _PAPER_EPOCHS = 20
 _SHOWN = 3  # test clips in the report
-
-
-def parser() -> argparse.ArgumentParser:
-    """Describe the command."""
-    p = argparse.ArgumentParser(
-        "pipelines.demo",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("--out", default="out/demo", help="folder of everything that the demo makes")
-    p.add_argument("--clips", type=int, default=120, help="how many clips of ten seconds to render")
-    return p
 
 
 def render(folder: str, split: str, number: int, n_objects: int | None) -> Segment:

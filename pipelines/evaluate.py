@@ -17,6 +17,46 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines import arguments_of
+
+EXAMPLES = """examples:
+  python -m pipelines.evaluate --model out/run/model --segments clips/segments.csv --references clips/references \\
+      --out out/results
+  python -m pipelines.evaluate --model out/run/model --paper-model out/paper/model --segments out/manifest \\
+      --references clips/references --out out/results --given labels
+  python -m pipelines.evaluate --model out/run/model --segments out/manifest --references clips/references \\
+      --out out/pairs --protocol pairs
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the command."""
+    p = arguments_of("evaluate", __doc__, EXAMPLES)
+    p.add_argument("--model", required=True, help="the model folder")
+    p.add_argument("--paper-model", help="a model trained with --recipe paper, as a row beside it")
+    p.add_argument("--segments", required=True, help="a table, or a manifest's folder")
+    p.add_argument("--references", required=True, help="folder of SEGMENT_ID/OBJECT.flac (or .wav) and _rest")
+    p.add_argument("--out", required=True, help="folder of results.json and report.html")
+    p.add_argument("--split", default="test", help="train, val or test")
+    p.add_argument(
+        "--given",
+        choices=("objects", "labels", "none"),
+        default="objects",
+        help="what the separator is told is there: the true objects, the table's labels, or nothing",
+    )
+    p.add_argument(
+        "--protocol",
+        choices=("mixtures", "pairs", "denoising"),
+        default="mixtures",
+        help="the clips as they are, all pairs of single-source clips, or those with noise at 0 dB",
+    )
+    p.add_argument("--in-process", action="store_true", help="a plain loop without Ray")
+    return p
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # help and mistakes at once: what follows takes seconds
+
 import numpy as np
 
 from avsep import baselines, plots, stages, storage
@@ -40,47 +80,9 @@ from avsep.separation import Separator
 from pipelines import execution
 from pipelines.execution import fail, say
 
-EXAMPLES = """examples:
-  python -m pipelines.evaluate --model out/run/model --segments clips/segments.csv --references clips/references \\
-      --out out/results
-  python -m pipelines.evaluate --model out/run/model --paper-model out/paper/model --segments out/manifest \\
-      --references clips/references --out out/results --given labels
-  python -m pipelines.evaluate --model out/run/model --segments out/manifest --references clips/references \\
-      --out out/pairs --protocol pairs
-"""
 BOUNDS = ("mixture", "oracle_assignment", "ideal_mask")
 _WORST = 10
 _MOST_PAIRS = 200
-
-
-def parser() -> argparse.ArgumentParser:
-    """Describe the command."""
-    p = argparse.ArgumentParser(
-        "pipelines.evaluate",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("--model", required=True, help="the model folder")
-    p.add_argument("--paper-model", help="a model trained with --recipe paper, as a row beside it")
-    p.add_argument("--segments", required=True, help="a table, or a manifest's folder")
-    p.add_argument("--references", required=True, help="folder of SEGMENT_ID/OBJECT.flac (or .wav) and _rest")
-    p.add_argument("--out", required=True, help="folder of results.json and report.html")
-    p.add_argument("--split", default="test", help="train, val or test")
-    p.add_argument(
-        "--given",
-        choices=("objects", "labels", "none"),
-        default="objects",
-        help="what the separator is told is there: the true objects, the table's labels, or nothing",
-    )
-    p.add_argument(
-        "--protocol",
-        choices=("mixtures", "pairs", "denoising"),
-        default="mixtures",
-        help="the clips as they are, all pairs of single-source clips, or those with noise at 0 dB",
-    )
-    p.add_argument("--in-process", action="store_true", help="a plain loop without Ray")
-    return p
 
 
 @dataclass(frozen=True)
@@ -237,8 +239,10 @@ def run(arguments: argparse.Namespace) -> int:
         if untold == len(segments):
             fail(f"--given labels: {arguments.segments} gives none; add a column `labels`, or say --given none")
         say(f"evaluate: {untold} of {len(segments)} clips have no labels: of them the separators are told nothing")
-    for model in filter(None, (arguments.model, arguments.paper_model)):
-        Separator.load(model)  # a mistake is told before the work begins
+    models = [m for m in (arguments.model, arguments.paper_model) if m]
+    rates = [Separator.load(m).stft.sample_rate for m in models]  # a mistake is told before the work begins
+    if rates[0] != rates[-1]:
+        fail(f"--paper-model {models[-1]} works at {rates[-1]} Hz and --model at {rates[0]} Hz; give two of one rate")
     storage.make_directory(out)
     job = Job(arguments.model, arguments.paper_model, arguments.references, arguments.given, protocol)
     with execution.session(arguments.in_process) as runner:

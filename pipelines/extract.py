@@ -21,15 +21,7 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
-
-from avsep import fetch, lock, shards, stages, storage
-from avsep.egress import EgressBudget, IdentityStatus, Lease, identities
-from avsep.model import LABELLER_FILE
-from avsep.records import ClipError, ClipRecord, Reason, Rejection, Segment, read_segments
-from avsep.vision import ImageLabeller, LabellerUnavailable
-from pipelines import execution, recipes
-from pipelines.execution import fail, say
+from pipelines import RECIPES, arguments_of
 
 EXAMPLES = """examples:
   python -m pipelines.extract --segments out/manifest --out out/clips
@@ -41,30 +33,12 @@ EXAMPLES = """examples:
 """
 
 
-FETCH_LOCK = "fetch.lock"  # in a media store, and in --out, while a run downloads
-EGRESS_FILE = "egress.json"  # in a media store: what each identity has spent
-_ASK_EVERY_S = 30.0
-_SAVE_EVERY_S = 5.0
-_FOLLOW_S = 20.0  # between looks at what another run has downloaded
-_SECONDS_A_CLIP, _SECONDS_OF_PICTURES = 1.2, 2.2  # of one worker without GPU, until it is measured
-_MEDIA_BYTES = 1_000_000  # an excerpt of 10 s
-_FRAMES_A_CLIP = 201
-_ACTORS_A_GPU = 2  # one moves data while the other computes
-_LEAST_CPU = 0.5  # that a task claims, however long it waits for a GPU: its process takes 0.8 GB
-_OUTDATED_IN_A_ROW = 20  # downloads that fail as if yt-dlp no longer understood YouTube
-
-
 def parser() -> argparse.ArgumentParser:
     """Describe the command."""
-    p = argparse.ArgumentParser(
-        "pipelines.extract",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = arguments_of("extract", __doc__, EXAMPLES)
     p.add_argument("--segments", required=True, help="a manifest's folder, or a table")
     p.add_argument("--out", required=True, help="folder or URI of the clip shards")
-    p.add_argument("--recipe", default="default", help="one of " + ", ".join(recipes.RECIPES))
+    p.add_argument("--recipe", default="default", choices=RECIPES, help="a run configuration")
     p.add_argument("--weights", help="weights of the picture network, a .pth or .safetensors file")
     p.add_argument("--media", metavar="URI", help="where downloads are kept, and files that you have are looked for")
     p.add_argument("--until", choices=["fetch"], help="only fill --media; extraction can follow")
@@ -83,6 +57,32 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     return p
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # help and mistakes at once: what follows takes seconds
+
+import torch
+
+from avsep import fetch, lock, shards, stages, storage
+from avsep.egress import EgressBudget, IdentityStatus, Lease, identities
+from avsep.model import LABELLER_FILE
+from avsep.records import ClipError, ClipRecord, Reason, Rejection, Segment, read_segments
+from avsep.vision import ImageLabeller, LabellerUnavailable
+from pipelines import execution, recipes
+from pipelines.execution import fail, say
+
+FETCH_LOCK = "fetch.lock"  # in a media store, and in --out, while a run downloads
+EGRESS_FILE = "egress.json"  # in a media store: what each identity has spent
+_ASK_EVERY_S = 30.0
+_SAVE_EVERY_S = 5.0
+_FOLLOW_S = 20.0  # between looks at what another run has downloaded
+_SECONDS_A_CLIP, _SECONDS_OF_PICTURES = 1.2, 2.2  # of one worker without GPU, until it is measured
+_MEDIA_BYTES = 1_000_000  # an excerpt of 10 s
+_FRAMES_A_CLIP = 201
+_ACTORS_A_GPU = 2  # one moves data while the other computes
+_LEAST_CPU = 0.5  # that a task claims, however long it waits for a GPU: its process takes 0.8 GB
+_OUTDATED_IN_A_ROW = 20  # downloads that fail as if yt-dlp no longer understood YouTube
 
 
 Process = Callable[

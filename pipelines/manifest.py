@@ -20,6 +20,43 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pipelines import arguments_of
+
+EPILOG = """\
+examples:
+  a table of one's own, with columns segment_id, source and any of start_s, end_s, split, objects, labels:
+    python -m pipelines.manifest --table clips.csv --out out/manifest
+  AudioSet (files with 'eval' in their name become split test, 4 % of the others val):
+    python -m pipelines.manifest --audioset balanced_train_segments.csv unbalanced_train_segments.csv \\
+        eval_segments.csv --ontology ontology.json --out out/manifest
+  the same on a cluster (other options go to Beam):
+    python -m pipelines.manifest --audioset gs://B/eval_segments.csv --ontology gs://B/ontology.json \\
+        --out gs://B/manifest --runner FlinkRunner --flink_master HOST:8081
+
+DIR gets segments.parquet (several files beyond half a million segments), statistics.json (written
+last) and dead_letters.jsonl: rows that can't be used, with file, line, reason and text.
+
+exit status: 0 done; 1 done, but rows of one's own table are among the dead letters, or none of AudioSet's
+is left; 2 unusable arguments or input, such as a table without a usable row."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the command."""
+    p = arguments_of(
+        "manifest", "Write the manifest: the segments that extraction is to process.", EPILOG, abbreviations=False
+    )
+    sources = p.add_mutually_exclusive_group(required=True)
+    sources.add_argument("--table", metavar="CSV_OR_PARQUET", help="a table of media files")
+    sources.add_argument("--audioset", nargs="+", metavar="CSV", help="AudioSet's segment files")
+    p.add_argument("--ontology", metavar="JSON", help="AudioSet's ontology.json")
+    p.add_argument("--own-node-only", action="store_true", help="don't count the ontology's descendants")
+    p.add_argument("--out", required=True, metavar="DIR", help="where to write; a manifest there is replaced")
+    return p
+
+
+if __name__ == "__main__":
+    parser().parse_known_args()  # help and mistakes at once: what follows takes seconds
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -41,8 +78,8 @@ from pipelines import execution
 from pipelines.execution import complain, say
 
 logging.disable(logging.WARNING)  # beam warns of cloud clients that nobody asked for
-import apache_beam as beam  # noqa: E402
-from apache_beam.pvalue import AsSingleton, TaggedOutput  # noqa: E402
+import apache_beam as beam
+from apache_beam.pvalue import AsSingleton, TaggedOutput
 
 logging.disable(logging.NOTSET)
 
@@ -52,23 +89,6 @@ SHARD_ROWS = 500_000  # about 40 MB in memory
 ROW_GROUP_ROWS = 50_000
 SAMPLE_PERCENT = 2.0  # of the ids, to find the ranges of several shards
 STAGING = "_manifest_in_progress"
-
-EPILOG = """\
-examples:
-  a table of one's own, with columns segment_id, source and any of start_s, end_s, split, objects, labels:
-    python -m pipelines.manifest --table clips.csv --out out/manifest
-  AudioSet (files with 'eval' in their name become split test, 4 % of the others val):
-    python -m pipelines.manifest --audioset balanced_train_segments.csv unbalanced_train_segments.csv \\
-        eval_segments.csv --ontology ontology.json --out out/manifest
-  the same on a cluster (other options go to Beam):
-    python -m pipelines.manifest --audioset gs://B/eval_segments.csv --ontology gs://B/ontology.json \\
-        --out gs://B/manifest --runner FlinkRunner --flink_master HOST:8081
-
-DIR gets segments.parquet (several files beyond half a million segments), statistics.json (written
-last) and dead_letters.jsonl: rows that can't be used, with file, line, reason and text.
-
-exit status: 0 done; 1 done, but rows of one's own table are among the dead letters, or none of AudioSet's
-is left; 2 unusable arguments or input, such as a table without a usable row."""
 
 
 @dataclass(frozen=True)
@@ -470,24 +490,6 @@ def report_lines(statistics: dict[str, Any], out: str, segments: list[str]) -> l
     lines += [line.replace("\N{NO-BREAK SPACE}", " ") for line in wrapped]
     files = segments[0] if len(segments) == 1 else f"{segments[0]} … {segments[-1]}"
     return [*lines, f"written: {storage.join(out, files)}, statistics.json"]
-
-
-def parser() -> argparse.ArgumentParser:
-    """Describe the command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m pipelines.manifest",
-        description="Write the manifest: the segments that extraction is to process.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    sources = p.add_mutually_exclusive_group(required=True)
-    sources.add_argument("--table", metavar="CSV_OR_PARQUET", help="a table of media files")
-    sources.add_argument("--audioset", nargs="+", metavar="CSV", help="AudioSet's segment files")
-    p.add_argument("--ontology", metavar="JSON", help="AudioSet's ontology.json")
-    p.add_argument("--own-node-only", action="store_true", help="don't count the ontology's descendants")
-    p.add_argument("--out", required=True, metavar="DIR", help="where to write; a manifest there is replaced")
-    return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:

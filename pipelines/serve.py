@@ -24,19 +24,35 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from avsep import jobs, stages
-from avsep.jobs import HotModel, JobWorker, ServiceConfig
-from pipelines import execution
-from pipelines.execution import fail, say
+from pipelines import arguments_of
 
 EXAMPLES = """examples:
   python -m pipelines.serve --model out/demo/model
   AVSEP_SERVE_HOST=0.0.0.0 AVSEP_SERVE_TOKEN=secret python -m pipelines.serve --model out/demo/model --port 8080
   curl -F file=@duet.mp4 http://127.0.0.1:8000/v1/separations
 """
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the command."""
+    p = arguments_of("serve", __doc__, EXAMPLES)
+    p.add_argument("--model", required=True, help="the model folder that pipelines.train wrote; may be replaced later")
+    p.add_argument("--port", type=int, default=8000, help="on AVSEP_SERVE_HOST, else on this machine alone")
+    return p
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # help and mistakes at once: what follows takes seconds
+
+import numpy as np
+import torch
+
+from avsep import jobs, stages
+from avsep.jobs import HotModel, JobWorker, ServiceConfig
+from avsep.vision import LabellerUnavailable
+from pipelines import execution
+from pipelines.execution import fail, say
+
 _LOST_AFTER = 3  # workers that died at one job
 _TAKEN = 2  # jobs that a replica has: one in work, and one that waits beside it
 _TOGETHER = 16  # requests that a device does at once
@@ -53,19 +69,6 @@ _PATIENCE = {  # on a machine full of work Serve's own processes answer late; el
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1",
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
 }
-
-
-def parser() -> argparse.ArgumentParser:
-    """Describe the command."""
-    p = argparse.ArgumentParser(
-        "pipelines.serve",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("--model", required=True, help="the model folder that pipelines.train wrote; may be replaced later")
-    p.add_argument("--port", type=int, default=8000, help="on AVSEP_SERVE_HOST, else on this machine alone")
-    return p
 
 
 class Separating:
@@ -349,9 +352,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Serve until interrupted."""
     execution.absolute(arguments, "model")
     config = ServiceConfig.from_environment(os.environ, model=arguments.model)
-    jobs.model_card(config.model)  # a mistake is one line, before anything is started
-    if config.weights is not None and not os.path.isfile(config.weights):
-        fail(f"{jobs.ENVIRONMENT}WEIGHTS={config.weights}: no such file")
+    try:
+        jobs.check_model(config)  # a mistake is one line, before anything is started
+    except LabellerUnavailable as error:
+        fail(f"the picture network of {config.model}, or {jobs.ENVIRONMENT}WEIGHTS: {error}")
     with contextlib.closing(socket.socket()) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -20,6 +20,30 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from pipelines import RECIPES, arguments_of
+
+EXAMPLES = """examples:
+  python -m pipelines.train --clips out/clips --out out/run
+  python -m pipelines.train --clips out/clips --out out/paper --recipe paper
+  python -m pipelines.train --clips out/clips --out out/run --resume
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the command."""
+    p = arguments_of("train", __doc__, EXAMPLES)
+    p.add_argument("--clips", required=True, help="what pipelines.extract wrote")
+    p.add_argument("--out", required=True, help="folder or URI of the run; the model goes to OUT/model")
+    p.add_argument("--recipe", default="default", choices=RECIPES, help="a run configuration")
+    p.add_argument("--epochs", type=int, help="instead of the recipe's")
+    p.add_argument("--resume", action="store_true", help="go on from OUT's checkpoint")
+    p.add_argument("--in-process", action="store_true", help="a plain loop without Ray")
+    return p
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # help and mistakes at once: what follows takes seconds
+
 import numpy as np
 import torch
 
@@ -31,11 +55,6 @@ from avsep.stft import STFT
 from pipelines import execution, recipes
 from pipelines.execution import fail, say
 
-EXAMPLES = """examples:
-  python -m pipelines.train --clips out/clips --out out/run
-  python -m pipelines.train --clips out/clips --out out/paper --recipe paper
-  python -m pipelines.train --clips out/clips --out out/run --resume
-"""
 _IN_MEMORY_BYTES = 4 << 30  # of bases that a worker without a GPU holds; more are read anew for every epoch
 _OF_GPU = 0.6  # of its free memory, for bases held there
 _SOLOS_AN_OBJECT = 100  # that practice mixtures draw from
@@ -45,23 +64,6 @@ HISTORY_FILE = "history.json"
 _MAPS = 4  # relation maps drawn
 _VAL_MIXTURES = 64
 _MIXTURES_FILE, _VAL_MIXTURES_FILE = "practice.pt", "practice-val.pt"
-
-
-def parser() -> argparse.ArgumentParser:
-    """Describe the command."""
-    p = argparse.ArgumentParser(
-        "pipelines.train",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("--clips", required=True, help="what pipelines.extract wrote")
-    p.add_argument("--out", required=True, help="folder or URI of the run; the model goes to OUT/model")
-    p.add_argument("--recipe", default="default", help="one of " + ", ".join(recipes.RECIPES))
-    p.add_argument("--epochs", type=int, help="instead of the recipe's")
-    p.add_argument("--resume", action="store_true", help="go on from OUT's checkpoint")
-    p.add_argument("--in-process", action="store_true", help="a plain loop without Ray")
-    return p
 
 
 def fit(job: dict[str, Any], report: Any = None) -> None:

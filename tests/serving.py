@@ -80,6 +80,18 @@ def write_video(path: Path, seconds: float = 6.0, size: str = "160x120") -> Path
     return path
 
 
+@contextlib.contextmanager
+def half_an_upload(port: int, n_sent: int, n_said: int) -> Iterator[None]:
+    """A client that sends the beginning of a file, and goes when the block ends."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
+        raw.sendall(
+            b"POST /v1/separations HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n"
+            b"Content-Type: multipart/form-data; boundary=x\r\n\r\n"
+            b"--x\r\nContent-Disposition: form-data; name=file\r\n\r\n" % n_said + b"\0" * n_sent
+        )
+        yield
+
+
 class Server:
     """The application on a port of loopback, with workers in threads in place of Serve's replicas."""
 

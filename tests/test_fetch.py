@@ -439,9 +439,10 @@ def test_a_full_disk_is_no_clips_fault(server: Server, store: str, options: Fetc
     thread = threading.Thread(target=swap)
     thread.start()
     # the transfer breaks off, and goes on into what is now a full disk
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(OSError, match="No space left on device; make room for downloads there, or let") as caught:
         fetch(segment(server.url("stall/film.mp4")), store, allowed, options)
     thread.join()
+    assert caught.value.filename == f"{options.work_folder}/avsep-fetch-{os.getuid()}"
     assert caught.value.errno == errno.ENOSPC and not isinstance(caught.value, ClipError)
     assert allowed.status()[0].outcomes == {"transient": 1}
     nothing_left(store, options)

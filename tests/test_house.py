@@ -2,9 +2,15 @@ import ast
 import importlib
 import inspect
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+import avsep
+from pipelines import RECIPES, recipes
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,7 +37,8 @@ LAYERS = (
     ),
     ("videos", "evaluation"),
     ("jobs",),
-    ("cli", "web"),
+    ("commands", "web"),
+    ("cli",),
 )
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}
 MODULES = sorted(p.stem for p in (ROOT / "avsep").glob("*.py") if p.stem != "__init__")
@@ -137,6 +144,36 @@ def test_pipelines_do_not_import_each_other(pipeline: str) -> None:
 
 def test_only_the_cli_parses_arguments_in_avsep() -> None:
     assert [m for m in MODULES if "argparse" in imports(ROOT / "avsep" / f"{m}.py")] == ["cli"]
+
+
+PROGRAMS = ["-m avsep.cli", *(f"-m pipelines.{p}" for p in PIPELINES if p not in SHARED)]
+LIGHT = ["-c 'import avsep.connections'", *(f"{p} {word}" for p in PROGRAMS for word in ("--help", "--nosuch"))]
+
+
+@pytest.mark.parametrize("command", LIGHT)
+def test_help_and_mistakes_do_not_wait_for_what_takes_seconds_to_import(command: str) -> None:
+    """Nor do Serve's proxies, which import avsep.connections alone."""
+    run = [sys.executable, "-X", "importtime", *shlex.split(command)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == (2 if "--nosuch" in command else 0), done.stderr[-2000:]
+    heavy = {"torch", "numpy", "scipy", "sklearn", "matplotlib", "pyarrow", "apache_beam", "ray"}
+    found = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "avsep" in found or "pipelines" in found
+    assert not found & heavy
+
+
+def test_avsep_s_names_are_there_when_asked_for() -> None:
+    assert set(avsep.__all__) == {name for names in avsep._HOMES.values() for name in names} <= set(dir(avsep))
+    for name in avsep.__all__:
+        assert getattr(avsep, name) is not None
+    for name in avsep._MODULES:
+        assert getattr(avsep, name).__name__ == f"avsep.{name}"
+    with pytest.raises(AttributeError, match="module 'avsep' has no attribute 'nosuch'"):
+        avsep.nosuch  # noqa: B018
+
+
+def test_recipes_are_known_by_name_before_they_are_there() -> None:
+    assert tuple(recipes.RECIPES) == RECIPES
 
 
 def test_no_drawer_for_odds_and_ends() -> None:

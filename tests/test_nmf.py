@@ -119,6 +119,24 @@ def test_any_level_will_do(level: float) -> None:
     assert float(kl_divergence(V, W_3, H_3)) < 2 * float(kl_divergence(V, W, H))
 
 
+@pytest.mark.parametrize("level", [1e-38, 1e-20, 1e20, 1e35])
+def test_bases_of_any_level_will_do(level: float) -> None:
+    V, W = uniform(30, 20), uniform(30, 4, seed=1)
+    assert torch.allclose(infer_activations(V, W * level) * level, infer_activations(V, W), rtol=1e-3, atol=1e-5)
+
+
+def test_clips_in_several_threads_may_be_inference_tensors() -> None:
+    V, before = uniform(3, 40, 25), torch.get_num_threads()
+    expected = factorize(V, 4, n_iter=10)
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode():
+            found = factorize(V.clone(), 4, n_iter=10)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_a_clip_does_not_depend_on_its_batch() -> None:
     V = uniform(3, 40, 25)
     W, H = factorize(V, 4, n_iter=30, seeds=[5, 6, 7])
@@ -136,6 +154,8 @@ def test_equal_seeds_start_alike_and_different_ones_do_not() -> None:
     assert torch.equal(factorize(V, 4, n_iter=0, seeds=2)[0][0], W[2])
     assert torch.equal(factorize(V, 4, n_iter=0)[0], factorize(V, 4, n_iter=0, seeds=0)[0])
     assert not torch.equal(factorize(V[0], 4, n_iter=0, seeds=2**32 - 1)[0], W[0])
+    for two in (np.int64(2), np.asarray(2), torch.tensor(2), np.full(3, 2), torch.full((3,), 2)):
+        assert torch.equal(factorize(V, np.asarray(4), n_iter=np.uint8(0), seeds=two)[0][0], W[2])
 
 
 def test_leading_axes_and_the_global_random_state() -> None:
@@ -277,10 +297,20 @@ def test_errors_name_the_value_and_the_rule() -> None:
             factorize(broken, 2)
         with pytest.raises(ValueError, match="finite and non-negative"):
             infer_activations(V, broken[:, :5])
-    with pytest.raises(ValueError, match=r"n_bases is 0; at least one"):
-        factorize(V, 0)
-    with pytest.raises(ValueError, match=r"n_iter is -1"):
-        factorize(V, 2, n_iter=-1)
+    for bases in (0, 2.0, "2", None):
+        with pytest.raises(ValueError, match=rf"n_bases is {bases!r}; it must be a whole number from 1"):
+            factorize(V, bases)
+    for n_iter in (-1, 3.0):
+        with pytest.raises(ValueError, match=rf"n_iter is {n_iter}; it must be a whole number from 0"):
+            factorize(V, 2, n_iter=n_iter)
+        with pytest.raises(ValueError, match=rf"n_iter is {n_iter}; it must be a whole number from 0"):
+            infer_activations(V, uniform(20, 2), n_iter=n_iter)
+    for seed in (1.5, 0.0, np.asarray(1.5), 2**64, -(2**63) - 1):
+        with pytest.raises(ValueError, match=r"seeds is .*; it must be a whole number from -9223372036854775808"):
+            factorize(V, 2, seeds=seed)
+    for seeds in ([1.5], "3", np.ones(1)):
+        with pytest.raises(ValueError, match=r"a seed is .*; it must be a whole number from -9223372036854775808"):
+            factorize(V, 2, seeds=seeds)
     with pytest.raises(ValueError, match=r"3 seeds for 1 clips: give one a clip"):
         factorize(V, 2, seeds=[1, 2, 3])
     with pytest.raises(ValueError, match=r"W0 is \(20, 3\); it must be \(20, 2\)"):

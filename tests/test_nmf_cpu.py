@@ -2,6 +2,7 @@
 
 import functools
 import stat
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -173,6 +174,31 @@ def test_without_a_home_folder_it_is_compiled_anew(builds: list, monkeypatch: py
 def test_matrix_units_that_may_not_be_used_are_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nmf_amx, "_permitted", lambda: False)
     assert nmf_amx.load.__wrapped__() is None
+
+
+@pytest.mark.skipif(nmf_amx.load() is None, reason="no matrix units")
+@pytest.mark.parametrize("first", ["matrix units", "small signal stack"])
+def test_matrix_units_and_small_signal_stacks_exclude_each_other(first: str) -> None:
+    """Whichever comes second is refused, and says so; faulthandler's own stack is large enough."""
+    code = """if True:
+        import ctypes, faulthandler, sys, threading
+        from avsep import nmf_amx
+        faulthandler.enable()
+        memory = ctypes.create_string_buffer(4096)
+        stack = (ctypes.c_void_p * 3)(ctypes.addressof(memory), 0, len(memory))
+        loaded, refused = [], []
+        def work():
+            if sys.argv[1] == "matrix units":
+                loaded.append(nmf_amx.load() is not None)
+            refused.append(ctypes.CDLL(None).sigaltstack(stack, None) != 0)
+            loaded.append(nmf_amx.load() is not None)
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        print(loaded, refused)
+    """
+    ran = subprocess.run([sys.executable, "-c", code, first], capture_output=True, text=True, timeout=120)
+    assert ran.stdout.strip() == ("[True, True] [True]" if first == "matrix units" else "[False] [False]"), ran.stderr
 
 
 def test_without_llvmlite_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:

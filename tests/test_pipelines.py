@@ -18,12 +18,12 @@ import pytest
 import soundfile
 import torch
 
-from avsep import cli, evaluation, media, records, shards, storage, synthetic, vision
+from avsep import cli, commands, evaluation, media, records, shards, storage, synthetic, vision
 from avsep.model import Model
 from avsep.objects import object_index, object_scores, weak_labels
 from avsep.vision import ImageLabeller, build_network
 from deploy import cost, pages
-from pipelines import audit, collect, demo, evaluate, extract, finetune, manifest, train
+from pipelines import audit, collect, demo, evaluate, extract, finetune, manifest, serve, train
 
 RATE = 48_000
 
@@ -209,6 +209,49 @@ def test_references_that_do_not_fit_are_named(run, solos, tmp_path, capfd):
     assert "gives none; add a column `labels`, or say --given none" in capfd.readouterr().err
 
 
+def test_a_damaged_model_is_named_by_each_program_that_loads_one(run, rendered, tmp_path, capfd):
+    damaged = shutil.copytree(run / "run" / "model", tmp_path / "damaged")
+    config = json.loads((damaged / "config.json").read_text())
+    segments, out, model = str(rendered / "segments.csv"), str(tmp_path / "out"), str(damaged)
+    evaluation_of = ["--segments", segments, "--references", str(rendered / "references"), "--out", out]
+    programs = {
+        "avsep separate": lambda: cli.main(["separate", segments, "--model", model, "--out", out]),
+        "avsep inspect": lambda: cli.main(["inspect", model]),
+        "pipelines.evaluate": lambda: evaluate.main(["--model", model, *evaluation_of]),
+        "pipelines.collect": lambda: collect.main(["--model", model, "--clips", str(run / "clips")]),
+        "pipelines.serve": lambda: serve.main(["--model", model]),
+    }
+    for setting, reason in (
+        ({"n_iter": -1}, "n_iter is -1; it must lie in 1…100000"),
+        ({"objects": ["dog", "cow"]}, "objects are 2, dog, cow…; they must be the 23 of avsep/objects.py"),
+    ):
+        (damaged / "config.json").write_text(json.dumps(config | setting))
+        for program, main in programs.items():
+            capfd.readouterr()
+            assert main() == 2
+            (line,) = capfd.readouterr().err.splitlines()
+            assert line.startswith(f"{program}: {model} is no model of format 2: config.json: {reason}"), line
+
+    (damaged / "config.json").write_text(json.dumps(config))
+    weights = (damaged / "miml.safetensors").read_bytes()
+    for name, content in (("miml.safetensors", weights[:-1]), ("labeller.safetensors", weights)):
+        (damaged / name).write_bytes(content)
+        capfd.readouterr()
+        assert serve.main(["--model", model]) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith("pipelines.serve: ") and f"{damaged}" in line and name in line
+        (damaged / "miml.safetensors").write_bytes(weights)
+    video = str(next((rendered / "clips").glob("*test*")))
+    assert cli.main(["separate", video, "--model", model, "--out", out]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"avsep separate: weights {damaged}/labeller.safetensors doesn't fit resnet152: ")
+
+    stft = config["stft"] | {"sample_rate": RATE // 2}
+    (damaged / "config.json").write_text(json.dumps(config | {"stft": stft}))
+    assert evaluate.main(["--model", str(run / "run" / "model"), "--paper-model", model, *evaluation_of]) == 2
+    assert f"--paper-model {model} works at {RATE // 2} Hz and --model at {RATE} Hz; give" in capfd.readouterr().err
+
+
 def test_evaluation_takes_clips_longer_than_a_window(run, rendered, tmp_path):
     rng = np.random.default_rng(1)
     folder = tmp_path / "references" / "long"
@@ -286,7 +329,7 @@ def test_separate_reads_and_writes_where_a_uri_says(run, rendered, tmp_path, mem
 
 
 def test_separate_covers_a_long_file_in_windows(run, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(cli, "_SAY_EVERY_S", 0.0)
+    monkeypatch.setattr(commands, "_SAY_EVERY_S", 0.0)
     rng = np.random.default_rng(0)
     sound = np.concatenate([synthetic.performance(n, rng, 9.0) for n in ("drum", "flute", "violin")])[: 26 * RATE]
     soundfile.write(tmp_path / "long.flac", sound, RATE, subtype="PCM_24")

@@ -1,5 +1,8 @@
+import copy
+import errno
 import json
 import math
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -283,6 +286,26 @@ def test_the_same_sound_gives_the_same_estimates() -> None:
     assert torch.equal(one.estimates, other.estimates)
 
 
+def test_learned_masks_give_all_to_the_rest_where_no_basis_is_anyone_s() -> None:
+    """Three objects that the dictionary lacks share every basis, none of which is more than half anyone's."""
+    undecided = model(bases="learned")
+    undecided.dictionary = BasisDictionary({"cat": torch.ones(SMALL.n_bins, 2)})
+    with torch.no_grad():
+        undecided.network.subconcepts.weight.zero_()
+        undecided.network.subconcepts.bias.zero_()
+    separator, sound = Separator(undecided), tone(DOG, 1.0)
+    masks = separator.masks(sound, separator.analyse(sound), [DOG, VIOLIN, object_index("harp")])
+    assert torch.equal(masks[-1], torch.ones_like(masks[-1])) and not masks[:-1].any()
+
+
+def test_a_full_temporary_folder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path("/dev/full").open("w+b", buffering=0) as full:
+        monkeypatch.setattr(tempfile, "TemporaryFile", lambda: full)
+        with pytest.raises(OSError, match=r"No space left on device; make room there, or let TMPDIR name") as caught:
+            Separator(model())(tone(DOG, 1.0), ["dog"])
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == tempfile.gettempdir()
+
+
 def test_errors_name_the_value_and_the_remedy() -> None:
     separator = Separator(model())
     with pytest.raises(ValueError, match="unknown object 'tuba'; the objects are cat"):
@@ -299,9 +322,9 @@ def test_errors_name_the_value_and_the_remedy() -> None:
         separator(torch.ones(500), "dog")
     with pytest.raises(ValueError, match="objects are dog, dog; name each once"):
         separator(torch.ones(500), ["dog", "dog"])
-    few = Model(replace(model().config, objects=("dog",)), model().network)
-    with pytest.raises(ValueError, match="doesn't know 'violin', only dog"):
-        Separator(few)(torch.ones(500), ["violin"])
+    for own in (("dog", "violin", "tuba"), OBJECT_NAMES[::-1], (*OBJECT_NAMES, *map(str, range(17)))):
+        with pytest.raises(ValueError, match=rf"objects are {len(own)}, .*…; they must be the 23 of avsep/objects.py"):
+            replace(model().config, objects=own)
     with pytest.raises(ValueError, match=r"the model has no dictionary: run pipelines.collect"):
         Separator(model(bases="both"))
     with pytest.raises(ValueError, match="assignment is 'hard'; it is soft or threshold"):
@@ -343,20 +366,28 @@ def test_what_is_no_model_is_said_in_one_line(tmp_path: Path) -> None:
     model().save(str(good))
     whole = {p.name: p.read_bytes() for p in good.iterdir()}
     config = json.loads(whole["config.json"])
-    other = safetensors.torch.save({"x": torch.zeros(2)})
-    for name, content in (
-        ("config.json", b"{"),
-        ("config.json", json.dumps(config | {"format": 99}).encode()),
-        ("config.json", json.dumps(config | {"colour": "red"}).encode()),
-        ("config.json", json.dumps({k: v for k, v in config.items() if k != "objects"}).encode()),
-        ("config.json", json.dumps(config | {"n_bases": 6, "objects": ["dog"]}).encode()),
-        ("config.json", json.dumps([config]).encode()),
-        ("config.json", json.dumps(config | {"n_bases": "6"}).encode()),
-        ("config.json", json.dumps(config | {"stft": None}).encode()),
-        ("config.json", json.dumps(config | {"separation": config["separation"] | {"window_s": "10"}}).encode()),
-        ("miml.safetensors", other),
-        ("miml.safetensors", whole["miml.safetensors"][:-9]),
-        ("dictionary.safetensors", b"no tensors at all"),
+    network, bases = safetensors.torch.load(whole["miml.safetensors"]), torch.ones(SMALL.n_bins, 2)
+    damaged = network | {"subconcepts.bias": torch.full_like(network["subconcepts.bias"], torch.nan)}
+    for name, content, reason in (
+        ("config.json", b"{", "Expecting"),
+        ("config.json", b"[" * 100_000, "recursion"),
+        ("config.json", json.dumps(config | {"format": 99}).encode(), "its format is 99"),
+        ("config.json", json.dumps(config | {"colour": "red"}).encode(), "colour is no setting"),
+        ("config.json", json.dumps(config | {"objects": ["dog"]}).encode(), "objects are 1, dog…; they must be the 23"),
+        ("config.json", json.dumps([config]).encode(), "it is .*; it must be an object of fields"),
+        ("miml.safetensors", safetensors.torch.save({"x": torch.zeros(2)}), "Missing key"),
+        ("miml.safetensors", whole["miml.safetensors"][:-9], "incomplete"),
+        ("miml.safetensors", b"", "header"),
+        ("miml.safetensors", safetensors.torch.save(damaged), "subconcepts.bias holds NaN or infinity"),
+        ("dictionary.safetensors", b"no tensors at all", "header"),
+        ("dictionary.safetensors", safetensors.torch.save({"cow": bases}), "unknown object 'cow'"),
+        (
+            "dictionary.safetensors",
+            safetensors.torch.save({"dog": bases[0]}),
+            r"dog is \(2,\); it must be \(F, D ≥ 1\)",
+        ),
+        ("dictionary.safetensors", safetensors.torch.save({"dog": bases[1:]}), "dog has bases of 100 bins; .* on 101"),
+        ("dictionary.safetensors", safetensors.torch.save({"dog": -bases}), "dog holds NaN, infinity or negative"),
     ):
         folder = tmp_path / "bad"
         folder.mkdir(exist_ok=True)
@@ -364,9 +395,32 @@ def test_what_is_no_model_is_said_in_one_line(tmp_path: Path) -> None:
             path.unlink()
         for n, c in (whole | {name: content}).items():
             (folder / n).write_bytes(c)
-        with pytest.raises(ValueError, match=r"bad is no model of format 2: [a-z]+\.[a-z]+: .") as caught:
+        with pytest.raises(ValueError, match=rf"bad is no model of format 2: {name}: .*{reason}.*; copy the") as caught:
             Model.load(str(folder))
         assert "\n" not in str(caught.value)
     (good / "miml.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"good holds no miml.safetensors: copy the whole model folder"):
         Model.load(str(good))
+
+
+def test_each_setting_of_a_model_must_be_there_and_make_sense(tmp_path: Path) -> None:
+    model().save(str(tmp_path))
+    path = tmp_path / "config.json"
+    good = json.loads(path.read_text())
+    free = {"training", "versions", "recipe", "architecture", "sha256"}  # of any content
+    groups = {k: v for k, v in good.items() if isinstance(v, dict) and k not in free}
+    places = [(k,) for k in good] + [(group, k) for group, settings in groups.items() for k in settings]
+    assert len(places) > 40
+    for *outer, last in places:
+        for bad in ("gone", None, "a", [{"a": 1}], -1_001, math.nan, 10**12):
+            config = copy.deepcopy(good)
+            settings = config[outer[0]] if outer else config
+            if bad == "gone":
+                del settings[last]
+            elif last in free or (last == "linear_bins" and bad is None):
+                continue
+            else:
+                settings[last] = bad
+            path.write_text(json.dumps(config))
+            with pytest.raises(ValueError, match=rf"config.json: .*{last} (is|are) .*; copy the whole folder again"):
+                ModelConfig.read(str(tmp_path))

@@ -16,7 +16,18 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from serving import PITCH, RayService, descendants, free_port, serving, wait, write_model, write_sound, write_video
+from serving import (
+    PITCH,
+    RayService,
+    descendants,
+    free_port,
+    half_an_upload,
+    serving,
+    wait,
+    write_model,
+    write_sound,
+    write_video,
+)
 
 from avsep import connections, vision
 from avsep.jobs import ServiceConfig
@@ -66,12 +77,7 @@ def test_a_killed_replica_s_request_is_done_by_another(service, long):
 def test_a_client_gone_in_mid_upload_leaves_nothing(service):
     before = folders(service)
     for _ in range(3):
-        with socket.create_connection(("127.0.0.1", service.port), timeout=10) as raw:
-            raw.sendall(
-                b"POST /v1/separations HTTP/1.1\r\nHost: x\r\nContent-Length: 5000000\r\n"
-                b"Content-Type: multipart/form-data; boundary=x\r\n\r\n"
-                b"--x\r\nContent-Disposition: form-data; name=file\r\n\r\n" + b"\0" * 1_000_000
-            )
+        with half_an_upload(service.port, 1_000_000, 5_000_000):
             wait(lambda: not service.idle())
         wait(service.idle)
     assert folders(service) == before

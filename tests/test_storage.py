@@ -1,6 +1,8 @@
+import errno
 import itertools
 import os
 import pickle
+import resource
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -247,3 +249,23 @@ def test_a_port_is_no_credential() -> None:
         "http://[::1]:9000/a.mp4",
     ):
         assert storage.resolve(uri, ".") == uri
+
+
+def test_a_full_disk_is_named_with_its_path_and_the_remedy(tmp_path: Path, memory_folder: str) -> None:
+    storage.write_bytes(f"{memory_folder}/clip.mp4", bytes(5000))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # what a full disk is to a program, but for the number
+    try:
+        with pytest.raises(
+            OSError, match=r"\[Errno 27\] File too large; make room there, or write .*/data'$"
+        ) as caught:
+            storage.write_bytes(f"{tmp_path}/data", bytes(5000))
+        with (
+            pytest.raises(OSError, match=r"File too large; make room there, or let TMPDIR name .*\.mp4'$"),
+            storage.local_file(f"{memory_folder}/clip.mp4"),
+        ):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno == errno.EFBIG and caught.value.filename == f"{tmp_path}/data"
+    assert not list(tmp_path.iterdir())

@@ -169,7 +169,12 @@ def test_files_that_do_not_fit_are_one_line_each(pth: Path, tmp_path: Path) -> N
     safetensors.torch.save_file({"x": torch.zeros(1)}, unknown, {"architecture": "nosuchnet"})
     classes = tmp_path / "classes.safetensors"
     safetensors.torch.save_file({"x": torch.zeros(1)}, classes, {"architecture": TINY, "classes": json.dumps([1, 2])})
+    damaged = torch.load(pth, weights_only=True)
+    damaged[next(iter(damaged))][0] = torch.nan
+    nan = tmp_path / "nan.pth"
+    torch.save(damaged, nan)
     for architecture, path, message in (
+        (TINY, nan, "holds NaN or infinity; copy the file again"),
         (TINY, tmp_path / "missing.pth", "no such file; give a .pth or .safetensors file"),
         (TINY, garbage, "doesn't fit squeezenet1_1"),
         ("resnet18", pth, "doesn't fit resnet18"),
