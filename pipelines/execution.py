@@ -371,13 +371,21 @@ def session(in_process: bool = False) -> Iterator[Runner]:
     if ray.is_initialized():
         yield OnRay()
         return
-    ray.init(
-        address=address,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
-        **(here if address == "local" else {}),
-    )
+    try:
+        ray.init(
+            address=address,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
+            **(here if address == "local" else {}),
+        )
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of no kind of its own
+        why = " ".join(str(error).split())
+        if address != "local":
+            fail(f"RAY_ADDRESS={address}: {why}")
+        fail(f"Ray didn't start on this machine: {why} It is given 30 s: try again when less runs, or --in-process")
     try:
         yield OnRay()
     finally:
