@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -26,17 +28,12 @@ def bags_from_file(path: str, labels: LabelConfig, split: str, teacher: Teacher 
     columns += ["activations", "activation_scale"]
     table = shards.read_table(path, columns)
     n_bins, n_bases = table.schema.field("bases").type.shape
-    rows, hot = [], []
-    for i in range(len(table)):
-        if table.column("split")[i].as_py() != split:
-            continue
-        marks = decide_labels(table.column("labels")[i].as_py(), table.column("image_logits")[i].values, labels)
-        if marks is not None and marks.any():
-            rows.append(i)
-            hot.append(marks)
+    table = table.filter(pc.equal(table.column("split"), split))
+    marks = _decide_all(table, labels)
+    rows = [i for i, m in enumerate(marks) if m is not None and m.any()]
     if not rows:
         return None
-    table = table.take(rows)
+    table, hot = table.take(rows), [marks[i] for i in rows]
     flat = table.column("bases").combine_chunks().storage.flatten().to_numpy(zero_copy_only=False)
     bases = torch.from_numpy(flat.reshape(-1, n_bins, n_bases).swapaxes(1, 2).copy())
     energy = torch.tensor(np.stack(table.column("basis_energy").to_pylist()), dtype=torch.float32)
@@ -62,13 +59,30 @@ def decide_labels(given: Sequence[str] | None, image_logits: Any, config: LabelC
     return weak_labels(object_scores(logits), config.threshold, config.best_threshold)
 
 
+def _decide_all(table: pa.Table, config: LabelConfig) -> list[Any]:
+    """Do what `decide_labels` does for each clip of a table; pictures only where labels aren't given, and together."""
+    given = table.column("labels").to_pylist()
+    marks = [None if names is None else multi_hot(names) for names in given]
+    pictured: dict[int, list[int]] = {}  # by their number
+    for i in (i for i, names in enumerate(given) if names is None):
+        if (logits := table.column("image_logits")[i].values) is not None:
+            pictured.setdefault(len(logits), []).append(i)
+    for rows in pictured.values():
+        logits = np.stack([np.array(table.column("image_logits")[i].values, np.float32) for i in rows])
+        scores = object_scores(torch.from_numpy(logits.reshape(len(rows), -1, N_IMAGENET_CLASSES)))
+        for i, mark in zip(rows, weak_labels(scores, config.threshold, config.best_threshold), strict=True):
+            marks[i] = mark
+    return marks
+
+
 def count_clips(path: str, labels: LabelConfig) -> dict[str, int]:
     """Count one clip file's clips that have labels, by split."""
-    columns = shards.read_table(path, ["split", "labels", "image_logits"])
+    table = shards.read_table(path, ["split", "labels"])
+    if table.column("labels").null_count:  # the pictures' logits are 20 kB a clip
+        table = shards.read_table(path, ["split", "labels", "image_logits"])
     counts = {"train": 0, "val": 0, "test": 0}
-    for i in range(len(columns)):
-        marks = decide_labels(columns.column("labels")[i].as_py(), columns.column("image_logits")[i].values, labels)
-        counts[columns.column("split")[i].as_py()] += int(marks is not None and bool(marks.any()))
+    for split, marks in zip(table.column("split").to_pylist(), _decide_all(table, labels), strict=True):
+        counts[split] += int(marks is not None and bool(marks.any()))
     return counts
 
 

@@ -34,7 +34,7 @@ PRICES_OF = "2025-06"
 PRICES = {  # US dollars, on demand, AWS us-west-2; spot machines are about 60 % cheaper
     "laptop_hour": 0.02,  # 60 W at 0.30 a kWh
     "gpu_box_hour": 0.98,  # g6.2xlarge: 8 cores, one L4
-    "cluster_hour": 4 * 0.805,  # four g6.xlarge: 4 cores and one L4 each
+    "cluster_hour": 4 * (0.805 + 0.179),  # four g6.xlarge with one L4 each, four c7i.xlarge with 4 cores each
     "small_hour": 0.021,  # t3.small, one for each egress identity, to download
     "gb_month": 0.023,  # object storage
 }

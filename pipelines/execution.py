@@ -133,6 +133,7 @@ class InProcess:
 
 _LOOK_S = 5.0  # between looks at how large the cluster is
 _GPUS_WAIT_S = 900.0
+_FREED_S = 10.0  # in which a place that was given up is free again
 _NOTICED_S = 30.0  # a node that is gone is noticed after 20
 
 
@@ -147,20 +148,46 @@ class OnRay:
 
     @property
     def n_gpus(self) -> int:
-        """GPUs to use: those that are there, or as many as AVSEP_GPUS says, for which an autoscaler is waited for."""
-        there = int(self._ray.cluster_resources().get("GPU", 0))
-        wanted = _whole_number("AVSEP_GPUS")
-        if wanted is None or wanted <= there:
-            return there if wanted is None else wanted
-        say(f"waits for {wanted} GPUs (AVSEP_GPUS), {duration(_GPUS_WAIT_S)} at most; the cluster has {there}")
-        place = self._ray.remote(Held).options(num_cpus=0, num_gpus=1)
-        places = [place.remote(int) for _ in range(wanted)]  # what waits is what an autoscaler sees
-        came, late = self._ray.wait([p.call.remote() for p in places], num_returns=wanted, timeout=_GPUS_WAIT_S)
-        for p in places:
-            self._ray.kill(p)
+        """GPUs to use: those of `gpus` if torch can use them all. UsageError if not, and AVSEP_GPUS asks for them."""
+        came = self.gpus()
+        if not (without := sorted({where for where in came if where})):
+            return len(came)
+        text = f"Ray counts a GPU on {', '.join(without)}, but torch {torch.__version__} finds no CUDA there"
+        if _whole_number("AVSEP_GPUS"):
+            fail(f"AVSEP_GPUS: {text}; it needs a driver and a torch for CUDA, or AVSEP_GPUS=0")
+        say(f"note: {text}; going on without GPUs")
+        return 0
+
+    def gpus(self) -> list[str]:
+        """Take those GPUs that are there, or as many as AVSEP_GPUS says, for which an autoscaler is waited for.
+
+        Gives each one's node where torch finds no CUDA with it, and nothing where it does.
+        """
+        ray = self._ray
+        asked = _whole_number("AVSEP_GPUS")
+        wanted = int(ray.cluster_resources().get("GPU", 0)) if asked is None else asked
+        if not wanted:
+            return []
+        place = ray.remote(Held).options(num_cpus=0, num_gpus=1)
+        places = [place.remote(NoCuda) for _ in range(wanted)]  # what waits is what an autoscaler sees
+        answers = [p.call.remote() for p in places]
+        came, late = ray.wait(answers, num_returns=wanted, timeout=_LOOK_S)
         if late:
-            say(f"{len(came)} of {wanted} GPUs came; going on with those")
-        return len(came)
+            say(f"waits for {len(late)} of {wanted} GPUs, {duration(_GPUS_WAIT_S)} at most")
+            came, late = ray.wait(answers, num_returns=wanted, timeout=_GPUS_WAIT_S)
+        found = []
+        for answer in came:
+            with contextlib.suppress(ray.exceptions.RayActorError):  # its node is gone again
+                found.append(ray.get(answer))
+        if len(found) < wanted:
+            say(f"{len(found)} of {wanted} GPUs came; going on with those")
+        free = ray.available_resources().get("GPU", 0)
+        for p in places:
+            ray.kill(p)
+        until = time.monotonic() + _FREED_S
+        while ray.available_resources().get("GPU", 0) < free + len(found) and time.monotonic() < until:
+            time.sleep(0.1)  # else an autoscaler brings as many again for whoever asks for them next
+        return found
 
     @property
     def n_workers(self) -> int:
@@ -250,6 +277,16 @@ class Held:
         return self.target(*arguments)
 
 
+class NoCuda:
+    """Says of the node that it is on whether torch finds CUDA there."""
+
+    def __call__(self) -> str:
+        """Return the node's address if it doesn't, else nothing."""
+        import ray
+
+        return "" if torch.cuda.is_available() else str(ray.util.get_node_ip_address())
+
+
 class RemoteCall:
     """Call an actor's object from any task; the result is a future."""
 
@@ -282,7 +319,7 @@ def train_workers(fit: Callable[[dict[str, Any]], None], job: dict[str, Any], ou
     fs, folder = storage.filesystem(storage.join(out, "ray"))
 
     def train_once() -> None:
-        n_gpus = min(runner.n_gpus, runner.n_workers)
+        n_gpus = runner.n_gpus
         trainer = TorchTrainer(
             fit,
             train_loop_config=job | {"device": "cuda" if n_gpus else "cpu"},  # Ray hides GPUs from nobody
@@ -290,7 +327,7 @@ def train_workers(fit: Callable[[dict[str, Any]], None], job: dict[str, Any], ou
             scaling_config=ScalingConfig(
                 num_workers=n_gpus or runner.n_nodes,
                 use_gpu=n_gpus > 0,
-                resources_per_worker={"CPU": 1} | ({"GPU": 1} if n_gpus else {}),
+                resources_per_worker={"CPU": 0, "GPU": 1} if n_gpus else {"CPU": 1},  # a GPU's node may offer no CPUs
                 placement_strategy="SPREAD",
             ),
             run_config=RunConfig(
@@ -371,13 +408,21 @@ def session(in_process: bool = False) -> Iterator[Runner]:
     if ray.is_initialized():
         yield OnRay()
         return
-    ray.init(
-        address=address,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
-        **(here if address == "local" else {}),
-    )
+    try:
+        ray.init(
+            address=address,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
+            **(here if address == "local" else {}),
+        )
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of no kind of its own
+        why = " ".join(str(error).split())
+        if address != "local":
+            fail(f"RAY_ADDRESS={address}: {why}")
+        fail(f"Ray didn't start on this machine: {why} It is given 30 s: try again when less runs, or --in-process")
     try:
         yield OnRay()
     finally:

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -57,6 +58,7 @@ from pipelines.execution import fail, say
 
 _IN_MEMORY_BYTES = 4 << 30  # of bases that a worker without a GPU holds; more are read anew for every epoch
 _OF_GPU = 0.6  # of its free memory, for bases held there
+_READERS = 16  # files read at the same time to count their clips
 _SOLOS_AN_OBJECT = 100  # that practice mixtures draw from
 _SOLO_FILES = 200  # in which they are looked for
 _EVIDENCE_FILES = 20  # whose labels say how far labels can be believed; they are held in memory
@@ -263,7 +265,8 @@ def run(arguments: argparse.Namespace) -> int:
     }
     if arguments.resume:
         _check_resumable(storage.join(out, "checkpoint.pt"), settings)
-    counts = [bags.count_clips(f, config.labels) for f in files]
+    with ThreadPoolExecutor(_READERS) as pool:  # an object store takes its time for each
+        counts = list(pool.map(lambda file: bags.count_clips(file, config.labels), files))
     n_train, n_val = (sum(c[split] for c in counts) for split in ("train", "val"))
     if n_train < 1:
         fail(f"{arguments.clips} has no clip of split train with labels, so there is nothing to learn from")

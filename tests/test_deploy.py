@@ -349,45 +349,6 @@ def test_work_fills_nodes_that_come_later(tmp_path: Path, monkeypatch: pytest.Mo
         cluster.shutdown()
 
 
-def two_gpus() -> None:
-    """A program that starts on a cluster without workers, and asks for GPUs."""
-    with execution.session() as runner:
-        print(runner.n_gpus, flush=True)
-        callers = runner.actors(int, 2, gpus=1)  # they find the places free again
-        assert len(callers) == 2
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_gpus_that_a_program_asks_for_are_an_autoscaler_s_to_bring(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are among what the cluster lacks, and are taken when they come."""
-    for name, value in (ENVIRONMENT | {"AVSEP_GPUS": "2"}).items():
-        monkeypatch.setenv(name, value)
-    from ray.autoscaler.v2.sdk import get_cluster_status
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-
-    def lacking() -> list[dict[str, float]]:
-        demand = get_cluster_status(cluster.address).resource_demands.ray_task_actor_demand
-        return [bundle.bundle for d in demand for b in d.bundles_by_count for bundle in [b] * b.count]
-
-    command = [sys.executable, "-c", "from test_deploy import two_gpus; two_gpus()"]
-    try:
-        with subprocess.Popen(command, cwd=ROOT / "tests", stdout=subprocess.PIPE, text=True) as program:
-            assert program.stdout and program.stdout.readline().startswith("waits for 2 GPUs")
-            deadline = time.monotonic() + 120
-            while lacking() != [{"GPU": 1.0}] * 2:
-                assert program.poll() is None and time.monotonic() < deadline, lacking()
-                time.sleep(0.5)
-            for _ in range(2):
-                cluster.add_node(num_cpus=1, num_gpus=1)
-            assert program.wait(timeout=200) == 0 and program.stdout.read().split() == ["2"]
-    finally:
-        cluster.shutdown()
-
-
 def test_numbers_in_the_environment_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "local")
     for name in ("AVSEP_CPUS", "AVSEP_GPUS"):

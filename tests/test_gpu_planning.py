@@ -68,6 +68,7 @@ def test_one_gpu_serves_the_stages_of_every_task(rendered, tmp_path, monkeypatch
             return made
 
         monkeypatch.setattr(execution.OnRay, "actors", actors)
+        monkeypatch.setattr(execution.OnRay, "n_gpus", 1)  # which has no CUDA: a CPU takes its place
         assert extract.main([*options, str(tmp_path / "there")]) == 0
     finally:
         ray.shutdown()

@@ -698,3 +698,16 @@ def test_extraction_follows_a_fetch_live(rendered, web, tmp_path, monkeypatch, c
     assert len(egress["identities"]) == 1
     for status in ("status.json", "fetch-status.json"):
         assert json.loads((tmp_path / "out" / status).read_text())["done"] == 4
+
+
+@pytest.mark.slow
+def test_a_machine_too_busy_for_ray_gets_one_line(tmp_path):
+    """Ray's own node isn't known to Ray in the 30 s that it waits for it."""
+    table = tmp_path / "segments.csv"
+    table.write_text("segment_id,source,labels\nx,x.mp4,drum\n")
+    slow = {"RAY_testing_asio_delay_us": "NodeInfoGcsService.grpc_server.RegisterNode=90000000:90000000"}
+    command = [sys.executable, "-m", "pipelines.extract", "--segments", str(table), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, env=os.environ | slow, capture_output=True, text=True, timeout=240)
+    (line,) = (line for line in done.stderr.splitlines() if "testing_asio_delay" not in line)
+    assert done.returncode == 2 and line.startswith("pipelines.extract: Ray didn't start on this machine: "), line
+    assert line.endswith("try again when less runs, or --in-process")

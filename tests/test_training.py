@@ -274,6 +274,24 @@ def test_files_say_how_many_of_their_clips_have_labels(clips: list[str]) -> None
     assert sum(count_clips(f, LabelConfig())["val"] for f in clips) == 1
 
 
+def test_a_file_s_pictures_decide_as_each_clip_s_do(tmp_path: Path) -> None:
+    """Clips of several numbers of pictures among those with given labels, and without either."""
+    rng = np.random.default_rng(0)
+    pictures = [
+        None if i % 7 == 0 else 3 * rng.standard_normal(1000 * (1 + i % 3)).astype(np.float16) for i in range(21)
+    ]
+    records = [clip(i, labels=("dog",) if i % 5 == 0 else None, image_logits=p) for i, p in enumerate(pictures)]
+    write_shard(str(tmp_path), "00000", 0, records, [], configuration={}, shape=(F, M))
+    (file,) = clip_files(str(tmp_path))
+    config = LabelConfig(threshold=0.05)
+    expected = [decide_labels(r.labels, r.image_logits, config) for r in records]
+    bags = load_bags([file], config, "train")
+    assert bags is not None and torch.equal(
+        bags.labels, torch.stack([m for m in expected if m is not None and m.any()])
+    )
+    assert len(bags) == count_clips(file, config)["train"] == 19
+
+
 @pytest.mark.parametrize("buffer_clips", [1, 7, 10_000])
 def test_batches_cover_every_clip_once_whether_held_or_read_anew(clips: list[str], buffer_clips: int) -> None:
     held, read = (training_clips(clips, buffer_clips=buffer_clips, held=held) for held in (True, False))
