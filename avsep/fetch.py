@@ -276,8 +276,8 @@ def find_media(folder: str, segments: Iterable[Segment]) -> dict[str, str]:
             for rank, name in enumerate(_names(segment)):
                 wanted.setdefault(name, []).append((rank, segment))
     found: dict[str, tuple[int, int, str]] = {}
-    fs, inner = storage.filesystem(folder)
-    for info in fs.get_file_info(pafs.FileSelector(inner, recursive=True, allow_not_found=True)):
+    _, inner = storage.filesystem(folder)
+    for info in storage.infos(folder, recursive=True):
         stem, suffix = os.path.splitext(info.base_name)
         if stem not in wanted or suffix.lower() not in _SUFFIXES or info.type != pafs.FileType.File:
             continue

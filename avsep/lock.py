@@ -100,8 +100,7 @@ def is_held(path: str) -> bool:
         return False
     if holder.machine == _machine():
         return True
-    fs, inner = storage.filesystem(path)
-    return not storage.is_older(fs.get_file_info(inner), STALE_S)
+    return not storage.is_older(storage.info(path), STALE_S)
 
 
 class Lock:

