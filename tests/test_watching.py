@@ -11,13 +11,15 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import serving
 import yaml
+from cluster import free_port
 from test_extraction import table
 
 from avsep import jobs, shards, stages
@@ -32,7 +34,7 @@ ALERTS = [r for g in yaml.safe_load((DEPLOY / "grafana" / "alerts.yaml").read_te
 PANELS = [p for p in DASHBOARD["panels"] if p["type"] != "row"]
 QUERIES = [t["expr"] for p in PANELS for t in p["targets"]]
 OF_GPUS = ("ray_node_gpus_", "ray_node_gram_")  # there are none here
-promtool = shutil.which("promtool")
+promtool, prometheus = shutil.which("promtool"), shutil.which("prometheus")
 
 
 def named() -> set[str]:
@@ -275,6 +277,47 @@ VALUES = {  # of the run below
 }
 
 
+@contextlib.contextmanager
+def prometheus_of(page: str, folder: Path) -> Iterator[Callable[[str], list[dict]]]:
+    """Start Prometheus as deploy/ configures it, on this one page, once a second; gives what answers a query."""
+    config = yaml.safe_load((DEPLOY / "grafana" / "prometheus.yaml").read_text())
+    config["global"]["scrape_interval"] = "1s"
+    config["rule_files"] = [str(DEPLOY / "grafana" / "alerts.yaml")]
+    (ray,) = (c for c in config["scrape_configs"] if c["job_name"] == "ray")
+    ray["static_configs"] = [{"targets": [page.removeprefix("http://").removesuffix("/metrics")]}]
+    del ray["file_sd_configs"]
+    folder.mkdir()
+    (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
+    url = f"http://127.0.0.1:{free_port()}"
+
+    def ask(expression: str) -> list[dict]:
+        query = urllib.parse.urlencode({"query": expression})
+        with urllib.request.urlopen(f"{url}/api/v1/query?{query}", timeout=10) as answer:
+            return json.load(answer)["data"]["result"]
+
+    command = [prometheus, f"--config.file={folder}/prometheus.yaml", f"--storage.tsdb.path={folder}"]
+    command += [f"--web.listen-address={url.removeprefix('http://')}"]
+    with (folder / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            yield ask
+        finally:
+            process.kill()
+
+
+def unanswered(page: str, folder: Path) -> set[str]:
+    """The dashboard's queries of Ray's metrics for which Prometheus has nothing after two minutes, GPUs' apart."""
+    missing = {q for q in QUERIES if "ray_" in q and not any(name in q for name in OF_GPUS)}
+    assert len(missing) > 15
+    with prometheus_of(page, folder) as ask:
+        deadline = time.monotonic() + 120
+        while missing and time.monotonic() < deadline:
+            time.sleep(2)
+            with contextlib.suppress(OSError):
+                filled = {q: q.replace("$pipeline", ".*").replace("$__rate_interval", "1m") for q in missing}
+                missing = {q for q, expression in filled.items() if not ask(expression)}
+    return missing
+
+
 @pytest.mark.slow
 def test_a_run_exports_what_dashboard_and_alerts_name(tmp_path, monkeypatch, capsys):
     """Downloads, one of which is refused and one removed, and a shard that can't be written at first."""
@@ -309,6 +352,8 @@ def test_a_run_exports_what_dashboard_and_alerts_name(tmp_path, monkeypatch, cap
             with contextlib.suppress(OSError):
                 text = urllib.request.urlopen(page, timeout=5).read().decode()
             found = {name: value(text, name) for name in VALUES}
+        nothing = unanswered(page, tmp_path / "prometheus") if prometheus else set()
+    assert not nothing
     assert not wanted - exported(text)
     assert found == VALUES
     assert 1.8e5 < value(text, "ray_avsep_egress_allowance") < 2e5  # one pauses for some ten minutes of the hour
