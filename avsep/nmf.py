@@ -102,7 +102,9 @@ def infer_activations(V: Tensor, W: Tensor, *, n_iter: int = 100, H0: Tensor | N
     H = torch.where(column_sums > 0, 1 / column_sums.clamp_min(TINY), 0.0).expand(-1, -1, n_frames)
     if H0 is not None:
         H = torch.where(column_sums > 0, _checked_start("H0", H0, (*lead, n_bases, n_frames), H), 0.0)
-    H = H * (flat.sum(-2, keepdim=True) / (column_sums * H).sum(-2, keepdim=True).clamp_min(TINY))  # WH has V's sums
+        H = H / H.amax(-2, keepdim=True).clamp_min(TINY)
+    sums = (column_sums * H).sum(-2, keepdim=True)
+    H = H * torch.where(sums > 0, flat.sum(-2, keepdim=True) / sums.clamp_min(TINY), 0.0)  # WH has V's sums
     _update(flat, W.contiguous(), H, n_iter, update_bases=False)
     H *= level_of_W / scale
     return H.reshape(*lead, n_bases, n_frames)

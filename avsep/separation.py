@@ -37,9 +37,9 @@ def ratio_masks(magnitudes: Tensor, power: float = 1.0) -> Tensor:
         masks `(J, F, N)` in [0, 1].
     """
     peak = magnitudes.amax(0, keepdim=True)
-    scaled = (magnitudes / torch.where(peak > 0, peak, 1.0)) ** power  # no power under- or overflows
-    total = scaled.sum(0, keepdim=True)
-    masks = scaled / torch.where(total > 0, total, 1.0)
+    masks = (magnitudes / torch.where(peak > 0, peak, 1.0)).pow_(power)  # no power under- or overflows
+    total = masks.sum(0, keepdim=True)
+    masks /= torch.where(total > 0, total, 1.0)
     masks[-1] = torch.where(total[0] > 0, masks[-1], 1.0)
     return masks
 
@@ -49,7 +49,11 @@ def separate(waveform: Tensor, masks: Tensor, stft: STFT) -> Tensor:
 
     The estimates add up to the mixture when the masks sum to one.
     """
-    return stft.inverse(masks * stft(waveform), waveform.shape[-1])
+    X = stft(waveform)
+    estimates = X.real.new_empty(len(masks), waveform.shape[-1])
+    for mask, estimate in zip(masks, estimates, strict=True):  # one by one: a spectrogram is ten times its sound
+        estimate[:] = stft.inverse(mask * X, len(estimate))
+    return estimates
 
 
 def basis_shares(relation: Tensor, objects: Sequence[int], config: SeparationConfig) -> Tensor:
@@ -182,7 +186,7 @@ class Separator:
             else:
                 if self.mask_stft != self.stft:
                     W, H = self._finely(waveform, W, H)
-                own = torch.stack([(W * s) @ H for s in shares])
+                own = (W * shares[:, None]) @ H
             own = ratio_masks(own, self.config.mask_power)
         if self.config.bases != "own":
             assert self.model.dictionary is not None
@@ -341,6 +345,7 @@ class Plan:
         try:
             for x in (W, H, window.relation.numpy(), window.sound_scores.numpy(), np.float64(scale)):
                 np.save(self._file, x)
+            self._file.flush()  # what it can't write, it would say at the next seek
         except OSError as error:
             raise storage.full_disk(error, tempfile.gettempdir(), storage.TEMPORARY_REMEDY) from None
 
@@ -361,9 +366,9 @@ class Plan:
             analysed = self._stored()
             heard = self._heard(analysed.sound_scores)
             rows = [k for k, i in enumerate(self.indices) if heard[i] and self.objects[k] not in self.silent]
-            masks = self.separator.masks(padded, analysed, [self.indices[k] for k in rows])
             estimates = np.zeros((len(self.objects) + 1, len(window)), np.float32)
             if rows:
+                masks = self.separator.masks(padded, analysed, [self.indices[k] for k in rows])
                 parts = separate(padded, masks[:-1], self.separator.mask_stft)
                 estimates[rows] = parts.numpy()[:, : len(window)]
             estimates[-1] = window - estimates.sum(0)

@@ -21,6 +21,7 @@ from typing import Any
 
 from pipelines import arguments_of
 
+_SMALL = "shufflenet_v2_x0_5"  # what is trained from scratch when no other is asked for
 EXAMPLES = """examples:
   python -m pipelines.finetune --segments out/manifest --clips out/clips --model out/run/model \\
       --out out/labeller --weights resnet152-394f9c45.pth
@@ -40,8 +41,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", help="the model folder: its relation map is the sound's voice, and it gets the network")
     p.add_argument("--targets", choices=("labels", "agreement", "both"), default="both", help="what is learned from")
     p.add_argument("--weights", help="where to start: a .pth of ImageNet weights, or a .safetensors file")
-    p.add_argument("--architecture", help="any torchvision classifier; resnet152 with a .pth, else a small one")
-    p.add_argument("--epochs", type=int, help="instead of the usual number")
+    p.add_argument("--architecture", help=f"any torchvision classifier; resnet152 with a .pth, else {_SMALL}")
+    p.add_argument("--epochs", type=int, default=8, help="%(default)s unless said")
     p.add_argument("--media", metavar="URI", help="where pipelines.extract keeps downloads")
     p.add_argument("--in-process", action="store_true", help="a plain loop without Ray")
     return p
@@ -63,7 +64,6 @@ from avsep.vision import DEFAULT_ARCHITECTURE, ImageLabeller, LabellerUnavailabl
 from pipelines import execution
 from pipelines.execution import fail, say
 
-_SMALL = "shufflenet_v2_x0_5"  # what is trained from scratch when no other is asked for
 _SCRATCH_RATE = 3e-3  # learning rate from scratch
 _START, _CHECKPOINT = "start.safetensors", "checkpoint.pt"
 
@@ -227,7 +227,7 @@ def decide(
 def run(arguments: argparse.Namespace) -> int:
     """Fine-tune, write the network, and say what it brought."""
     execution.absolute(arguments, "out", "clips", "model", "weights", "media")
-    if arguments.epochs is not None and arguments.epochs < 1:
+    if arguments.epochs < 1:
         fail(f"--epochs {arguments.epochs}: at least one epoch is needed")
     if arguments.targets != "labels" and not (arguments.clips and arguments.model):
         fail(f"--targets {arguments.targets}: the sound's voice needs --clips and --model; or give --targets labels")
@@ -262,7 +262,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
         before = measure(known, truth, thresholds)
         say(f"finetune: {len(labels)} clips to learn from, {len(truth)} for validation; before: {figures(before)}")
-        config = FinetuningConfig(epochs=arguments.epochs or FinetuningConfig.epochs)
+        config = FinetuningConfig(epochs=arguments.epochs)
         if not learned:
             config = replace(config, learning_rate=_SCRATCH_RATE)
         job = {

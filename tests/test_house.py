@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 import avsep
-from pipelines import RECIPES, recipes
+from avsep import cli
+from avsep.finetuning import FinetuningConfig
+from avsep.vision import DEFAULT_ARCHITECTURE
+from pipelines import RECIPES, finetune, recipes
 
 ROOT = Path(__file__).parent.parent
 
@@ -172,8 +175,10 @@ def test_avsep_s_names_are_there_when_asked_for() -> None:
         avsep.nosuch  # noqa: B018
 
 
-def test_recipes_are_known_by_name_before_they_are_there() -> None:
+def test_parsers_know_names_and_defaults_before_these_are_there() -> None:
     assert tuple(recipes.RECIPES) == RECIPES
+    assert finetune.parser().parse_args(["--segments", "x", "--out", "y"]).epochs == FinetuningConfig.epochs
+    assert cli.parser().parse_args(["label", "x"]).architecture == DEFAULT_ARCHITECTURE
 
 
 def test_no_drawer_for_odds_and_ends() -> None:

@@ -223,6 +223,17 @@ def test_a_start_near_the_solution_saves_updates() -> None:
         infer_activations(planted.V, planted.W, H0=near[..., :-1])
 
 
+def test_a_start_of_any_level_will_do_and_a_frame_without_one_is_empty() -> None:
+    V, W, H0 = 1000 * uniform(30, 20), uniform(30, 4, seed=1), uniform(4, 20, seed=2)
+    expected = infer_activations(V, W, H0=H0)
+    for level in (1e-38, 1e38):
+        assert torch.allclose(infer_activations(V, W, H0=H0 * level), expected, rtol=1e-3)
+    H0[:, 3] = 0
+    found = infer_activations(V, W, H0=H0)
+    assert not found[:, 3].any() and torch.allclose(found[:, 4:], expected[:, 4:], rtol=1e-5)
+    assert not infer_activations(V, torch.zeros_like(W)).any()
+
+
 def test_one_basis_has_activations_in_closed_form(path: str) -> None:
     """For a single basis the minimum is the ratio of the column sums of V and W."""
     V, W = uniform(30, 20), uniform(30, 1, seed=1)

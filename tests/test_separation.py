@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import errno
 import json
@@ -299,11 +300,14 @@ def test_learned_masks_give_all_to_the_rest_where_no_basis_is_anyone_s() -> None
 
 
 def test_a_full_temporary_folder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Path("/dev/full").open("w+b", buffering=0) as full:
-        monkeypatch.setattr(tempfile, "TemporaryFile", lambda: full)
+    for buffering in (0, 1 << 20):  # the error comes with a write, or with the flush
+        full = Path("/dev/full").open("w+b", buffering=buffering)  # noqa: SIM115  (closing fails, too)
+        monkeypatch.setattr(tempfile, "TemporaryFile", lambda full=full: full)
         with pytest.raises(OSError, match=r"No space left on device; make room there, or let TMPDIR name") as caught:
             Separator(model())(tone(DOG, 1.0), ["dog"])
-    assert caught.value.errno == errno.ENOSPC and caught.value.filename == tempfile.gettempdir()
+        assert caught.value.errno == errno.ENOSPC and caught.value.filename == tempfile.gettempdir()
+        with contextlib.suppress(OSError):
+            full.close()
 
 
 def test_errors_name_the_value_and_the_remedy() -> None:
