@@ -219,7 +219,7 @@ def why(clip: ClipResult) -> str:
     share = f"{energy[right].sum() / energy.sum():.0%}" if len(energy) and energy.sum() else "none"
     return (
         f"Of the bases' energy {share} went to the right object. True owners would bring "
-        f"{mean['oracle_assignment'] - mean['default']:.1f} dB, and masks finer than these bases' another "
+        f"{mean['oracle_assignment'] - mean['default']:.1f} dB, and ideal masks another "
         f"{mean['ideal_mask'] - mean['oracle_assignment']:.1f} dB."
     )
 
