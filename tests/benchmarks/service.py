@@ -192,7 +192,11 @@ def main() -> None:
             with contextlib.suppress(httpx.HTTPError):
                 if httpx.get(f"{url}/healthz").status_code == 200:
                     break
+            if service.poll() is not None:
+                raise SystemExit(f"the service ended with {service.returncode} before it was ready; try it by hand")
             time.sleep(1)
+        else:
+            raise SystemExit("the service isn't ready after five minutes")
         load(url, files, replicas, 10)  # warm
         for _ in range(arguments.rounds):
             with ProcessPoolExecutor(replicas) as pool:
