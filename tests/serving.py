@@ -92,6 +92,18 @@ def half_an_upload(port: int, n_sent: int, n_said: int) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def waiting_client(url: str, file: Path) -> Iterator[None]:
+    """A client that has sent a file and waits for the answer; it goes when the block ends."""
+    with file.open("rb") as opened:
+        request = httpx.Request("POST", f"{url}/v1/separations", files={"file": opened})
+        content = request.read()
+    head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+    with socket.create_connection((request.url.host, request.url.port), timeout=60) as raw:
+        raw.sendall(f"POST {request.url.path} HTTP/1.1\r\n{head}\r\n".encode() + content)
+        yield
+
+
 class Server:
     """The application on a port of loopback, with workers in threads in place of Serve's replicas."""
 
@@ -235,6 +247,11 @@ class RayService:
             self.process.send_signal(signal.SIGINT)
             self.process.wait(60)
         self.log.close()
+
+
+def working(results: Path) -> bool:
+    """Whether a job of that folder has come to its sound."""
+    return any('"listening"' in p.read_text() for p in results.glob("*/job.json"))
 
 
 def wait(condition: Any, timeout_s: float = 60) -> None:

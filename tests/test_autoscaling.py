@@ -158,11 +158,15 @@ def test_nodes_come_with_the_work_and_go_after_it(rendered, tmp_path_factory, na
         done = cluster.run("-m", "pipelines.extract", *command, str(folder / "out"))
         assert done.returncode == 0, done.stderr
         assert sum(map(len, shards.read_ids(str(folder / "out")))) == 50
-        assert cluster.nodes(alive=False) == {"cpu": 2}  # more tasks wait than they take: no GPU is paid for that
+        brought = cluster.nodes(alive=False)
+        assert set(brought) == {"cpu"}  # more tasks wait than they take: no GPU is paid for that
+        if version == "v2":  # v1 brings another where launching takes seconds, and ends it at once
+            assert brought == {"cpu": 2}
         cluster.wait_until_empty()
         code = f"from test_autoscaling import one_gpu; one_gpu({[*command, str(folder / 'other')]!r})"
         done = cluster.run("-c", code, AVSEP_GPUS="1")
         assert done.returncode == 0 and "waits for 1 of 1 GPUs, 15 min at most" in done.stdout, done
         assert "AVSEP_GPUS: Ray counts a GPU on " in done.stderr and done.stderr.count("\n") == 1, done.stderr
-        assert cluster.nodes(alive=False) == {"cpu": 2, "gpu": 1}
+        brought = cluster.nodes(alive=False) - brought
+        assert set(brought) == {"gpu"} and (brought["gpu"] == 1 or version == "v1"), brought
         cluster.wait_until_empty()
