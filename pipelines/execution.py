@@ -12,9 +12,11 @@ import logging
 import math
 import os
 import re
+import signal
 import socket
 import struct
 import sys
+import threading
 import time
 import traceback
 from collections import Counter, deque
@@ -423,6 +425,8 @@ def session(in_process: bool = False) -> Iterator[Runner]:
         if address != "local":
             fail(f"RAY_ADDRESS={address}: {why}")
         fail(f"Ray didn't start on this machine: {why} It is given 30 s: try again when less runs, or --in-process")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; Ray's own aborts the process
     try:
         yield OnRay()
     finally:

@@ -4,6 +4,8 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -191,6 +193,18 @@ def test_behind_serve_s_proxies(tmp_path, short, long):
             assert raw.recv(4096).startswith(b"HTTP/1.1 413 ")
         headers_have_a_deadline(service)
         wait(service.idle)
+
+
+def test_ended_while_it_starts_it_leaves_nothing(tmp_path):
+    command = [sys.executable, "-m", "pipelines.serve", "--port", str(free_port())]
+    command += ["--model", write_model(tmp_path / "model")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        wait(lambda: any("ServeController" in t for t in descendants(process.pid).values()), 200)
+        processes = list(descendants(process.pid))
+        process.terminate()
+        said = process.communicate(timeout=100)[0]
+    assert process.returncode == 130 and said.splitlines()[-1].startswith("pipelines.serve: interrupted"), said
+    wait(lambda: not [p for p in processes if _alive(p)])
 
 
 def write_pictured_model(folder: Path, seed: int) -> None:
