@@ -32,6 +32,7 @@ _FORMATS = (
     "3gp,aac,ac3,aiff,amr,ape,asf,au,avi,caf,dts,dv,eac3,flac,flv,gxf,h264,hevc,ivf,m4a,m4v,matroska,mov,"
     "mp3,mp4,mpc,mpc8,mpeg,mpegts,mxf,nut,ogg,rm,tta,voc,w64,wav,webm,wtv,wv"
 )
+LOUDEST = 1e10  # of a sample, full scale 1: sums of squares of what is louder overflow
 _LEAD_S = 1.0  # decoded before an excerpt: decoders need a run-up after a seek …
 _UNINDEXED_LEAD_S = 12.0  # … and key frames may be this far apart
 _SLACK_S = 1.0  # media may end this much before their header says
@@ -179,8 +180,7 @@ def decode(
         raise ClipError(Reason.PAST_END, f"nothing follows {start_s:g} s")
     if not len(waveform):
         raise ClipError(Reason.EMPTY, excerpt.last_words() or "no samples")
-    if not np.isfinite(waveform).all():
-        raise ClipError(Reason.UNREADABLE, "samples that are not finite numbers")
+    _check_samples(waveform)
     return Clip(waveform, sample_rate, images)
 
 
@@ -203,12 +203,12 @@ def iter_audio(
         for _, data in excerpt.pieces(limits.timeout_s, renewed=True):
             rest += data
             while len(rest) >= 4 * block:
-                yield np.frombuffer(rest[: 4 * block], "<f4")
+                yield _check_samples(np.frombuffer(rest[: 4 * block], "<f4"))
                 del rest[: 4 * block]
                 n_samples += block
     rest = rest[: len(rest) // 4 * 4]
     if rest:
-        yield np.frombuffer(rest, "<f4")
+        yield _check_samples(np.frombuffer(rest, "<f4"))
         n_samples += len(rest) // 4
     if excerpt.too_many_errors or (not n_samples and excerpt.returncode):
         raise ClipError(Reason.UNREADABLE, excerpt.last_words() or "nothing decodes")
@@ -223,6 +223,13 @@ def iter_audio(
             raise ClipError(
                 Reason.TRUNCATED, f"ends at {n_samples / sample_rate:.2f} s, not at {info.duration_s:.2f} s"
             )
+
+
+def _check_samples(samples: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return samples that can be sound; ClipError (UNREADABLE) where damage has made others of them."""
+    if len(samples) and not np.abs(samples).max() <= LOUDEST:  # NaN isn't either
+        raise ClipError(Reason.UNREADABLE, f"samples that are not finite numbers, or above {LOUDEST:.0e}")
+    return samples
 
 
 def _probe_audio(path: Path, limits: DecodeLimits) -> _Header:

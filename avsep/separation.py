@@ -14,6 +14,7 @@ from torch import Tensor
 
 from avsep import nmf, storage
 from avsep.context import pair_features
+from avsep.media import LOUDEST
 from avsep.miml import basis_posteriors, energy_shares
 from avsep.model import Model, SeparationConfig
 from avsep.objects import object_index
@@ -237,13 +238,13 @@ class Separator:
 
         `objects` are there for certain; else `seen` are what pictures show, and the sound may add
         to it or find it silent; without either it is what is heard. Raises ValueError for an
-        unknown object, or one named twice, and for a waveform that isn't `(S,)` or not finite.
+        unknown object, or one named twice, and for a waveform that isn't `(S,)`, not finite, or above 1e10.
         """
         mixture = torch.as_tensor(waveform, dtype=torch.float32).detach()
         if mixture.ndim != 1:
             raise ValueError(f"the waveform is {tuple(mixture.shape)}; (S,) is needed: average the channels")
-        if not mixture.isfinite().all():
-            raise ValueError("the waveform holds NaN or infinity; separation needs finite samples")
+        if not (mixture.abs() <= LOUDEST).all():
+            raise ValueError(f"the waveform holds NaN, infinity or samples above {LOUDEST:.0e}; full scale is 1")
         blocks = np.array_split(mixture.numpy(), max(1, len(mixture) // (1 << 20)))
         plan = self.plan(blocks, objects, seen)
         parts = list(plan.render(blocks))

@@ -439,6 +439,16 @@ def test_unreadable_files(movie: Path, folder: Path, tmp_path: Path) -> None:
             probe(path)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e20])
+def test_samples_that_no_sound_has(tmp_path: Path, value: float) -> None:
+    samples = np.zeros(48_000, np.float32)
+    samples[40_000] = value
+    soundfile.write(tmp_path / "x.wav", samples, 48_000, subtype="FLOAT")
+    assert reason(tmp_path / "x.wav") == Reason.UNREADABLE
+    with pytest.raises(ClipError, match="not finite numbers, or above"):
+        list(iter_audio(tmp_path / "x.wav", sample_rate=48_000, block=10_000))
+
+
 def test_garbage_inside(film: Path, tmp_path: Path) -> None:
     data = bytearray(film.read_bytes())
     start = data.index(b"mdat") + 100

@@ -318,7 +318,8 @@ def test_errors_name_the_value_and_the_remedy() -> None:
         separator(torch.ones(0), ["dog"])
     for sound, message in (
         (torch.ones(2, 500), r"the waveform is \(2, 500\); \(S,\) is needed"),
-        (torch.full((500,), torch.nan), "the waveform holds NaN or infinity"),
+        (torch.full((500,), torch.nan), "the waveform holds NaN, infinity"),
+        (torch.full((500,), 1e18), "samples above 1e\\+10"),
     ):
         with pytest.raises(ValueError, match=message):
             separator(sound, ["dog"])
