@@ -280,9 +280,10 @@ def rejection_files(commits: Iterable[Commit]) -> dict[str, set[str]]:
 
 
 def _latest_rejections(commits: Iterable[Commit]) -> dict[str, DataFile]:
-    """Map each rejected id to the file of its shard's last generation."""
+    """Map each rejected id to the file of its shard's last generation; of several shards, to that of the highest."""
     last = {c.shard: c for c in commits}  # commits come in order of generation
-    return {i: c.rejections for c in last.values() if c.rejections for i in c.rejections.ids}
+    ordered = sorted(last.values(), key=lambda c: c.generation)
+    return {i: c.rejections for c in ordered if c.rejections for i in c.rejections.ids}
 
 
 def read_rejections(out: storage.AnyPath) -> list[Rejection]:

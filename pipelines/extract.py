@@ -116,6 +116,7 @@ class Work:
     culprits: tuple[Rejection, ...] = ()  # which took their workers along, in this run
     attempts: dict[str, int] = field(default_factory=dict)  # earlier ones, of segments that were rejected
     probe: bool = False  # only try whether the worker survives: commit nothing
+    apart: bool = False  # one segment after the other, which takes the least memory
 
 
 @dataclass
@@ -142,6 +143,7 @@ def extract_shard(
     """
     execution.one_thread()
     records: list[ClipRecord] = []
+    rejections: list[Rejection] = []
     seconds: dict[str, float] = {}
     if job.fetch_only:
         rejections = store.fetch_all(work.segments) if store else []
@@ -149,7 +151,11 @@ def extract_shard(
         locate = store.locate if store else None
         own = job.process is stages.extract_records  # others do all of their work themselves
         process = functools.partial(job.process, factorize_elsewhere=factorize) if factorize and own else job.process
-        records, rejections, seconds = process(work.segments, job.config, label, locate)
+        for segments in [(s,) for s in work.segments] if work.apart else [work.segments]:
+            some_records, some_rejections, some_seconds = process(segments, job.config, label, locate)
+            records += some_records
+            rejections += some_rejections
+            seconds |= {stage: seconds.get(stage, 0.0) + s for stage, s in some_seconds.items()}
     # in a fetch, only a retry that succeeded has something to take back
     retried = store.retried if store else []
     if work.probe or (job.fetch_only and not (rejections or work.attempts or work.culprits)):
@@ -174,7 +180,8 @@ class Crashes:
     """Finds the segment that takes its worker along, and has the rest of its shard done without it.
 
     A shard whose worker died again and again is taken apart: its segments are tried one by one, and
-    those whose worker dies are rejected. A shard that can't be written is tried twice again, since
+    those whose worker dies are rejected. Where none does, they are too much together, and are done one after
+    the other; where that fails, too, the run stops. A shard that can't be written is tried twice again, since
     an object store may have failed for a moment; then the run stops.
     """
 
@@ -220,8 +227,14 @@ class Crashes:
         if self._to_try[work.shard] == 0:
             whole, culprits = self._whole.pop(work.shard), self._culprits.pop(work.shard)
             ids = {r.segment_id for r in culprits}
+            if not culprits and whole.apart:
+                fail(
+                    f"shard {work.shard}: its worker dies with its {len(whole.segments)} segments, though with none "
+                    "of them alone; give workers more memory, or run fewer at once (AVSEP_CPUS)"
+                )
             rest = tuple(s for s in whole.segments if s.segment_id not in ids)
-            self._queue.add(self._item(replace(whole, segments=rest, culprits=(*whole.culprits, *culprits))))
+            again = replace(whole, segments=rest, culprits=(*whole.culprits, *culprits), apart=not culprits)
+            self._queue.add(self._item(again))
 
 
 def extract(
@@ -526,6 +539,9 @@ def plan_work(
     """Say what is left to do. `retry_reasons` None retries nothing, an empty list every rejection."""
     generations = Counter({c.shard: c.generation + 1 for c in state.commits})
     own_rejections = {c.shard: c.rejection_ids for c in state.commits}
+    rejected_in: dict[str, int] = {}  # the generation: a retry, perhaps in another shard, comes after it
+    for commit in sorted(state.commits, key=lambda c: c.generation):
+        rejected_in |= dict.fromkeys(commit.rejection_ids, commit.generation)
     rejections = state.rejections
     retried = {
         i
@@ -539,7 +555,8 @@ def plan_work(
         if todo:
             kept = tuple(rejections[i] for i in own_rejections.get(shard.name, ()) if i in done and i in rejections)
             attempts = {s.segment_id: rejections[s.segment_id].attempts for s in todo if s.segment_id in rejections}
-            works.append(Work(shard.name, generations[shard.name], todo, kept, attempts=attempts))
+            generation = max([generations[shard.name], *(rejected_in[i] + 1 for i in attempts)])
+            works.append(Work(shard.name, generation, todo, kept, attempts=attempts))
     return works
 
 
@@ -698,9 +715,10 @@ def _drive(
                 locks = [mine]
                 if store and store.missing:
                     try:
-                        what = f"media store {arguments.media}"
-                        theirs = lock.Lock(storage.join(arguments.media, FETCH_LOCK), what, tell=say)
-                        locks.append(stack.enter_context(theirs))
+                        path = storage.join(arguments.media, FETCH_LOCK)
+                        if path != mine.path:
+                            theirs = lock.Lock(path, f"media store {arguments.media}", tell=say)
+                            locks.append(stack.enter_context(theirs))
                         store.budget = open_budget(arguments, store, runner)
                         following = False
                     except lock.Held:
