@@ -56,14 +56,14 @@ def separate_file(
     for file in earlier:
         if storage.name(file) not in names:
             storage.delete_file(file)
+    report = {"source": video, "model": model_dir, **done.report, "relation_map": "relation_map.png"}
+    storage.write_text(storage.join(out, _REPORT), json.dumps(report, indent=1) + "\n")  # says that the WAVs are ours
     window = done.plan.first_window.first(separate_video.separator.model.config.n_bases)
     picture = done.pictures[len(done.pictures) // 2] if len(done.pictures) else None
     figure = plots.relation_map(
         window.relation.numpy(), OBJECT_NAMES, window.factors.basis_energy.numpy(), picture, done.plan.objects
     )
     storage.write_bytes(storage.join(out, "relation_map.png"), figure)
-    report = {"source": video, "model": model_dir, **done.report, "relation_map": "relation_map.png"}
-    storage.write_text(storage.join(out, _REPORT), json.dumps(report, indent=1) + "\n")
     return report
 
 

@@ -74,8 +74,8 @@ def keep_pictures(path: str, segments: Sequence[Segment], known: dict[str, str])
     clips, missing = [], 0
     for segment in segments:
         at = known.get(segment.segment_id)
-        s = fetch.within(segment, at) if at else segment
         try:
+            s = fetch.within(segment, at) if at else segment
             with storage.local_file(s.source) as file:
                 images = media.decode(file, s.start_s, s.end_s).images
         except (ClipError, FileNotFoundError, ValueError):

@@ -12,6 +12,7 @@ from avsep.finetuning import FinetuningConfig
 from avsep.miml import MIML, partial_label_loss
 from avsep.model import Model, ModelConfig
 from avsep.objects import OBJECTS, multi_hot
+from avsep.records import Segment
 from pipelines import finetune
 
 SIZE = 64  # pixels
@@ -149,6 +150,14 @@ def test_dropout_leaves_names_and_answers_alone() -> None:
     assert list(network.state_dict()) == names and torch.equal(network(x), plain)
     network.fc.train()
     assert not torch.equal(network(x), plain)
+
+
+def test_what_cannot_be_had_is_counted(tmp_path: Path) -> None:
+    """Damaged where it is, or in the store of media."""
+    (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 12)
+    noise = str(tmp_path / "noise.mp4")
+    segments = [Segment("a", noise, 0.0, 1.0), Segment("b", "youtube:abcdefghijk", 0.0, 1.0)]
+    assert finetune.keep_pictures(str(tmp_path / "album"), segments, {"b": noise}) == (0, 2)
 
 
 @pytest.mark.parametrize(

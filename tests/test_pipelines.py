@@ -372,6 +372,15 @@ def test_silence_is_nobody_s_sound(run, tmp_path):
     assert set(wavs(tmp_path / "out")) == {"_rest"}
 
 
+def test_separate_knows_its_own_after_a_failure(run, rendered, tmp_path):
+    video = str(next((rendered / "clips").glob("*test*")))
+    command = ["separate", video, "--model", str(run / "run" / "model"), "--out", str(tmp_path), "--objects", "drum"]
+    (tmp_path / "relation_map.png").mkdir()
+    assert cli.main(command) == 2
+    (tmp_path / "relation_map.png").rmdir()
+    assert cli.main(command) == 0
+
+
 def test_separate_leaves_foreign_wavs_alone(run, rendered, tmp_path):
     soundfile.write(tmp_path / "mine.wav", np.zeros(10, np.float32), RATE)
     video = str(sorted((rendered / "clips").glob("*test*"))[0])
@@ -648,6 +657,8 @@ def test_remote_segments_are_fetched_once_and_kept(run, rendered, web, tmp_path)
     segments, media_store = table_of(tmp_path, rows), str(tmp_path / "media")
     command = ["--segments", segments, "--media", media_store, "--rate", "100000", "--in-process"]
 
+    assert extract.main([*command, "--out", media_store, "--until", "fetch"]) == 0  # to the store itself
+    shutil.rmtree(media_store)
     first = str(tmp_path / "first")
     assert extract.main([*command, "--out", first, "--until", "fetch"]) == 0
     assert shards.read_ids(first) == ([], ["gone"])
