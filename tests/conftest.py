@@ -28,18 +28,22 @@ def one_thread():
 @pytest.fixture(scope="session")
 def rendered(tmp_path_factory) -> Path:
     """A folder of 14 rendered clips with references and a table that gives their labels."""
-    folder = tmp_path_factory.mktemp("rendered")
+    return render(tmp_path_factory.mktemp("rendered"), CONFIG)
+
+
+def render(folder: Path, config: synthetic.SceneConfig) -> Path:
+    """Render training, validation and test clips to a folder; the latter have two objects."""
     rows = []
     for split, count, n_objects in (("train", 9, None), ("val", 2, None), ("test", 3, 2)):
         for number in range(count):
-            scene = synthetic.render_scene(number, split, 5, CONFIG, n_objects)
+            scene = synthetic.render_scene(number, split, 5, config, n_objects)
             segment = synthetic.write_scene(scene, folder)
             rows.append(
                 {
                     "segment_id": segment.segment_id,
                     "source": segment.source,
                     "start_s": 0,
-                    "end_s": CONFIG.seconds,
+                    "end_s": config.seconds,
                     "split": split,
                     "objects": ";".join(segment.objects or ()),
                     "labels": ";".join(scene.plan.visible),

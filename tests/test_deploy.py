@@ -344,7 +344,7 @@ def test_work_fills_nodes_that_come_later(tmp_path: Path, monkeypatch: pytest.Mo
             assert program.stdout and program.stdout.readline() == b"started\n"
             for _ in range(2):
                 cluster.add_node(num_cpus=2)
-            assert program.wait(timeout=120) == 0
+            assert program.wait(timeout=300) == 0
     finally:
         cluster.shutdown()
 
