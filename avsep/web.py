@@ -879,7 +879,7 @@ class _Guard:
 
     def _refuse(self, request: Request) -> ASGIApp | None:
         config = self._service.config
-        if config.token and request.url.path not in _OPEN:
+        if config.token and request.scope["path"] not in _OPEN:  # not the URL's: a Host header is in that
             kind, _, given = request.headers.get("authorization", "").partition(" ")
             if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), config.token.encode()):
                 return problem(401, "send the service's token as 'Authorization: Bearer …'",
