@@ -221,7 +221,8 @@ class JobWorker:
         separate = self.model()
         part = folder / f"{TRACKS}.{secrets.token_hex(4)}.part"  # what a worker that died left stays beside it
         given = (options.get("objects"), options.get("bases"))
-        done = separate(folder / UPLOAD, part, *given, step, mixture=True, elsewhere=self._elsewhere)
+        # without parents, so that a deleted job's folder isn't made again
+        done = separate(folder / UPLOAD, part, *given, step, mixture=True, elsewhere=self._elsewhere, parents=False)
         _write_window(folder, done)
         try:
             part.rename(folder / TRACKS)

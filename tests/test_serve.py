@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 import zipfile
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from serving import (
     write_video,
 )
 
-from avsep import stages
+from avsep import jobs, stages
 from avsep.dictionary import BasisDictionary
 from avsep.jobs import JobWorker, OutOfTime, ServiceConfig, as_failure, fail
 from avsep.records import ClipError, Reason
@@ -604,6 +605,51 @@ def test_the_store_gives_up_work_that_nobody_touches(tmp_path):
     assert store.job(job)["status"] == "uploading"
     time.sleep(0.3)
     store.sweep()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("state", [None, "", '{"id": "0', '{"id": "\udcff'])
+def test_the_store_removes_folders_that_are_no_job(tmp_path, state):
+    """A machine that stopped in the middle of things left them."""
+    store = ResultStore(tmp_path, ttl_s=1000, stale_s=1000)
+    job, broken = store.create(), store.create()
+    if state is None:
+        (tmp_path / broken / "job.json").unlink()
+    else:
+        (tmp_path / broken / "job.json").write_text(state, errors="surrogateescape")
+    for function in (store.job, store.update):
+        with pytest.raises(NoSuchJob):
+            function(broken)
+    store.sweep()
+    assert store.unfinished() == [] and store.usage()["uploading"] == 1
+    assert sorted(os.listdir(tmp_path)) == sorted([job, broken])  # it may be in the making
+    os.utime(tmp_path / broken, (0, 0))
+    store.sweep()
+    assert os.listdir(tmp_path) == [job]
+
+
+def test_a_job_without_room_leaves_no_folder(tmp_path):
+    with largest_file(0), pytest.raises(OSError):
+        ResultStore(tmp_path).create()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_deleted_job_s_folder_is_not_made_again(tmp_path, model, sound, monkeypatch):
+    monkeypatch.setattr(jobs, "_STEP_S", 1e9)  # nobody looks whether the job is still there
+    config = ServiceConfig(model, str(tmp_path))
+
+    def elsewhere(_: str, waveform: np.ndarray, seeds: Sequence[int], config: stages.ExtractionConfig) -> Future:
+        with contextlib.suppress(NoSuchJob):
+            store.delete(job)
+        future: Future = Future()
+        future.set_result([stages.factorize(waveform, seed, config) for seed in seeds])
+        return future
+
+    worker = JobWorker(config, elsewhere)
+    store, job = worker.store, worker.store.create()
+    shutil.copy(sound, store.path(job) / "upload")
+    store.update(job, status="queued", options={}, queued=time.time())
+    worker(job)
     assert os.listdir(tmp_path) == []
 
 
