@@ -88,6 +88,10 @@ class ServiceConfig:
                     values[name] = kind(text) if kind in (int, float) else text
             except (KeyError, ValueError):
                 raise ValueError(f"{variable}={text}: give {'0 or 1' if kind is bool else 'a number'}") from None
+        if values.get("token") is not None:
+            values["token"] = values["token"].strip()  # a secret's file ends with a line break
+            if not values["token"]:
+                raise ValueError(f"{ENVIRONMENT}TOKEN is empty; give what clients must send, or unset it to let all in")
         return cls(**values)
 
     def store(self) -> ResultStore:

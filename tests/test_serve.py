@@ -676,7 +676,10 @@ def test_settings_come_from_the_environment():
     given = {"AVSEP_SERVE_TOKEN": "x", "AVSEP_SERVE_MAX_PENDING": "3", "AVSEP_SERVE_ALLOW_URLS": "1", "HOME": "/"}
     config = ServiceConfig.from_environment(given, model="m")
     assert (config.token, config.max_pending, config.allow_urls) == ("x", 3, True)
-    for name, text in (("MAX_PENDING", "many"), ("ALLOW_URLS", "perhaps"), ("MAX_PENDNG", "3")):
+    assert ServiceConfig.from_environment({"AVSEP_SERVE_TOKEN": " x\n"}, model="m").token == "x"
+    assert ServiceConfig.from_environment({}, model="m").token is None
+    wrong = [("MAX_PENDING", "many"), ("ALLOW_URLS", "perhaps"), ("MAX_PENDNG", "3"), ("TOKEN", ""), ("TOKEN", " \n")]
+    for name, text in wrong:
         with pytest.raises(ValueError, match=f"AVSEP_SERVE_{name}"):
             ServiceConfig.from_environment({f"AVSEP_SERVE_{name}": text}, model="m")
 
