@@ -214,6 +214,24 @@ def test_what_the_service_says_of_itself(server):
         assert name in text
 
 
+def test_the_model_stays_described_while_another_is_written(tmp_path, model):
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    with serving(tmp_path, str(folder)) as server:
+        (folder / "config.json").write_text("{")
+        card = server.client.get("/v1/model").json()
+        assert card["recipe"] == "tones"
+        (folder / "config.json").unlink()
+        assert server.client.get("/v1/model").json() == card
+        write_model(folder, recipe="second")
+        assert server.client.get("/v1/model").json() == {**card, "recipe": "second"}
+
+
+def test_what_the_log_is_to_say_is_there(tmp_path, model, caplog):
+    with serving(tmp_path, model, examples=str(tmp_path / "nowhere")) as server:
+        check_problem(server.client.get("/v1/examples"), 500, "log")
+    assert "FileNotFoundError" in caplog.text and "/v1/examples" in caplog.text
+
+
 def test_a_head_is_a_get_without_its_body(server):
     for path in ("/", "/healthz", "/v1/separations/" + "0" * 32):
         got, head = server.client.get(path), server.client.head(path)
@@ -403,6 +421,9 @@ def test_what_a_url_brings_is_bounded_and_redirects_are_checked(tmp_path):
             with pytest.raises(BadUpload) as error:
                 fetch(base + path)
             assert error.value.status == status, path
+        with largest_file(500), pytest.raises(OSError) as full:
+            fetch(f"{base}/file")
+        assert as_failure(full.value)["status"] == 507
         started = time.monotonic()
         with pytest.raises(BadUpload):
             fetch(f"{base}/slow", 0.5)
