@@ -20,10 +20,12 @@ MAX_CONNECTIONS = 1000
 class BoundedHttp(HttpToolsProtocol):
     """A connection that is closed when its client is slow, greedy, or one too many.
 
-    Headers have a deadline (then 408, or nothing where none has begun) and a size (431). Bodies are the application's.
+    Headers have a deadline (then 408, or nothing where none has begun) and a size (431). Bodies are the application's;
+    what may come after a chunked one is dropped, and a connection with too much of it is closed.
     """
 
     _head: int | None = None  # bytes so far of the headers that are coming
+    _chunk: int | None = None  # bytes so far after a chunk's size, unless of its body: trailers
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take a connection."""
@@ -42,7 +44,11 @@ class BoundedHttp(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Read."""
+        if self._chunk is not None:
+            self._chunk += len(data)
         super().data_received(data)
+        if self._chunk is not None and self._chunk > HEAD_BYTES:
+            self._close()
         if self._head is not None:
             self._head += len(data)
             if self._head > HEAD_BYTES:
@@ -53,11 +59,29 @@ class BoundedHttp(HttpToolsProtocol):
         self._head = 0
         super().on_message_begin()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header, and no trailer."""
+        if self._head is not None:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         """Begin its answer."""
         self._head = None
         self._stop("head")
         super().on_headers_complete()
+
+    def on_chunk_header(self) -> None:
+        """Begin a chunk; the last has trailers in place of a body."""
+        self._chunk = 0
+
+    def on_body(self, body: bytes) -> None:
+        """Pass it on."""
+        self._chunk = None
+        super().on_body(body)
+
+    def on_chunk_complete(self) -> None:
+        """End it."""
+        self._chunk = None
 
     def on_response_complete(self) -> None:
         """End it."""

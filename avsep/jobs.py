@@ -88,6 +88,10 @@ class ServiceConfig:
                     values[name] = kind(text) if kind in (int, float) else text
             except (KeyError, ValueError):
                 raise ValueError(f"{variable}={text}: give {'0 or 1' if kind is bool else 'a number'}") from None
+        if values.get("token") is not None:
+            values["token"] = values["token"].strip()  # a secret's file ends with a line break
+            if not values["token"]:
+                raise ValueError(f"{ENVIRONMENT}TOKEN is empty; give what clients must send, or unset it to let all in")
         return cls(**values)
 
     def store(self) -> ResultStore:
@@ -221,7 +225,8 @@ class JobWorker:
         separate = self.model()
         part = folder / f"{TRACKS}.{secrets.token_hex(4)}.part"  # what a worker that died left stays beside it
         given = (options.get("objects"), options.get("bases"))
-        done = separate(folder / UPLOAD, part, *given, step, mixture=True, elsewhere=self._elsewhere)
+        # without parents, so that a deleted job's folder isn't made again
+        done = separate(folder / UPLOAD, part, *given, step, mixture=True, elsewhere=self._elsewhere, parents=False)
         _write_window(folder, done)
         try:
             part.rename(folder / TRACKS)

@@ -52,7 +52,11 @@ class ResultStore:
         """Make an empty job and return its id."""
         job_id = secrets.token_hex(16)
         self._folder(job_id).mkdir(mode=0o700)
-        self._write(job_id, {"id": job_id, "status": "uploading", "created": time.time(), "progress": 0.0})
+        try:
+            self._write(job_id, {"id": job_id, "status": "uploading", "created": time.time(), "progress": 0.0})
+        except OSError:
+            shutil.rmtree(self._folder(job_id), ignore_errors=True)
+            raise
         return job_id
 
     def path(self, job_id: str) -> Path:
@@ -63,10 +67,10 @@ class ResultStore:
         return folder
 
     def job(self, job_id: str) -> dict[str, Any]:
-        """Read a job's state."""
+        """Read a job's state; NoSuchJob also where a crash of the machine left half of it."""
         try:
             state: dict[str, Any] = json.loads((self._folder(job_id) / _STATUS).read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             raise NoSuchJob(job_id) from None
         return state
 
@@ -98,12 +102,10 @@ class ResultStore:
         Raises StoreFull where they don't, with all results gone.
         """
         now, finished = time.time(), []
-        for entry in map(self.root.joinpath, self._names(gone=True)):
-            with contextlib.suppress(FileNotFoundError):  # others are deleting too
-                if now - entry.stat().st_mtime > self.stale_s:
-                    shutil.rmtree(entry, ignore_errors=True)
+        no_jobs = {*self._names(), *self._names(gone=True)}
         used, count = n_bytes, 0
         for job_id, state, size in self._jobs():
+            no_jobs.discard(job_id)
             over = now - state.get("finished", now) > self.ttl_s
             if over or (state["status"] in UNFINISHED and now - state["updated"] > self.stale_s):
                 with contextlib.suppress(NoSuchJob):
@@ -112,6 +114,10 @@ class ResultStore:
             used, count = used + size, count + 1
             if state["status"] in FINISHED:
                 finished.append((state["finished"], job_id, size))
+        for entry in map(self.root.joinpath, no_jobs):
+            with contextlib.suppress(FileNotFoundError):  # others are deleting too
+                if now - entry.stat().st_mtime > self.stale_s:
+                    shutil.rmtree(entry, ignore_errors=True)
         for _, job_id, size in sorted(finished):
             if used <= self.max_bytes and count <= self.max_jobs:
                 return

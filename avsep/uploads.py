@@ -17,6 +17,8 @@ from typing import IO, Any
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from avsep import storage
+
 _MAX_FIELDS = 32
 _MAX_FIELD_BYTES = 8192
 _MAX_REDIRECTS = 3
@@ -161,13 +163,15 @@ def download(
 
     The connection goes to the very address that was checked, so a name can't resolve to another
     one in between; each redirect is checked the same way, and no proxy is asked. Raises BadUpload:
-    422 for what is not allowed or not there, 413 for more than `max_bytes`.
+    422 for what is not allowed or not there, 413 for more than `max_bytes`; OSError for a full disk.
     """
     deadline = time.monotonic() + timeout_s
     for _ in range(_MAX_REDIRECTS + 1):
         try:
             location = _get(url, target, max_bytes, deadline, resolve, step)
-        except (OSError, http.client.HTTPException, ValueError):
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in storage.FULL:
+                raise
             raise BadUpload(422, "the URL can't be fetched") from None
         if location is None:
             return

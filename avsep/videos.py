@@ -104,14 +104,16 @@ class VideoSeparator:
         step: Step = _no_step,
         mixture: bool = False,
         elsewhere: Callable[..., Future] | None = None,
+        parents: bool = True,
     ) -> FileSeparation:
         """Separate a file of any length into float32 WAVs that add up to its sound.
 
         Writes `OBJECT.wav`, `_rest.wav` and, if asked, `_mixture.wav` into `out`, under other names
-        until all are whole. `objects` are those that are there; None lets pictures and sound
-        decide. `bases` (own, learned, both) overrides the model's choice. `elsewhere` starts a stage in
-        another process: `("label", pictures, sha256)`, which may give None for a network that it hasn't,
-        and `("factorize", waveform, seeds, config)`.
+        until all are whole; without `parents`, only the last folder of `out` is made where there is
+        none. `objects` are those that are there; None lets pictures and sound decide. `bases` (own,
+        learned, both) overrides the model's choice. `elsewhere` starts a stage in another process:
+        `("label", pictures, sha256)`, which may give None for a network that it hasn't, and
+        `("factorize", waveform, seeds, config)`.
 
         Raises ClipError for a file without usable sound, ValueError for unknown objects or bases
         that the model hasn't, and whatever `step` raises.
@@ -153,7 +155,7 @@ class VideoSeparator:
                 done += estimates.shape[1]
                 step("separating", _LISTENING + _SEPARATING * min(1.0, done / plan.n_samples))
 
-        write_wavs(plan, rendered(source.blocks()), out, rate, mixture)
+        write_wavs(plan, rendered(source.blocks()), out, rate, mixture, parents)
         timings["separate_s"] = clock()
         origin = "given" if objects is not None else "sound" if seen is None else "pictures"
         report: dict[str, Any] = {
@@ -316,13 +318,18 @@ def pictures(
 
 
 def write_wavs(
-    plan: Plan, rendered: Iterator[NDArray[np.float32]], out: Path, sample_rate: int, mixture: bool = False
+    plan: Plan,
+    rendered: Iterator[NDArray[np.float32]],
+    out: Path,
+    sample_rate: int,
+    mixture: bool = False,
+    parents: bool = True,
 ) -> None:
     """Write `OBJECT.wav`, `_rest.wav` and perhaps `_mixture.wav`, under other names until all are whole."""
     names = [*plan.objects, REST, *([MIXTURE] if mixture else [])]
     kind = "WAV" if plan.n_samples * 4 < 4_000_000_000 else "RF64"  # WAV's sizes have 32 bits
     parts = [out / f"{name}.wav.part" for name in names]
-    out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=parents, exist_ok=True)
     try:
         with contextlib.ExitStack() as stack:
             files = [

@@ -326,8 +326,21 @@ class Service:
         self.pending = 0
         self.metrics = Metrics(self)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._card: dict[str, Any] | None = None
+        with contextlib.suppress(OSError, ValueError):
+            self._card = jobs.model_card(config.model)
         self._examples: list[Path] | None = None
         self._examples_lock = asyncio.Lock()
+
+    def card(self) -> dict[str, Any]:
+        """Describe the model; as it last was while its directory holds none, as in training. Problem (503) before."""
+        try:
+            self._card = jobs.model_card(self.config.model)
+        except (OSError, ValueError) as error:
+            log.warning("the model can't be described: %s", error)
+            if self._card is None:
+                raise Problem(503, "the model can't be read now; try again later", "model") from None
+        return self._card
 
     @contextlib.contextmanager
     def admitted(self) -> Iterator[None]:
@@ -441,8 +454,8 @@ def describe(job: dict[str, Any], ttl_s: float) -> Job:
     )
 
 
-def parse_options(fields: dict[str, list[str]], config: ServiceConfig, has_file: bool) -> dict[str, Any]:
-    """Check a request's fields; Problem (422, 403) says what is wrong with them."""
+def parse_options(fields: dict[str, list[str]], service: Service, has_file: bool) -> dict[str, Any]:
+    """Check a request's fields; Problem says what is wrong with them."""
     known = {"url", "objects", "bases"}
     for name, values in fields.items():
         if name not in known:
@@ -454,7 +467,7 @@ def parse_options(fields: dict[str, list[str]], config: ServiceConfig, has_file:
     if has_file == bool(url):
         raise Problem(422, "send either a 'file' or a 'url'" if url else "send a video or sound as the field 'file'")
     if url:
-        if not config.allow_urls:
+        if not service.config.allow_urls:
             raise Problem(403, "this service takes files only, no URLs")
         if not url.startswith(("http://", "https://", "youtube:")):
             raise Problem(422, "a 'url' is http://…, https://… or youtube:ID")
@@ -471,7 +484,7 @@ def parse_options(fields: dict[str, list[str]], config: ServiceConfig, has_file:
     if bases:
         if bases not in ("own", "learned", "both"):
             raise Problem(422, f"'bases' is {bases[:40]!r}; it is own, learned or both")
-        if bases != "own" and not jobs.model_card(config.model)["dictionary"]:
+        if bases != "own" and not service.card()["dictionary"]:
             raise Problem(422, "this model has learned no bases; leave 'bases' out")
         options["bases"] = bases
     return options
@@ -602,8 +615,10 @@ def make_app(service: Service) -> FastAPI:
     @app.exception_handler(OSError)
     @app.exception_handler(StoreFull)
     @app.exception_handler(Exception)
-    async def _any(_: Request, error: Exception) -> Response:
+    async def _any(request: Request, error: Exception) -> Response:
         failure = as_failure(error)
+        if failure["status"] == 500 and isinstance(error, OSError):  # others reach the server, which logs them
+            log.error("%s %r", request.method, request.scope["path"], exc_info=error)
         return problem(failure["status"], failure["detail"], failure["reason"])
 
     @app.post(
@@ -632,7 +647,7 @@ def make_app(service: Service) -> FastAPI:
                         folder / UPLOAD,
                         config.max_upload_bytes,
                     )
-                options = parse_options(fields, config, (folder / UPLOAD).exists())
+                options = parse_options(fields, service, (folder / UPLOAD).exists())
                 store.update(job_id, status="queued", options=options, queued=time.time())
                 task = service.start(job_id)
             except BaseException as error:
@@ -785,10 +800,10 @@ def make_app(service: Service) -> FastAPI:
     async def objects() -> Any:
         return [ObjectInfo(name=o.name, imagenet=list(o.imagenet), audioset=o.mid) for o in OBJECTS]
 
-    @app.get("/v1/model", response_model=ModelInfo, summary="The model in use")
+    @app.get("/v1/model", response_model=ModelInfo, responses=_problems(503), summary="The model in use")
     async def model() -> Any:
         limits = Limits(**{name: getattr(config, name) for name in Limits.model_fields})
-        return {**jobs.model_card(config.model), "limits": limits}
+        return {**service.card(), "limits": limits}
 
     @app.get("/v1/examples", response_model=list[Example], summary="Files to try")
     async def examples() -> Any:
@@ -879,7 +894,7 @@ class _Guard:
 
     def _refuse(self, request: Request) -> ASGIApp | None:
         config = self._service.config
-        if config.token and request.url.path not in _OPEN:
+        if config.token and request.scope["path"] not in _OPEN:  # not the URL's: a Host header is in that
             kind, _, given = request.headers.get("authorization", "").partition(" ")
             if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), config.token.encode()):
                 return problem(401, "send the service's token as 'Authorization: Bearer …'",

@@ -71,6 +71,7 @@ def until_closed(raw: socket.socket, dribble: Callable[[], None] = lambda: None)
 
 
 GET = "GET / HTTP/1.1\r\nHost: x\r\n"
+CHUNKED = "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 @pytest.mark.parametrize("before", ["", GET + "\r\n"])  # on a new connection, and on one kept alive
@@ -100,6 +101,24 @@ def test_headers_have_a_size(port, part):
     with connected(port, GET + part) as raw:
         answer, _ = until_closed(raw)
     assert answer.startswith(b"HTTP/1.1 431 ")
+
+
+@pytest.mark.parametrize("before, piece", [("", "x" * 90 + ": y\r\n"), ("X: ", "y" * 100)])
+def test_trailers_have_a_size(port, before, piece):
+    with connected(port, CHUNKED + "1\r\nz\r\n0\r\n" + before) as raw, pytest.raises(ConnectionError):
+        for _ in range(200):
+            raw.sendall(10_000 * piece.encode())  # more than any socket's buffers
+
+
+def test_bodies_of_large_chunks_and_with_trailers_are_taken(port):
+    with connected(port) as raw:
+        for _ in range(3):
+            raw.sendall(f"{CHUNKED}{40_000:x}\r\n".encode())
+            time.sleep(0.1)
+            raw.sendall(b"z" * 40_000 + b"\r\n0\r\nX: y\r\n")
+            time.sleep(0.1)
+            raw.sendall(b"Y: z\r\n\r\n")
+            assert raw.recv(1000).endswith(b"\r\n\r\n40000")
 
 
 def test_a_body_may_take_its_time_and_requests_may_follow_each_other(port):

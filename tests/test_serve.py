@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 import zipfile
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from serving import (
     write_video,
 )
 
-from avsep import stages
+from avsep import jobs, stages
 from avsep.dictionary import BasisDictionary
 from avsep.jobs import JobWorker, OutOfTime, ServiceConfig, as_failure, fail
 from avsep.records import ClipError, Reason
@@ -211,6 +212,24 @@ def test_what_the_service_says_of_itself(server):
     text = server.client.get("/metrics").text
     for name in ("avsep_requests_total", "avsep_request_seconds_bucket", "avsep_pending", "avsep_stored_bytes"):
         assert name in text
+
+
+def test_the_model_stays_described_while_another_is_written(tmp_path, model):
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    with serving(tmp_path, str(folder)) as server:
+        (folder / "config.json").write_text("{")
+        card = server.client.get("/v1/model").json()
+        assert card["recipe"] == "tones"
+        (folder / "config.json").unlink()
+        assert server.client.get("/v1/model").json() == card
+        write_model(folder, recipe="second")
+        assert server.client.get("/v1/model").json() == {**card, "recipe": "second"}
+
+
+def test_what_the_log_is_to_say_is_there(tmp_path, model, caplog):
+    with serving(tmp_path, model, examples=str(tmp_path / "nowhere")) as server:
+        check_problem(server.client.get("/v1/examples"), 500, "log")
+    assert "FileNotFoundError" in caplog.text and "/v1/examples" in caplog.text
 
 
 def test_a_head_is_a_get_without_its_body(server):
@@ -402,6 +421,9 @@ def test_what_a_url_brings_is_bounded_and_redirects_are_checked(tmp_path):
             with pytest.raises(BadUpload) as error:
                 fetch(base + path)
             assert error.value.status == status, path
+        with largest_file(500), pytest.raises(OSError) as full:
+            fetch(f"{base}/file")
+        assert as_failure(full.value)["status"] == 507
         started = time.monotonic()
         with pytest.raises(BadUpload):
             fetch(f"{base}/slow", 0.5)
@@ -417,6 +439,8 @@ def test_a_token_is_asked_for_everything_but_the_page(tmp_path, model, sound):
             answer = server.client.get(path)
             check_problem(answer, 401)
             assert answer.headers["www-authenticate"] == "Bearer"
+        for host in ("x/healthz?", "x/healthz#"):  # old Starlettes' idea of the URL is made of it
+            check_problem(server.client.get("/v1/model", headers={"Host": host}), 401)
         check_problem(server.post(sound, {"Authorization": "Bearer wrong"}), 401)
         check_problem(server.post(sound, {"Authorization": "Basic secret"}), 401)
         assert server.post(sound, {"Authorization": "Bearer secret"}).status_code == 201
@@ -605,6 +629,51 @@ def test_the_store_gives_up_work_that_nobody_touches(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("state", [None, "", '{"id": "0', '{"id": "\udcff'])
+def test_the_store_removes_folders_that_are_no_job(tmp_path, state):
+    """A machine that stopped in the middle of things left them."""
+    store = ResultStore(tmp_path, ttl_s=1000, stale_s=1000)
+    job, broken = store.create(), store.create()
+    if state is None:
+        (tmp_path / broken / "job.json").unlink()
+    else:
+        (tmp_path / broken / "job.json").write_text(state, errors="surrogateescape")
+    for function in (store.job, store.update):
+        with pytest.raises(NoSuchJob):
+            function(broken)
+    store.sweep()
+    assert store.unfinished() == [] and store.usage()["uploading"] == 1
+    assert sorted(os.listdir(tmp_path)) == sorted([job, broken])  # it may be in the making
+    os.utime(tmp_path / broken, (0, 0))
+    store.sweep()
+    assert os.listdir(tmp_path) == [job]
+
+
+def test_a_job_without_room_leaves_no_folder(tmp_path):
+    with largest_file(0), pytest.raises(OSError):
+        ResultStore(tmp_path).create()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_deleted_job_s_folder_is_not_made_again(tmp_path, model, sound, monkeypatch):
+    monkeypatch.setattr(jobs, "_STEP_S", 1e9)  # nobody looks whether the job is still there
+    config = ServiceConfig(model, str(tmp_path))
+
+    def elsewhere(_: str, waveform: np.ndarray, seeds: Sequence[int], config: stages.ExtractionConfig) -> Future:
+        with contextlib.suppress(NoSuchJob):
+            store.delete(job)
+        future: Future = Future()
+        future.set_result([stages.factorize(waveform, seed, config) for seed in seeds])
+        return future
+
+    worker = JobWorker(config, elsewhere)
+    store, job = worker.store, worker.store.create()
+    shutil.copy(sound, store.path(job) / "upload")
+    store.update(job, status="queued", options={}, queued=time.time())
+    worker(job)
+    assert os.listdir(tmp_path) == []
+
+
 def test_the_store_is_used_by_many_at_once(tmp_path):
     store = ResultStore(tmp_path, max_bytes=30_000)
 
@@ -628,7 +697,10 @@ def test_settings_come_from_the_environment():
     given = {"AVSEP_SERVE_TOKEN": "x", "AVSEP_SERVE_MAX_PENDING": "3", "AVSEP_SERVE_ALLOW_URLS": "1", "HOME": "/"}
     config = ServiceConfig.from_environment(given, model="m")
     assert (config.token, config.max_pending, config.allow_urls) == ("x", 3, True)
-    for name, text in (("MAX_PENDING", "many"), ("ALLOW_URLS", "perhaps"), ("MAX_PENDNG", "3")):
+    assert ServiceConfig.from_environment({"AVSEP_SERVE_TOKEN": " x\n"}, model="m").token == "x"
+    assert ServiceConfig.from_environment({}, model="m").token is None
+    wrong = [("MAX_PENDING", "many"), ("ALLOW_URLS", "perhaps"), ("MAX_PENDNG", "3"), ("TOKEN", ""), ("TOKEN", " \n")]
+    for name, text in wrong:
         with pytest.raises(ValueError, match=f"AVSEP_SERVE_{name}"):
             ServiceConfig.from_environment({f"AVSEP_SERVE_{name}": text}, model="m")
 
