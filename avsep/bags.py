@@ -15,7 +15,7 @@ from torch import Tensor
 from avsep import parallel, shards
 from avsep.miml import activation_statistics
 from avsep.model import LabelConfig
-from avsep.objects import N_IMAGENET_CLASSES, multi_hot, object_scores, weak_labels
+from avsep.objects import N_IMAGENET_CLASSES, OBJECT_NAMES, multi_hot, object_scores, weak_labels
 from avsep.training import Bags, Share, shuffled_batches
 
 # a clip's W (F, M), H (M, N), shares of energy (M,) and labels (L,) → whose its bases are, (L + 1, M)
@@ -75,15 +75,19 @@ def _decide_all(table: pa.Table, config: LabelConfig) -> list[Any]:
     return marks
 
 
-def count_clips(path: str, labels: LabelConfig) -> dict[str, int]:
-    """Count one clip file's clips that have labels, by split."""
+def count_clips(path: str, labels: LabelConfig) -> tuple[dict[str, int], dict[str, int]]:
+    """Count one clip file's clips that have labels by split, and those of split train by label."""
     table = shards.read_table(path, ["split", "labels"])
     if table.column("labels").null_count:  # the pictures' logits are 20 kB a clip
         table = shards.read_table(path, ["split", "labels", "image_logits"])
-    counts = {"train": 0, "val": 0, "test": 0}
+    counts, by_label = dict.fromkeys(("train", "val", "test"), 0), dict.fromkeys(OBJECT_NAMES, 0)
     for split, marks in zip(table.column("split").to_pylist(), _decide_all(table, labels), strict=True):
-        counts[split] += int(marks is not None and bool(marks.any()))
-    return counts
+        if marks is None or not marks.any():
+            continue
+        counts[split] += 1
+        for i in marks.nonzero().flatten().tolist() if split == "train" else ():
+            by_label[OBJECT_NAMES[i]] += 1
+    return counts, by_label
 
 
 def load_bags(files: Iterable[str], labels: LabelConfig, split: str) -> Bags | None:

@@ -54,9 +54,10 @@ def separate_file(
             with pa.memory_map(str(folder / name)) as f:
                 storage.write_bytes(storage.join(out, name), f.read_buffer())
     for file in earlier:
-        if storage.name(file) not in names:
+        if storage.name(file) not in names and storage.exists(file):
             storage.delete_file(file)
     report = {"source": video, "model": model_dir, **done.report, "relation_map": "relation_map.png"}
+    report["note"] = "; ".join(filter(None, (report.pop("unlearned"), report["note"])))
     storage.write_text(storage.join(out, _REPORT), json.dumps(report, indent=1) + "\n")  # says that the WAVs are ours
     window = done.plan.first_window.first(separate_video.separator.model.config.n_bases)
     picture = done.pictures[len(done.pictures) // 2] if len(done.pictures) else None
@@ -92,12 +93,13 @@ def _earlier_files(out: str) -> list[str]:
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         earlier = json.loads(storage.read_bytes(storage.join(out, _REPORT)))
         ours = {f"{n}.wav" for n in (*(o["name"] for o in earlier["objects"]), REST)}
+    names = {f"{n}.wav.part" for n in (*OBJECT_NAMES, REST)}  # what a killed separation left
     found = [path for path in storage.list_files(out) if path.endswith(".wav")]
     for path in found:
         name = storage.name(path)
         if name not in ours or name.removesuffix(".wav") not in (*OBJECT_NAMES, REST):
             raise ValueError(f"{out} holds {name}, which no separation wrote; give an --out without other WAVs")
-    return found
+    return found + [path for path in storage.list_files(out) if storage.name(path) in names]
 
 
 def separate(video: str, model: str, out: str, objects: str | None, weights: str | None) -> int:

@@ -239,7 +239,8 @@ class JobWorker:
         timings = {"queued_s": round(job["started"] - job["queued"], 3), **done.report["timings"]}
         timings["total_s"] = round(ended - job["queued"], 3)
         model = {"recipe": separate.separator.model.config.recipe, **separate.separator.model.config.versions}
-        note = "" if not done.report["note"] or not len(done.pictures) else _BLIND
+        blind = _BLIND if done.report["note"] and len(done.pictures) else ""
+        note = "; ".join(filter(None, (done.report.pop("unlearned"), blind)))
         result = {
             **done.report,
             "note": note,

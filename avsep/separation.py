@@ -48,9 +48,14 @@ def ratio_masks(magnitudes: Tensor, power: float = 1.0) -> Tensor:
 def separate(waveform: Tensor, masks: Tensor, stft: STFT) -> Tensor:
     """Apply masks to a waveform's complex spectrogram, keeping its phase, `(S,)` → `(J, S)`.
 
-    The estimates add up to the mixture when the masks sum to one.
+    The estimates add up to the mixture when the masks sum to one. Raises ValueError for masks that aren't
+    `(J, F, N)` of that spectrogram.
     """
     X = stft(waveform)
+    if masks.shape[1:] != X.shape:
+        raise ValueError(
+            f"masks are {tuple(masks.shape)}; they must be (J, {X.shape[0]}, {X.shape[1]}), as the spectrogram"
+        )
     estimates = X.real.new_empty(len(masks), waveform.shape[-1])
     for mask, estimate in zip(masks, estimates, strict=True):  # one by one: a spectrogram is ten times its sound
         estimate[:] = stft.inverse(mask * X, len(estimate))
@@ -234,7 +239,7 @@ class Separator:
         objects: Sequence[str] | None = None,
         seen: Sequence[str] | None = None,
     ) -> Separation:
-        """Separate a mono waveform `(S,)` of any length from half a window up.
+        """Separate a mono waveform `(S,)` of any length.
 
         `objects` are there for certain; else `seen` are what pictures show, and the sound may add
         to it or find it silent; without either it is what is heard. Raises ValueError for an

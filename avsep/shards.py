@@ -236,7 +236,7 @@ def read_commit(path: str) -> Commit:
 
 
 def read_ids(out: storage.AnyPath) -> tuple[list[str], list[str]]:
-    """Return (clip ids, rejection ids) of everything committed, each sorted.
+    """Return (clip ids, rejection ids) of everything committed, each sorted; both empty where nothing is.
 
     An id that a later generation turned into a clip is no rejection any more.
     """

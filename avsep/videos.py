@@ -134,6 +134,8 @@ class VideoSeparator:
         source = _Source(video, rate, self.limits, step)
         timings["decode_s"] = clock()
         scores, note = self._picture_scores(source.pictures, step, others)
+        learned = separator.model.config.training.get("clips_by_label", OBJECT_NAMES)
+        unknown = unlearned([name for name in objects or () if name not in learned])
         seen = None
         if scores is not None:
             labels = separator.model.config.labels
@@ -163,6 +165,7 @@ class VideoSeparator:
             "duration_s": plan.n_samples / rate,
             "objects_from": origin,
             "note": note,
+            "unlearned": unknown,
             "objects": [
                 {
                     "name": name,
@@ -295,6 +298,11 @@ def _told(
             piece = block[start : start + length]
             yield piece
             done += len(piece)
+
+
+def unlearned(objects: Sequence[str]) -> str:
+    """Say what a model's answer is worth about objects that no clip of its training had; "" for none."""
+    return f"the model was trained on no clip of {', '.join(objects)}: it can't tell their sound" if objects else ""
 
 
 def pictures(

@@ -101,7 +101,7 @@ class ImageLabeller:
             network = build_network(architecture, len(classes) if classes else N_IMAGENET_CLASSES)
             network.load_state_dict(state)
         except Exception as error:
-            reason = str(error).split("\n")[0] if isinstance(error, RuntimeError) else "it is no weights file"
+            reason = "its layers are others" if isinstance(error, RuntimeError) else "it is no weights file"
             raise LabellerUnavailable(f"weights {weights} doesn't fit {architecture}: {reason}") from None
         if not all(x.isfinite().all() for x in network.state_dict().values()):
             raise LabellerUnavailable(f"weights {weights} holds NaN or infinity; copy the file again")

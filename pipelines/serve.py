@@ -330,8 +330,7 @@ def start(config: ServiceConfig, port: int, results: str) -> None:
     """Start Serve and the application; it takes requests when this returns."""
     from ray import exceptions, serve
 
-    if execution.as_json():
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # in this process it knows text alone
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it names a proxy's port, on which nobody listens here
     try:
         serve.start(proxy_location="Disabled")
         serve.run(

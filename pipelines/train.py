@@ -51,6 +51,7 @@ import torch
 from avsep import bags, evidence, parallel, plots, practice, shards, stages, storage, training
 from avsep.miml import MIML
 from avsep.model import LABELLER_FILE, MODEL_FILES, LabellerConfig, Model, ModelConfig, versions
+from avsep.objects import OBJECT_NAMES
 from avsep.records import ClipRecord, clips_from_table
 from avsep.stft import STFT
 from pipelines import execution, recipes
@@ -132,9 +133,8 @@ def fit(job: dict[str, Any], report: Any = None) -> None:
     if first:
         network.load_state_dict(best)
         chosen = history.rows[history.best()] if history.rows else {}
-        Model(replace(config, training=asdict(training_config) | {"chosen": chosen}), network).save(
-            storage.join(out, "model")
-        )
+        told = {"chosen": chosen, "clips_by_label": job["clips_by_label"]}
+        Model(replace(config, training=asdict(training_config) | told), network).save(storage.join(out, "model"))
 
 
 def fits(n_bytes: int, device: str) -> bool:
@@ -267,16 +267,19 @@ def run(arguments: argparse.Namespace) -> int:
         _check_resumable(storage.join(out, "checkpoint.pt"), settings)
     with ThreadPoolExecutor(_READERS) as pool:  # an object store takes its time for each
         counts = list(pool.map(lambda file: bags.count_clips(file, config.labels), files))
-    n_train, n_val = (sum(c[split] for c in counts) for split in ("train", "val"))
+    n_train, n_val = (sum(c[split] for c, _ in counts) for split in ("train", "val"))
     if n_train < 1:
         fail(f"{arguments.clips} has no clip of split train with labels, so there is nothing to learn from")
     say(f"train: {n_train} clips, {n_val} for validation, recipe {recipe.name}")
+    if not n_val:
+        say("train: no clip of split val, so the last epoch's network is taken")
     job = {
         "files": files,
         "out": out,
         "config": config,
         "training": training_config,
-        "counts": [c["train"] for c in counts],
+        "counts": [c["train"] for c, _ in counts],
+        "clips_by_label": {name: n for name in OBJECT_NAMES if (n := sum(c[name] for _, c in counts))},
         "n_bytes": n_train * config.n_bases * config.stft.n_bins * 2,
         "threads": min(2, os.cpu_count() or 1),
         "settings": settings,
@@ -337,7 +340,7 @@ def make_mixtures(runner: execution.Runner, job: dict[str, Any], n_mixtures: int
                 progress.add(len(mixtures))
         made[split] = [p for first in sorted(done) for p in done[first]]
     if "train" not in made:
-        say("train: the clips hold no solos of two objects to practise on, so bases are assigned one by one")
+        say("train: the clips hold no solos of two objects to practise on: bases are assigned one by one, in one pass")
         return []
     if "val" not in made:  # its clips hold no solos: the last mixtures of training clips stand in
         kept_back = max(1, len(made["train"]) // 10)

@@ -101,7 +101,7 @@ def train(files: list[str], case: dict[str, Any]) -> tuple[MIML, list[float], li
     parallel.share_batch_norm(network)
     training = replace(config.training, epochs=EPOCHS)
     optimiser, schedule = optimiser_for(network, training)
-    counts = [count_clips(f, LabelConfig())["train"] for f in files]
+    counts = [count_clips(f, LabelConfig())[0]["train"] for f in files]
     more = {"teacher": teacher, "mixtures": mixtures()} if case.get("taught") else {}
     options = {k: case[k] for k in ("held", "buffer_clips") if k in case}
     clips = TrainingClips(files, counts, LabelConfig(), **more, **options)
@@ -173,7 +173,7 @@ def test_each_worker_reads_its_own_files_once(files, monkeypatch):
     """All files are somebody's, the parts are alike in size, and what is held isn't read again."""
     from avsep import bags
 
-    counts = [count_clips(f, LabelConfig())["train"] for f in files]
+    counts = [count_clips(f, LabelConfig())[0]["train"] for f in files]
     read: list[str] = []
     kept = bags.bags_from_file
     monkeypatch.setattr(bags, "bags_from_file", lambda path, *rest: read.append(path) or kept(path, *rest))

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 
 from avsep import cli, commands, evaluation, media, records, shards, storage, synthetic, vision
 from avsep.model import Model
-from avsep.objects import object_index, object_scores, weak_labels
+from avsep.objects import OBJECT_NAMES, object_index, object_scores, weak_labels
 from avsep.vision import ImageLabeller, build_network
 from deploy import cost, pages
 from pipelines import audit, collect, demo, evaluate, extract, finetune, manifest, serve, train
@@ -372,13 +373,26 @@ def test_silence_is_nobody_s_sound(run, tmp_path):
     assert set(wavs(tmp_path / "out")) == {"_rest"}
 
 
+def test_separate_says_what_its_model_never_heard(run, rendered, tmp_path):
+    with (rendered / "segments.csv").open(newline="") as f:
+        rows = [r for r in csv.DictReader(f) if r["split"] == "train"]
+    labels = Counter(name for r in rows for name in r["labels"].split(";") if name)
+    model = str(run / "run" / "model")
+    assert Model.load(model).config.training["clips_by_label"] == labels
+    unknown = next(name for name in OBJECT_NAMES if name not in labels)
+    report = commands.separate_file(str(rendered / rows[0]["source"]), model, str(tmp_path), [unknown], None)
+    assert report["note"].startswith(f"the model was trained on no clip of {unknown}")
+    assert json.loads((tmp_path / "separation.json").read_text())["note"] == report["note"]
+
+
 def test_separate_knows_its_own_after_a_failure(run, rendered, tmp_path):
     video = str(next((rendered / "clips").glob("*test*")))
     command = ["separate", video, "--model", str(run / "run" / "model"), "--out", str(tmp_path), "--objects", "drum"]
     (tmp_path / "relation_map.png").mkdir()
     assert cli.main(command) == 2
     (tmp_path / "relation_map.png").rmdir()
-    assert cli.main(command) == 0
+    (tmp_path / "violin.wav.part").write_bytes(b"of one that was killed")
+    assert cli.main(command) == 0 and not list(tmp_path.glob("*.part"))
 
 
 def test_separate_leaves_foreign_wavs_alone(run, rendered, tmp_path):

@@ -323,6 +323,8 @@ def test_errors_name_the_value_and_the_remedy() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             separator(sound, ["dog"])
+    with pytest.raises(ValueError, match=r"masks are \(2, 5, 1\); they must be \(J, 5, "):
+        separate(torch.ones(500), torch.ones(2, 5, 1), STFT(sample_rate=8000, n_fft=8, hop_length=4))
     with pytest.raises(ValueError, match="objects are 'dog'; give a list of names"):
         separator(torch.ones(500), "dog")
     with pytest.raises(ValueError, match="objects are dog, dog; name each once"):

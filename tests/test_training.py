@@ -266,12 +266,12 @@ def test_bags_hold_what_the_records_hold(clips: list[str]) -> None:
 
 
 def training_clips(files: list[str], **options: Any) -> TrainingClips:
-    return TrainingClips(files, [count_clips(f, LabelConfig())["train"] for f in files], LabelConfig(), **options)
+    return TrainingClips(files, [count_clips(f, LabelConfig())[0]["train"] for f in files], LabelConfig(), **options)
 
 
 def test_files_say_how_many_of_their_clips_have_labels(clips: list[str]) -> None:
-    assert [count_clips(f, LabelConfig())["train"] for f in clips] == [6, 6, 6, 2]
-    assert sum(count_clips(f, LabelConfig())["val"] for f in clips) == 1
+    assert [count_clips(f, LabelConfig())[0]["train"] for f in clips] == [6, 6, 6, 2]
+    assert sum(count_clips(f, LabelConfig())[0]["val"] for f in clips) == 1
 
 
 def test_a_file_s_pictures_decide_as_each_clip_s_do(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_a_file_s_pictures_decide_as_each_clip_s_do(tmp_path: Path) -> None:
     assert bags is not None and torch.equal(
         bags.labels, torch.stack([m for m in expected if m is not None and m.any()])
     )
-    assert len(bags) == count_clips(file, config)["train"] == 19
+    assert len(bags) == count_clips(file, config)[0]["train"] == 19
 
 
 @pytest.mark.parametrize("buffer_clips", [1, 7, 10_000])

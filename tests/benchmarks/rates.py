@@ -34,7 +34,7 @@ def sides(folder: Path, weights: str) -> dict[str, Callable[[], Any]]:
     network = ModelConfig(network=recipe.network).build()
     optimiser = training.optimiser_for(network, recipe.training)[0]
 
-    clips = bags.TrainingClips(files, [bags.count_clips(f, recipe.labels)["train"] for f in files], recipe.labels)
+    clips = bags.TrainingClips(files, [bags.count_clips(f, recipe.labels)[0]["train"] for f in files], recipe.labels)
 
     def train() -> None:
         training.train_epoch(network, clips.batches(_BATCH, 0), optimiser, recipe.training, 0)
