@@ -43,6 +43,8 @@ def separate_file(
     without usable sound, ValueError for unknown objects or a folder that holds other WAVs.
     """
     separate_video = VideoSeparator.load(model_dir, weights)
+    if weights is not None:
+        _ = separate_video.labeller  # a mistake is told where there is no picture, too
     earlier = _earlier_files(out)
     with contextlib.ExitStack() as stack:
         path = stack.enter_context(storage.local_file(video))

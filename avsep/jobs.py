@@ -49,7 +49,7 @@ class ServiceConfig:
 
     model: str
     results: str = ""  # folder; every process of the service sees it
-    weights: str | None = None  # of the picture network, unless the model carries its own
+    weights: str | None = None  # of the picture network, in place of the model's own or torchvision's
     examples: str | None = None  # folder of files that the page offers; None: rendered ones
     token: str | None = None  # clients must send it as `Authorization: Bearer …`
     host: str = "127.0.0.1"

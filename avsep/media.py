@@ -108,6 +108,7 @@ def decode(
     image_size: int = 224,
     limits: DecodeLimits = DecodeLimits(),
     pictures: bool = True,
+    sound: bool = True,
 ) -> Clip:
     """Decode the excerpt `start_s … end_s` (None: the file's end) in one pass of ffmpeg.
 
@@ -119,7 +120,8 @@ def decode(
     The images are `(n_images, image_size, image_size, 3)` RGB uint8: what a player shows 0.5,
     1.5, … s into the excerpt, upright, the short side resized to 8/7 of `image_size`, the centre
     cut out. Video too short for that gives its first picture, a file without video none. Without
-    `pictures` the video is only looked at where it may outlast the sound.
+    `pictures` the video is only looked at where it may outlast the sound. Without `sound` a video
+    may have none.
 
     A file that ends before `end_s` gives a shorter clip. Raises ValueError for times that bound no
     excerpt, and ClipError: MISSING, EMPTY, UNREADABLE, NO_AUDIO, PAST_END, TRUNCATED, TOO_LONG,
@@ -133,7 +135,7 @@ def decode(
     too_long = ClipError(Reason.TOO_LONG, f"more than {limits.max_duration_s:g} s")
 
     def check(info: MediaInfo) -> None:
-        if not info.has_audio:
+        if not info.has_audio and (sound or not info.has_video):
             raise ClipError(Reason.NO_AUDIO, "no audio stream")
         if (info.width or 0) * (info.height or 0) > limits.max_pixels:
             raise ClipError(Reason.TOO_LARGE, f"{info.width}x{info.height}; the limit is {limits.max_pixels} pixels")
@@ -148,8 +150,10 @@ def decode(
 
     def look(header: _Header) -> None:
         check(header.info)
-        pictured = assumed.info.has_video and not header.info.has_video
-        if pictured or header.zero_s != assumed.zero_s or (start_s > _LEAD_S and header.indexed != assumed.indexed):
+        blind = assumed.info.has_video and not header.info.has_video
+        mute = assumed.info.has_audio and not header.info.has_audio
+        sought = start_s > _LEAD_S and header.indexed != assumed.indexed
+        if blind or mute or sought or header.zero_s != assumed.zero_s:
             raise _OtherHeader(header)
 
     _check_file(path)
@@ -178,7 +182,7 @@ def decode(
         raise ClipError(Reason.TRUNCATED, f"ends at {decoded_s:.2f} s, not at {promised_s:.2f} s")
     if nothing and start_s > 0:
         raise ClipError(Reason.PAST_END, f"nothing follows {start_s:g} s")
-    if not len(waveform):
+    if nothing or (sound and not len(waveform)):
         raise ClipError(Reason.EMPTY, excerpt.last_words() or "no samples")
     _check_samples(waveform)
     return Clip(waveform, sample_rate, images)
@@ -311,7 +315,7 @@ def _excerpt(
     limits: DecodeLimits,
     look: Callable[[_Header], None] = lambda header: None,
 ) -> _FFmpeg:
-    """Start decoding: output 0 is float32 samples, output 1 RGB pictures; `look` is shown the header.
+    """Start decoding: output 0 is float32 samples, output 1 RGB pictures, if there; `look` is shown the header.
 
     The first picture is the one shown at the start; those at 0.5, 1.5, … s follow.
     """
@@ -331,7 +335,7 @@ def _excerpt(
         f"aformat=sample_fmts=flt:channel_layouts=mono:sample_rates={sample_rate}",
         *([f"atrim=end_sample={round(length_s * sample_rate)}"] if bounded else []),
     ]
-    outputs = [source["a:0"].output("pipe:1", format="f32le", af=",".join(audio))]
+    outputs = [source["a:0"].output("pipe:1", format="f32le", af=",".join(audio))] if info.has_audio else []
     if info.has_video:
         # What is shown at the start comes at 0 s, what is shown after n + 0.5 s at n + 1 s.
         start = round(lead_s * 1e6)

@@ -64,7 +64,7 @@ class VideoSeparator:
 
     separator: Separator
     model_dir: str
-    weights: str | None = None  # of the picture network, unless the model carries its own
+    weights: str | None = None  # of the picture network, in place of the model's own or torchvision's
     limits: FileLimits = field(default_factory=FileLimits)
     device: str = "cpu"  # the picture network's
 
@@ -317,11 +317,11 @@ def pictures(
     if not info.has_video:
         return found[0]
     if info.duration_s is None or info.duration_s <= _MAX_PICTURES:
-        return media.decode(video, 0, None if info.duration_s else _MAX_PICTURES, limits=limits).images
+        return media.decode(video, 0, None if info.duration_s else _MAX_PICTURES, limits=limits, sound=False).images
     for start in np.linspace(0, info.duration_s - 1, _MAX_PICTURES):
         step("decoding", 0.0)
         with contextlib.suppress(ClipError):  # a damaged stretch
-            found.append(media.decode(video, float(start), float(start) + 1, limits=limits).images)
+            found.append(media.decode(video, float(start), float(start) + 1, limits=limits, sound=False).images)
     return np.concatenate(found)
 
 

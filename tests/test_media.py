@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from avsep import media
+from avsep import media, videos
 from avsep.media import DecodeLimits, decode, iter_audio, probe
 from avsep.records import ClipError, Reason
 
@@ -215,6 +215,14 @@ def test_video_without_audio(make: Make) -> None:
     with pytest.raises(ClipError) as caught:
         list(iter_audio(path, sample_rate=RATE, block=100))
     assert caught.value.reason == Reason.NO_AUDIO
+
+
+@pytest.mark.parametrize(("seconds", "shown_s"), [(3, 3), (65, 60)])
+def test_a_mute_film_shows_its_pictures(make: Make, seconds: int, shown_s: int) -> None:
+    path = make(f"mute-{seconds}.mp4", [f"testsrc=s=64x48:d={seconds}"], *X264)
+    clip = decode(path, seconds - 3.0, sound=False)
+    assert len(clip.waveform) == 0 and len(clip.images) == 3
+    assert len(videos.pictures(path)) == shown_s
 
 
 def test_audio_without_video(make: Make) -> None:

@@ -371,6 +371,7 @@ def test_silence_is_nobody_s_sound(run, tmp_path):
     arguments = ["separate", str(tmp_path / "silent.wav"), "--model", str(run / "run" / "model")]
     assert cli.main([*arguments, "--out", str(tmp_path / "out")]) == 0
     assert set(wavs(tmp_path / "out")) == {"_rest"}
+    assert cli.main([*arguments, "--out", str(tmp_path / "no"), "--weights", "nowhere.pth"]) == 2  # needed or not
 
 
 def test_separate_says_what_its_model_never_heard(run, rendered, tmp_path):
