@@ -88,20 +88,21 @@ def _progress() -> Iterator[Step]:
 
 
 def _earlier_files(out: str) -> list[str]:
-    """List the WAVs of an earlier separation in the folder; ValueError for WAVs of other origin, or no folder."""
+    """List an earlier separation's WAVs in the folder, whole or not; ValueError for others, or no folder."""
     if storage.exists(out) and not storage.is_directory(out):
         raise ValueError(f"--out {out} is a file; give a folder")
     ours: set[str] = set()
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         earlier = json.loads(storage.read_bytes(storage.join(out, _REPORT)))
         ours = {f"{n}.wav" for n in (*(o["name"] for o in earlier["objects"]), REST)}
-    names = {f"{n}.wav.part" for n in (*OBJECT_NAMES, REST)}  # what a killed separation left
-    found = [path for path in storage.list_files(out) if path.endswith(".wav")]
+    files = storage.list_files(out)
+    found = [path for path in files if path.endswith(".wav")]
     for path in found:
         name = storage.name(path)
         if name not in ours or name.removesuffix(".wav") not in (*OBJECT_NAMES, REST):
             raise ValueError(f"{out} holds {name}, which no separation wrote; give an --out without other WAVs")
-    return found + [path for path in storage.list_files(out) if storage.name(path) in names]
+    unfinished = {f"{n}.wav.part" for n in (*OBJECT_NAMES, REST)}  # what a killed separation left
+    return found + [path for path in files if storage.name(path) in unfinished]
 
 
 def separate(video: str, model: str, out: str, objects: str | None, weights: str | None) -> int:

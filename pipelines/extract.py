@@ -233,7 +233,9 @@ class Crashes:
                     "of them alone; give workers more memory, or run fewer at once (AVSEP_CPUS)"
                 )
             rest = tuple(s for s in whole.segments if s.segment_id not in ids)
-            again = replace(whole, segments=rest, culprits=(*whole.culprits, *culprits), apart=not culprits)
+            again = replace(
+                whole, segments=rest, culprits=(*whole.culprits, *culprits), apart=whole.apart or not culprits
+            )
             self._queue.add(self._item(again))
 
 
