@@ -3,6 +3,7 @@
 import csv
 import functools
 import http.server
+import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,6 +19,9 @@ from avsep import storage, synthetic
 CONFIG = synthetic.SceneConfig(
     objects=("drum", "flute", "violin"), seconds=6, hidden_share=0, silent_share=0.2, offscreen_share=0.2
 )
+
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job ignores it, as would its children
 
 
 @pytest.fixture(scope="session", autouse=True)
