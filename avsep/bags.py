@@ -15,7 +15,7 @@ from torch import Tensor
 from avsep import parallel, shards
 from avsep.miml import activation_statistics
 from avsep.model import LabelConfig
-from avsep.objects import N_IMAGENET_CLASSES, OBJECT_NAMES, multi_hot, object_scores, weak_labels
+from avsep.objects import N_IMAGENET_CLASSES, OBJECT_NAMES, multi_hot
 from avsep.training import Bags, Share, shuffled_batches
 
 # a clip's W (F, M), H (M, N), shares of energy (M,) and labels (L,) → whose its bases are, (L + 1, M)
@@ -56,7 +56,7 @@ def decide_labels(given: Sequence[str] | None, image_logits: Any, config: LabelC
     if image_logits is None:
         return None
     logits = torch.from_numpy(np.array(image_logits, np.float32)).reshape(-1, N_IMAGENET_CLASSES)
-    return weak_labels(object_scores(logits), config.threshold, config.best_threshold)
+    return config.choose(config.scores(logits))
 
 
 def _decide_all(table: pa.Table, config: LabelConfig) -> list[Any]:
@@ -69,8 +69,8 @@ def _decide_all(table: pa.Table, config: LabelConfig) -> list[Any]:
             pictured.setdefault(len(logits), []).append(i)
     for rows in pictured.values():
         logits = np.stack([np.array(table.column("image_logits")[i].values, np.float32) for i in rows])
-        scores = object_scores(torch.from_numpy(logits.reshape(len(rows), -1, N_IMAGENET_CLASSES)))
-        for i, mark in zip(rows, weak_labels(scores, config.threshold, config.best_threshold), strict=True):
+        scores = config.scores(torch.from_numpy(logits.reshape(len(rows), -1, N_IMAGENET_CLASSES)))
+        for i, mark in zip(rows, config.choose(scores), strict=True):
             marks[i] = mark
     return marks
 

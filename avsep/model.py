@@ -10,13 +10,14 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from avsep import storage
 from avsep.context import BasisContext
 from avsep.dictionary import BasisDictionary
 from avsep.evidence import Evidence
 from avsep.miml import MIML
-from avsep.objects import OBJECT_NAMES
+from avsep.objects import OBJECT_NAMES, object_scores, weak_labels
 from avsep.stft import STFT
 
 FORMAT = 2
@@ -106,6 +107,26 @@ class LabelConfig:
 
     threshold: float = 0.3
     best_threshold: float = 0.05
+    classes: str = "everyday"  # which ImageNet classes show an object: a name in objects.IMAGENET_CLASSES
+    joined: bool = False  # the evidence is of several looks per picture, which nothing normalises again
+
+    def scores(self, image_logits: Tensor) -> Tensor:
+        """Score each object in a clip's evidence, `(…, n_images, 1000)` → `(…, L)`."""
+        return object_scores(image_logits, self.classes, joined=self.joined)
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """Return the labels, boolean `(…, L)`."""
+        return weak_labels(scores, self.threshold, self.best_threshold)
+
+
+# Thresholds by network and way of looking, calibrated on photos (.github/LOG.md); else the published ones.
+_THRESHOLDS: dict[tuple[str, str], tuple[float, float]] = {}
+
+
+def label_config(architecture: str | None, way: str, classes: str = "everyday") -> LabelConfig:
+    """Return how labels follow from the evidence of a picture network and its way of looking."""
+    thresholds = _THRESHOLDS.get((architecture or "", way), (0.3, 0.05))
+    return LabelConfig(*thresholds, classes, joined=way != "centre")
 
 
 @dataclass(frozen=True)
@@ -114,6 +135,7 @@ class LabellerConfig:
 
     architecture: str = "resnet152"
     sha256: str | None = None
+    looks: str = "tiles"  # the way of looking
 
 
 @dataclass(frozen=True)
@@ -126,7 +148,7 @@ class ModelConfig:
     stft: STFT = field(default_factory=STFT)
     n_bases: int = 25
     n_iter: int = 200
-    image_size: int = 224
+    image_size: int = 320
     objects: tuple[str, ...] = OBJECT_NAMES
     network: NetworkConfig = field(default_factory=NetworkConfig)
     labels: LabelConfig = field(default_factory=LabelConfig)

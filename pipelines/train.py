@@ -50,7 +50,7 @@ import torch
 
 from avsep import bags, evidence, parallel, plots, practice, shards, stages, storage, training
 from avsep.miml import MIML
-from avsep.model import LABELLER_FILE, MODEL_FILES, LabellerConfig, Model, ModelConfig, versions
+from avsep.model import LABELLER_FILE, MODEL_FILES, LabellerConfig, Model, ModelConfig, label_config, versions
 from avsep.objects import OBJECT_NAMES
 from avsep.records import ClipRecord, clips_from_table
 from avsep.stft import STFT
@@ -252,8 +252,10 @@ def run(arguments: argparse.Namespace) -> int:
         n_iter=extracted["n_iter"],
         image_size=extracted["image_size"],
         network=recipe.network,
-        labels=recipe.labels,
-        labeller=LabellerConfig(extracted["labeller"] or recipe.labeller, extracted["labeller_sha256"]),
+        labels=recipe.labels or label_config(extracted["labeller"], extracted["looks"]),
+        labeller=LabellerConfig(
+            extracted["labeller"] or recipe.labeller, extracted["labeller_sha256"], extracted["looks"]
+        ),
         separation=recipe.separation,
         recipe=recipe.name,
         versions=versions(),
