@@ -15,12 +15,15 @@ Box = tuple[float, float, float, float]  # left, top, width, height, as parts of
 
 WAYS = ("centre", "tiles")
 CENTRE = 7 / 8  # of the short side: the middle that most classifiers were measured with
-_THIRD = 1 / 3
-# Of pictures that are wider than high; of others, mirrored. In turn a picture gets the next four, so that each four
-# cover it: halves and whole, thirds and rows, quarters, overlapping ones.
-_TILES: tuple[Box, ...] = ((0, 0, 1, 1),)
-_TILES_A_PICTURE = 4
-_LEAST_LOOKS = 20  # of a clip with few pictures: each gets more
+_THIRD, _SIXTH = 1 / 3, 1 / 6
+# Of pictures that are wider than high; of others, mirrored. Each picture gets the next two; eight have all.
+_TILES: tuple[Box, ...] = (
+    *((0, 0, 1, 1), (0, 0, _THIRD, 1), (_THIRD, 0, _THIRD, 1), (2 * _THIRD, 0, _THIRD, 1)),
+    *((0, 0, 0.5, 0.5), (0.5, 0, 0.5, 0.5), (0, 0.5, 0.5, 0.5), (0.5, 0.5, 0.5, 0.5)),
+    *((0, 0, 0.6, 0.6), (0.4, 0, 0.6, 0.6), (0, 0.4, 0.6, 0.6), (0.4, 0.4, 0.6, 0.6)),
+    *((_SIXTH, 0, _THIRD, 1), (0.5, 0, _THIRD, 1), (0.25, 0.25, 0.5, 0.5), (_SIXTH, 0, 2 * _THIRD, 1)),
+)
+_TILES_A_PICTURE = 2
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,8 @@ def boxes(way: str, n_images: int, height: int, width: int, crop: float = CENTRE
     if way != "tiles":
         raise ValueError(f"unknown way of looking {way!r}; the ways are {', '.join(WAYS)}")
     tiles = _TILES if width >= height else tuple((y, x, h, w) for x, y, w, h in _TILES)
-    each = max(_TILES_A_PICTURE, -(-_LEAST_LOOKS // max(1, n_images)))
-    return [
-        [tiles[k % len(tiles)] for k in range(i * each, min((i + 1) * each, i * each + len(tiles)))]
-        for i in range(n_images)
-    ]
+    each = max(_TILES_A_PICTURE, -(-len(tiles) // max(1, n_images)))  # few pictures have them all
+    return [[tiles[k % len(tiles)] for k in range(i * each, (i + 1) * each)] for i in range(n_images)]
 
 
 def join(clips: Sequence[Views]) -> NDArray[np.uint8]:

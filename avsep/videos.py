@@ -186,6 +186,7 @@ class VideoSeparator:
                     "picture_score": None if scores is None else float(scores[OBJECT_NAMES.index(name)]),
                     "visible": None if seen is None else name in seen,
                     "silent": name in plan.silent,
+                    "doubt": plan.doubts.get(name, ""),
                 }
                 for name in plan.objects
             ],

@@ -48,9 +48,9 @@ def paper() -> Recipe:
     return Recipe(
         "paper",
         extraction=ExtractionConfig(image_size=256, looks="centre"),
-        labels=LabelConfig(classes="published"),
+        labels=LabelConfig(classes="published", unlabelled=False),
         training=TrainingConfig(loss="multilabel_margin", epochs=140),
-        separation=SeparationConfig(assignment="threshold", mask_power=1.0, n_factorizations=1),
+        separation=SeparationConfig(assignment="threshold", mask_power=1.0, n_factorizations=1, least_share=0.0),
     )
 
 
