@@ -68,6 +68,7 @@ def test_the_23_objects_show_the_classes_that_torchvision_names(kind: str, named
         assert o.mid == MIDS[o.name]
     indices = [i for classes in IMAGENET_CLASSES[kind] for i in classes]
     assert len(set(indices)) == len(indices)
+    assert all(o.imagenet[0] in classes for o, classes in zip(OBJECTS, IMAGENET_CLASSES[kind], strict=True))
 
 
 def test_everyday_classes_find_what_the_published_ones_leave_out() -> None:
