@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from avsep import storage
 from avsep.objects import N_IMAGENET_CLASSES, OBJECT_NAMES
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SPLITS = ("train", "val", "test")
 
 
