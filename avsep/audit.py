@@ -146,6 +146,7 @@ def check_commits(out: str, *, writing: bool = False) -> tuple[list[Commit], lis
             stem = storage.name(path).rpartition("-")[0]
             if name not in named and stem not in unreadable and not writing:
                 findings.append(_left_over(name))
+    commits = shards.standing(commits)
     digests = Counter(c.digest for c in commits if c.clips)
     if len(digests) > 1:
         usual = digests.most_common(1)[0][0]

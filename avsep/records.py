@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -251,6 +253,23 @@ def validate(record: Segment | ClipRecord | Rejection) -> None:
         require(record.activations.shape[0] == record.bases.shape[1], "one row of activations a basis")
         require(bool(np.isfinite(record.activations).all()), "activations must be finite")
         require(bool(abs(record.basis_energy.sum() - 1) < 1e-3), "basis_energy must sum to one")
+
+
+def segment_of(row: Mapping[str, Any]) -> Segment:
+    """Return the segment of a row of SEGMENT_SCHEMA, as it stands there."""
+    names = {column: None if row[column] is None else tuple(row[column]) for column in ("objects", "labels")}
+    return Segment(**{column: row[column] for column in SEGMENT_SCHEMA.names} | names)
+
+
+def definition(asked: Segment | ClipRecord) -> str:
+    """Return a short hash of what a segment asks for: its fields but the id; a clip's is that of its segment.
+
+    >>> definition(Segment("a", "/a.mp4")) == definition(Segment("b", "/a.mp4", labels=()))
+    False
+    """
+    end_s = None if asked.end_s is None else float(asked.end_s)
+    fields = [asked.source, float(asked.start_s), end_s, asked.split, asked.objects, asked.labels]
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:12]
 
 
 def segments_to_table(segments: Iterable[Segment]) -> pa.Table:
