@@ -64,7 +64,7 @@ if __name__ == "__main__":
 
 import torch
 
-from avsep import fetch, lock, shards, stages, storage
+from avsep import audioset, fetch, lock, shards, stages, storage
 from avsep.egress import EgressBudget, IdentityStatus, Lease, identities
 from avsep.model import LABELLER_FILE
 from avsep.records import (
@@ -75,7 +75,9 @@ from avsep.records import (
     Segment,
     clips_from_table,
     definition,
+    describe_sources,
     read_segments,
+    segments_to_table,
 )
 from avsep.vision import ImageLabeller, LabellerUnavailable
 from pipelines import execution, recipes
@@ -725,6 +727,11 @@ def dry_run(
     todo = [s for w in works for s in w.segments]
     n = sum(w.n_segments for w in works)
     say(f"{len(segments)} segments: {len(segments) - n} done, {n} to do in {len(works)} shards")
+    counted = audioset.count_segments(segments_to_table(segments))
+    for line in audioset.describe_segments(audioset.summarize_segments(counted)):
+        say(f"  {line}")
+    if line := describe_sources(s.source for s in segments):
+        say(f"  {line}")
     if not todo:
         return
     store = open_store(arguments.media, todo) if arguments.media else None
@@ -772,7 +779,7 @@ def run(
     for reason in arguments.retry_rejected or ():
         if reason not in set(Reason):
             fail(f"--retry-rejected {reason}: no such reason; the reasons are {', '.join(Reason)}")
-    segments = read_segments(arguments.segments)
+    segments = read_segments(arguments.segments, say)
     if not segments:
         fail(f"{arguments.segments} holds no segments")
     if not arguments.media and (remote := sum(map(fetch.is_remote, segments))):
