@@ -94,7 +94,6 @@ def object_index(name: str) -> int:
         raise ValueError(f"unknown object {name!r}; did you mean {own}?") from None
 
 
-@functools.lru_cache(maxsize=1024)
 def find(name: str) -> str:
     """Return the object that a typed name means: case, blanks, hyphens, plurals and other names are taken.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -309,7 +311,7 @@ def read_segments(uri: storage.AnyPath, tell: Callable[[str], None] | None = Non
     for file in files:
         layout = read_layout(file)
         notes, n_comments = list(layout.notes), 0
-        for row in tables.read_rows(layout):
+        for row in tables.read_rows(layout, texts=False):
             n_comments += row.comment
             if row.comment:
                 continue
@@ -380,6 +382,15 @@ def segment_from_row(row: Mapping[str, Any], *, relative_to: str) -> Segment:
     return segment
 
 
+def names_cell(names: Sequence[str] | None) -> str:
+    """Write object names as a table's text cell, the reverse of what `segment_from_row` reads.
+
+    >>> [names_cell(n) for n in (("dog", "cat"), (), None)]
+    ['dog;cat', 'none', '']
+    """
+    return "" if names is None else ";".join(names) or "none"
+
+
 def file_id(source: str) -> str:
     """Return a source's name without folders and suffix, the id of a segment that has no other.
 
@@ -407,40 +418,49 @@ def _seconds(row: Mapping[str, Any], column: str) -> float | None:
     value = row.get(column)
     if value is None or value == "":
         return None
+    with contextlib.suppress(TypeError, ValueError):
+        return float(value)
     text = str(value)
     if clock := re.fullmatch(r"(?:(\d+):)?(\d+):([0-5]?\d(?:\.\d*)?)", text):
         return 3600 * float(clock[1] or 0) + 60 * float(clock[2]) + float(clock[3])
-    if re.fullmatch(r"\d+,\d+", text):
-        if len(text.partition(",")[2]) == 3:
+    if fraction := re.fullmatch(r"(\d+),(\d+)", text):
+        if len(fraction[2]) == 3:
             raise ValueError(f"{column} is {value!r}, which may be thousands or a fraction; write it with a point")
-        text = text.replace(",", ".")
-    try:
-        return float(value if isinstance(value, float) else text)
-    except ValueError:
-        raise ValueError(f"{column} is {value!r}; it must be a number of seconds") from None
+        return float(f"{fraction[1]}.{fraction[2]}")
+    raise ValueError(f"{column} is {value!r}; it must be a number of seconds")
 
 
 def _names(row: Mapping[str, Any], column: str) -> tuple[str, ...] | None:
     """Read a cell of object names, see `segment_from_row`."""
     value = row.get(column)
-    if isinstance(value, str):
-        if not value.strip():
-            return None
-        inner = re.fullmatch(r"\s*\[(.*)\]\s*", value, re.DOTALL)  # a list as Python writes it
-        parts = [part.strip(" \t\n'\"") for part in re.split(r"[;,|\n]", inner[1] if inner else value)]
-        value = [part for part in parts if part]
-        if not value and not inner:
-            raise ValueError(f"{column} is {row[column]!r}; name objects, or write none where there is none of them")
     if value is None:
         return None
+    if isinstance(value, str):
+        return _names_in(value, column)
     if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
         raise ValueError(f"{column} is {value!r}; it must be a list of object names")
-    if any(name.strip().casefold() == "none" for name in value):
-        if len(value) > 1:
-            raise ValueError(f"{column} holds none beside {', '.join(n for n in value if n != 'none')}; write either")
-        return ()
+    return _found(tuple(value), column)
+
+
+@functools.lru_cache(maxsize=4096)
+def _names_in(text: str, column: str) -> tuple[str, ...] | None:
+    if not text.strip():
+        return None
+    python = re.fullmatch(r"\s*\[(.*)\]\s*", text, re.DOTALL)  # a list as Python writes it
+    parts = [part.strip(" \t\n'\"") for part in re.split(r"[;,|\n]", python[1] if python else text)]
+    names = tuple(part for part in parts if part)
+    if not names and not python:
+        raise ValueError(f"{column} is {text!r}; name objects, or write none where there is none of them")
+    return _found(names, column)
+
+
+@functools.lru_cache(maxsize=4096)
+def _found(names: tuple[str, ...], column: str) -> tuple[str, ...]:
+    others = [name for name in names if name.strip().casefold() != "none"]
+    if others and len(others) < len(names):
+        raise ValueError(f"{column} holds none beside {', '.join(others)}; write either")
     try:
-        return tuple(dict.fromkeys(find(name) for name in value))
+        return tuple(dict.fromkeys(find(name) for name in others))
     except ValueError as error:
         raise ValueError(f"{column}: {error}") from None
 

@@ -159,13 +159,14 @@ def _key(name: str) -> str:
 # ---------------------------------------------------------------------------------------- rows
 
 
-def read_rows(layout: Layout, groups: Sequence[int] | None = None) -> Iterator[Row]:
+def read_rows(layout: Layout, groups: Sequence[int] | None = None, *, texts: bool = True) -> Iterator[Row]:
     """Read a table's rows; of a Parquet table, those of some row groups, numbered from 1.
 
-    Raises ValueError where the file as a whole can't be read.
+    Without `texts`, rows of Parquet tables aren't written out as text, which takes its time. Raises
+    ValueError where the file as a whole can't be read.
     """
     if not layout.separator:
-        return _parquet_rows(layout, groups)
+        return _parquet_rows(layout, groups, texts)
     return _csv_rows(layout)
 
 
@@ -274,7 +275,7 @@ def _parquet(uri: str) -> Iterator[pq.ParquetFile]:
         raise ValueError(f"{uri} is no Parquet file, or a damaged one ({str(error).splitlines()[0]})") from None
 
 
-def _parquet_rows(layout: Layout, groups: Iterable[int] | None) -> Iterator[Row]:
+def _parquet_rows(layout: Layout, groups: Iterable[int] | None, texts: bool) -> Iterator[Row]:
     number = 0
     with _parquet(layout.uri) as parquet:
         chosen = list(range(parquet.num_row_groups) if groups is None else groups)
@@ -282,6 +283,7 @@ def _parquet_rows(layout: Layout, groups: Iterable[int] | None) -> Iterator[Row]
             names = batch.schema.names
             for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 number += 1
-                text = json.dumps(dict(zip(names, values, strict=True)), default=str, ensure_ascii=False)
+                named = dict(zip(names, values, strict=True)) if texts else {}
+                text = json.dumps(named, default=str, ensure_ascii=False) if texts else ""
                 cells = {c: x for c, x in zip(layout.columns, values, strict=True) if c is not None}
                 yield Row(number, text, cells)
