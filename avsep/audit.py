@@ -385,6 +385,7 @@ def count_clip(record: ClipRecord, counts: Counts) -> None:
     labels, tags, seen = chosen_labels(record), record.objects, seen_labels(record)
     if not labels:
         counts["unlabelled", record.split] += 1
+        counts["nothing", record.split] += record.labels is not None
     for name in tags or ():
         counts["objects", name, record.split] += 1
     for name in labels or ():
@@ -555,6 +556,7 @@ def summarize(report: Report, configuration: Mapping[str, Any] | None) -> dict[s
         "rejections_by_stage": under(counts, "rejected_at"),
         "label_source": under(counts, "label_source"),
         "unlabelled": by_split(counts, "unlabelled"),
+        "labelled_none": by_split(counts, "nothing"),
         **by_object(counts),
         "agreement": agreement,
         "duration_s": histogram("duration", DURATION_BINS_S),
@@ -585,8 +587,8 @@ def markdown(card: Mapping[str, Any], title: str) -> str:
         lines += ["Every commit record, hash, schema and record is as it should be.", ""]
     lines += ["## Splits", ""]
     table(
-        ("split", "clips", "hours", "without a label"),
-        ((s, card["clips"][s], card["hours"][s], card["unlabelled"][s]) for s in SPLITS),
+        ("split", "clips", "hours", "without a label", "of these, the table says none"),
+        ((s, card["clips"][s], card["hours"][s], card["unlabelled"][s], card["labelled_none"][s]) for s in SPLITS),
     )
     lines += ["## Objects", "", "Clips by weak label (what training takes), and by tag (`objects`).", ""]
     table(

@@ -1,5 +1,6 @@
 """Fine-tuning the picture network: closed forms, then generated pictures."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from avsep import finetuning, synthetic, vision
+from avsep import finetuning, shards, synthetic, vision
 from avsep.finetuning import FinetuningConfig
 from avsep.miml import MIML, partial_label_loss
 from avsep.model import Model, ModelConfig
@@ -158,6 +159,16 @@ def test_what_cannot_be_had_is_counted(tmp_path: Path) -> None:
     noise = str(tmp_path / "noise.mp4")
     segments = [Segment("a", noise, 0.0, 1.0), Segment("b", "youtube:abcdefghijk", 0.0, 1.0)]
     assert finetune.keep_pictures(str(tmp_path / "album"), segments, {"b": noise}) == (0, 2)
+
+
+def test_pictures_of_another_excerpt_of_the_same_id_are_decoded_anew() -> None:
+    """Not so where only its labels were corrected."""
+
+    def name(**changes: object) -> str:
+        (shard,) = shards.plan([replace(Segment("a", "/a.mp4", 0.0, 1.0, "train", None, ("dog",)), **changes)])
+        return finetune.album_name("train", shard)
+
+    assert name() == name(labels=("cat",), split="val") != name(end_s=2.0) != name(source="/b.mp4")
 
 
 @pytest.mark.parametrize(
