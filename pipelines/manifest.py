@@ -22,7 +22,8 @@ from pipelines import arguments_of
 
 EPILOG = """\
 examples:
-  a table of one's own, with columns segment_id, source and any of start_s, end_s, split, objects, labels:
+  a table of one's own, with a column source (paths relative to the table) and any of segment_id, start_s, end_s,
+  split, objects, labels:
     python -m pipelines.manifest --table clips.csv --out out/manifest
   AudioSet (files with 'eval' in their name become split test, 4 % of the others val):
     python -m pipelines.manifest --audioset balanced_train_segments.csv unbalanced_train_segments.csv \\
