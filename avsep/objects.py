@@ -104,7 +104,8 @@ def find(name: str) -> str:
     """
     key = _key(name)
     known = _by_key()
-    meant = known.get(key) or known.get(key.removesuffix("s")) or known.get(key.removesuffix("es")) or ()
+    singulars = [key.removesuffix(end) + y for end, y in (("s", ""), ("es", ""), ("ies", "y")) if key.endswith(end)]
+    meant = next((known[k] for k in (key, *singulars) if k in known), ())
     if len(meant) == 1:
         return meant[0]
     if meant:
