@@ -245,7 +245,7 @@ class Crashes:
     def recover(self, item: tuple[Any, ...], error: Exception) -> None:
         """Deal with an item that failed, or raise."""
         work: Work = item[1]
-        if isinstance(error, execution.WorkerLost):
+        if isinstance(error, execution.WorkerLost) and work.segments:
             self._progress.failed(work.shard, "worker_lost")
             if work.probe:
                 segment_id = work.segments[0].segment_id
@@ -894,7 +894,9 @@ def _drive(
                 break
             time.sleep(_FOLLOW_S)
             state = shards.read_state(job.out)
-            works = plan_work(state, segments, changes=find_changes(job.out, state, segments))
+            if changes != Changes():
+                changes = find_changes(job.out, state, segments)
+            works = plan_work(state, segments, changes=changes)
             progress.count = len(segments) - sum(w.n_segments for w in works)
         elapsed_s = time.monotonic() - started
         return stages.profile(progress.seconds, todo, min(runner.n_workers, n_shards), elapsed_s)
