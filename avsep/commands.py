@@ -18,10 +18,11 @@ import soundfile
 from tqdm import tqdm
 
 from avsep import plots, shards, storage
-from avsep.model import CONFIG_FILE, Model
-from avsep.objects import OBJECT_NAMES, object_scores, weak_labels
+from avsep.model import CONFIG_FILE, Model, label_config
+from avsep.objects import OBJECT_NAMES
 from avsep.records import ClipError, Reason
 from avsep.separation import REST
+from avsep.stages import ExtractionConfig
 from avsep.videos import Step, VideoSeparator, pictures
 from avsep.vision import ImageLabeller, LabellerUnavailable
 
@@ -162,11 +163,14 @@ def inspect(path: str) -> int:
 def label(video: str, weights: str | None, architecture: str) -> int:
     """Run `avsep label`."""
     with storage.local_file(video) as path:
-        found = pictures(path)
+        found = pictures(path, ExtractionConfig.image_size)
     if len(found) == 0:
         raise ValueError(f"{video} has no pictures")
-    scores = object_scores(ImageLabeller.load(architecture, weights)(found))
-    labels = weak_labels(scores)
+    labeller = ImageLabeller.load(architecture, weights)
+    looks = labeller.looking("tiles").way
+    config = label_config(labeller.architecture, looks)
+    scores = config.scores(labeller.evidence(found, looks))
+    labels = config.choose(scores)
     for i in scores.argsort(descending=True).tolist()[:10]:
         print(f"{scores[i]:.3f}  {OBJECT_NAMES[i]}{'  (label)' if labels[i] else ''}")
     return 0
