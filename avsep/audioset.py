@@ -9,6 +9,7 @@ import csv
 import hashlib
 import math
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -212,8 +213,9 @@ def deduplicate(rows: pa.Table) -> tuple[pa.Table, pa.Table, NDArray[np.bool_]]:
 
 
 # Statistics are counters, so that counts of parts add up in any order. The keys are
-# (rows, FILE), (dropped, REASON), (dead_letters,), (segments, SPLIT), (objects | labels, NAME, SPLIT),
-# (unlabelled, SPLIT), (shorter_than_10_s, SPLIT) and (together, NAME, NAME).
+# (rows, FILE), (comments, FILE), (dropped, REASON), (dead_letters,), (segments, SPLIT),
+# (objects | labels, NAME, SPLIT), (unlabelled, SPLIT), (nothing, SPLIT), (shorter_than_10_s, SPLIT) and
+# (together, NAME, NAME).
 Counts = Counter[tuple[str, ...]]
 
 
@@ -226,7 +228,9 @@ def count_segments(segments: pa.Table) -> Counts:
         here = in_splits == split
         counts["segments", split] = int(here.sum())
         counts["shorter_than_10_s", split] = int((length_s[here] < 10).sum())
-        counts["unlabelled", split] = segments["labels"].filter(pa.array(here)).null_count
+        labels = segments["labels"].filter(pa.array(here))
+        counts["unlabelled", split] = labels.null_count
+        counts["nothing", split] = pc.sum(pc.equal(pc.list_value_length(labels), 0)).as_py() or 0
         for column in ("objects", "labels"):
             n_clips = _present(segments[column].filter(pa.array(here))).sum(0)
             for name, n in zip(OBJECT_NAMES, n_clips.tolist(), strict=True):
@@ -289,8 +293,41 @@ def summarize(counts: Counts) -> dict[str, Any]:
         "dropped": dropped,
         "dead_letters": n_dead,
         "files": files,
+        "comment_lines": sum(under(counts, "comments").values()),
+        **summarize_segments(counts),
+    }
+
+
+def summarize_segments(counts: Counts) -> dict[str, Any]:
+    """Arrange what `count_segments` counts; `without_labels` are left to the pictures, `labelled_none` show nothing."""
+    return {
         "splits": by_split(counts, "segments"),
         "shorter_than_10_s": by_split(counts, "shorter_than_10_s"),
         "without_labels": by_split(counts, "unlabelled"),
+        "labelled_none": by_split(counts, "nothing"),
         **by_object(counts),
     }
+
+
+def describe_segments(statistics: Mapping[str, Any]) -> list[str]:
+    """Say in lines what `summarize_segments` counted: splits, labels with what is left out, objects."""
+    n, untold, nothing = (sum(statistics[k].values()) for k in ("splits", "without_labels", "labelled_none"))
+    lines = ["splits: " + ", ".join(f"{split} {statistics['splits'][split]:,}" for split in SPLITS)]
+    lines += _wrapped(
+        f"labels: {n - untold - nothing:,} rows give them{_totals(statistics['labels'])}; "
+        f"{nothing:,} say none; {untold:,} left to the pictures"
+    )
+    return lines + _wrapped(
+        f"objects known to be audible: {_totals(statistics['objects']).strip(' ()') or 'not given'}"
+    )
+
+
+def _totals(by_object: Mapping[str, Mapping[str, int]]) -> str:
+    totals = {name: sum(splits.values()) for name, splits in by_object.items()}
+    shown = ", ".join(f"{name}\N{NO-BREAK SPACE}{n:,}" for name, n in totals.items() if n)
+    return f" ({shown})" if shown else ""
+
+
+def _wrapped(text: str) -> list[str]:
+    lines = textwrap.wrap(text, 110, subsequent_indent="        ")
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]

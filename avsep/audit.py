@@ -147,6 +147,7 @@ def check_commits(out: str, *, writing: bool = False) -> tuple[list[Commit], lis
             stem = storage.name(path).rpartition("-")[0]
             if name not in named and stem not in unreadable and not writing:
                 findings.append(_left_over(name))
+    commits = shards.standing(commits)
     digests = Counter(c.digest for c in commits if c.clips)
     if len(digests) > 1:
         usual = digests.most_common(1)[0][0]
@@ -386,6 +387,7 @@ def count_clip(record: ClipRecord, counts: Counts, config: LabelConfig) -> None:
     labels, tags, seen = chosen_labels(record, config), record.objects, seen_labels(record, config)
     if not labels:
         counts["unlabelled", record.split] += 1
+        counts["nothing", record.split] += record.labels is not None
     for name in tags or ():
         counts["objects", name, record.split] += 1
     for name in labels or ():
@@ -556,6 +558,7 @@ def summarize(report: Report, configuration: Mapping[str, Any] | None) -> dict[s
         "rejections_by_stage": under(counts, "rejected_at"),
         "label_source": under(counts, "label_source"),
         "unlabelled": by_split(counts, "unlabelled"),
+        "labelled_none": by_split(counts, "nothing"),
         **by_object(counts),
         "agreement": agreement,
         "duration_s": histogram("duration", DURATION_BINS_S),
@@ -586,8 +589,8 @@ def markdown(card: Mapping[str, Any], title: str) -> str:
         lines += ["Every commit record, hash, schema and record is as it should be.", ""]
     lines += ["## Splits", ""]
     table(
-        ("split", "clips", "hours", "without a label"),
-        ((s, card["clips"][s], card["hours"][s], card["unlabelled"][s]) for s in SPLITS),
+        ("split", "clips", "hours", "without a label", "of these, the table says none"),
+        ((s, card["clips"][s], card["hours"][s], card["unlabelled"][s], card["labelled_none"][s]) for s in SPLITS),
     )
     lines += ["## Objects", "", "Clips by weak label (what training takes), and by tag (`objects`).", ""]
     table(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
+import unicodedata
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +21,11 @@ class SoundObject:
     imagenet: tuple[int, ...]  # indices of the ImageNet-1k classes that show it, a published one first
     mid: str  # its AudioSet node
     weak_mids: tuple[str, ...] = ()  # descendants whose clips seldom carry the object's own tag
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """Other names that people use; one that several objects have is ambiguous."""
+        return _ALIASES.get(self.name, ())
 
 
 def _span(first: int, last: int) -> tuple[int, ...]:
@@ -68,14 +76,77 @@ IMAGENET_CLASSES: dict[str, tuple[tuple[int, ...], ...]] = {
     "published": tuple(_PUBLISHED.get(o.name, o.imagenet) for o in OBJECTS),
 }
 OBJECT_NAMES: tuple[str, ...] = tuple(o.name for o in OBJECTS)
+_ALIASES: dict[str, tuple[str, ...]] = {
+    "cat": ("kitten", "kitty"),
+    "dog": ("puppy", "hound"),
+    "chicken": ("hen", "rooster", "cockerel", "cock", "chick"),
+    "frog": ("bullfrog", "tree_frog"),
+    "accordion": ("piano_accordion", "squeezebox"),
+    "acoustic_guitar": ("guitar", "classical_guitar", "spanish_guitar", "folk_guitar"),
+    "cello": ("violoncello",),
+    "drum": ("drum_kit", "drum_set", "snare_drum", "bass_drum"),
+    "electric_guitar": ("guitar", "e_guitar"),
+    "flute": ("concert_flute", "transverse_flute"),
+    "french_horn": ("horn",),
+    "harmonica": ("mouth_organ", "mouth_harp", "blues_harp"),
+    "harp": ("concert_harp",),
+    "piano": ("grand_piano", "upright_piano", "pianoforte"),
+    "saxophone": ("sax", "alto_saxophone", "tenor_saxophone", "alto_sax", "tenor_sax"),
+    "violin": ("fiddle",),
+    "car": ("automobile", "motorcar", "auto", "sports_car", "race_car", "racing_car"),
+    "train": ("locomotive", "steam_locomotive", "railway"),
+    "plane": ("airplane", "aeroplane", "aircraft", "airliner", "jet"),
+    "motorcycle": ("motorbike", "moped"),
+}
 
 
 def object_index(name: str) -> int:
-    """Return the row of `name` in every L axis; ValueError names the known objects."""
+    """Return the row of an object in every L axis, by its own name; `find` takes what people type.
+
+    Raises ValueError as `find` does, for names that `find` takes too: what is stored holds the objects' own.
+    """
     try:
         return OBJECT_NAMES.index(name)
     except ValueError:
-        raise ValueError(f"unknown object {name!r}; the objects are {', '.join(OBJECT_NAMES)}") from None
+        own = find(name)
+        raise ValueError(f"unknown object {name!r}; did you mean {own}?") from None
+
+
+def find(name: str) -> str:
+    """Return the object that a typed name means: case, blanks, hyphens, plurals and other names are taken.
+
+    Raises ValueError for an ambiguous or unknown name, with the objects that may be meant.
+
+    >>> find("Acoustic Guitar"), find("motor-bike"), find("Drums")
+    ('acoustic_guitar', 'motorcycle', 'drum')
+    """
+    key = _key(name)
+    known = _by_key()
+    singulars = [key.removesuffix(end) + y for end, y in (("s", ""), ("es", ""), ("ies", "y")) if key.endswith(end)]
+    meant = next((known[k] for k in (key, *singulars) if k in known), ())
+    if len(meant) == 1:
+        return meant[0]
+    if meant:
+        raise ValueError(f"object {name!r} is ambiguous: {' or '.join(meant)}?")
+    near = [o for found in difflib.get_close_matches(key, known, n=3, cutoff=0.75) for o in known[found]]
+    if near:
+        raise ValueError(f"unknown object {name!r}; did you mean {' or '.join(dict.fromkeys(near))}?")
+    raise ValueError(f"unknown object {name!r}; the objects are {', '.join(OBJECT_NAMES)}")
+
+
+def _key(name: str) -> str:
+    """Leave of a name what tells it from others."""
+    return "".join(c for c in unicodedata.normalize("NFKC", name).casefold() if c.isalnum())
+
+
+@functools.cache
+def _by_key() -> dict[str, tuple[str, ...]]:
+    """Map the keys of names and aliases to the objects that have them."""
+    known: dict[str, tuple[str, ...]] = {}
+    for o in OBJECTS:
+        for name in (o.name, *o.aliases):
+            known[_key(name)] = (*known.get(_key(name), ()), o.name)
+    return known
 
 
 def multi_hot(names: list[str] | tuple[str, ...]) -> Tensor:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import contextlib
+import functools
+import hashlib
+import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from avsep import storage
-from avsep.objects import N_IMAGENET_CLASSES, OBJECT_NAMES
+from avsep import storage, tables
+from avsep.objects import N_IMAGENET_CLASSES, OBJECT_NAMES, find
 
 SCHEMA_VERSION = 2
 SPLITS = ("train", "val", "test")
+_SPLIT_NAMES = {name: name for name in SPLITS} | {
+    **dict.fromkeys(("training",), "train"),
+    **dict.fromkeys(("validation", "valid", "dev", "development"), "val"),
+    **dict.fromkeys(("testing", "eval", "evaluation"), "test"),
+}
 
 
 class Reason(StrEnum):
@@ -68,8 +75,9 @@ def _clip_error(reason: Reason, detail: str, transient: bool) -> ClipError:
 class Segment:
     """An excerpt of one source, `start_s … end_s`; `end_s` None means to the source's end.
 
-    `objects` are known to be audible; `labels` are given weak labels, None when the pictures
-    are to decide. `source` is a path, a URI or `youtube:ID`.
+    `objects` are known to be audible, None where that isn't known; `labels` are given weak labels,
+    None when the pictures are to decide. An empty tuple means nothing of the vocabulary.
+    `source` is a path, a URI or `youtube:ID`.
     """
 
     segment_id: str
@@ -199,7 +207,7 @@ def clips_from_table(table: pa.Table) -> list[ClipRecord]:
     for i, row in enumerate(rows):
         logits = table.column("image_logits")[i].values
         row["basis_energy"] = np.asarray(row["basis_energy"], np.float32)
-        row["objects"], row["labels"] = _names(row["objects"]), _names(row["labels"])
+        row["objects"], row["labels"] = _stored(row["objects"]), _stored(row["labels"])
         records.append(
             ClipRecord(
                 **row,
@@ -253,6 +261,23 @@ def validate(record: Segment | ClipRecord | Rejection) -> None:
         require(bool(abs(record.basis_energy.sum() - 1) < 1e-3), "basis_energy must sum to one")
 
 
+def segment_of(row: Mapping[str, Any]) -> Segment:
+    """Return the segment of a row of SEGMENT_SCHEMA, as it stands there."""
+    names = {column: _stored(row[column]) for column in ("objects", "labels")}
+    return Segment(**{column: row[column] for column in SEGMENT_SCHEMA.names} | names)
+
+
+def definition(asked: Segment | ClipRecord) -> str:
+    """Return a short hash of what a segment asks for: its fields but the id; a clip's is that of its segment.
+
+    >>> definition(Segment("a", "/a.mp4")) == definition(Segment("b", "/a.mp4", labels=()))
+    False
+    """
+    end_s = None if asked.end_s is None else float(asked.end_s)
+    fields = [asked.source, float(asked.start_s), end_s, asked.split, asked.objects, asked.labels]
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:12]
+
+
 def segments_to_table(segments: Iterable[Segment]) -> pa.Table:
     """Turn segments into an Arrow table of SEGMENT_SCHEMA."""
     return pa.Table.from_pylist([asdict(s) for s in segments], schema=SEGMENT_SCHEMA)
@@ -263,132 +288,182 @@ def rejections_to_table(rejections: Iterable[Rejection]) -> pa.Table:
     return pa.Table.from_pylist([asdict(r) for r in rejections], schema=REJECTION_SCHEMA)
 
 
-def read_segments(uri: storage.AnyPath) -> list[Segment]:
+def read_segments(uri: storage.AnyPath, tell: Callable[[str], None] | None = None) -> list[Segment]:
     """Read segments from a CSV or Parquet table, or from a folder that `pipelines.manifest` wrote.
 
-    Relative sources become absolute, relative to the table. Raises ValueError for a broken row
-    (with its number), a duplicated id, an unknown or missing column or a file that is no table,
+    Relative sources become absolute, relative to the table. `tell` gets what there is to say of how a
+    table was read, such as columns that were left aside. Raises ValueError for a broken row
+    (with its number), a duplicated id, a missing column or a file that is no table,
     FileNotFoundError for no table.
     """
     uri = os.fspath(uri)
     if not storage.exists(uri):
         raise FileNotFoundError(f"{uri} doesn't exist; a table (.csv, .parquet) or a manifest's folder is needed")
-    tables = [uri]
+    files = [uri]
     if storage.is_directory(uri):
-        tables = [
+        files = [
             f for f in storage.list_files(uri) if f.endswith(".parquet") and storage.name(f).startswith("segments")
         ]
-        if not tables:
+        if not files:
             raise FileNotFoundError(f"{uri} holds no segments*.parquet; run pipelines.manifest first")
     segments: list[Segment] = []
-    for table in tables:
-        rows = _csv_rows(table) if table_kind(table) == "csv" else _parquet_rows(table)
-        for number, row in rows:
+    seen: dict[str, tuple[str, int]] = {}
+    for file in files:
+        layout = read_layout(file)
+        notes, n_comments = list(layout.notes), 0
+        for row in tables.read_rows(layout, texts=False):
+            n_comments += row.comment
+            if row.comment:
+                continue
             try:
-                segments.append(segment_from_row(row, relative_to=storage.parent(table)))
+                if row.problem:
+                    raise ValueError(row.problem)
+                segments.append(segment_from_row(row.cells, relative_to=storage.parent(file)))
             except ValueError as error:
-                raise ValueError(f"{table}, row {number}: {error}") from None
-    seen: set[str] = set()
-    for segment in segments:
-        if segment.segment_id in seen:
-            raise ValueError(f"{uri}: segment_id {segment.segment_id!r} occurs twice; ids must be unique")
-        seen.add(segment.segment_id)
+                raise ValueError(f"{file}, row {row.line}: {error}") from None
+            segment_id, where = segments[-1].segment_id, (file, row.line)
+            if seen.setdefault(segment_id, where) != where:
+                raise ValueError(_twice(segment_id, where, seen[segment_id], named="segment_id" in layout.columns))
+        notes += [comment_note(file, n_comments)] if n_comments else []
+        if tell is not None:
+            for note in notes:
+                tell(note)
     return segments
 
 
-def table_kind(uri: str) -> str:
-    """Tell by its name whether a table is `csv` or `parquet`; ValueError when it is neither."""
-    if uri.lower().endswith(".csv"):
-        return "csv"
-    if uri.lower().endswith((".parquet", ".pq")):
-        return "parquet"
-    raise ValueError(f"{uri}: a table's name must end with .csv or .parquet")
+def comment_note(uri: str, n_lines: int) -> str:
+    """Say how many lines of a table were taken as comments."""
+    return f"{storage.name(uri)}: {n_lines} lines that begin with # were taken as comments"
 
 
-def check_columns(uri: str, columns: Sequence[str]) -> None:
-    """Raise ValueError when a table's header lacks a required column, or has an unknown one or one twice."""
-    known = ", ".join(SEGMENT_SCHEMA.names)
-    if len(columns) == 1 and any(mark in columns[0] for mark in ";\t"):
-        raise ValueError(f"{uri}: the header is one cell, {columns[0]!r}; cells must be separated by commas")
-    for column in ("segment_id", "source"):
-        if column not in columns:
-            raise ValueError(f"{uri} has no column {column!r}; it is required (the columns are {known})")
-    for index, column in enumerate(columns):
-        if column not in SEGMENT_SCHEMA.names:
-            raise ValueError(f"{uri} has an unknown column {column!r}; remove it: the columns are {known}")
-        if column in columns[:index]:
-            raise ValueError(f"{uri} has the column {column!r} twice; remove one")
+def _twice(segment_id: str, where: tuple[str, int], before: tuple[str, int], named: bool) -> str:
+    other = f"row {before[1]}" + (f" of {before[0]}" if before[0] != where[0] else "")
+    if named:
+        return f"{where[0]}, row {where[1]}: segment_id {segment_id!r} occurs twice; ids must be unique (see {other})"
+    return (
+        f"{where[0]}, row {where[1]}: its file's name, {segment_id!r}, is also that of {other}, so it can't be the "
+        "segment's id; add a column segment_id"
+    )
 
 
-def segment_from_row(row: dict[str, Any], *, relative_to: str) -> Segment:
+def read_layout(uri: str) -> tables.Layout:
+    """Read how a table of segments is written, and which of their columns it has; ValueError where that can't be."""
+    layout = tables.read_layout(uri, SEGMENT_SCHEMA.names, ("source",))
+    if "segment_id" in layout.columns:
+        return layout
+    note = f"{storage.name(uri)} has no column segment_id: the names of the files are the ids"
+    return replace(layout, notes=(*layout.notes, note))
+
+
+def segment_from_row(row: Mapping[str, Any], *, relative_to: str) -> Segment:
     """Build a validated segment from a table's row: text cells (CSV) or typed ones (Parquet).
 
-    In text cells objects are `;`-separated; a missing column means None, an empty cell an
-    empty list. A missing `start_s` is 0, a missing or empty `end_s` the source's end, a missing
-    `split` train. Raises ValueError for a cell that breaks the contract.
+    In text cells objects are separated by `;` (or commas or bars); a missing column or an empty cell
+    means None, not known, and the word `none` an empty list. Objects and splits are taken by other
+    names, too, and times as 83.5 or 1:23.5. Without a column `segment_id` the file's name is the id. A
+    missing `start_s` is 0, a missing or empty `end_s` the source's end, a missing `split` train.
+    Raises ValueError for a cell that breaks the contract.
     """
     for column in ("segment_id", "source"):
-        if row.get(column) in (None, ""):
+        if row.get(column) in (None, "") and (column in row or column == "source"):
             raise ValueError(f"{column} is missing or empty")
-    for column in ("objects", "labels"):
-        if not isinstance(row.get(column), (str, list, tuple, type(None))):
-            raise ValueError(f"{column} is {row[column]!r}; it must be a list of object names")
+    source = str(row["source"])
+    split = str(row.get("split") or "train").strip()
     segment = Segment(
-        segment_id=str(row["segment_id"]),
-        source=storage.resolve(str(row["source"]), relative_to),
+        segment_id=str(row["segment_id"]) if "segment_id" in row else file_id(source),
+        source=storage.resolve(source, relative_to),
         start_s=_seconds(row, "start_s") or 0.0,
         end_s=_seconds(row, "end_s"),
-        split=row.get("split") or "train",
-        objects=_names(row.get("objects")),
-        labels=_names(row.get("labels")),
+        split=_SPLIT_NAMES.get(split.casefold(), split),
+        objects=_names(row, "objects"),
+        labels=_names(row, "labels"),
     )
     validate(segment)
     return segment
 
 
-def _seconds(row: dict[str, Any], column: str) -> float | None:
+def names_cell(names: Sequence[str] | None) -> str:
+    """Write object names as a table's text cell, the reverse of what `segment_from_row` reads.
+
+    >>> [names_cell(n) for n in (("dog", "cat"), (), None)]
+    ['dog;cat', 'none', '']
+    """
+    return "" if names is None else ";".join(names) or "none"
+
+
+def file_id(source: str) -> str:
+    """Return a source's name without folders and suffix, the id of a segment that has no other.
+
+    >>> file_id("videos/duet.mp4"), file_id("youtube:abc")
+    ('duet', 'abc')
+    """
+    return os.path.splitext(storage.name(source.removeprefix("youtube:")))[0]
+
+
+def describe_sources(sources: Iterable[str]) -> str:
+    """Say whether the local ones among segments' sources are there, with one of their paths; empty without any."""
+    local = [s for s in dict.fromkeys(sources) if not storage.is_uri(s)]
+    if not local:
+        return ""
+    missing = [s for s in local if not os.path.isfile(s)]
+    if not missing:
+        return f"media: {len(local):,} local files, all there, such as {local[0]}"
+    return (
+        f"media: {len(missing):,} of {len(local):,} local files don't exist, such as {missing[0]}; "
+        "relative sources are relative to the table's folder"
+    )
+
+
+def _seconds(row: Mapping[str, Any], column: str) -> float | None:
     value = row.get(column)
     if value is None or value == "":
         return None
-    try:
+    with contextlib.suppress(TypeError, ValueError):
         return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{column} is {value!r}; it must be a number of seconds") from None
+    text = str(value)
+    if clock := re.fullmatch(r"(?:(\d+):)?(\d+):([0-5]?\d(?:\.\d*)?)", text):
+        return 3600 * float(clock[1] or 0) + 60 * float(clock[2]) + float(clock[3])
+    if fraction := re.fullmatch(r"(\d+),(\d+)", text):
+        if len(fraction[2]) == 3:
+            raise ValueError(f"{column} is {value!r}, which may be thousands or a fraction; write it with a point")
+        return float(f"{fraction[1]}.{fraction[2]}")
+    raise ValueError(f"{column} is {value!r}; it must be a number of seconds")
 
 
-def _names(value: Any) -> tuple[str, ...] | None:
+def _names(row: Mapping[str, Any], column: str) -> tuple[str, ...] | None:
+    """Read a cell of object names, see `segment_from_row`."""
+    value = row.get(column)
     if value is None:
         return None
     if isinstance(value, str):
-        value = [name.strip() for name in value.split(";") if name.strip()]
-    return tuple(dict.fromkeys(value))
+        return _names_in(value, column)
+    if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{column} is {value!r}; it must be a list of object names")
+    return _found(tuple(value), column)
 
 
-def _csv_rows(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
+@functools.lru_cache(maxsize=4096)
+def _names_in(text: str, column: str) -> tuple[str, ...] | None:
+    if not text.strip():
+        return None
+    python = re.fullmatch(r"\s*\[(.*)\]\s*", text, re.DOTALL)  # a list as Python writes it
+    parts = [part.strip(" \t\n'\"") for part in re.split(r"[;,|\n]", python[1] if python else text)]
+    names = tuple(part for part in parts if part)
+    if not names and not python:
+        raise ValueError(f"{column} is {text!r}; name objects, or write none where there is none of them")
+    return _found(names, column)
+
+
+@functools.lru_cache(maxsize=4096)
+def _found(names: tuple[str, ...], column: str) -> tuple[str, ...]:
+    others = [name for name in names if name.strip().casefold() != "none"]
+    if others and len(others) < len(names):
+        raise ValueError(f"{column} holds none beside {', '.join(others)}; write either")
     try:
-        text = storage.read_bytes(uri).decode("utf-8-sig")
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        columns = next(reader, [])
-        check_columns(uri, columns)
-        for cells in reader:
-            if cells and len(cells) != len(columns):
-                what = f"{len(cells)} cells; the header has {len(columns)} columns"
-                raise ValueError(f"{uri}, row {reader.line_num}: {what}")
-            if cells:
-                yield reader.line_num, dict(zip(columns, cells, strict=True))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{uri} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
-    except csv.Error as error:
-        raise ValueError(f"{uri}, row {reader.line_num}: {error}") from None
+        return tuple(dict.fromkeys(find(name) for name in others))
+    except ValueError as error:
+        raise ValueError(f"{column}: {error}") from None
 
 
-def _parquet_rows(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        with storage.open_input(uri) as f:
-            table = pq.read_table(f)
-    except FileNotFoundError:
-        raise
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(f"{uri} is no Parquet file, or a damaged one ({str(error).splitlines()[0]})") from None
-    check_columns(uri, table.column_names)
-    yield from enumerate(table.to_pylist(), 1)
+def _stored(names: Sequence[str] | None) -> tuple[str, ...] | None:
+    return None if names is None else tuple(names)

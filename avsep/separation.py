@@ -17,7 +17,7 @@ from avsep.context import pair_features
 from avsep.media import LOUDEST
 from avsep.miml import basis_posteriors, energy_shares
 from avsep.model import Model, SeparationConfig
-from avsep.objects import object_index
+from avsep.objects import find, object_index
 from avsep.stages import ExtractionConfig, Factors, factorize
 from avsep.stft import STFT
 
@@ -305,9 +305,10 @@ class Separator:
             return None
         if isinstance(names, str):
             raise ValueError(f"objects are {names!r}; give a list of names")
-        if len(set(names)) != len(names):
+        own = [find(name) for name in names]
+        if len(set(own)) != len(own):
             raise ValueError(f"objects are {', '.join(names)}; name each once")
-        return [object_index(name) for name in names]
+        return [object_index(name) for name in own]
 
 
 class Plan:

@@ -7,37 +7,49 @@
 A data file is named by its content, written under a temporary name, read back and renamed
 before the commit record that names it appears. So a process killed anywhere leaves at most a
 file that no commit names, and two processes that do the same shard leave one commit.
+
+A commit record also says what was asked for, so that a segment whose row in the table changed is
+told from one that is done. Its shard's next generation then holds the whole shard and replaces the
+earlier ones: readers pass these over, and `sweep` deletes them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from avsep import storage
 from avsep.records import (
     SCHEMA_VERSION,
+    SEGMENT_SCHEMA,
     ClipRecord,
     Rejection,
     Segment,
     clips_from_table,
     clips_to_table,
+    definition,
     rejections_to_table,
+    segment_of,
     validate,
 )
 
 LOCK_FILE = "extract.lock"  # under OUT, while a driver is at work
 _DATA_FILE = re.compile(r"(?P<shard>.+)-g(?P<generation>\d+)-[0-9a-f]{12}\.parquet")
+_COMMIT_FILE = re.compile(r"(?P<shard>.+)-g(?P<generation>\d+)\.json")
 _ROW_GROUP_BYTES = 32 << 20
 _READERS = 16  # files read at a time
 
@@ -61,7 +73,7 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Commit:
-    """One generation of one shard, finished; `rejections` supersedes earlier generations'."""
+    """One generation of one shard, finished; its `rejections` supersede those of earlier generations."""
 
     shard: str
     generation: int
@@ -71,6 +83,8 @@ class Commit:
     timings_s: dict[str, float] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
     retried: tuple[str, ...] = ()  # ids that were rejected before, perhaps in another shard
+    replaces: bool = False  # it holds the whole shard: earlier generations no longer count
+    asked: dict[str, str] = field(default_factory=dict)  # id → `records.definition` of its segment
 
     @property
     def clip_ids(self) -> tuple[str, ...]:
@@ -116,6 +130,8 @@ def write_shard(
     shape: tuple[int, int],
     timings_s: dict[str, float] | None = None,
     retried: Sequence[str] = (),
+    replaces: bool = False,
+    asked: Mapping[str, str] | None = None,
 ) -> Commit:
     """Write one generation of a shard and commit it; return the commit that stands.
 
@@ -126,6 +142,8 @@ def write_shard(
         configuration: what the records were made with, stored in each file.
         shape: (F, M) of the bases.
         retried: those of the segments that were rejected before.
+        replaces: clips and rejections are all of the shard's: earlier generations no longer count.
+        asked: the definitions of the rejected segments, by id; clips hold their own.
 
     Raises:
         ValueError: a record breaks its contract, or an id is there twice.
@@ -152,6 +170,8 @@ def write_shard(
         _write_table(out, "rejections", stem, rejections_to_table(rejections), metadata) if rejections else None,
         timings_s or {},
         retried=tuple(retried),
+        replaces=replaces,
+        asked={**(asked or {}), **{c.segment_id: definition(c) for c in clips}},
     )
     path = storage.join(out, "commits", f"{stem}.json")
     storage.write_bytes(path, json.dumps(asdict(commit), indent=1).encode(), exclusive=True)
@@ -188,9 +208,12 @@ def sweep(out: str, commits: Iterable[Commit]) -> list[str]:
     """Delete what killed writers left: temporary files, and data files that no commit will ever name.
 
     A data file whose generation has a commit that doesn't name it is a loser's; one whose generation has
-    none may be a live writer's, and is left until it is old. Returns the names.
+    none may be a live writer's, and is left until it is old. What a later generation replaced goes, too, its
+    commit record last. Returns the names.
     """
+    commits = list(commits)
     named = {(c.shard, c.generation): {f.path for f in (c.clips, c.rejections) if f} for c in commits}
+    replaced = _replaced(commits)
     swept = storage.sweep(storage.join(out, "commits"))
     for kind in ("clips", "rejections"):
         swept += storage.sweep(storage.join(out, kind))
@@ -198,12 +221,34 @@ def sweep(out: str, commits: Iterable[Commit]) -> list[str]:
             match = _DATA_FILE.fullmatch(info.base_name)
             if not match or info.type != pafs.FileType.File:
                 continue
-            standing = named.get((match["shard"], int(match["generation"])))
-            lost = storage.is_older(info, storage.ABANDONED_S) if standing is None else True
-            if lost and f"{kind}/{info.base_name}" not in (standing or ()):
+            generation = int(match["generation"])
+            used = named.get((match["shard"], generation))
+            lost = used is not None or generation < replaced.get(match["shard"], 0)
+            if (lost or storage.is_older(info, storage.ABANDONED_S)) and f"{kind}/{info.base_name}" not in (used or ()):
                 storage.delete_file(storage.join(out, kind, info.base_name))
                 swept.append(f"{kind}/{info.base_name}")
+    for path in storage.list_files(storage.join(out, "commits")):
+        match = _COMMIT_FILE.fullmatch(storage.name(path))
+        if match and int(match["generation"]) < replaced.get(match["shard"], 0):
+            storage.delete_file(path)
+            swept.append(f"commits/{storage.name(path)}")
     return swept
+
+
+def standing(commits: Iterable[Commit]) -> list[Commit]:
+    """Leave out the commits that a later generation of their shard replaces."""
+    commits = list(commits)
+    replaced = _replaced(commits)
+    return [c for c in commits if c.generation >= replaced.get(c.shard, 0)]
+
+
+def _replaced(commits: Iterable[Commit]) -> dict[str, int]:
+    """Map shards to their last generation that replaces all before."""
+    replaced: dict[str, int] = {}
+    for c in commits:
+        if c.replaces:
+            replaced[c.shard] = max(c.generation, replaced.get(c.shard, 0))
+    return replaced
 
 
 def configuration_digest(configuration: dict[str, Any]) -> str:
@@ -216,13 +261,13 @@ def _hash(*parts: str) -> str:
 
 
 def read_commits(out: storage.AnyPath) -> list[Commit]:
-    """Read every commit record, ordered by shard and generation; [] where nothing is committed.
+    """Read the commit records that stand, ordered by shard and generation; [] where nothing is committed.
 
     Raises ValueError for shards that another version of this program wrote.
     """
     paths = [path for path in storage.list_files(storage.join(out, "commits")) if path.endswith(".json")]
     with ThreadPoolExecutor(_READERS) as pool:  # an object store takes its time for each
-        commits = list(pool.map(read_commit, paths))
+        commits = standing(pool.map(read_commit, paths))
     if others := {c.schema_version for c in commits} - {SCHEMA_VERSION}:
         raise ValueError(
             f"the shards in {out} are of schema version {min(others)}, this program's are of {SCHEMA_VERSION}: "
@@ -261,6 +306,14 @@ class State:
     clip_ids: frozenset[str]
     rejections: dict[str, Rejection]  # those that stand, by segment_id
 
+    def changed_rejections(self, segments: Iterable[Segment]) -> set[str]:
+        """Return the ids of rejected segments that ask for something else by now."""
+        asked: dict[str, str] = {}
+        for c in sorted(self.commits, key=lambda c: c.generation):
+            asked |= {i: c.asked[i] for i in c.rejection_ids if i in c.asked}
+        rejected = (s for s in segments if s.segment_id in self.rejections and s.segment_id in asked)
+        return {s.segment_id for s in rejected if asked[s.segment_id] != definition(s)}
+
 
 def read_state(out: storage.AnyPath) -> State:
     """Read every commit record, and the rejections that stand."""
@@ -274,6 +327,50 @@ def read_state(out: storage.AnyPath) -> State:
     with ThreadPoolExecutor(_READERS) as pool:
         found = {r.segment_id: r for part in pool.map(read, sorted(files.items())) for r in part}
     return State(commits, frozenset(i for c in commits for i in c.clip_ids), {i: found[i] for i in sorted(found)})
+
+
+def changed_clips(out: storage.AnyPath, commits: Iterable[Commit], segments: Iterable[Segment]) -> dict[str, Segment]:
+    """Map the ids of clips whose segments ask for something else by now to what was asked for then.
+
+    Where a commit says that nothing differs, its files aren't opened; else their columns but bases are read.
+    """
+    wanted = {s.segment_id: s for s in segments}
+
+    def read(commit: Commit) -> list[Segment]:
+        differ = {i for i in commit.clip_ids if i in wanted and commit.asked.get(i) != definition(wanted[i])}
+        if not commit.clips or not differ:
+            return []
+        rows = read_table(storage.join(out, commit.clips.path), SEGMENT_SCHEMA.names).to_pylist()
+        return [segment for segment in map(segment_of, rows) if segment.segment_id in differ]
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        then = [s for part in pool.map(read, commits) for s in part]
+    return {s.segment_id: s for s in then if s != wanted[s.segment_id]}
+
+
+def without_logits(out: storage.AnyPath, commits: Iterable[Commit], ids: Set[str]) -> set[str]:
+    """Return those of some clips that no picture network has seen."""
+    found: set[str] = set()
+    for c in commits:
+        if c.clips and not ids.isdisjoint(c.clip_ids):
+            table = read_table(storage.join(out, c.clips.path), ["segment_id", "image_logits"])
+            unseen = table.filter(pc.is_null(table.column("image_logits")))
+            found |= ids & set(unseen.column("segment_id").to_pylist())
+    return found
+
+
+def newer_media(out: storage.AnyPath, commits: Iterable[Commit], segments: Iterable[Segment]) -> set[str]:
+    """Return the ids of clips whose local media file was written after their commit; URIs aren't looked at."""
+    written = {i.base_name: i.mtime_ns for i in storage.infos(storage.join(out, "commits"))}
+    committed = {i: written.get(f"{c.shard}-g{c.generation}.json") for c in commits for i in c.clip_ids}
+    now, newer = time.time_ns(), set()
+    for s in segments:
+        if (then := committed.get(s.segment_id)) is None or storage.is_uri(s.source):
+            continue
+        with contextlib.suppress(OSError):  # one that is gone doesn't undo the clip
+            if then < os.stat(s.source).st_mtime_ns <= now:
+                newer.add(s.segment_id)
+    return newer
 
 
 def rejection_files(commits: Iterable[Commit]) -> dict[str, set[str]]:

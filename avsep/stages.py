@@ -7,7 +7,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -229,6 +229,35 @@ def to_record(
         rms_db=rms_db(clip.waveform),
         media_sha256=decoded.sha256,
         label_source="given" if segment.labels is not None else "pictures" if pictured else "none",
+    )
+
+
+def same_media(record: ClipRecord, segment: Segment, locate: Locate | None = None) -> bool:
+    """Tell whether a clip is what extraction would make of a segment, but for split, objects and labels.
+
+    It is when the excerpt's times are the same, the media have the same bytes, and pictures were labelled
+    where they are to decide.
+    """
+    if (record.start_s, record.end_s) != (segment.start_s, segment.end_s):
+        return False
+    if segment.labels is None and record.image_logits is None:
+        return False
+    try:
+        with storage.local_file((locate(segment) if locate else segment).source) as path, open(path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest() == record.media_sha256
+    except (ClipError, OSError, ValueError):
+        return False
+
+
+def relabelled(record: ClipRecord, segment: Segment) -> ClipRecord:
+    """Return a clip with source, split, objects and labels as its segment has them now."""
+    return replace(
+        record,
+        source=segment.source,
+        split=segment.split,
+        objects=segment.objects,
+        labels=segment.labels,
+        label_source="given" if segment.labels is not None else "pictures",
     )
 
 

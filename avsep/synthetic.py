@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from avsep import storage
-from avsep.records import SPLITS, Segment
+from avsep.records import SPLITS, Segment, names_cell
 
 Sound = NDArray[np.float32]
 Colour = tuple[int, int, int]
@@ -1047,7 +1047,7 @@ def write_table(segments: Iterable[Segment], path_csv: str | Path) -> None:
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["segment_id", "source", "start_s", "end_s", "split", "objects"])
     for s in segments:
-        rows.writerow([s.segment_id, s.source, s.start_s, s.end_s, s.split, ";".join(s.objects or ())])
+        rows.writerow([s.segment_id, s.source, s.start_s, s.end_s, s.split, names_cell(s.objects)])
     storage.write_text(str(path_csv), text.getvalue())
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from avsep import media, storage
 from avsep.model import LABELLER_FILE, LabelConfig, label_config
-from avsep.objects import OBJECT_NAMES, object_index
+from avsep.objects import OBJECT_NAMES, find
 from avsep.records import ClipError, Reason
 from avsep.separation import REST, Plan, Separator
 from avsep.stages import ExtractionConfig, Factors
@@ -131,8 +131,7 @@ class VideoSeparator:
         separator = self.separator
         if bases is not None and bases != separator.config.bases:
             separator = Separator(separator.model, replace(separator.config, bases=bases))
-        for name in objects or ():
-            object_index(name)
+        objects = None if objects is None else [find(name) for name in objects]
         others = None if elsewhere is None else _Elsewhere(elsewhere, step)
         if others is not None:
             step = others.tell

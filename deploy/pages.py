@@ -32,7 +32,7 @@ WRITES: dict[str, dict[str, str]] = {
         "?dead_letters.jsonl": "rows of the table that are no segments, and why",
     },
     "extract": {
-        "commits/*.json": "what counts: ids, counts, SHA-256, digest of the configuration, seconds by stage",
+        "commits/*.json": "what counts: ids, what was asked for, SHA-256, digest of the settings, seconds by stage",
         "clips/*.parquet": "clip records",
         "?rejections/*.parquet": "rejections",
         "status.json": "where the run stands; `fetch-status.json` with `--until fetch`",

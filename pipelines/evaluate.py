@@ -231,7 +231,7 @@ def run(arguments: argparse.Namespace) -> int:
     if protocol != "mixtures" and arguments.given != "objects":
         fail(f"--given {arguments.given}: with --protocol {protocol} the audible objects are told; leave --given out")
     segments = sorted(
-        (s for s in read_segments(arguments.segments) if s.split == arguments.split), key=lambda s: s.segment_id
+        (s for s in read_segments(arguments.segments, say) if s.split == arguments.split), key=lambda s: s.segment_id
     )
     if not segments:
         fail(f"{arguments.segments} holds no segments of --split {arguments.split}")

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -70,10 +70,21 @@ if __name__ == "__main__":
 
 import torch
 
-from avsep import fetch, lock, shards, stages, storage
+from avsep import audioset, fetch, lock, shards, stages, storage
 from avsep.egress import EgressBudget, IdentityStatus, Lease, identities
 from avsep.model import LABELLER_FILE
-from avsep.records import ClipError, ClipRecord, Reason, Rejection, Segment, read_segments
+from avsep.records import (
+    ClipError,
+    ClipRecord,
+    Reason,
+    Rejection,
+    Segment,
+    clips_from_table,
+    definition,
+    describe_sources,
+    read_segments,
+    segments_to_table,
+)
 from avsep.vision import NO_DOWNLOAD, ImageLabeller, LabellerUnavailable
 from pipelines import execution, recipes
 from pipelines.execution import fail, say
@@ -121,8 +132,16 @@ class Work:
     kept: tuple[Rejection, ...] = ()  # which stand
     culprits: tuple[Rejection, ...] = ()  # which took their workers along, in this run
     attempts: dict[str, int] = field(default_factory=dict)  # earlier ones, of segments that were rejected
+    relabelled: tuple[Segment, ...] = ()  # of clips whose sound and pictures stay as they are
+    replaced: tuple[shards.Commit, ...] = ()  # the shard's, where clips change: its next generation holds all of it
+    asked: dict[str, str] = field(default_factory=dict)  # of what is kept as rejected: id → definition
     probe: bool = False  # only try whether the worker survives: commit nothing
     apart: bool = False  # one segment after the other, which takes the least memory
+
+    @property
+    def n_segments(self) -> int:
+        """How many segments it deals with."""
+        return len(self.segments) + len(self.relabelled)
 
 
 @dataclass
@@ -148,16 +167,16 @@ def extract_shard(
     With `fetch_only` media are only brought into the store, and what can't be had is committed as rejected.
     """
     execution.one_thread()
-    records: list[ClipRecord] = []
     rejections: list[Rejection] = []
     seconds: dict[str, float] = {}
+    locate = store.locate if store else None
+    records, segments_to_do = renewed(job.out, work, locate)
     if job.fetch_only:
         rejections = store.fetch_all(work.segments) if store else []
     else:
-        locate = store.locate if store else None
         own = job.process is stages.extract_records  # others do all of their work themselves
         process = functools.partial(job.process, factorize_elsewhere=factorize) if factorize and own else job.process
-        for segments in [(s,) for s in work.segments] if work.apart else [work.segments]:
+        for segments in [(s,) for s in segments_to_do] if work.apart else [segments_to_do]:
             some_records, some_rejections, some_seconds = process(segments, job.config, label, locate)
             records += some_records
             rejections += some_rejections
@@ -167,6 +186,8 @@ def extract_shard(
     if work.probe or (job.fetch_only and not (rejections or work.attempts or work.culprits)):
         return Done(work, events=retried)
     rejections = [replace(r, attempts=work.attempts.get(r.segment_id, 0) + 1) for r in (*work.culprits, *rejections)]
+    for c in work.replaced:
+        seconds = {stage: seconds.get(stage, 0.0) + c.timings_s.get(stage, 0.0) for stage in seconds | c.timings_s}
     commit = shards.write_shard(
         job.out,
         work.shard,
@@ -176,10 +197,37 @@ def extract_shard(
         configuration=job.configuration,
         shape=job.config.shape,
         timings_s=seconds,
-        retried=sorted(work.attempts),
+        retried=sorted({*work.attempts, *(i for c in work.replaced for i in c.retried)}),
+        replaces=bool(work.replaced),
+        asked=work.asked,
     )
     events = retried + [{"event": "rejected", **asdict(r)} for r in rejections]
     return Done(work, len(commit.clip_ids), Counter(str(r.reason) for r in rejections), commit.timings_s, events)
+
+
+def renewed(out: str, work: Work, locate: stages.Locate | None) -> tuple[list[ClipRecord], list[Segment]]:
+    """Return the clips of a shard that stay, as they are asked for now, and the segments that are left to do.
+
+    A clip stays whose excerpt is the same, and whose media have the same bytes, wherever they are by now.
+    """
+    if not work.replaced or work.probe:
+        return [], list(work.segments)
+    files = [storage.join(out, c.clips.path) for c in work.replaced if c.clips]
+    records = {r.segment_id: r for f in files for r in clips_from_table(shards.read_table(f))}
+    for culprit in work.culprits:
+        records.pop(culprit.segment_id, None)
+    left = []
+    for s in work.segments:
+        record = records.get(s.segment_id)
+        if record is not None and not stages.same_media(record, s, locate):
+            del records[s.segment_id]
+            record = None
+        if record is None:
+            left.append(s)
+    for s in (*work.segments, *work.relabelled):
+        if s.segment_id in records:
+            records[s.segment_id] = stages.relabelled(records[s.segment_id], s)
+    return list(records.values()), left
 
 
 class Crashes:
@@ -203,7 +251,7 @@ class Crashes:
     def recover(self, item: tuple[Any, ...], error: Exception) -> None:
         """Deal with an item that failed, or raise."""
         work: Work = item[1]
-        if isinstance(error, execution.WorkerLost):
+        if isinstance(error, execution.WorkerLost) and work.segments:
             self._progress.failed(work.shard, "worker_lost")
             if work.probe:
                 segment_id = work.segments[0].segment_id
@@ -264,7 +312,7 @@ def extract(
     in_flight: dict[str, int] = {}
 
     def item(work: Work) -> tuple[Any, ...]:
-        in_flight[work.shard] = len(work.segments) if not work.probe else in_flight[work.shard]
+        in_flight[work.shard] = work.n_segments if not work.probe else in_flight[work.shard]
         progress.in_flight = sum(in_flight.values())
         progress.add(0)
         label, factorize = callers[next(numbers) % len(callers)]
@@ -287,7 +335,7 @@ def extract(
         progress.in_flight = sum(in_flight.values())
         if store:
             store.settle(work.segments, progress)
-        progress.add(len(work.segments) + len(work.culprits), rejected=done.rejected, seconds=done.seconds)
+        progress.add(work.n_segments + len(work.culprits), rejected=done.rejected, seconds=done.seconds)
 
 
 def busy_share(seconds: Mapping[str, float]) -> float:
@@ -542,31 +590,130 @@ def load_labeller(arguments: argparse.Namespace, recipe: recipes.Recipe, needed:
         return None
 
 
+@dataclass(frozen=True)
+class Changes:
+    """What differs between what was done and what is asked for now, as ids of segments."""
+
+    again: frozenset[str] = frozenset()  # clips to be decoded again, as far as their media differ
+    elsewhere: frozenset[str] = frozenset()  # of `again`: another source, or other times
+    relabelled: frozenset[str] = frozenset()  # clips whose split, objects or labels alone differ
+    rejected: frozenset[str] = frozenset()  # rejections to be tried again
+    touched: frozenset[str] = frozenset()  # of `again`: only the media file is newer than the clip
+
+    def lines(self) -> list[str]:
+        """Say it, a line each."""
+        lines = []
+        if changed := len(self.again - self.touched) + len(self.relabelled) + len(self.rejected):
+            only = f" ({len(self.relabelled)} only in split, objects or labels)" if self.relabelled else ""
+            lines.append(f"{changed} segments changed since they were extracted{only}: done again")
+        if self.touched:
+            lines.append(f"{len(self.touched)} media files are newer than their clips: done again if they differ")
+        return lines
+
+
+def find_changes(out: str, state: shards.State, segments: Sequence[Segment]) -> Changes:
+    """Compare segments, and the age of their media, with what was extracted."""
+    then = shards.changed_clips(out, state.commits, segments)
+    wanted = {s.segment_id: s for s in segments}
+    elsewhere = {i for i, old in then.items() if _excerpt(old) != _excerpt(wanted[i])}
+    touched = shards.newer_media(out, state.commits, [s for s in segments if s.segment_id not in elsewhere])
+    unlabelled = {i for i, old in then.items() if old.labels is not None and wanted[i].labels is None}
+    again = elsewhere | touched | shards.without_logits(out, state.commits, unlabelled)
+    return Changes(
+        frozenset(again),
+        frozenset(elsewhere),
+        frozenset(then.keys() - again),
+        frozenset(state.changed_rejections(segments)),
+        frozenset(touched - then.keys()),
+    )
+
+
+def _excerpt(segment: Segment) -> tuple[str, float, float | None]:
+    return segment.source, segment.start_s, segment.end_s
+
+
+def tell_changes(job: Job, state: shards.State, segments: Sequence[Segment]) -> Changes:
+    """Find what changed since it was extracted, and say so; a fetch leaves changed clips to extraction."""
+    if job.fetch_only:
+        return Changes(rejected=frozenset(state.changed_rejections(segments)))
+    changes = find_changes(job.out, state, segments)
+    for line in changes.lines():
+        say(line)
+    if gone := len(state.clip_ids - {s.segment_id for s in segments}):
+        say(
+            f"{job.out} also holds {gone} clips of segments that the table doesn't have: they stay, and training "
+            "takes them; to be without them, give another --out"
+        )
+    return changes
+
+
+def forget_media(media: str | None, segments: Sequence[Segment]) -> None:
+    """Delete what was downloaded for remote segments that ask for another excerpt now; users' own files stay."""
+    for s in segments:
+        if media and fetch.is_remote(s):
+            storage.delete_file(fetch.store_path(media, s.segment_id))
+
+
 def plan_work(
-    state: shards.State, segments: Sequence[Segment], retry_reasons: Sequence[str] | None = None
+    state: shards.State,
+    segments: Sequence[Segment],
+    retry_reasons: Sequence[str] | None = None,
+    changes: Changes = Changes(),
 ) -> list[Work]:
-    """Say what is left to do. `retry_reasons` None retries nothing, an empty list every rejection."""
-    generations = Counter({c.shard: c.generation + 1 for c in state.commits})
-    own_rejections = {c.shard: c.rejection_ids for c in state.commits}
-    rejected_in: dict[str, int] = {}  # the generation: a retry, perhaps in another shard, comes after it
-    for commit in sorted(state.commits, key=lambda c: c.generation):
-        rejected_in |= dict.fromkeys(commit.rejection_ids, commit.generation)
+    """Say what is left to do. `retry_reasons` None retries nothing, an empty list every rejection.
+
+    Changed clips are done again where they are: in the next generation of their own shard, which replaces it.
+    """
     rejections = state.rejections
     retried = {
         i
         for i, r in rejections.items()
-        if retry_reasons is not None and (not retry_reasons or r.reason in retry_reasons)
+        if i in changes.rejected or (retry_reasons is not None and (not retry_reasons or r.reason in retry_reasons))
     }
     done = state.clip_ids | (rejections.keys() - retried)
-    works = []
-    for shard in shards.plan(segments):
-        todo = tuple(s for s in shard.segments if s.segment_id not in done)
-        if todo:
-            kept = tuple(rejections[i] for i in own_rejections.get(shard.name, ()) if i in done and i in rejections)
-            attempts = {s.segment_id: rejections[s.segment_id].attempts for s in todo if s.segment_id in rejections}
-            generation = max([generations[shard.name], *(rejected_in[i] + 1 for i in attempts)])
-            works.append(Work(shard.name, generation, todo, kept, attempts=attempts))
-    return works
+    parts = {
+        shard.name: tuple(s for s in shard.segments if s.segment_id not in done) for shard in shards.plan(segments)
+    }
+    by_id = {s.segment_id: s for s in segments if s.segment_id in changes.again | changes.relabelled}
+    changed: dict[str, list[Segment]] = {}
+    for c in state.commits:
+        if found := [by_id[i] for i in c.clip_ids if i in by_id]:
+            changed.setdefault(c.shard, []).extend(found)
+    names = sorted({name for name, todo in parts.items() if todo} | changed.keys())
+    planner = _Planner(state, done, changes.again)
+    return [planner.work(name, parts.get(name, ()), changed.get(name, [])) for name in names]
+
+
+class _Planner:
+    """What the work on every shard needs to know of what is committed."""
+
+    def __init__(self, state: shards.State, done: Set[str], again: Set[str]) -> None:
+        self._rejections, self._done, self._again = state.rejections, done, again
+        self._commits: dict[str, list[shards.Commit]] = {}
+        self._rejected_in: dict[str, int] = {}  # the generation: a retry, perhaps in another shard, comes after it
+        for c in sorted(state.commits, key=lambda c: c.generation):
+            self._commits.setdefault(c.shard, []).append(c)
+            self._rejected_in |= dict.fromkeys(c.rejection_ids, c.generation)
+
+    def work(self, shard: str, todo: Sequence[Segment], changed: Sequence[Segment]) -> Work:
+        """Describe what is left of a shard."""
+        commits = self._commits.get(shard, [])
+        own = commits[-1].rejection_ids if commits else ()
+        kept = tuple(self._rejections[i] for i in own if i in self._done and i in self._rejections)
+        ids = [s.segment_id for s in todo]
+        attempts = {i: self._rejections[i].attempts for i in ids if i in self._rejections}
+        generations = [c.generation + 1 for c in commits] + [self._rejected_in[i] + 1 for i in attempts]
+        asked = {i: c.asked[i] for r in kept if (i := r.segment_id) for c in commits if i in c.asked}
+        return Work(
+            shard,
+            max(generations, default=0),
+            (*todo, *(s for s in changed if s.segment_id in self._again)),
+            kept,
+            attempts=attempts,
+            relabelled=tuple(s for s in changed if s.segment_id not in self._again),
+            replaced=tuple(commits) if changed else (),
+            asked=asked | {s.segment_id: definition(s) for s in (*todo, *changed)},
+        )
 
 
 def check_digest(state: shards.State, out: str, digest: str) -> None:
@@ -585,7 +732,13 @@ def dry_run(
 ) -> None:
     """Say what there is to do and what it will cost: measured in earlier shards where there are any, else assumed."""
     todo = [s for w in works for s in w.segments]
-    say(f"{len(segments)} segments: {len(segments) - len(todo)} done, {len(todo)} to do in {len(works)} shards")
+    n = sum(w.n_segments for w in works)
+    say(f"{len(segments)} segments: {len(segments) - n} done, {n} to do in {len(works)} shards")
+    counted = audioset.count_segments(segments_to_table(segments))
+    for line in audioset.describe_segments(audioset.summarize_segments(counted)):
+        say(f"  {line}")
+    if line := describe_sources(s.source for s in segments):
+        say(f"  {line}")
     if not todo:
         return
     store = open_store(arguments.media, todo) if arguments.media else None
@@ -633,7 +786,7 @@ def run(
     for reason in arguments.retry_rejected or ():
         if reason not in set(Reason):
             fail(f"--retry-rejected {reason}: no such reason; the reasons are {', '.join(Reason)}")
-    segments = read_segments(arguments.segments)
+    segments = read_segments(arguments.segments, say)
     if not segments:
         fail(f"{arguments.segments} holds no segments")
     if not arguments.media and (remote := sum(map(fetch.is_remote, segments))):
@@ -656,7 +809,7 @@ def run(
     if arguments.dry_run:
         state = shards.read_state(out)
         check_digest(state, out, digest)
-        works = plan_work(state, segments, arguments.retry_rejected)
+        works = plan_work(state, segments, arguments.retry_rejected, tell_changes(job, state, segments))
         dry_run(arguments, segments, state, works, config, labeller is not None)
         return execution.DONE
     storage.make_directory(out)
@@ -692,9 +845,11 @@ def _drive(
     mine: lock.Lock,
 ) -> list[str]:
     """Do what is left, following another run's downloads where one is at it; return the profile's lines."""
-    works = plan_work(state, segments, arguments.retry_rejected)
-    todo = sum(len(w.segments) for w in works)
-    ours = {s.segment_id for s in segments} - {s.segment_id for w in works for s in w.segments}
+    changes = tell_changes(job, state, segments)
+    works = plan_work(state, segments, arguments.retry_rejected, changes)
+    forget_media(arguments.media, [s for w in works for s in w.segments if s.segment_id in changes.elsewhere])
+    todo = sum(w.n_segments for w in works)
+    ours = {s.segment_id for s in segments} - {s.segment_id for w in works for s in (*w.segments, *w.relabelled)}
     rejected = Counter(str(r.reason) for i, r in state.rejections.items() if i in ours)
     status = storage.join(job.out, "fetch-status.json" if job.fetch_only else "status.json")
     with (
@@ -751,8 +906,11 @@ def _drive(
             if not following:
                 break
             time.sleep(_FOLLOW_S)
-            works = plan_work(shards.read_state(job.out), segments)
-            progress.count = len(segments) - sum(len(w.segments) for w in works)
+            state = shards.read_state(job.out)
+            if changes != Changes():
+                changes = find_changes(job.out, state, segments)
+            works = plan_work(state, segments, changes=changes)
+            progress.count = len(segments) - sum(w.n_segments for w in works)
         elapsed_s = time.monotonic() - started
         return stages.profile(progress.seconds, todo, min(runner.n_workers, n_shards), elapsed_s)
 

@@ -8,6 +8,7 @@ is written is the epoch that is best on split val; where none is better than the
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import os
@@ -236,7 +237,7 @@ def run(arguments: argparse.Namespace) -> int:
     model = Model.load(arguments.model) if arguments.model else None
     thresholds = LabelConfig()  # of one look at the middle
     by_split: dict[str, list[Segment]] = {"train": [], "val": []}
-    for s in read_segments(arguments.segments):
+    for s in read_segments(arguments.segments, say):
         by_split.get(s.split, []).append(s)
     if not by_split["train"] or not by_split["val"]:
         fail(f"{arguments.segments} needs segments of split train, to learn from, and val, to choose by")
@@ -285,6 +286,12 @@ def run(arguments: argparse.Namespace) -> int:
         return report(runner, arguments, model, files["val"], truth, by_split["val"], before, known, thresholds)
 
 
+def album_name(split: str, shard: shards.Shard) -> str:
+    """Name the album of a shard's pictures; other excerpts under the same ids get another name."""
+    excerpts = [(s.segment_id, s.source, s.start_s, s.end_s) for s in shard.segments]
+    return f"{split}-{shard.name}-{hashlib.sha256(json.dumps(excerpts).encode()).hexdigest()[:8]}.parquet"
+
+
 def album_files(
     runner: execution.Runner, arguments: argparse.Namespace, by_split: dict[str, list[Segment]], looking: Looking
 ) -> dict[str, list[str]]:
@@ -298,7 +305,7 @@ def album_files(
     for split, segments in by_split.items():
         files[split] = []
         for shard in shards.plan(segments):
-            path = storage.join(arguments.out, f"pictures-{looking.size}", f"{split}-{shard.name}.parquet")
+            path = storage.join(arguments.out, f"pictures-{looking.size}", album_name(split, shard))
             files[split].append(path)
             if not storage.exists(path):
                 todo.append(
@@ -338,7 +345,7 @@ def report(
     scores = gather(runner, score_file, path, files)
     after = measure(scores, truth, thresholds)
     say(f"split val against its labels: before {figures(before)}; after {figures(after)}")
-    audible = {s.segment_id: multi_hot(s.objects) for s in segments if s.objects}
+    audible = {s.segment_id: multi_hot(s.objects) for s in segments if s.objects is not None}
     if audible:
         was, now = (measure(x, audible, thresholds) for x in (known, scores))
         say(f"split val against what is audible: before {figures(was)}; after {figures(now)}")

@@ -1,19 +1,17 @@
 """Segments from AudioSet's CSV files, or from any table of media files, with Apache Beam.
 
-Input is cut into blocks of lines (or row groups); each becomes an Arrow table of segments, the
+Input is cut into blocks of lines (AudioSet) or row groups; each becomes an Arrow table of segments, the
 tables meet again in ranges of segment_id, where repeats are found and Parquet files written.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import logging
 import math
 import re
 import sys
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -24,7 +22,8 @@ from pipelines import arguments_of
 
 EPILOG = """\
 examples:
-  a table of one's own, with columns segment_id, source and any of start_s, end_s, split, objects, labels:
+  a table of one's own, with a column source (paths relative to the table) and any of segment_id, start_s, end_s,
+  split, objects, labels:
     python -m pipelines.manifest --table clips.csv --out out/manifest
   AudioSet (files with 'eval' in their name become split test, 4 % of the others val):
     python -m pipelines.manifest --audioset balanced_train_segments.csv unbalanced_train_segments.csv \\
@@ -62,17 +61,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from avsep import audioset, storage
+from avsep import audioset, storage, tables
 from avsep.audioset import BadLine, Counts
-from avsep.objects import OBJECT_NAMES, OBJECTS
+from avsep.objects import OBJECTS
 from avsep.records import (
     SEGMENT_SCHEMA,
-    SPLITS,
     Segment,
-    check_columns,
+    comment_note,
+    describe_sources,
+    file_id,
+    read_layout,
     segment_from_row,
     segments_to_table,
-    table_kind,
 )
 from pipelines import execution
 from pipelines.execution import complain, say
@@ -131,7 +131,8 @@ def read_lines(block: Block) -> bytes:
 
 def read_audioset(block: Block, masks: dict[str, int]) -> Iterator[pa.Table | TaggedOutput]:
     """Read the segments of a block of AudioSet's CSV, and report."""
-    rows, bad, n_lines = audioset.parse_rows(read_lines(block))
+    lines = tables.plain_lines(read_lines(block), first=block.index == 0)
+    rows, bad, n_lines = audioset.parse_rows(lines)
     segments = audioset.select_segments(rows, masks, "test" if is_eval(block.uri) else None)
     n_dropped = len(rows) - len(segments)
     counts: Counts = Counter({("rows", block.uri): len(rows) + len(bad), ("dropped", "no_object"): n_dropped})
@@ -143,84 +144,38 @@ def is_eval(uri: str) -> bool:
     return "eval" in storage.name(uri).lower()
 
 
-def read_csv(block: Block, columns: list[str], folder: str) -> Iterator[pa.Table | TaggedOutput]:
-    """Read the segments of a block of a user's CSV, and report."""
-    lines = read_lines(block).split(b"\n")
-    if not lines[-1]:
-        lines.pop()
-
-    def rows() -> Iterator[tuple[int, str, bytes]]:
-        for number, line in enumerate(lines, 1):
-            is_header = block.index == 0 and number == 1
-            if line.strip() and not is_header:
-                yield number, line.decode(errors="replace").rstrip("\r"), line
-
-    yield from _read_table(block, rows(), lambda line: _csv_row(line, columns), folder, len(lines))
-
-
-def read_parquet(block: Block, folder: str) -> Iterator[pa.Table | TaggedOutput]:
-    """Read the segments of a row group of a user's Parquet table, and report; a row's line is its number."""
-    with storage.open_input(block.uri) as f:
-        groups = list(range(block.start, block.stop))
-        parquet = pq.ParquetFile(f)
-        n_rows = sum(parquet.metadata.row_group(group).num_rows for group in groups)
-
-        def rows() -> Iterator[tuple[int, str, dict[str, Any]]]:
-            number = 0
-            for batch in parquet.iter_batches(BATCH_ROWS, groups) if groups else ():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, json.dumps(row, default=str, ensure_ascii=False), row
-
-        try:
-            yield from _read_table(block, rows(), lambda row: row, folder, n_rows)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise OSError(f"{block.uri} is damaged ({error}); write it again") from None
-
-
-def _csv_row(line: bytes, columns: list[str]) -> dict[str, str]:
-    try:
-        cells = next(csv.reader([line.decode().rstrip("\r")], strict=True))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
-    except csv.Error as error:
-        raise ValueError(f"broken quoting: {error}") from None
-    if len(cells) != len(columns):
-        raise ValueError(f"{len(cells)} cells; the header has {len(columns)} columns")
-    return dict(zip(columns, cells, strict=True))
-
-
-def _read_table(
-    block: Block,
-    rows: Iterable[tuple[int, str, Any]],
-    to_cells: Callable[[Any], dict[str, Any]],
-    folder: str,
-    n_lines: int,
-) -> Iterator[pa.Table | TaggedOutput]:
-    """Turn (line, text, row) into segments, and report."""
-    tables: list[pa.Table] = []
+def read_table(block: Block, layout: tables.Layout, groups: Sequence[int] | None) -> Iterator[pa.Table | TaggedOutput]:
+    """Read the segments of a user's table, or of some row groups of a Parquet one, and report."""
+    parts: list[pa.Table] = []
     batch: list[tuple[Segment, int, str]] = []
     bad: list[BadLine] = []
+    folder = storage.parent(layout.uri)
+    counts: Counts = Counter()
+    line = 0
 
     def flush() -> None:
         segments, numbers, texts = zip(*batch, strict=True)
         table = segments_to_table(segments).append_column("line", pa.array(numbers, pa.int64()))
-        tables.append(table.append_column("text", pa.array(texts, pa.string())))
+        parts.append(table.append_column("text", pa.array(texts, pa.string())))
         batch.clear()
 
-    n_rows = 0
-    for line, text, row in rows:
-        n_rows += 1
+    for row in tables.read_rows(layout, groups):
+        line = row.line
+        counts["comments" if row.comment else "rows", layout.uri] += 1
+        if row.comment:
+            continue
         try:
-            batch.append((segment_from_row(to_cells(row), relative_to=folder), line, text))
-        except (ValueError, TypeError) as error:  # TypeError: a Parquet cell of another type
-            bad.append(BadLine(line, str(error), text))
+            if row.problem:
+                raise ValueError(row.problem)
+            batch.append((segment_from_row(row.cells, relative_to=folder), row.line, row.text))
+        except ValueError as error:
+            bad.append(BadLine(row.line, str(error), row.text))
         if len(batch) == BATCH_ROWS:
             flush()
     if batch:
         flush()
-    counts: Counts = Counter({("rows", block.uri): n_rows})
-    yield from _results(block, tables, bad, n_lines, counts)
+    counts["rows", layout.uri] += 0
+    yield from _results(block, parts, bad, line, counts)
 
 
 def _results(
@@ -420,6 +375,9 @@ def plan_audioset(uris: Sequence[str], ontology: str | None, own_node_only: bool
     for block in blocks:
         if block.index == 0:
             head = read_lines(replace(block, stop=min(block.stop, 1 << 16)))
+            if (written := tables.encoding(head)).startswith("utf-16"):
+                raise ValueError(f"{block.uri} is written in {written.upper()}; save it as UTF-8")
+            head = tables.plain_lines(head, first=True)
             rows, bad, _ = audioset.parse_rows(head)
             if bad and not len(rows):
                 raise ValueError(
@@ -434,25 +392,32 @@ def plan_table(uri: str) -> tuple[list[Block], Reader]:
     if storage.is_directory(uri):
         raise ValueError(f"{uri} is a directory; give a table, .csv or .parquet")
     _check_exist([uri])
-    folder = storage.parent(uri)
-    if table_kind(uri) == "csv":
-        blocks = line_blocks([uri])
-        header = read_lines(Block(0, 0, uri, 0, 1))
-        try:
-            columns = next(csv.reader([header.decode("utf-8-sig").rstrip("\r\n")], strict=True), [])
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{uri}: line 1 is no CSV header ({error}); save the table as UTF-8") from None
-        _check_columns(uri, columns)
-        return blocks, lambda block: read_csv(block, columns, folder)
-    try:
-        with storage.open_input(uri) as f:
-            parquet = pq.ParquetFile(f)
-            columns, n_groups = parquet.schema_arrow.names, parquet.num_row_groups
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{uri} is no Parquet file ({str(error).splitlines()[0]})") from None
-    _check_columns(uri, columns)
+    layout = read_layout(uri)
+    for note in layout.notes:
+        say(note)
+    if "split" not in layout.columns:
+        say("the table has no column 'split': every segment is in split train")
+    if "segment_id" not in layout.columns:
+        _check_names(layout)
+    if layout.separator:  # a quoted cell may hold line breaks, so it is read from one end to the other
+        return [Block(0, 0, uri, 0, 0)], lambda block: read_table(block, layout, None)
+    with storage.open_input(uri) as f:
+        n_groups = pq.ParquetFile(f).num_row_groups
     groups = [Block(0, i, uri, i, i + 1) for i in range(n_groups)] or [Block(0, 0, uri, 0, 0)]
-    return groups, lambda block: read_parquet(block, folder)
+    return groups, lambda block: read_table(block, layout, range(block.start, block.stop))
+
+
+def _check_names(layout: tables.Layout) -> None:
+    """Raise ValueError where two rows have the same file's name, which would be the ids of both."""
+    rows: dict[str, int] = {}
+    for row in tables.read_rows(layout):
+        if source := row.cells.get("source"):
+            name = file_id(str(source))
+            if rows.setdefault(name, row.line) != row.line:
+                raise ValueError(
+                    f"{layout.uri}: rows {rows[name]} and {row.line} have files named {name!r}, so the names can't be "
+                    "the segments' ids; add a column segment_id"
+                )
 
 
 def _check_exist(uris: Iterable[str]) -> None:
@@ -461,24 +426,13 @@ def _check_exist(uris: Iterable[str]) -> None:
             raise ValueError(f"{uri} doesn't exist; check the path")
 
 
-def _check_columns(uri: str, columns: Sequence[str]) -> None:
-    check_columns(uri, columns)
-    if "split" not in columns:
-        say("the table has no column 'split': every segment is in split train")
-
-
 def report_lines(statistics: dict[str, Any], out: str, segments: list[str]) -> list[str]:
     """Say in a few lines what a run made."""
     dropped = {"no_object": "without our objects", "duplicate": "duplicates", "also_in_eval": "also in eval"}
     parts = [f"{statistics['kept']:,} segments"]
     parts += [f"{n:,} {dropped[reason]}" for reason, n in statistics["dropped"].items() if n]
     parts += [f"{statistics['dead_letters']:,} unusable"] if statistics["dead_letters"] else []
-    totals = {name: sum(statistics["objects"][name].values()) for name in OBJECT_NAMES}
-    objects = ", ".join(f"{name}\N{NO-BREAK SPACE}{n:,}" for name, n in totals.items() if n) or "none known"
-    lines = [f"{statistics['rows']:,} rows = {' + '.join(parts)}"]
-    lines += ["splits: " + ", ".join(f"{split} {statistics['splits'][split]:,}" for split in SPLITS)]
-    wrapped = textwrap.wrap(f"objects: {objects}", 110, subsequent_indent="         ")
-    lines += [line.replace("\N{NO-BREAK SPACE}", " ") for line in wrapped]
+    lines = [f"{statistics['rows']:,} rows = {' + '.join(parts)}", *audioset.describe_segments(statistics)]
     files = segments[0] if len(segments) == 1 else f"{segments[0]} … {segments[-1]}"
     return [*lines, f"written: {storage.join(out, files)}, statistics.json"]
 
@@ -530,7 +484,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with suppress(OSError):  # the next run does it
             storage.delete_folder(staging)
     statistics = _read_statistics(out)
+    if statistics["comment_lines"]:
+        say(comment_note(uris[0], statistics["comment_lines"]))
     for line in report_lines(statistics, out, segments):
+        say(line)
+    if args.table and execution.is_local(options) and (line := describe_sources(_sources(out, segments))):
         say(line)
     n_dead, letters = statistics["dead_letters"], storage.join(out, "dead_letters.jsonl")
     if n_dead:
@@ -543,6 +501,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _read_statistics(folder: str) -> dict[str, Any]:
     statistics: dict[str, Any] = json.loads(storage.read_bytes(storage.join(folder, "statistics.json")))
     return statistics
+
+
+def _sources(folder: str, files: Sequence[str]) -> Iterator[str]:
+    for name in files:
+        with storage.open_input(storage.join(folder, name)) as f:
+            yield from pq.read_table(f, columns=["source"]).column("source").to_pylist()
 
 
 def _first_reason(letters: str) -> str:

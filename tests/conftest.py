@@ -14,7 +14,7 @@ import loopback
 import pytest
 import torch
 
-from avsep import storage, synthetic
+from avsep import records, storage, synthetic
 
 CONFIG = synthetic.SceneConfig(
     objects=("drum", "flute", "violin"), seconds=6, hidden_share=0, silent_share=0.2, offscreen_share=0.2
@@ -49,8 +49,8 @@ def render(folder: Path, config: synthetic.SceneConfig) -> Path:
                     "start_s": 0,
                     "end_s": config.seconds,
                     "split": split,
-                    "objects": ";".join(segment.objects or ()),
-                    "labels": ";".join(scene.plan.visible),
+                    "objects": records.names_cell(segment.objects),
+                    "labels": records.names_cell(scene.plan.visible),
                 }
             )
     with (folder / "segments.csv").open("w", newline="") as f:

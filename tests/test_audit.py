@@ -90,7 +90,7 @@ def test_a_whole_extraction_has_no_findings_and_true_counts(clips, capfd):
     assert card["rejections"] == {"missing": 2, "timed_out": 1} and card["rejections_by_stage"] == {"decode": 3}
     assert card["objects"]["violin"] == {"train": 2, "val": 1, "test": 0}
     assert card["labels"]["dog"] == {"train": 3, "val": 0, "test": 0}
-    assert card["unlabelled"] == {"train": 1, "val": 0, "test": 0}
+    assert card["unlabelled"] == card["labelled_none"] == {"train": 1, "val": 0, "test": 0}
     assert card["label_source"] == {"given": 9, "pictures": 2}
     assert card["cooccurrence"]["drum"] == {"drum": 2}
     pictures = card["agreement"]["pictures"]

@@ -20,8 +20,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import extraction_driver as simulation
 
-from avsep import shards, stages, storage
-from avsep.records import Rejection, Segment
+from avsep import fetch, shards, stages, storage
+from avsep.audit import check_commits
+from avsep.records import ClipRecord, Rejection, Segment
 from pipelines import execution, extract
 
 RATE = 48_000
@@ -158,6 +159,134 @@ def test_what_killed_writers_left_is_swept_and_a_live_writer_s_is_not(sounds, tm
         os.utime(out / name, (long_ago, long_ago))
     assert extract.main(command(sounds, out)) == 0
     assert files(out) == whole | set(live)
+
+
+# ------------------------------------------------------------------------ what changed since
+
+
+@pytest.fixture
+def extracted(tmp_path, monkeypatch):
+    """Six sounds in two tables' worth of shards, extracted; a function writes the table anew and extracts again."""
+    sounds = table(tmp_path / "t", 6)
+    out = tmp_path / "out"
+    arguments = extract.parser().parse_args(command(sounds, out))
+    decoded: list[str] = []
+
+    def process(segments, *others, **options):
+        decoded.extend(s.segment_id for s in segments)
+        return stages.extract_records(segments, *others, **options)
+
+    def again(*rows: str) -> list[str]:
+        """Extract; return the ids of what was decoded."""
+        if rows:
+            sounds.write_text("\n".join(["segment_id,source,start_s,split,labels", *rows]) + "\n")
+        decoded.clear()
+        assert extract.run(arguments, recipe=simulation.TINY, process=process) == 0
+        clips, rejections = shards.read_ids(str(out))
+        stored = [r.segment_id for r in shards.read_clips(str(out))]
+        assert sorted(stored) == clips and not set(clips) & set(rejections)
+        assert files(out) == committed(out) | {"status.json"}
+        assert check_commits(str(out))[1] == []
+        return sorted(decoded)
+
+    again(*ROWS)
+    return again, sounds.parent, out
+
+
+ROWS = [f"s{i},{i}.wav,0,train,drum" for i in range(6)]
+
+
+def clips_of(out: Path) -> dict[str, ClipRecord]:
+    return {r.segment_id: r for r in shards.read_clips(str(out))}
+
+
+def test_a_row_whose_labels_changed_gives_the_clip_its_new_labels(extracted, capfd):
+    """Sound and pictures stay as they were: nothing is decoded."""
+    again, _, out = extracted
+    before = clips_of(out)
+    assert again() == []
+    capfd.readouterr()
+    assert again(*ROWS[:1], "s1,1.wav,0,val,dog;cat", *ROWS[2:]) == []
+    assert "1 segments changed since they were extracted (1 only in split, objects or labels)" in capfd.readouterr().out
+    after = clips_of(out)
+    assert (after["s1"].labels, after["s1"].split) == (("dog", "cat"), "val")
+    for i, clip in after.items():
+        assert np.array_equal(clip.activations, before[i].activations)
+        assert i == "s1" or clip.labels == ("drum",)
+    again()
+    assert "changed" not in capfd.readouterr().out
+    again(*ROWS[:1], "s1,1.wav,0,val,dog;cat", *ROWS[2:], "s9,1.wav,0,train,dog")  # shards are others now
+    assert clips_of(out)["s1"].labels == ("dog", "cat")
+    again(*ROWS, "s9,1.wav,0,train,cat")
+    assert (clips_of(out)["s1"].labels, clips_of(out)["s9"].labels) == (("drum",), ("cat",))
+
+
+def test_rows_whose_excerpt_changed_are_decoded_again(extracted):
+    again, folder, out = extracted
+    before = clips_of(out)
+    (folder / "moved").mkdir()
+    (folder / "3.wav").rename(folder / "moved" / "3.wav")
+    rows = [ROWS[0], "s1,1.wav,0.1,train,drum", "s2,4.wav,0,train,drum", "s3,moved/3.wav,0,train,drum", *ROWS[4:]]
+    assert again(*rows) == ["s1", "s2"]
+    after = clips_of(out)
+    assert after["s1"].duration_s == pytest.approx(before["s1"].duration_s - 0.1)
+    assert after["s2"].media_sha256 == before["s4"].media_sha256
+    assert after["s3"].source == str(folder / "moved" / "3.wav")  # the same bytes elsewhere
+    assert np.array_equal(after["s3"].bases, before["s3"].bases)
+    assert again() == []
+
+
+def test_a_media_file_that_was_written_anew_is_decoded_again(extracted, capfd):
+    again, folder, out = extracted
+    time.sleep(0.02)
+    (folder / "1.wav").touch()
+    (folder / "2.wav").write_bytes((folder / "5.wav").read_bytes())
+    assert again() == ["s2"]
+    assert "2 media files are newer than their clips: done again if they differ" in capfd.readouterr().out
+    after = clips_of(out)
+    assert after["s2"].media_sha256 == after["s5"].media_sha256
+    assert again() == []
+
+
+def test_a_changed_row_that_can_not_be_used_is_rejected_and_comes_back(extracted):
+    """A rejection is tried again when its row changes, and only then."""
+    again, _, out = extracted
+    assert again(*ROWS[:1], "s1,nowhere.wav,0,train,drum", *ROWS[2:]) == ["s1"]
+    assert shards.read_ids(str(out)) == (["s0", "s2", "s3", "s4", "s5"], ["s1"])
+    assert again() == []
+    assert again(*ROWS) == ["s1"]
+    assert shards.read_ids(str(out)) == ([f"s{i}" for i in range(6)], [])
+
+
+def test_clips_whose_rows_are_gone_are_counted(extracted, capfd):
+    again, _, out = extracted
+    again(*ROWS[:4])
+    said = " ".join(capfd.readouterr().out.split())
+    assert f"{out} also holds 2 clips of segments that the table doesn't have: they stay, and training takes" in said
+    assert len(clips_of(out)) == 6
+
+
+def test_a_dry_run_tells_what_changed(extracted, capfd):
+    _, folder, out = extracted
+    (folder / "table.csv").write_text("segment_id,source,labels\n" + "s0,0.wav,dog\ns1,2.wav,drum\n")
+    arguments = extract.parser().parse_args(command(folder / "table.csv", out, "--dry-run"))
+    before = files(out)
+    assert extract.run(arguments, recipe=simulation.TINY) == 0
+    said = capfd.readouterr().out
+    assert "2 segments changed since they were extracted (1 only in split, objects or labels)" in said
+    assert "2 segments: 0 done, 2 to do" in said and files(out) == before
+
+
+def test_a_changed_download_is_fetched_anew_and_a_user_s_own_file_stays(tmp_path):
+    store = str(tmp_path)
+    segment = Segment("v", "youtube:aaaaaaaaaaa", 0, 10)
+    mine = tmp_path / "v.mkv"
+    downloaded = Path(fetch.store_path(store, "v"))
+    downloaded.parent.mkdir()
+    for path in (mine, downloaded):
+        path.write_text("x")
+    extract.forget_media(store, [segment, Segment("w", "w.mp4")])
+    assert mine.exists() and not downloaded.exists()
 
 
 # ----------------------------------------------------------------------- bad disks and stores

@@ -1,5 +1,6 @@
 """Fine-tuning the picture network: closed forms, then generated pictures."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from avsep import finetuning, media, synthetic, vision
+from avsep import finetuning, media, shards, synthetic, vision
 from avsep.finetuning import FinetuningConfig
 from avsep.looks import Looking
 from avsep.miml import MIML, partial_label_loss
@@ -173,6 +174,16 @@ def test_the_middle_of_each_picture_is_kept_at_the_network_s_size(rendered: Path
     for picture, found in zip(images, kept, strict=True):
         middle = Image.fromarray(picture[top : top + side, left : left + side])
         assert np.abs(found - np.asarray(middle.resize((SIZE, SIZE), Image.Resampling.BICUBIC))).mean() < 4
+
+
+def test_pictures_of_another_excerpt_of_the_same_id_are_decoded_anew() -> None:
+    """Not so where only its labels were corrected."""
+
+    def name(**changes: object) -> str:
+        (shard,) = shards.plan([replace(Segment("a", "/a.mp4", 0.0, 1.0, "train", None, ("dog",)), **changes)])
+        return finetune.album_name("train", shard)
+
+    assert name() == name(labels=("cat",), split="val") != name(end_s=2.0) != name(source="/b.mp4")
 
 
 @pytest.mark.parametrize(

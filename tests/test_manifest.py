@@ -376,20 +376,27 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ["b", "media/b.mp4", "1.5", "", "val", "violin;dog"],
         ["-a_1", "/abs/a.wav", "", "9", "", ""],
         ["c", "s3://bucket/c.mp4", "0", "4", "test", "piano"],
+        ["d", "media/d.mp4", "", "", "", "none"],
     )
     assert manifest.main(["--table", str(table), "--out", str(tmp_path / "out")]) == 0
     assert read_segments(str(tmp_path / "out")) == [
-        Segment("-a_1", "/abs/a.wav", 0.0, 9.0, "train", None, ()),
+        Segment("-a_1", "/abs/a.wav", 0.0, 9.0, "train", None, None),
         Segment("b", str(tmp_path / "mine/media/b.mp4"), 1.5, None, "val", None, ("violin", "dog")),
         Segment("c", "s3://bucket/c.mp4", 0.0, 4.0, "test", None, ("piano",)),
+        Segment("d", str(tmp_path / "mine/media/d.mp4"), 0.0, None, "train", None, ()),
     ]
     found = statistics(tmp_path / "out")
-    assert found["without_labels"] == {"train": 0, "val": 0, "test": 0}  # an empty cell is an empty list
+    assert found["without_labels"] == {"train": 1, "val": 0, "test": 0}  # an empty cell: the pictures decide
+    assert found["labelled_none"] == {"train": 1, "val": 0, "test": 0}
     assert found["labels"]["dog"] == {"train": 0, "val": 1, "test": 0}
     assert dead_letters(tmp_path / "out") == []
     captured = capsys.readouterr()
     assert captured.err == ""
-    assert "splits: train 1, val 1, test 1" in captured.out
+    assert "splits: train 2, val 1, test 1" in captured.out
+    said = " ".join(captured.out.split())
+    assert "labels: 2 rows give them (dog 1, piano 1, violin 1); 1 say none; 1 left to the pictures" in said
+    assert "objects known to be audible: not given" in said
+    assert "media: 3 of 3 local files don't exist, such as /abs/a.wav; relative sources are relative to the" in said
     own = tmp_path / "out" / "segments.parquet"
     assert manifest.main(["--table", str(own), "--out", str(tmp_path / "out")]) == 2
     assert "would overwrite" in capsys.readouterr().err
@@ -402,7 +409,7 @@ BAD_ROWS = [
     (["d", "x.mp4", "soon", "", "", ""], "start_s is 'soon'"),
     (["d", "x.mp4", "5", "4", "", ""], "must come after start_s"),
     (["d", "x.mp4", "-5", "4", "", ""], "start_s is -5.0"),
-    (["d", "x.mp4", "0", "4", "dev", ""], "split 'dev'"),
+    (["d", "x.mp4", "0", "4", "holdout", ""], "split 'holdout'"),
     (["d", "x.mp4", "0", "4", "", "dog;dragon"], "dragon"),
     (["d", "x.mp4", "0"], "3 cells; the header has 6"),
     (["good", "elsewhere.mp4", "0", "4", "", ""], "more than once"),
@@ -462,7 +469,10 @@ def test_a_table_without_a_usable_row_is_refused_and_replaces_nothing(
     header = ["segment_id", "source", "labels"]
     good = write_table(tmp_path / "good.csv", header, ["a", "x.mp4", "dog"])
     assert manifest.main(["--table", str(good), "--out", str(tmp_path / "out")]) == 0
-    for rows, reason in (([], "there is none"), ([["a", "x.mp4", "unicorn"]], "line 2: Segment 'a': labels holds")):
+    for rows, reason in (
+        ([], "there is none"),
+        ([["a", "x.mp4", "unicorn"]], "line 2: labels: unknown object 'unicorn'"),
+    ):
         table = write_table(tmp_path / "clips.csv", header, *rows)
         capsys.readouterr()
         assert manifest.main(["--table", str(table), "--out", str(tmp_path / "out")]) == 2
@@ -497,7 +507,7 @@ def test_unusable_arguments_and_input(tmp_path: Path, capsys: pytest.CaptureFixt
 
     fails("--table", tmp_path / "none.csv", says="doesn't exist")
     fails("--table", no_source, says="no column 'source'")
-    fails("--table", unknown, says="unknown column 'lables'")
+    fails("--table", unknown, says="did you mean 'labels'?")
     fails("--table", twice, says="twice")
     fails("--table", text, says=".csv or .parquet")
     fails("--table", false, says="no Parquet file")

@@ -4,7 +4,16 @@ import pytest
 import torch
 import torchvision
 
-from avsep.objects import IMAGENET_CLASSES, OBJECT_NAMES, OBJECTS, multi_hot, object_index, object_scores, weak_labels
+from avsep.objects import (
+    IMAGENET_CLASSES,
+    OBJECT_NAMES,
+    OBJECTS,
+    find,
+    multi_hot,
+    object_index,
+    object_scores,
+    weak_labels,
+)
 
 # What torchvision itself calls the classes of each object (dogs: the first and the last).
 NAMES = {
@@ -137,6 +146,40 @@ def test_names_and_rows() -> None:
     assert not multi_hot([]).any()
     with pytest.raises(ValueError, match=r"unknown object 'tuba'; the objects are cat, dog"):
         object_index("tuba")
+
+
+@pytest.mark.parametrize("name", [*OBJECT_NAMES, *(a for o in OBJECTS for a in o.aliases)])
+def test_a_name_is_found_however_it_is_written(name: str) -> None:
+    if name == "guitar":
+        return
+    (meant,) = [o.name for o in OBJECTS if name in (o.name, *o.aliases)]
+    words = name.split("_")
+    plural = name if name.endswith("s") else name + ("es" if name.endswith(("x", "ch")) else "s")
+    for written in (name, name.upper(), " ".join(words).title(), "-".join(words), "".join(words), f" {name} ", plural):
+        assert find(written) == meant, written
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("guitar", "'guitar' is ambiguous: acoustic_guitar or electric_guitar?"),
+        ("Guitars", "ambiguous"),
+        ("violen", r"unknown object 'violen'; did you mean violin\?$"),
+        ("saxaphone", r"did you mean saxophone\?$"),
+        ("accoustic guitar", r"did you mean acoustic_guitar\?$"),
+        ("tuba", "the objects are cat, dog"),
+        ("", "the objects are cat, dog"),
+        ("dragon", "the objects are cat, dog"),
+    ],
+)
+def test_a_name_that_is_not_found_says_what_may_be_meant(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find(name)
+
+
+def test_what_is_stored_holds_the_objects_own_names() -> None:
+    with pytest.raises(ValueError, match=r"unknown object 'Violin'; did you mean violin\?$"):
+        object_index("Violin")
 
 
 @pytest.mark.parametrize("shape", [(1000,), (2, 999), (0, 1000)])

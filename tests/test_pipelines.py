@@ -275,7 +275,7 @@ def test_a_refused_training_leaves_the_earlier_model(run, tmp_path, rendered, ca
     shutil.copytree(run / "run", out)
     before = sorted(p.relative_to(out) for p in out.rglob("*") if p.is_file())
     test_only = [
-        {"segment_id": "t", "source": str(next((rendered / "clips").iterdir())), "split": "test", "labels": ""}
+        {"segment_id": "t", "source": str(next((rendered / "clips").iterdir())), "split": "test", "labels": "none"}
     ]
     clips = str(tmp_path / "clips")
     assert extract.main(["--segments", table_of(tmp_path, test_only), "--out", clips, "--in-process"]) == 0
@@ -377,7 +377,7 @@ def test_silence_is_nobody_s_sound(run, tmp_path):
 def test_separate_says_what_its_model_never_heard(run, rendered, tmp_path):
     with (rendered / "segments.csv").open(newline="") as f:
         rows = [r for r in csv.DictReader(f) if r["split"] == "train"]
-    labels = Counter(name for r in rows for name in r["labels"].split(";") if name)
+    labels = Counter(name for r in rows for name in r["labels"].split(";") if name != "none")
     model = str(run / "run" / "model")
     assert Model.load(model).config.training["clips_by_label"] == labels
     unknown = next(name for name in OBJECT_NAMES if name not in labels)

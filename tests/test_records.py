@@ -162,21 +162,23 @@ def test_segments_and_rejections_as_tables() -> None:
 
 
 def test_a_csv_table_is_read_as_the_contract_says(tmp_path: Path) -> None:
-    """A missing column means None, an empty cell an empty list; sources are relative to the table."""
+    """A missing column and an empty cell mean None, `none` an empty list; sources are relative to the table."""
     table = tmp_path / "t.csv"
     table.write_text(
         "segment_id,source,start_s,end_s,labels\n"
         "a_1000,clips/a.mp4,1,11.5,dog; violin;dog\n"
         "-b,youtube:-b_x,,,\n"
         'c,/abs/c.mp4,0,"2",banjo\n'
-        "d,s3://bucket/d.mp4,0,2,banjo\n",
+        "d,s3://bucket/d.mp4,0,2,banjo\n"
+        "e,e.mp4,0,2, None \n",
         encoding="utf-8-sig",
     )
     assert read_segments(str(table)) == [
         Segment("a_1000", str(tmp_path / "clips/a.mp4"), 1.0, 11.5, "train", None, ("dog", "violin")),
-        Segment("-b", "youtube:-b_x", 0.0, None, "train", None, ()),
+        Segment("-b", "youtube:-b_x", 0.0, None, "train", None, None),
         Segment("c", "/abs/c.mp4", 0.0, 2.0, "train", None, ("banjo",)),
         Segment("d", "s3://bucket/d.mp4", 0.0, 2.0, "train", None, ("banjo",)),
+        Segment("e", str(tmp_path / "e.mp4"), 0.0, 2.0, "train", None, ()),
     ]
 
 
@@ -194,23 +196,35 @@ def test_a_parquet_table_and_a_manifest_s_folder_read_alike(tmp_path: Path) -> N
     [
         ("segment_id,source\na,a.mp4\na,b.mp4", "'a' occurs twice; ids must be unique"),
         ("segment_id,source\na,a.mp4\nb,", "t.csv, row 3: source is missing or empty"),
-        ("source\na.mp4", "t.csv has no column 'segment_id'; it is required"),
+        ("segment_id,file\na,a.mp4", "t.csv has no column 'source'; it is required .it has segment_id, file; the"),
+        ("", "t.csv is empty; its first line must name the columns: segment_id, source"),
+        ("\n# a comment\n", "t.csv is empty"),
         (
-            "segment_id;source\na;a.mp4",
-            "the header is one cell, 'segment_id;source'; cells must be separated by commas",
+            "source\na.mp4\nb.mp4\nc/a.mkv",
+            "row 4: its file's name, 'a', is also that of row 2.*add a column segment_id",
         ),
+        ('segment_id,source,start_s\na,a.mp4,"1,500"', "row 2: start_s is '1,500', which may be thousands or a"),
+        ("segment_id,source,labels\na,a.mp4,dog;none", "row 2: labels holds none beside dog; write either"),
+        ("segment_id,source,labels\na,a.mp4,;", "row 2: labels is ';'; name objects, or write none"),
+        ("segment_id,source,labels\na,a.mp4,guitar", "row 2: labels: object 'guitar' is ambiguous: acoustic_guitar or"),
+        (
+            "segment_id,source,objects\na,a.mp4,violen",
+            r"row 2: objects: unknown object 'violen'; did you mean violin\?$",
+        ),
+        ("segment_id,source,split\na,a.mp4,holdout", "row 2: .*split 'holdout' is none of train, val, test"),
         (
             "segment_id,source,start_s\na,a.mp4,soon",
             "row 2: start_s is 'soon'; it must be a number of seconds",
         ),
         ("segment_id,source,end_s\na,a.mp4,-3", "row 2: .*end_s is -3.0; it must come after"),
-        ("segment_id,source,labels\na,a.mp4,tuba", r"row 2: .*\['tuba'\]; the objects are"),
-        ("segment_id,source,label\na,a.mp4,dog", "unknown column 'label'; remove it: the columns are segment_id"),
+        ("segment_id,source,labels\na,a.mp4,tuba", "row 2: labels: unknown object 'tuba'; the objects are"),
+        ("segment_id,source,label\na,a.mp4,dog", r"has a column 'label'; did you mean 'labels'\? Rename"),
         ("segment_id,source,source\na,a.mp4,b.mp4", "has the column 'source' twice"),
         ("segment_id,source\na,a.mp4,dog", "row 2: 3 cells; the header has 2 columns"),
         ("segment_id,source,labels\na,a.mp4", "row 2: 2 cells; the header has 3 columns"),
-        ('segment_id,source\na,"a.mp4', "row 2: unexpected end of data"),
-        ("segment_id,source\na,\udcff.mp4", "t.csv is not UTF-8"),
+        ('segment_id,source\na,"a.mp4', "row 2: broken quoting: unexpected end of data"),
+        ("segment_id,source\na,\udcff.mp4", "t.csv, row 2: not UTF-8; save the table as UTF-8"),
+        ("segment_id,sourc\udcff\na,a.mp4", "t.csv: line 1 is not UTF-8; save the table as UTF-8"),
     ],
 )
 def test_a_broken_table_names_row_value_and_rule(tmp_path: Path, rows: str, message: str) -> None:
@@ -224,8 +238,9 @@ def test_a_broken_table_names_row_value_and_rule(tmp_path: Path, rows: str, mess
     [
         ({"start_s": [[1.0]]}, r"row 1: start_s is \[1.0\]; it must be a number of seconds"),
         ({"labels": [5]}, "row 1: labels is 5; it must be a list of object names"),
-        ({"labels": [["tuba", None]]}, r"row 1: .*labels holds \[None, 'tuba'\]"),
-        ({"foo": [1]}, "unknown column 'foo'"),
+        ({"labels": [["dog", None]]}, r"row 1: labels is \['dog', None\]; it must be a list of object names"),
+        ({"labels": [["tuba"]]}, "row 1: labels: unknown object 'tuba'; the objects are"),
+        ({"Source": [1]}, "has the column 'source' twice"),
     ],
 )
 def test_a_parquet_table_of_another_schema_is_named(tmp_path: Path, cells: dict[str, list], message: str) -> None:

@@ -334,6 +334,13 @@ def test_a_full_temporary_folder_is_named(monkeypatch: pytest.MonkeyPatch) -> No
             full.close()
 
 
+def test_objects_are_taken_by_other_names() -> None:
+    separator = Separator(model())
+    assert separator(tone(DOG, 1.0), ["Puppies", "fiddle"]).objects == ("dog", "violin")
+    with pytest.raises(ValueError, match="objects are fiddle, violin; name each once"):
+        separator(tone(DOG, 1.0), ["fiddle", "violin"])
+
+
 def test_errors_name_the_value_and_the_remedy() -> None:
     separator = Separator(model())
     with pytest.raises(ValueError, match="unknown object 'tuba'; the objects are cat"):

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from avsep import shards, storage
-from avsep.records import ClipRecord, Rejection, Segment
+from avsep.records import ClipRecord, Rejection, Segment, definition
 from avsep.shards import DataFile, plan, read_ids, write_shard
 
 F, M = 6, 2
@@ -176,6 +176,42 @@ def test_a_clip_made_in_another_shard_is_no_rejection_any_more(out: str) -> None
     write(out, "y", 0, "bz", "")
     assert read_ids(out) == (["a", "b", "z"], ["c"])
     assert [r.segment_id for r in shards.read_rejections(out)] == ["c"]
+
+
+def test_a_generation_that_replaces_its_shard_makes_the_earlier_ones_count_for_nothing(out: str) -> None:
+    """For readers from its commit on; for the disk from the next sweep on, even if the first was killed."""
+    write(out, "x", 0, "ab", "cd")
+    write(out, "x", 1, "c", "d", retried=["c"])
+    write(out, "y", 0, "e", "")
+    whole = write(out, "x", 2, "ac", "bd", replaces=True)
+    for _ in range(2):
+        assert read_ids(out) == (["a", "c", "e"], ["b", "d"])
+        assert [r.segment_id for r in shards.read_clips(out)] == ["a", "c", "e"]
+        assert [(r.segment_id, r.attempts) for r in shards.read_rejections(out)] == [("b", 3), ("d", 3)]
+        assert [(c.shard, c.generation) for c in shards.read_commits(out)] == [("x", 2), ("y", 0)]
+        storage.delete_file(storage.join(out, "commits", "x-g1.json"))  # as a killed sweep may leave it
+        shards.sweep(out, shards.read_commits(out))
+    assert sorted(map(storage.name, storage.list_files(storage.join(out, "commits")))) == ["x-g2.json", "y-g0.json"]
+    assert len(data_files(out)) == 3
+    write(out, "x", 1, "c", "d")  # by a worker that was thought lost
+    assert read_ids(out) == (["a", "c", "e"], ["b", "d"])
+    write(out, "x", 3, "b", "d")
+    assert read_ids(out) == (["a", "b", "c", "e"], ["d"])
+    assert whole in shards.read_commits(out)
+
+
+def test_a_commit_says_what_was_asked_for(out: str) -> None:
+    asked = [Segment(i, f"/v/{i}.mp4", labels=("dog",)) for i in "abc"]
+    write(out, "x", 0, "ab", "c", asked={"c": definition(asked[2])})
+    now = [asked[0], dataclasses.replace(asked[1], end_s=4.0), dataclasses.replace(asked[2], labels=None)]
+    state = shards.read_state(out)
+    assert shards.changed_clips(out, state.commits, asked) == {} and not state.changed_rejections(asked)
+    assert shards.changed_clips(out, state.commits, now) == {"b": asked[1]}
+    assert state.changed_rejections(now) == {"c"}
+    if ":" not in out:  # a commit record of before says nothing: the clips do
+        path = Path(out, "commits", "x-g0.json")
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "asked"}))
+        assert shards.changed_clips(out, shards.read_commits(out), now) == {"b": asked[1]}
 
 
 def test_a_tenth_generation_comes_after_the_ninth(out: str) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from avsep import media, stages, synthetic
+from avsep import media, records, stages, synthetic
 from avsep.records import Segment, read_segments
 from avsep.vision import ImageLabeller, Preprocessing, build_network
 from pipelines import execution, extract, recipes
@@ -40,7 +40,7 @@ def render(folder: Path, n_clips: int, seconds: int) -> None:
         segment = synthetic.write_scene(scene, folder)
         rows.append({
             "segment_id": segment.segment_id, "source": segment.source, "start_s": 0, "end_s": seconds,
-            "split": "train", "labels": ";".join(scene.plan.visible),
+            "split": "train", "labels": records.names_cell(scene.plan.visible),
         })  # fmt: skip
     for name, columns in (("labels.csv", list(rows[0])), ("pictures.csv", list(rows[0])[:-1])):
         with (folder / name).open("w", newline="") as f:
