@@ -81,7 +81,7 @@ def write_video(path: Path, seconds: float = 6.0, size: str = "160x120") -> Path
 
 
 @contextlib.contextmanager
-def half_an_upload(port: int, n_sent: int, n_said: int) -> Iterator[None]:
+def half_an_upload(port: int, n_sent: int, n_said: int) -> Iterator[socket.socket]:
     """A client that sends the beginning of a file, and goes when the block ends."""
     with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
         raw.sendall(
@@ -89,7 +89,7 @@ def half_an_upload(port: int, n_sent: int, n_said: int) -> Iterator[None]:
             b"Content-Type: multipart/form-data; boundary=x\r\n\r\n"
             b"--x\r\nContent-Disposition: form-data; name=file\r\n\r\n" % n_said + b"\0" * n_sent
         )
-        yield
+        yield raw
 
 
 @contextlib.contextmanager

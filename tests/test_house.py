@@ -21,7 +21,20 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("stft", "nmf", "nmf_amx", "nmf_code", "nmf_cpu", "nmf_gpu", "metrics", "objects", "parallel"),
     ("miml", "training", "evidence"),
-    ("media", "fetch", "egress", "storage", "vision", "records", "shards", "lock", "results", "uploads", "connections"),
+    (
+        "media",
+        "fetch",
+        "egress",
+        "storage",
+        "vision",
+        "records",
+        "shards",
+        "lock",
+        "results",
+        "uploads",
+        "connections",
+        "answers",
+    ),
     (
         "stages",
         "dictionary",
