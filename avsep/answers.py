@@ -39,7 +39,7 @@ RESULT: dict[str, Any] = {
     "archive": f"{_BASE}/archive.zip",
     "timings": {"queued_s": 0.01, "decode_s": 0.4, "look_s": 0.9, "listen_s": 2.1, "separate_s": 0.3, "total_s": 3.7},
     "model": {"recipe": "default", "avsep": "0.1.0"},
-    "trained_on": {"clips": 40_000},
+    "trained_on": {"clips": 40_000, "clips_by_label": {"dog": 9000, "violin": 12_000}},
 }
 JOB: dict[str, Any] = {
     "id": _ID,
@@ -130,7 +130,7 @@ class Result(BaseModel):
     archive: str = _text("all of it in a ZIP")
     timings: dict[str, float] = _text("in seconds")
     model: dict[str, str]
-    trained_on: dict[str, Any] | None = _text("what the model learned from, where that is known", default=None)
+    trained_on: dict[str, Any] = _text("what the model learned from, as far as it says so", default_factory=dict)
 
 
 class Job(BaseModel):
@@ -189,6 +189,7 @@ class ModelInfo(BaseModel):
     recipe: str
     objects: list[str]
     learned: list[str] = _text("those that it was trained on")
+    trained_on: dict[str, Any] = _text("what it learned from, as far as it says so: clips, clips_by_label, …")
     sample_rate: int
     n_fft: int
     hop_length: int

@@ -258,7 +258,7 @@ class JobWorker:
             "objects": [{**o, "learned": o["name"] in known} for o in done.report["objects"]],
             "note": note,
             "timings": timings,
-            "trained_on": done.report.get("model"),
+            "trained_on": trained_on(separate.separator.model.config),
             "model": model,
             "has_frame": bool(len(done.pictures)),
         }
@@ -286,12 +286,15 @@ class JobWorker:
 
 
 def reserve(config: ServiceConfig, store: ResultStore, job_id: str, n_tracks: int) -> None:
-    """Keep room for a job's upload and `n_tracks` sounds; StoreFull where there is none, ClipError for no media."""
+    """Keep room for a job's upload and `n_tracks` sounds; StoreFull where there is none."""
     upload = store.path(job_id) / UPLOAD
     size, sample_rate = upload.stat().st_size, ModelConfig.read(config.model).stft.sample_rate
     duration_s = store.job(job_id).get("duration_s")
     if duration_s is None:
-        promised_s = media.probe(upload, timeout_s=config.decode_timeout_s).duration_s  # it may be too much
+        try:
+            promised_s = media.probe(upload, timeout_s=config.decode_timeout_s).duration_s  # it may be too much
+        except ClipError:
+            return  # who does the job will say what is wrong
         duration_s = min(promised_s or size / _LEAST_BYTE_RATE, config.max_duration_s)
         store.update(job_id, duration_s=duration_s)
     store.reserve(job_id, size + 4 * round(sample_rate * duration_s) * n_tracks + _BESIDE_BYTES)
@@ -438,6 +441,12 @@ def check_model(config: ServiceConfig) -> None:
         _ = separate.labeller
 
 
+def trained_on(config: ModelConfig) -> dict[str, Any]:
+    """Say what a model learned from, as far as it says so itself."""
+    told = ("clips", "clips_by_label", "sources", "about")
+    return {name: config.training[name] for name in told if config.training.get(name) is not None}
+
+
 def learned(config: ModelConfig) -> list[str]:
     """List the objects that clips of the model's training had: of others it can't tell the sound."""
     counts = config.training.get("clips_by_label")
@@ -451,6 +460,7 @@ def model_card(directory: str) -> dict[str, Any]:
         "recipe": config.recipe,
         "objects": list(config.objects),
         "learned": learned(config),
+        "trained_on": trained_on(config),
         "sample_rate": config.stft.sample_rate,
         "n_fft": config.stft.n_fft,
         "hop_length": config.stft.hop_length,

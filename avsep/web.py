@@ -47,7 +47,6 @@ from avsep.answers import (
 )
 from avsep.jobs import TRACKS, ServiceConfig, as_failure
 from avsep.objects import OBJECT_NAMES, OBJECTS
-from avsep.records import ClipError
 from avsep.results import UPLOAD, NoSuchJob, StoreFull
 from avsep.separation import REST
 from avsep.uploads import BadUpload, Uploads, client_of, receive_multipart
@@ -540,7 +539,6 @@ def make_app(service: Service) -> FastAPI:
         first = error.errors()[0]
         return problem(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
 
-    @app.exception_handler(ClipError)
     @app.exception_handler(OSError)
     @app.exception_handler(StoreFull)
     @app.exception_handler(Exception)

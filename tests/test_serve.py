@@ -335,9 +335,11 @@ def test_example_answers_have_the_fields_of_real_ones(server, sound):
 
 def test_what_can_t_be_read_is_told_in_plain_words(server, tmp_path):
     (tmp_path / "notes.mp4").write_text("no media")
-    for headers in (None, {"Prefer": "respond-async"}):  # told at once, too, to who doesn't wait
-        body = check_problem(server.post(tmp_path / "notes.mp4", headers), 422, "can't be read", "MP4", "WAV")
-        assert body["reason"] == "unreadable" and "Invalid data" in body["cause"] and "Invalid" not in body["detail"]
+    body = check_problem(server.post(tmp_path / "notes.mp4"), 422, "can't be read", "MP4", "WAV")
+    assert body["reason"] == "unreadable" and "Invalid data" in body["cause"] and "Invalid" not in body["detail"]
+    url = server.post(tmp_path / "notes.mp4", {"Prefer": "respond-async"}).headers["location"]
+    wait(lambda: server.client.get(url).json()["status"] == "failed")
+    assert server.client.get(url).json()["error"] == body
     (tmp_path / "nothing.mp4").write_bytes(b"")
     check_problem(server.post(tmp_path / "nothing.mp4"), 422, "nothing in it")
     check_problem(server.post(write_sound(tmp_path / "long.wav", 31)), 413, "too long", "30 s", "avsep separate")
