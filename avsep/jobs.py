@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -234,6 +235,7 @@ class JobWorker:
 
         if options.get("url"):
             self._fetch(options["url"], folder, lambda: step("fetching", 0.0), deadline)
+            measure(self.config, self.store, job_id)
         separate = self.model()
         given = (options.get("objects"), options.get("bases"))
         # without parents, so that a deleted job's folder isn't made again
@@ -285,19 +287,20 @@ class JobWorker:
         os.replace(result.path, target)
 
 
-def reserve(config: ServiceConfig, store: ResultStore, job_id: str, n_tracks: int) -> None:
-    """Keep room for a job's upload and `n_tracks` sounds; StoreFull where there is none."""
+def measure(config: ServiceConfig, store: ResultStore, job_id: str) -> None:
+    """Note how long an upload's sound is by its header, as far as that can be read."""
     upload = store.path(job_id) / UPLOAD
-    size, sample_rate = upload.stat().st_size, ModelConfig.read(config.model).stft.sample_rate
-    duration_s = store.job(job_id).get("duration_s")
-    if duration_s is None:
-        try:
-            promised_s = media.probe(upload, timeout_s=config.decode_timeout_s).duration_s  # it may be too much
-        except ClipError:
-            return  # who does the job will say what is wrong
-        duration_s = min(promised_s or size / _LEAST_BYTE_RATE, config.max_duration_s)
-        store.update(job_id, duration_s=duration_s)
-    store.reserve(job_id, size + 4 * round(sample_rate * duration_s) * n_tracks + _BESIDE_BYTES)
+    with contextlib.suppress(ClipError):  # who does the job will say what is wrong
+        promised_s = media.probe(upload, timeout_s=config.decode_timeout_s).duration_s  # it may be too much
+        duration_s = promised_s or upload.stat().st_size / _LEAST_BYTE_RATE
+        store.update(job_id, duration_s=min(duration_s, config.max_duration_s))
+
+
+def reserve(config: ServiceConfig, store: ResultStore, job_id: str, n_tracks: int) -> None:
+    """Keep room for an upload that was measured and for `n_tracks` sounds; StoreFull where there is none."""
+    n_samples = round(ModelConfig.read(config.model).stft.sample_rate * store.job(job_id).get("duration_s", 0.0))
+    size = (store.path(job_id) / UPLOAD).stat().st_size
+    store.reserve(job_id, size + 4 * n_samples * n_tracks + _BESIDE_BYTES)
 
 
 def fail(store: ResultStore, job_id: str, failure: dict[str, Any]) -> None:

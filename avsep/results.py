@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -67,23 +68,34 @@ class ResultStore:
         What is kept counts as used, for everybody, before it is. Results make room; where even all of them
         would not do, none has to.
         """
-        with self._reserving:  # of two in different processes both may find that they don't fit
-            before = self.job(job_id).get("reserved", 0)
-            self.update(job_id, reserved=n_bytes)
-            if (lacking := -self._headroom()) > 0:
-                self.update(job_id, reserved=before)
+        with self._alone():
+            if (lacking := -self._headroom({job_id: n_bytes})) > 0:
                 raise StoreFull(f"{lacking} bytes are lacking")
+            self.update(job_id, reserved=n_bytes)
         self.sweep()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep the other threads, and the other processes of this machine, from reserving."""
+        folder = os.open(self.root, os.O_RDONLY)
+        try:
+            with self._reserving:
+                with contextlib.suppress(OSError):  # some file systems have no locks
+                    fcntl.flock(folder, fcntl.LOCK_EX)
+                yield
+        finally:
+            os.close(folder)
 
     def room(self) -> int:
         """Say how many bytes one more job may hold, where all results make room."""
-        return max(0, self._headroom())
+        return max(0, self._headroom({}))
 
-    def _headroom(self) -> int:
+    def _headroom(self, reserved: dict[str, int]) -> int:
+        """Give the bytes beside what unfinished jobs hold, with other reservations for some."""
         stored = held = 0
-        for _, state, size in self._jobs():
+        for job_id, state, size in self._jobs():
             stored += size
-            held += _held(state, size)
+            held += _held({**state, "reserved": reserved.get(job_id, state.get("reserved", 0))}, size)
         return min(self.max_bytes, stored + _free(self.root)) - held
 
     def path(self, job_id: str) -> Path:

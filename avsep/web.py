@@ -208,7 +208,7 @@ class Service:
             config.upload_grace_s,
             config.max_upload_s,
         )
-        self._probing = asyncio.Semaphore(_PROBES)
+        self._probing, self._reserving = asyncio.Semaphore(_PROBES), asyncio.Lock()
         self.metrics = Metrics(self)
         self._tasks: set[asyncio.Task[None]] = set()
         self._card: dict[str, Any] | None = None
@@ -261,12 +261,19 @@ class Service:
 
     async def _reserve(self, job_id: str, options: dict[str, Any]) -> None:
         """Keep the room that a job will need, as far as that is known before it is begun."""
-        if "url" in options:
-            await run_in_threadpool(self.store.reserve, job_id, self.config.max_upload_bytes)
-            return
         n_tracks = len(options.get("objects", range(_USUAL_OBJECTS))) + 2  # with the rest and the mixture
-        async with self._probing:
-            await run_in_threadpool(jobs.reserve, self.config, self.store, job_id, n_tracks)
+        if "url" not in options:
+            async with self._probing:
+                await run_in_threadpool(jobs.measure, self.config, self.store, job_id)
+        async with self._reserving:
+            try:
+                if "url" in options:
+                    await run_in_threadpool(self.store.reserve, job_id, self.config.max_upload_bytes)
+                else:
+                    await run_in_threadpool(jobs.reserve, self.config, self.store, job_id, n_tracks)
+            except StoreFull:
+                self.store.delete(job_id)  # before the next one asks
+                raise
 
     def start(self, job_id: str) -> asyncio.Task[None]:
         """Have a job done; the task ends when its state says how it ended."""

@@ -588,23 +588,24 @@ def test_an_upload_of_a_modest_line_is_taken(tmp_path, model):
 
 
 def test_room_is_kept_for_a_job_when_it_is_taken(tmp_path, slow_model, sound):
-    """Eight uploads at once, and room for one with its sounds: one is done, seven are refused before any work."""
+    """Eight uploads at once, and room for one with its sounds: what is taken is done, others are refused at once."""
     with serving(tmp_path, slow_model, results_bytes=1_200_000) as server, ThreadPoolExecutor(8) as pool:
         for _ in range(2):
-            started = time.monotonic()
             answers = [*pool.map(lambda _: server.post(sound, {"Prefer": "respond-async"}), range(8))]
-            assert time.monotonic() - started < 20
-            (url,) = [a.headers["location"] for a in answers if a.status_code == 202]
+            taken = [a.headers["location"] for a in answers if a.status_code == 202]
+            assert 0 < len(taken) < 8
             for answer in answers:
                 if answer.status_code != 202:
                     assert check_problem(answer, 507, "room")["reason"] == "storage_full"
-            assert server.client.get("/v1/model").json()["limits"]["free_bytes"] < 400_000
-            wait(lambda url=url: server.client.get(url).json()["status"] == "done")
-            assert server.client.get(url).json()["result"]["rest"]
+            wait(lambda: server.service.working == 0)
+            states = [server.client.get(url).json()["status"] for url in taken]
+            assert "done" in states and not {*states} - {"done", 404}  # a finished one may have made room
+        url = taken[states.index("done")]
         # a body that is too large for whatever makes room is refused, and nothing has to go for it
         with half_an_upload(server.port, 10, 5_000_000) as raw:
             assert raw.recv(1000).startswith(b"HTTP/1.1 507 ")
         assert server.client.get(url).status_code == 200
+        assert server.client.get("/v1/model").json()["limits"]["free_bytes"] == 1_200_000
 
 
 def test_what_is_reserved_counts_as_used(tmp_path):
