@@ -207,7 +207,7 @@ class View {
   leave() {
     this.left.abort(new DOMException("left", "AbortError"));
     this.mixer?.close();
-    this.urls.forEach(URL.revokeObjectURL);
+    setTimeout(() => this.urls.forEach(URL.revokeObjectURL), 1000); // what is loading them stops first
   }
 }
 
@@ -341,12 +341,13 @@ async function duration(here, file) {
     probe.onerror = () => resolve(NaN);
   });
   probe.preload = "metadata";
-  const url = here.url(file);
-  probe.src = url;
-  const seconds = await Promise.race([found, pause(4, here.signal).then(() => NaN)]);
-  probe.removeAttribute("src");
-  URL.revokeObjectURL(url);
-  return seconds;
+  probe.src = here.url(file);
+  try {
+    return await Promise.race([found, pause(4, here.signal).then(() => NaN)]);
+  } finally {
+    probe.removeAttribute("src");
+    probe.load();
+  }
 }
 
 async function send(here, form) {
