@@ -71,10 +71,11 @@ class Uploads:
     async def take(self, client: str, body: AsyncIterator[bytes]) -> AsyncIterator[AsyncIterator[bytes]]:
         """Give the body as it comes. BadUpload: 429 or 503 for one too many, 408 for one too slow.
 
-        An upload counts until the block ends.
+        An upload counts until the block ends. A client "" is one that isn't known.
         """
         now = time.monotonic()
-        self._make_room([u for u in self._uploads if u.client == client], self._most_of_client, now, 429)
+        if client:
+            self._make_room([u for u in self._uploads if u.client == client], self._most_of_client, now, 429)
         self._make_room([*self._uploads], self._most, now, 503)
         upload = None
         try:
