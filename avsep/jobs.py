@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -38,6 +39,8 @@ _STEP_S = 0.25  # between looks at the store
 _SWEEP_S = 2.0
 _SETTLED_S = 1.0  # a model whose files changed later than that may still be in the writing
 _BLIND = "the pictures were not looked at: this service has no picture network"
+_LEAST_BYTE_RATE = 4000  # of media that don't say how long they are
+_BESIDE_BYTES = 1 << 16  # of a result, beside its sounds
 _TOO_MUCH = (Reason.TOO_LONG, Reason.TOO_LARGE)
 ENVIRONMENT = "AVSEP_SERVE_"
 log = logging.getLogger("avsep.jobs")
@@ -57,14 +60,20 @@ class ServiceConfig:
     devices: int = -1  # processes, a GPU each, that label and factorise for those; -1: one a GPU that Ray has
     allow_urls: bool = False  # let clients name public URLs and YouTube ids
     max_upload_bytes: int = 256 << 20
-    max_upload_s: float = 300.0
+    max_upload_s: float = 1800.0
+    min_upload_rate: float = 10_000.0  # bytes a second; slower uploads are ended
+    upload_grace_s: float = 10.0  # before that counts
+    max_uploads: int = 64  # unfinished ones together
+    max_uploads_per_client: int = (
+        8  # of one address; behind a proxy of yours, which is all clients', as many as together
+    )
     max_duration_s: float = 600.0  # of a file's sound
     max_pixels: int = 4096 * 2304
     decode_timeout_s: float = 60.0  # of one run of ffmpeg, or of its silence
     decode_bytes: int = 2 << 30  # ffmpeg's address space
-    max_pending: int = 16  # uploads, waiting and running jobs together; more are told to come later
+    max_pending: int = 16  # waiting and running jobs, without uploads; from then on no upload is begun
     answer_within_s: float = 20.0  # then 202, unless a client prefers otherwise
-    max_work_s: float = 900.0  # from upload to result
+    max_work_s: float = 900.0  # from the end of the upload to the result
     results_bytes: int = 20 << 30
     results_jobs: int = 1000
     results_ttl_s: float = 3600.0
@@ -97,9 +106,8 @@ class ServiceConfig:
     def store(self) -> ResultStore:
         """Return the store of results; its folder is made where there is none."""
         os.makedirs(self.results, mode=0o700, exist_ok=True)
-        return ResultStore(
-            Path(self.results), self.results_bytes, self.results_jobs, self.results_ttl_s, self.max_work_s + 600
-        )
+        stale_s = max(self.max_work_s, self.max_upload_s) + 600
+        return ResultStore(Path(self.results), self.results_bytes, self.results_jobs, self.results_ttl_s, stale_s)
 
     def limits(self) -> FileLimits:
         """Return what a file may be."""
@@ -205,11 +213,13 @@ class JobWorker:
             return  # another worker was thought dead, and was not
         job = self.store.update(job_id, status="running", started=time.time())
         folder, options = self.store.path(job_id), job["options"]
-        deadline = job["created"] + self.config.max_work_s
+        deadline = job["queued"] + self.config.max_work_s
         looked = swept = 0.0
+        part = folder / f"{TRACKS}.{secrets.token_hex(4)}.part"  # what a worker that died left stays beside it
+        counted = False
 
         def step(stage: str, done: float) -> None:
-            nonlocal looked, swept
+            nonlocal looked, swept, counted
             now = time.time()
             if now > deadline:
                 raise OutOfTime
@@ -219,11 +229,14 @@ class JobWorker:
             if now - swept >= _SWEEP_S:  # what is being written counts as it grows
                 swept = now
                 self.store.sweep()
+            if stage == "separating" and not counted:  # now it is known how many sounds there are
+                counted = True
+                reserve(self.config, self.store, job_id, len(list(part.iterdir())))
 
         if options.get("url"):
             self._fetch(options["url"], folder, lambda: step("fetching", 0.0), deadline)
+            measure(self.config, self.store, job_id)
         separate = self.model()
-        part = folder / f"{TRACKS}.{secrets.token_hex(4)}.part"  # what a worker that died left stays beside it
         given = (options.get("objects"), options.get("bases"))
         # without parents, so that a deleted job's folder isn't made again
         done = separate(folder / UPLOAD, part, *given, step, mixture=True, elsewhere=self._elsewhere, parents=False)
@@ -241,10 +254,13 @@ class JobWorker:
         model = {"recipe": separate.separator.model.config.recipe, **separate.separator.model.config.versions}
         blind = _BLIND if done.report["note"] and len(done.pictures) else ""
         note = "; ".join(filter(None, (done.report.pop("unlearned"), blind)))
+        known = learned(separate.separator.model.config)
         result = {
             **done.report,
+            "objects": [{**o, "learned": o["name"] in known} for o in done.report["objects"]],
             "note": note,
             "timings": timings,
+            "trained_on": trained_on(separate.separator.model.config),
             "model": model,
             "has_frame": bool(len(done.pictures)),
         }
@@ -271,6 +287,22 @@ class JobWorker:
         os.replace(result.path, target)
 
 
+def measure(config: ServiceConfig, store: ResultStore, job_id: str) -> None:
+    """Note how long an upload's sound is by its header, as far as that can be read."""
+    upload = store.path(job_id) / UPLOAD
+    with contextlib.suppress(ClipError):  # who does the job will say what is wrong
+        promised_s = media.probe(upload, timeout_s=config.decode_timeout_s).duration_s  # it may be too much
+        duration_s = promised_s or upload.stat().st_size / _LEAST_BYTE_RATE
+        store.update(job_id, duration_s=min(duration_s, config.max_duration_s))
+
+
+def reserve(config: ServiceConfig, store: ResultStore, job_id: str, n_tracks: int) -> None:
+    """Keep room for an upload that was measured and for `n_tracks` sounds; StoreFull where there is none."""
+    n_samples = round(ModelConfig.read(config.model).stft.sample_rate * store.job(job_id).get("duration_s", 0.0))
+    size = (store.path(job_id) / UPLOAD).stat().st_size
+    store.reserve(job_id, size + 4 * n_samples * n_tracks + _BESIDE_BYTES)
+
+
 def fail(store: ResultStore, job_id: str, failure: dict[str, Any]) -> None:
     """Keep a job's failure and nothing else of it; one that is done stays so."""
     if store.job(job_id)["status"] == "done":
@@ -285,13 +317,30 @@ def _remove(folder: Path, *patterns: str) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+_PLAIN = {  # with the decoder's own words, where they help
+    Reason.EMPTY: "the file has nothing in it that can be heard",
+    Reason.UNREADABLE: "this can't be read as a video or sound: it is damaged, protected, or another kind of file; "
+    "what can be read is MP4, MOV, MKV, WebM, AVI, MP3, M4A, WAV, FLAC, OGG and most others",
+    Reason.NO_AUDIO: "the file has no sound; there is nothing to separate",
+    Reason.TRUNCATED: "the file is incomplete: it {}; copy or download it again",
+    Reason.TOO_SHORT: "the sound is too short to separate: {}",
+    Reason.TOO_LONG: "the sound is too long: {}, the most that this service takes; send a part of it, "
+    "or use the command 'avsep separate', which takes any length",
+    Reason.TOO_LARGE: "the pictures or streams are too large: {}; send a smaller version, or the sound alone",
+    Reason.TIMEOUT: "it took too long to decode the file; convert it to MP4 or WAV first",
+    Reason.CRASHED_DECODER: "the decoder gives up on this file; convert it to MP4 or WAV first",
+}
+
+
 def as_failure(error: BaseException) -> dict[str, Any]:
     """Say what an exception means to a client: `status` of HTTP, `reason` to branch on, `detail` to read."""
     if isinstance(error, ClipError):
         if error.transient and error.reason != Reason.TIMEOUT:
             return {"status": 503, "reason": str(error.reason), "detail": "the work was disturbed; try again"}
         status = 413 if error.reason in _TOO_MUCH else 422
-        return {"status": status, "reason": str(error.reason), "detail": error.detail}
+        plain = _PLAIN.get(error.reason, "{}").format(error.detail)
+        cause = {} if error.detail in plain else {"cause": error.detail}
+        return {"status": status, "reason": str(error.reason), "detail": plain, **cause}
     if isinstance(error, BadUpload):
         return {"status": error.status, "reason": "upload", "detail": error.detail}
     if isinstance(error, OutOfTime):
@@ -395,12 +444,26 @@ def check_model(config: ServiceConfig) -> None:
         _ = separate.labeller
 
 
+def trained_on(config: ModelConfig) -> dict[str, Any]:
+    """Say what a model learned from, as far as it says so itself."""
+    told = ("clips", "clips_by_label", "sources", "about")
+    return {name: config.training[name] for name in told if config.training.get(name) is not None}
+
+
+def learned(config: ModelConfig) -> list[str]:
+    """List the objects that clips of the model's training had: of others it can't tell the sound."""
+    counts = config.training.get("clips_by_label")
+    return [name for name in config.objects if counts is None or counts.get(name)]
+
+
 def model_card(directory: str) -> dict[str, Any]:
     """Describe a model directory without loading its weights."""
     config = ModelConfig.read(directory)
     return {
         "recipe": config.recipe,
         "objects": list(config.objects),
+        "learned": learned(config),
+        "trained_on": trained_on(config),
         "sample_rate": config.stft.sample_rate,
         "n_fft": config.stft.n_fft,
         "hop_length": config.stft.hop_length,

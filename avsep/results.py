@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import random
 import re
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -45,6 +47,7 @@ class ResultStore:
     max_jobs: int = 1000
     ttl_s: float = 3600.0  # after the work was finished
     stale_s: float = 1800.0  # unfinished work that nobody has touched for this long is given up
+    _reserving: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
     # finished jobs as they were when last looked at: state, bytes, and the time to look again
     _known: dict[str, tuple[dict[str, Any], int, float]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -58,6 +61,42 @@ class ResultStore:
             shutil.rmtree(self._folder(job_id), ignore_errors=True)
             raise
         return job_id
+
+    def reserve(self, job_id: str, n_bytes: int) -> None:
+        """Keep `n_bytes` free for all that an unfinished job will hold; StoreFull where they don't fit.
+
+        What is kept counts as used, for everybody, before it is. Results make room; where even all of them
+        would not do, none has to.
+        """
+        with self._alone():
+            if (lacking := -self._headroom({job_id: n_bytes})) > 0:
+                raise StoreFull(f"{lacking} bytes are lacking")
+            self.update(job_id, reserved=n_bytes)
+        self.sweep()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep the other threads, and the other processes of this machine, from reserving."""
+        folder = os.open(self.root, os.O_RDONLY)
+        try:
+            with self._reserving:
+                with contextlib.suppress(OSError):  # some file systems have no locks
+                    fcntl.flock(folder, fcntl.LOCK_EX)
+                yield
+        finally:
+            os.close(folder)
+
+    def room(self) -> int:
+        """Say how many bytes one more job may hold, where all results make room."""
+        return max(0, self._headroom({}))
+
+    def _headroom(self, reserved: dict[str, int]) -> int:
+        """Give the bytes beside what unfinished jobs hold, with other reservations for some."""
+        stored = held = 0
+        for job_id, state, size in self._jobs():
+            stored += size
+            held += _held({**state, "reserved": reserved.get(job_id, state.get("reserved", 0))}, size)
+        return min(self.max_bytes, stored + _free(self.root)) - held
 
     def path(self, job_id: str) -> Path:
         """Return a job's folder; NoSuchJob for anything that is not the id of one that is there."""
@@ -99,11 +138,12 @@ class ResultStore:
     def sweep(self, n_bytes: int = 0) -> None:
         """Remove what has expired or was given up, then the oldest results until `n_bytes` more fit.
 
-        Raises StoreFull where they don't, with all results gone.
+        They fit into `max_bytes` and onto the disk, beside what is reserved. Raises StoreFull where they don't, with
+        all results gone.
         """
         now, finished = time.time(), []
         no_jobs = {*self._names(), *self._names(gone=True)}
-        used, count = n_bytes, 0
+        used, count, stored = n_bytes, 0, 0
         for job_id, state, size in self._jobs():
             no_jobs.discard(job_id)
             over = now - state.get("finished", now) > self.ttl_s
@@ -111,21 +151,22 @@ class ResultStore:
                 with contextlib.suppress(NoSuchJob):
                     self.delete(job_id)
                 continue
-            used, count = used + size, count + 1
+            used, count, stored = used + max(size, _held(state, size)), count + 1, stored + size
             if state["status"] in FINISHED:
                 finished.append((state["finished"], job_id, size))
         for entry in map(self.root.joinpath, no_jobs):
             with contextlib.suppress(FileNotFoundError):  # others are deleting too
                 if now - entry.stat().st_mtime > self.stale_s:
                     shutil.rmtree(entry, ignore_errors=True)
+        most = self.max_bytes if used == stored else min(self.max_bytes, stored + _free(self.root))
         for _, job_id, size in sorted(finished):
-            if used <= self.max_bytes and count <= self.max_jobs:
+            if used <= most and count <= self.max_jobs:
                 return
             with contextlib.suppress(NoSuchJob):
                 self.delete(job_id)
             used, count = used - size, count - 1
-        if used > self.max_bytes or count > self.max_jobs:
-            raise StoreFull(f"{count} jobs in progress hold {used - n_bytes} of {self.max_bytes} bytes")
+        if used > most or count > self.max_jobs:
+            raise StoreFull(f"{count} jobs in progress hold {used - n_bytes} of {most} bytes")
 
     def usage(self) -> dict[str, int]:
         """Count jobs by status, and the bytes of all."""
@@ -177,6 +218,15 @@ class ResultStore:
         except OSError:
             part.unlink(missing_ok=True)
             raise
+
+
+def _held(state: dict[str, Any], size: int) -> int:
+    """Bytes that no other job may have: those of an unfinished job, or more that are reserved for it."""
+    return max(size, state.get("reserved", 0)) if state["status"] in UNFINISHED else 0
+
+
+def _free(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
 
 
 def _size(folder: Path) -> int:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import ipaddress
+import math
 import socket
 import ssl
 import threading
 import time
 import urllib.parse
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,6 +36,99 @@ class BadUpload(Exception):
     def __init__(self, status: int, detail: str) -> None:
         super().__init__(detail)
         self.status, self.detail = status, detail
+
+
+@dataclass(eq=False)
+class _Upload:
+    client: str
+    started: float
+    timeout: asyncio.Timeout
+    received: int = 0
+    whole: bool = False
+
+    def rate(self, now: float) -> float:
+        """Bytes a second; what has only begun is not yet slow, what is whole no longer."""
+        return math.inf if self.whole else self.received / max(1.0, now - self.started)
+
+
+class Uploads:
+    """The unfinished uploads: so many together, so many of a client, and each at a least rate.
+
+    `grace_s` goes by before the first byte has to be there. From then on each byte buys the time that it takes at
+    the least rate, up to three times `grace_s` ahead. Where there is no room for one more, the
+    slowest makes it, if it is below the least rate: who sends a byte now and then keeps nobody out.
+    """
+
+    def __init__(self, most: int, most_of_client: int, least_rate: float, grace_s: float, max_s: float) -> None:
+        self._most, self._most_of_client = most, most_of_client
+        self._least_rate, self._grace_s, self._max_s = least_rate, grace_s, max_s
+        self._uploads: set[_Upload] = set()
+
+    def __len__(self) -> int:
+        return len(self._uploads)
+
+    @contextlib.asynccontextmanager
+    async def take(self, client: str, body: AsyncIterator[bytes]) -> AsyncIterator[AsyncIterator[bytes]]:
+        """Give the body as it comes. BadUpload: 429 or 503 for one too many, 408 for one too slow.
+
+        An upload counts until the block ends. A client "" is one that isn't known.
+        """
+        now = time.monotonic()
+        if client:
+            self._make_room([u for u in self._uploads if u.client == client], self._most_of_client, now, 429)
+        self._make_room([*self._uploads], self._most, now, 503)
+        upload = None
+        try:
+            async with asyncio.timeout(min(self._grace_s, self._max_s)) as timeout:
+                upload = _Upload(client, now, timeout)
+                self._uploads.add(upload)
+                yield self._counted(upload, body)
+        except TimeoutError:
+            raise BadUpload(408, self._too_slow(now)) from None
+        finally:
+            self._uploads.discard(upload)
+
+    def _make_room(self, among: list[_Upload], most: int, now: float, status: int) -> None:
+        if len(among) < most:
+            return
+        slowest = min(among, key=lambda u: u.rate(now))
+        if slowest.rate(now) >= self._least_rate or now - slowest.started < min(1.0, self._grace_s):
+            whose = "of yours " if status == 429 else ""
+            raise BadUpload(
+                status, f"{len(among)} uploads {whose}are under way, no more are taken now; try again later"
+            )
+        self._uploads.discard(slowest)
+        slowest.timeout.reschedule(0.0)
+
+    async def _counted(self, upload: _Upload, body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        until = upload.started + self._grace_s
+        offset = asyncio.get_running_loop().time() - time.monotonic()
+        async for chunk in body:
+            now = time.monotonic()
+            upload.received += len(chunk)
+            until = min(max(until, now) + len(chunk) / self._least_rate, now + 3 * self._grace_s)
+            if upload in self._uploads:  # else its time is over
+                upload.timeout.reschedule(offset + min(until, upload.started + self._max_s))
+            yield chunk
+        upload.whole = True
+        if upload in self._uploads:
+            upload.timeout.reschedule(None)
+
+    def _too_slow(self, started: float) -> str:
+        if time.monotonic() - started >= self._max_s:
+            return f"the upload took longer than {self._max_s:g} s"
+        return f"the upload is too slow: below {self._least_rate / 1000:g} kB/s"
+
+
+def client_of(address: str) -> str:
+    """Name the client at an address: an IPv6 one has a whole /64 to itself."""
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is None:
+        return str(ipaddress.ip_network((int(ip) >> 64 << 64, 64)))
+    return str(ip)
 
 
 async def receive_multipart(
@@ -118,7 +214,7 @@ class _Form:
             assert self._file is not None
             self._received += end - start
             if self._received > self._max_bytes:
-                raise BadUpload(413, f"the file has more than {self._max_bytes} bytes")
+                raise BadUpload(413, _too_many(self._max_bytes))
             self._file.write(memoryview(data)[start:end])
         else:
             self._value.extend(data[start:end])
@@ -216,13 +312,13 @@ def _get(
         if response.status != 200:
             raise BadUpload(422, f"the URL's server answers {response.status}")
         if response.length is not None and response.length > max_bytes:
-            raise BadUpload(413, f"the file has more than {max_bytes} bytes")
+            raise BadUpload(413, _too_many(max_bytes))
         received = 0
         with target.open("wb") as file:
             while data := response.read1(_CHUNK_BYTES):
                 received += len(data)
                 if received > max_bytes:
-                    raise BadUpload(413, f"the file has more than {max_bytes} bytes")
+                    raise BadUpload(413, _too_many(max_bytes))
                 step()
                 file.write(data)
         if time.monotonic() >= deadline:
@@ -230,6 +326,13 @@ def _get(
         if response.length:
             raise BadUpload(422, "the URL's server closed the connection before the end")
     return None
+
+
+def _too_many(max_bytes: int) -> str:
+    return (
+        f"the file has more than {max_bytes} bytes ({max_bytes / 2**20:.4g} MB), the most that this service takes; "
+        "send a smaller version, or its sound alone"
+    )
 
 
 def _shut(channels: list[socket.socket]) -> None:

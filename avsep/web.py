@@ -17,25 +17,39 @@ import zipfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import soundfile
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from avsep import jobs
+from avsep.answers import (
+    PROBLEM,
+    Audio,
+    Example,
+    Health,
+    Job,
+    Limits,
+    ModelInfo,
+    ObjectInfo,
+    ProblemBody,
+    Relation,
+    RelationMap,
+    Result,
+    SeparatedObject,
+)
 from avsep.jobs import TRACKS, ServiceConfig, as_failure
 from avsep.objects import OBJECT_NAMES, OBJECTS
 from avsep.results import UPLOAD, NoSuchJob, StoreFull
 from avsep.separation import REST
-from avsep.uploads import BadUpload, receive_multipart
+from avsep.uploads import BadUpload, Uploads, client_of, receive_multipart
 from avsep.videos import MIXTURE
 
 PAGE = Path(__file__).parent / "page"
@@ -44,6 +58,9 @@ _SWEEP_S = 15.0
 _RETRY_S = 2
 _MAX_WAIT_S = 60.0
 _FILE_CHUNK = 1 << 18
+_VORBIS_BLOCK = 4096  # libvorbis puts what it is given on the stack
+_PROBES = 4  # files whose headers are read together
+_USUAL_OBJECTS = 2  # of a file, where a client names none; room for more is kept once they are found
 VERSION = importlib.metadata.version("avsep")
 _JSON = "application/json"
 _ZIP = "application/zip"
@@ -72,167 +89,25 @@ class WorkerLost(Exception):
 class Problem(Exception):
     """An answer that isn't what was asked for (RFC 9457)."""
 
-    def __init__(self, status: int, detail: str, reason: str = "", headers: dict[str, str] | None = None) -> None:
+    def __init__(self, status: int, detail: str, reason: str = "", cause: str = "") -> None:
         super().__init__(detail)
-        self.status, self.detail, self.reason, self.headers = status, detail, reason, headers or {}
+        self.status, self.detail, self.reason, self.cause = status, detail, reason, cause
 
     def response(self) -> JSONResponse:
         """Return the answer."""
-        return problem(self.status, self.detail, self.reason, self.headers)
+        return problem(self.status, self.detail, self.reason, self.cause)
 
 
-def problem(status: int, detail: str, reason: str = "", headers: dict[str, str] | None = None) -> JSONResponse:
+def problem(
+    status: int, detail: str, reason: str = "", cause: str = "", headers: dict[str, str] | None = None
+) -> JSONResponse:
     """Answer with `application/problem+json`."""
     body = {"title": http.HTTPStatus(status).phrase, "status": status, "detail": detail}
-    if reason:
-        body["reason"] = reason
+    body |= {name: text for name, text in (("reason", reason), ("cause", cause)) if text}
     headers = dict(headers or {})
     if status in (429, 503, 507):
         headers.setdefault("Retry-After", str(_RETRY_S))
     return JSONResponse(body, status, headers, media_type=_PROBLEM)
-
-
-# ------------------------------------------------------------------------------- what is answered
-
-
-class ProblemBody(BaseModel):
-    """Why a request failed."""
-
-    title: str
-    status: int
-    detail: str
-    reason: str | None = None
-
-
-class Audio(BaseModel):
-    """Where a sound is, once as float32 WAV and once as 24-bit FLAC."""
-
-    wav: str
-    flac: str
-
-
-class SeparatedObject(BaseModel):
-    """One object of a result. The sounds of all objects and the rest add up to the mixture."""
-
-    name: str
-    found: Literal["given", "pictures", "sound"]  # why it is here
-    confidence: float  # the probability that it sounds, by sound and pictures
-    sound_score: float  # its share of the sound
-    picture_score: float | None  # None without pictures, or without a network that looks at them
-    visible: bool | None
-    silent: bool  # here, but not heard: its sound is zero
-    audio: Audio
-
-
-class Relation(BaseModel):
-    """Where the relation map is."""
-
-    data: str
-    png: str
-
-
-class WindowHeard(BaseModel):
-    """What is heard in one stretch of a sound."""
-
-    start_s: float
-    end_s: float
-    heard: dict[str, float]
-
-
-class Result(BaseModel):
-    """What became of a video."""
-
-    duration_s: float
-    sample_rate: int
-    objects_from: Literal["given", "pictures", "sound"]
-    note: str
-    bases: Literal["own", "learned", "both"]
-    objects: list[SeparatedObject]
-    rest: Audio
-    mixture: Audio
-    heard: dict[str, float]  # every object's share of the sound, from 1 % up
-    windows: list[WindowHeard]  # the same over time, from 5 % up
-    relation: Relation
-    frame: str | None
-    archive: str
-    timings: dict[str, float]
-    model: dict[str, str]
-
-
-class Job(BaseModel):
-    """A separation, finished or not."""
-
-    id: str
-    status: Literal["uploading", "queued", "running", "done", "failed"]
-    stage: str | None = None
-    progress: float
-    created: datetime
-    expires: datetime | None = None
-    error: ProblemBody | None = None
-    result: Result | None = None
-
-
-class RelationMap(BaseModel):
-    """How the first window's bases relate to the objects, the loudest basis first."""
-
-    objects: list[str]  # L names, then "noise"
-    posteriors: list[list[float]]  # (L + 1, M), a column sums to one
-    audible: list[str]  # J names, then "_rest"
-    shares: list[list[float]]  # (J + 1, M), what became of each basis
-    basis: list[int]  # (M,), numbers for `/bases/{basis}.wav`
-    energy: list[float]  # (M,)
-    start_s: float
-    duration_s: float
-
-
-class ObjectInfo(BaseModel):
-    """An object that the model knows."""
-
-    name: str
-    imagenet: list[int]
-    audioset: str
-
-
-class Limits(BaseModel):
-    """What the service takes and keeps."""
-
-    max_upload_bytes: int
-    max_duration_s: float
-    max_pixels: int
-    results_ttl_s: float
-    allow_urls: bool
-
-
-class ModelInfo(BaseModel):
-    """The model in use."""
-
-    recipe: str
-    objects: list[str]
-    sample_rate: int
-    n_fft: int
-    hop_length: int
-    n_bases: int
-    bases: str
-    dictionary: bool
-    labeller: str
-    window_s: float
-    versions: dict[str, str]
-    limits: Limits
-
-
-class Health(BaseModel):
-    """Whether the service works."""
-
-    status: Literal["ok"]
-    version: str
-    pending: int
-
-
-class Example(BaseModel):
-    """A file to try the service with."""
-
-    name: str
-    url: str
 
 
 def _problems(*codes: int) -> dict[int | str, dict[str, Any]]:
@@ -249,7 +124,7 @@ def _file(kinds: Iterable[str], *codes: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-_PROBLEM_SCHEMA = ProblemBody.model_json_schema()
+_PROBLEM_SCHEMA = {**ProblemBody.model_json_schema(), "examples": [PROBLEM]}
 _UPLOAD_SCHEMA = {
     "requestBody": {
         "required": True,
@@ -297,8 +172,10 @@ class Metrics:
             registry=self.registry,
         )
         self.sound = Counter("avsep_sound_seconds", "Separated sound", registry=self.registry)
-        pending = Gauge("avsep_pending", "Uploads and unfinished separations", registry=self.registry)
-        pending.set_function(lambda: service.pending)
+        pending = Gauge("avsep_pending", "Unfinished separations", registry=self.registry)
+        pending.set_function(lambda: service.working)
+        uploads = Gauge("avsep_uploads", "Unfinished uploads", registry=self.registry)
+        uploads.set_function(lambda: len(service.uploads))
         limit = Gauge("avsep_pending_limit", "How many are taken at once", registry=self.registry)
         limit.set(service.config.max_pending)
         stored = Gauge("avsep_stored_jobs", "Jobs in the store", ["status"], registry=self.registry)
@@ -323,7 +200,15 @@ class Service:
 
     def __init__(self, config: ServiceConfig, run: Callable[[str], Awaitable[None]]) -> None:
         self.config, self.store, self._run = config, config.store(), run
-        self.pending = 0
+        self.working = 0  # jobs that wait or are done
+        self.uploads = Uploads(
+            config.max_uploads,
+            config.max_uploads_per_client,
+            config.min_upload_rate,
+            config.upload_grace_s,
+            config.max_upload_s,
+        )
+        self._probing, self._reserving = asyncio.Semaphore(_PROBES), asyncio.Lock()
         self.metrics = Metrics(self)
         self._tasks: set[asyncio.Task[None]] = set()
         self._card: dict[str, Any] | None = None
@@ -342,20 +227,57 @@ class Service:
                 raise Problem(503, "the model can't be read now; try again later", "model") from None
         return self._card
 
-    @contextlib.contextmanager
-    def admitted(self) -> Iterator[None]:
-        """Count an upload among what is in progress; Problem (503) where that is too much."""
-        if self.pending >= self.config.max_pending:
-            raise Problem(503, f"{self.pending} separations are in progress, no more are taken now", "busy")
-        self.pending += 1
-        try:
-            yield
-        finally:
-            self.pending -= 1
+    @property
+    def pending(self) -> int:
+        """Uploads and jobs in progress."""
+        return len(self.uploads) + self.working
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is too much work to begin another upload."""
+        return self.working >= self.config.max_pending
+
+    async def receive(self, request: Request) -> tuple[str, asyncio.Task[None]]:
+        """Make a job of a request's body and have it done, as `start` does; what raises leaves nothing behind."""
+        if self.busy:  # an upload that was begun before is taken all the same
+            raise Problem(503, f"{self.working} separations are in progress, no more are taken now", "busy")
+        client = client_of(request.client.host if request.client else "")
+        async with self.uploads.take(client, request.stream()) as body:
+            job_id = self.store.create()
+            try:
+                n_bytes = int(request.headers.get("content-length", self.config.max_upload_bytes))
+                await run_in_threadpool(self.store.reserve, job_id, n_bytes)
+                upload = self.store.path(job_id) / UPLOAD
+                kind = request.headers.get("content-type", "")
+                fields = await receive_multipart(body, kind, upload, self.config.max_upload_bytes)
+                options = parse_options(fields, self, upload.exists())
+                await self._reserve(job_id, options)
+                self.store.update(job_id, status="queued", options=options, queued=time.time())
+            except BaseException:
+                with contextlib.suppress(NoSuchJob):
+                    self.store.delete(job_id)
+                raise
+            return job_id, self.start(job_id)
+
+    async def _reserve(self, job_id: str, options: dict[str, Any]) -> None:
+        """Keep the room that a job will need, as far as that is known before it is begun."""
+        n_tracks = len(options.get("objects", range(_USUAL_OBJECTS))) + 2  # with the rest and the mixture
+        if "url" not in options:
+            async with self._probing:
+                await run_in_threadpool(jobs.measure, self.config, self.store, job_id)
+        async with self._reserving:
+            try:
+                if "url" in options:
+                    await run_in_threadpool(self.store.reserve, job_id, self.config.max_upload_bytes)
+                else:
+                    await run_in_threadpool(jobs.reserve, self.config, self.store, job_id, n_tracks)
+            except StoreFull:
+                self.store.delete(job_id)  # before the next one asks
+                raise
 
     def start(self, job_id: str) -> asyncio.Task[None]:
         """Have a job done; the task ends when its state says how it ended."""
-        self.pending += 1
+        self.working += 1
         # in a context of its own: the request may be cancelled, and the job still be wanted
         task = asyncio.get_running_loop().create_task(self._do(job_id), context=contextvars.Context())
         self._tasks.add(task)
@@ -376,7 +298,7 @@ class Service:
             log.exception("job %s", job_id)
             failure = as_failure(error)
         finally:
-            self.pending -= 1
+            self.working -= 1
         with contextlib.suppress(NoSuchJob, OSError):
             if failure is not None and self.store.job(job_id)["status"] not in ("done", "failed"):
                 jobs.fail(self.store, job_id, failure)
@@ -426,7 +348,7 @@ def describe(job: dict[str, Any], ttl_s: float) -> Job:
     base = f"/v1/separations/{job['id']}"
 
     def audio(track: str) -> Audio:
-        return Audio(wav=f"{base}/{TRACKS}/{track}.wav", flac=f"{base}/{TRACKS}/{track}.flac")
+        return Audio(**{kind: f"{base}/{TRACKS}/{track}.{kind}" for kind in _AUDIO})
 
     result = None
     if job["status"] == "done":
@@ -517,22 +439,34 @@ async def _until_gone(request: Request) -> None:
         pass
 
 
-def _flac(path: Path) -> Path:
-    """Convert a WAV once."""
-    flac = path.with_suffix(".flac")
-    if not flac.exists():
-        part = flac.with_suffix(f".{secrets.token_hex(4)}.part")  # others may be asking for it too
-        try:
-            with (
-                soundfile.SoundFile(path) as source,
-                soundfile.SoundFile(part, "w", source.samplerate, 1, subtype="PCM_24", format="FLAC") as target,
-            ):
-                for block in source.blocks(_FILE_CHUNK, dtype="float32"):
-                    target.write(block)
-            part.replace(flac)
-        finally:
-            part.unlink(missing_ok=True)
-    return flac
+def _converted(path: Path, kind: str) -> Path | bytes:
+    """Convert a WAV once; on a full disk for this once, in memory."""
+    target = path.with_suffix(f".{kind}")
+    if target.exists():
+        return target
+    part = target.with_suffix(f".{secrets.token_hex(4)}.part")  # others may be asking for it too
+    try:
+        _encode(path, part, kind)
+        part.replace(target)
+    except (OSError, soundfile.LibsndfileError) as error:
+        if not path.exists() or as_failure(error)["status"] != 507:
+            raise
+        memory = io.BytesIO()
+        _encode(path, memory, kind)
+        return memory.getvalue()
+    finally:
+        part.unlink(missing_ok=True)
+    return target
+
+
+def _encode(path: Path, target: Path | io.BytesIO, kind: str) -> None:
+    subtype, block = {"flac": ("PCM_24", _FILE_CHUNK), "ogg": ("VORBIS", _VORBIS_BLOCK)}[kind]
+    with (
+        soundfile.SoundFile(path) as source,
+        soundfile.SoundFile(target, "w", source.samplerate, source.channels, subtype, format=kind) as encoded,
+    ):
+        for samples in source.blocks(block, dtype="float32"):
+            encoded.write(samples)
 
 
 class _Outlet(io.RawIOBase):
@@ -597,7 +531,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.exception_handler(BadUpload)
     async def _bad_upload(_: Request, error: BadUpload) -> Response:
-        return problem(error.status, error.detail)
+        return problem(error.status, error.detail, as_failure(error)["reason"])
 
     @app.exception_handler(NoSuchJob)
     async def _no_such_job(_: Request, error: NoSuchJob) -> Response:
@@ -619,7 +553,7 @@ def make_app(service: Service) -> FastAPI:
         failure = as_failure(error)
         if failure["status"] == 500 and isinstance(error, OSError):  # others reach the server, which logs them
             log.error("%s %r", request.method, request.scope["path"], exc_info=error)
-        return problem(failure["status"], failure["detail"], failure["reason"])
+        return problem(**failure)
 
     @app.post(
         "/v1/separations",
@@ -627,7 +561,7 @@ def make_app(service: Service) -> FastAPI:
         response_model=Job,
         responses={
             202: {"model": Job, "description": "Accepted; ask its Location"},
-            **_problems(400, 403, 406, 408, 413, 415, 422, 503, 507),
+            **_problems(400, 403, 406, 408, 413, 415, 422, 429, 503, 507),
         },
         openapi_extra=_UPLOAD_SCHEMA,
         summary="Separate a video or sound",
@@ -636,28 +570,10 @@ def make_app(service: Service) -> FastAPI:
         """Answer with the result, or 202 when it takes longer than `Prefer: wait=N` (`respond-async`: at once)."""
         wait_s = preferences(request.headers.get("prefer", ""), config)
         zipped = wants_archive(request.headers.get("accept", ""))
-        with service.admitted():
-            job_id = store.create()
-            try:
-                async with asyncio.timeout(config.max_upload_s):
-                    folder = store.path(job_id)
-                    fields = await receive_multipart(
-                        request.stream(),
-                        request.headers.get("content-type", ""),
-                        folder / UPLOAD,
-                        config.max_upload_bytes,
-                    )
-                options = parse_options(fields, service, (folder / UPLOAD).exists())
-                store.update(job_id, status="queued", options=options, queued=time.time())
-                task = service.start(job_id)
-            except BaseException as error:
-                with contextlib.suppress(NoSuchJob):
-                    store.delete(job_id)
-                if isinstance(error, TimeoutError):
-                    raise Problem(408, f"the upload took longer than {config.max_upload_s:g} s") from None
-                if isinstance(error, ClientDisconnect):
-                    return Response(status_code=400)  # nobody reads it
-                raise
+        try:
+            job_id, task = await service.receive(request)
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody reads it
         headers = {"Location": f"/v1/separations/{job_id}"}
         if wait_s:
             gone = asyncio.create_task(_until_gone(request))
@@ -678,7 +594,7 @@ def make_app(service: Service) -> FastAPI:
             raise StoreFull from None
         if job["status"] == "failed":
             store.delete(job_id)
-            raise Problem(job["error"]["status"], job["error"]["detail"], job["error"]["reason"])
+            raise Problem(**job["error"])
         if zipped and job["status"] == "done":
             return await archived(job_id, 201, headers)
         body = describe(job, config.results_ttl_s).model_dump_json()
@@ -734,10 +650,12 @@ def make_app(service: Service) -> FastAPI:
         folder, result = finished(job_id)
         names = {*(o["name"] for o in result["objects"]), REST, MIXTURE}
         if track not in names or kind not in _AUDIO:
-            raise Problem(404, f"the sounds are {', '.join(sorted(names))}, each as .wav and .flac")
-        path = folder / TRACKS / f"{track}.wav"
-        if kind == "flac":
-            path = await of(job_id, _flac, path)
+            raise Problem(404, f"the sounds are {', '.join(sorted(names))}, each as .wav, .flac and .ogg")
+        path: Path | bytes = folder / TRACKS / f"{track}.wav"
+        if kind != "wav":
+            path = await of(job_id, _converted, path, kind)
+        if isinstance(path, bytes):
+            return Response(path, media_type=_AUDIO[kind])
         stat = await of(job_id, path.stat)  # a job deleted since is a 404 here, and a 500 within the response
         return FileResponse(
             path, stat_result=stat, media_type=_AUDIO[kind], filename=path.name, content_disposition_type="inline"
@@ -796,14 +714,21 @@ def make_app(service: Service) -> FastAPI:
     async def archive(job_id: str) -> Response:
         return await archived(job_id, 200, {})
 
-    @app.get("/v1/objects", response_model=list[ObjectInfo], summary="The objects that it knows")
+    @app.get(
+        "/v1/objects", response_model=list[ObjectInfo], responses=_problems(503),
+        summary="The objects, and which of them the model learned",
+    )  # fmt: skip
     async def objects() -> Any:
-        return [ObjectInfo(name=o.name, imagenet=list(o.imagenet), audioset=o.mid) for o in OBJECTS]
+        known = service.card()["learned"]
+        return [
+            ObjectInfo(name=o.name, learned=o.name in known, imagenet=list(o.imagenet), audioset=o.mid) for o in OBJECTS
+        ]
 
     @app.get("/v1/model", response_model=ModelInfo, responses=_problems(503), summary="The model in use")
     async def model() -> Any:
-        limits = Limits(**{name: getattr(config, name) for name in Limits.model_fields})
-        return {**service.card(), "limits": limits}
+        limits = {name: getattr(config, name) for name in Limits.model_fields if name != "free_bytes"}
+        room = await run_in_threadpool(store.room)
+        return {**service.card(), "limits": Limits(free_bytes=room, **limits)}
 
     @app.get("/v1/examples", response_model=list[Example], summary="Files to try")
     async def examples() -> Any:
@@ -818,7 +743,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get("/healthz", response_model=Health, summary="Whether the service works")
     async def healthz() -> Any:
-        return Health(status="ok", version=VERSION, pending=service.pending)
+        return Health(status="ok", version=VERSION, pending=service.pending, busy=service.busy)
 
     @app.get("/metrics", response_class=Response, summary="For Prometheus")
     async def metrics() -> Response:
@@ -836,7 +761,7 @@ def make_app(service: Service) -> FastAPI:
     return app
 
 
-_AUDIO = {"wav": "audio/wav", "flac": "audio/flac"}
+_AUDIO = {"wav": "audio/wav", "flac": "audio/flac", "ogg": "audio/ogg"}
 _FILES = (
     ("/", "index.html", "text/html"),
     ("/docs", "docs.html", "text/html"),
@@ -869,7 +794,7 @@ class _Guard:
                 status = message["status"]
                 present = {name for name, _ in message["headers"]}
                 extra = HEADERS if b"cache-control" in present else {**HEADERS, "cache-control": "no-store"}
-                if status >= 400 and unbounded:
+                if (status >= 400 and unbounded) or status in (408, 429):
                     extra = {**extra, "connection": "close"}  # else the rest of the body would be waited for
                 message["headers"] = [
                     *message["headers"],

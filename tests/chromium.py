@@ -106,9 +106,10 @@ class Page:
             self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
 
     def key(self, name: str) -> None:
-        code = {"Tab": 9, "Enter": 13, " ": 32, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
-        text = {"text": "\r"} if name == "Enter" else {"text": " "} if name == " " else {}
-        common = {"key": name, "windowsVirtualKeyCode": code[name], "code": "Space" if name == " " else name}
+        code = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
+        text = {"text": "\r"} if name == "Enter" else {"text": name} if len(name) == 1 else {}
+        number = code.get(name) or ord(name.upper())
+        common = {"key": name, "windowsVirtualKeyCode": number, "code": "Space" if name == " " else name}
         self.call("Input.dispatchKeyEvent", type="keyDown", **common, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", **common)
 

@@ -34,8 +34,8 @@ RATE = 8000
 PITCH = {"dog": 200, "violin": 900}  # Hz
 
 
-def write_model(folder: Path, n_iter: int = 60, recipe: str = "tones") -> str:
-    """Low bases are dogs, high ones violins, by 20 points of score."""
+def write_model(folder: Path, n_iter: int = 60, recipe: str = "tones", **training: Any) -> str:
+    """Low bases are dogs, high ones violins, by 20 points of score. `training` is what it says of that."""
     config = ModelConfig(
         stft=STFT(sample_rate=RATE, n_fft=400, hop_length=200),  # a bin is 20 Hz
         n_bases=6,
@@ -43,6 +43,7 @@ def write_model(folder: Path, n_iter: int = 60, recipe: str = "tones") -> str:
         network=NetworkConfig(n_subconcepts=1, hidden=2, published_head=False),
         separation=SeparationConfig(window_s=4.0, overlap_s=0.5),
         recipe=recipe,
+        training=training,
     )
     network = config.build().eval()
     with torch.no_grad():
@@ -81,7 +82,7 @@ def write_video(path: Path, seconds: float = 6.0, size: str = "160x120") -> Path
 
 
 @contextlib.contextmanager
-def half_an_upload(port: int, n_sent: int, n_said: int) -> Iterator[None]:
+def half_an_upload(port: int, n_sent: int, n_said: int) -> Iterator[socket.socket]:
     """A client that sends the beginning of a file, and goes when the block ends."""
     with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
         raw.sendall(
@@ -89,7 +90,7 @@ def half_an_upload(port: int, n_sent: int, n_said: int) -> Iterator[None]:
             b"Content-Type: multipart/form-data; boundary=x\r\n\r\n"
             b"--x\r\nContent-Disposition: form-data; name=file\r\n\r\n" % n_said + b"\0" * n_sent
         )
-        yield
+        yield raw
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ LAYERS = (
         "results",
         "uploads",
         "connections",
+        "answers",
     ),
     (
         "stages",

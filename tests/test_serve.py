@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import socket
+import subprocess
 import threading
 import time
 import zipfile
@@ -36,7 +37,7 @@ from serving import (
     write_video,
 )
 
-from avsep import jobs, stages
+from avsep import answers, jobs, media, stages, web
 from avsep.dictionary import BasisDictionary
 from avsep.jobs import JobWorker, OutOfTime, ServiceConfig, as_failure, fail
 from avsep.records import ClipError, Reason
@@ -172,6 +173,22 @@ def test_an_archive_holds_everything(server, sound):
     check_problem(server.post(sound, {"Accept": "text/html"}), 406)
 
 
+def test_a_small_format_for_listening_is_as_long_and_nearly_the_same(server, tmp_path):
+    result = server.post(write_sound(tmp_path / "long.wav", 25.0), objects="dog").json()["result"]
+    whole, small = (get_sound(server, result["mixture"][kind]) for kind in ("wav", "ogg"))
+    assert len(whole) == len(small)
+    assert ((whole - small) ** 2).mean() < 0.05 * (whole**2).mean()
+    sizes = {k: len(server.client.get(result["mixture"][k]).content) for k in ("flac", "ogg")}
+    assert sizes["ogg"] < 0.5 * sizes["flac"]  # of two pure tones, which FLAC likes
+
+
+def test_finished_sounds_can_be_had_from_a_full_disk(server, sound):
+    result = server.post(sound, objects="dog").json()["result"]
+    with largest_file(5_000):
+        for kind in ("flac", "ogg"):
+            assert len(get_sound(server, result["rest"][kind])) == round(result["duration_s"] * RATE)
+
+
 def test_sounds_can_be_fetched_in_parts(server, sound):
     url = server.post(sound, objects="dog").json()["result"]["rest"]["wav"]
     part = server.client.get(url, headers={"Range": "bytes=4-11"})
@@ -302,6 +319,33 @@ def test_bodies_that_miss(server, sound):
         check_problem(post("/v1/separations", content=body, headers=kind), 400)
     check_problem(post("/v1/separations", content=b"", headers={"Content-Type": "multipart/form-data"}), 400)
     wait(server.idle)
+
+
+def test_example_answers_have_the_fields_of_real_ones(server, sound):
+    document = server.client.get("/openapi.json").json()
+    (job,) = document["components"]["schemas"]["Job"]["examples"]
+    real = server.post(sound, objects="violin,dog").json()
+    assert answers.Job.model_validate(job).model_dump(mode="json").keys() == real.keys()
+    assert job["result"].keys() == real["result"].keys()
+    assert job["result"]["objects"][0].keys() == real["result"]["objects"][0].keys()
+    assert job["result"]["rest"].keys() == real["result"]["rest"].keys()
+    (example,) = document["components"]["schemas"]["ObjectInfo"]["examples"]
+    assert example in server.client.get("/v1/objects").json()
+
+
+def test_what_can_t_be_read_is_told_in_plain_words(server, tmp_path):
+    (tmp_path / "notes.mp4").write_text("no media")
+    body = check_problem(server.post(tmp_path / "notes.mp4"), 422, "can't be read", "MP4", "WAV")
+    assert body["reason"] == "unreadable" and "Invalid data" in body["cause"] and "Invalid" not in body["detail"]
+    url = server.post(tmp_path / "notes.mp4", {"Prefer": "respond-async"}).headers["location"]
+    wait(lambda: server.client.get(url).json()["status"] == "failed")
+    assert server.client.get(url).json()["error"] == body
+    (tmp_path / "nothing.mp4").write_bytes(b"")
+    check_problem(server.post(tmp_path / "nothing.mp4"), 422, "nothing in it")
+    check_problem(server.post(write_sound(tmp_path / "long.wav", 31)), 413, "too long", "30 s", "avsep separate")
+    silent = [media.ffmpeg_executable(), "-y", "-loglevel", "error", "-f", "lavfi", "-i", "testsrc=duration=1"]
+    subprocess.run([*silent, str(tmp_path / "silent.mp4")], check=True)
+    check_problem(server.post(tmp_path / "silent.mp4"), 422, "no sound")
 
 
 def test_files_that_are_too_much(server, tmp_path):
@@ -500,6 +544,93 @@ def test_an_upload_has_a_deadline(tmp_path, model):
             )
             assert raw.recv(4096).startswith(b"HTTP/1.1 408")
         wait(server.idle)
+        assert server.folders() == []
+
+
+def dribble(port: int, n_bytes: int, every_s: float, seconds: float) -> bytes:
+    """Send the beginning of a file, so much at a time, and give the answer that comes meanwhile."""
+    with half_an_upload(port, 0, 1_000_000) as raw:
+        raw.settimeout(every_s)
+        for _ in range(int(seconds / every_s)):
+            try:
+                raw.sendall(b"\0" * n_bytes)
+                return raw.recv(1000)
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                break
+    return b""
+
+
+def test_uploads_that_dribble_keep_nobody_out(tmp_path, model, sound):
+    """Sixteen clients that send a byte now and then, as many as jobs may wait; others are served at once."""
+    slow = {"upload_grace_s": 2.0, "max_uploads": 12, "max_uploads_per_client": 8, "max_pending": 4}
+    with serving(tmp_path, model, **slow) as server, ThreadPoolExecutor(16) as pool:
+        hostile = [pool.submit(dribble, server.port, 1, 0.2, 20) for _ in range(16)]
+        wait(lambda: server.service.pending == 8)
+        time.sleep(1.1)  # from then on they are known to be slow
+        started = time.monotonic()
+        answers = [server.post(sound) for _ in range(3)]
+        assert [a.status_code for a in answers] == [201] * 3
+        told = [future.result() for future in hostile]
+        assert time.monotonic() - started < 10
+        assert {answer.split(b" ")[1] for answer in told if answer} == {b"408", b"429"}
+        wait(server.idle)
+        assert len(server.folders()) == 3
+
+
+def test_an_upload_of_a_modest_line_is_taken(tmp_path, model):
+    with serving(tmp_path, model, upload_grace_s=0.5, min_upload_rate=10_000) as server:
+        assert dribble(server.port, 5000, 0.1, 3.0) == b""  # five times the least rate
+        assert b" 408 " in dribble(server.port, 500, 0.1, 3.0)  # half of it
+        assert b" 408 " in dribble(server.port, 100_000, 3.0, 6.0)  # nothing more after a good start
+        wait(server.idle)
+
+
+def test_room_is_kept_for_a_job_when_it_is_taken(tmp_path, slow_model, sound):
+    """Eight uploads at once, and room for one with its sounds: what is taken is done, others are refused at once."""
+    with serving(tmp_path, slow_model, results_bytes=1_200_000) as server, ThreadPoolExecutor(8) as pool:
+        for _ in range(2):
+            answers = [*pool.map(lambda _: server.post(sound, {"Prefer": "respond-async"}), range(8))]
+            taken = [a.headers["location"] for a in answers if a.status_code == 202]
+            assert 0 < len(taken) < 8
+            for answer in answers:
+                if answer.status_code != 202:
+                    assert check_problem(answer, 507, "room")["reason"] == "storage_full"
+            wait(lambda: server.service.working == 0)
+            states = [server.client.get(url).json()["status"] for url in taken]
+            assert "done" in states and not {*states} - {"done", 404}  # a finished one may have made room
+        url = taken[states.index("done")]
+        # a body that is too large for whatever makes room is refused, and nothing has to go for it
+        with half_an_upload(server.port, 10, 5_000_000) as raw:
+            assert raw.recv(1000).startswith(b"HTTP/1.1 507 ")
+        assert server.client.get(url).status_code == 200
+        assert server.client.get("/v1/model").json()["limits"]["free_bytes"] == 1_200_000
+
+
+def test_what_is_reserved_counts_as_used(tmp_path):
+    store = ResultStore(tmp_path, max_bytes=1_000_000)
+    job, other = store.create(), store.create()
+    store.reserve(job, 600_000)
+    store.reserve(job, 700_000)
+    with pytest.raises(StoreFull):
+        store.reserve(other, 400_000)
+    assert store.room() == pytest.approx(300_000, abs=1000)
+    (store.path(job) / "upload").write_bytes(b"x" * 650_000)  # within what is kept
+    assert store.room() == pytest.approx(300_000, abs=1000)
+    store.finish(job, "done")
+    assert store.room() == pytest.approx(1_000_000, abs=1000)
+    store.reserve(other, 400_000)
+    free = shutil.disk_usage(tmp_path).free
+    with pytest.raises(StoreFull):  # the disk has less than the store may hold
+        ResultStore(tmp_path, max_bytes=1 << 60).reserve(other, free + (1 << 30))
+
+
+def test_more_objects_than_there_is_room_for_end_the_work(tmp_path, model, sound, monkeypatch):
+    monkeypatch.setattr(web, "_USUAL_OBJECTS", 0)
+    with serving(tmp_path, model, results_bytes=700_000) as server:  # 2 sounds fit, 4 are found
+        check_problem(server.post(sound), 507, "room")
+        check_problem(server.post(sound, objects="dog,violin"), 507, "room")
         assert server.folders() == []
 
 

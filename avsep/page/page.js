@@ -1,41 +1,41 @@
-// The page: upload, wait, mix. `mixer` is exported for who wants to look at its Web Audio graph.
+// The page: choose, upload, wait, mix. `mixer` is exported for who wants to look at its Web Audio graph.
 
 const $ = (id) => document.getElementById(id);
 const COLOURS = ["--c0", "--c1", "--c2", "--c3", "--c4", "--c5"];
 const LONG_S = 180; // longer sounds are decoded at half the rate, to halve their memory
 const SMOOTH_S = 0.02; // gains move this slowly, so that they don't click
+const JUMP_S = 5; // of the arrow keys
 const REST = "_rest";
 const titled = (name) => (name === REST ? "the rest" : name.replaceAll("_", " "));
 const sure = (p) => (p > 0.99 ? "over 99 % sure" : `${Math.round(p * 100)} % sure`);
-const megabytes = (bytes) => `${Math.round(bytes / 2 ** 20)} MB`;
+const megabytes = (bytes) => (bytes < 10 * 2 ** 20 ? +(bytes / 2 ** 20).toFixed(1) : Math.round(bytes / 2 ** 20));
+const roundMegabytes = (bytes) => `${Math.max(1, Math.round(bytes / 2 ** 20))} MB`;
 const clock = (s) => `${Math.floor(s / 60)}:${String(Math.floor(s % 60)).padStart(2, "0")}`;
+const lasting = (s) => (s < 120 ? `${Math.round(s)} seconds` : `${+(s / 60).toFixed(1)} minutes`);
+const listed = (words) => words.map(titled).join(", ");
+const sentence = (text) => (text ? text[0].toUpperCase() + text.slice(1).replace(/([^.!?])$/, "$1.") : "");
 
 // ---------------------------------------------------------------------------------------- sound
 
-/** Plays a result's sounds together: source → fader → mix ┐
- *                                   mixture → original ──┴→ master → analyser → out */
+/** Plays a result's sounds together: source → fader → master → analyser → out. The original is all of them, full. */
 class Mixer {
   constructor(sampleRate) {
     this.context = new AudioContext({ sampleRate, latencyHint: "playback" });
     this.master = this.context.createGain();
     this.analyser = this.context.createAnalyser();
     this.master.connect(this.analyser).connect(this.context.destination);
-    this.mix = this.context.createGain();
-    this.original = this.context.createGain();
-    this.original.gain.value = 0;
-    this.mix.connect(this.master);
-    this.original.connect(this.master);
     this.tracks = [];
     this.sources = [];
     this.playing = false;
+    this.original = false;
     this.offset = 0;
     this.duration = 0;
   }
 
-  add(name, buffer, original = false) {
+  add(name, buffer) {
     const gain = this.context.createGain();
-    gain.connect(original ? this.original : this.mix);
-    const track = { name, buffer, gain, level: 1, muted: false, solo: false, original };
+    gain.connect(this.master);
+    const track = { name, buffer, gain, level: 1, muted: false, solo: false };
     this.tracks.push(track);
     this.duration = Math.max(this.duration, buffer.duration);
     return track;
@@ -48,7 +48,7 @@ class Mixer {
 
   async play() {
     await this.context.resume();
-    if (this.playing) return;
+    if (this.playing || this.closed) return;
     this.stopAlone();
     if (this.offset >= this.duration - 0.01) this.offset = 0;
     this.startedAt = this.context.currentTime + 0.05;
@@ -81,18 +81,15 @@ class Mixer {
   apply() {
     const solo = this.tracks.some((t) => t.solo);
     for (const track of this.tracks) {
-      track.audible = track.original || (!track.muted && (!solo || track.solo));
-      this.glide(track.gain.gain, track.audible ? track.level : 0);
+      track.audible = !track.muted && (!solo || track.solo);
+      const level = this.original ? 1 : track.audible ? track.level : 0;
+      track.gain.gain.setTargetAtTime(level, this.context.currentTime, SMOOTH_S / 3);
     }
   }
 
   listenTo(original) {
-    this.glide(this.original.gain, original ? 1 : 0);
-    this.glide(this.mix.gain, original ? 0 : 1);
-  }
-
-  glide(parameter, value) {
-    parameter.setTargetAtTime(value, this.context.currentTime, SMOOTH_S / 3);
+    this.original = original;
+    this.apply();
   }
 
   /** Play one buffer by itself. */
@@ -100,6 +97,7 @@ class Mixer {
     this.pause();
     this.stopAlone();
     await this.context.resume();
+    if (this.closed) return;
     const source = this.context.createBufferSource();
     source.buffer = buffer;
     source.connect(this.master);
@@ -120,6 +118,7 @@ class Mixer {
   close() {
     this.pause();
     this.stopAlone();
+    this.closed = true;
     this.context.close();
   }
 }
@@ -136,10 +135,16 @@ class Refused extends Error {
   }
 }
 
+const UNREACHABLE = "the server can’t be reached, or closed the connection";
 const authorization = () => (sessionStorage.token ? { Authorization: `Bearer ${sessionStorage.token}` } : {});
 
 async function ask(url, options = {}) {
-  const answer = await fetch(url.replace(/^\//, ""), { ...options, headers: { ...authorization(), ...options.headers } });
+  let answer;
+  try {
+    answer = await fetch(url.replace(/^\//, ""), { ...options, headers: { ...authorization(), ...options.headers } });
+  } catch (error) {
+    throw error.name === "AbortError" ? error : new Refused(0, UNREACHABLE);
+  }
   if (answer.ok) return answer;
   const body = await answer.json().catch(() => ({}));
   throw new Refused(answer.status, body.detail ?? `the server answers ${answer.status}`, +answer.headers.get("Retry-After"));
@@ -152,40 +157,107 @@ function upload(form, progress, signal) {
     request.open("POST", "v1/separations");
     request.setRequestHeader("Prefer", "respond-async");
     for (const [name, value] of Object.entries(authorization())) request.setRequestHeader(name, value);
-    request.upload.onprogress = (e) => progress(e.loaded / e.total);
+    request.upload.onprogress = (e) => progress(e.loaded, e.total);
     request.onload = () => {
-      const body = JSON.parse(request.responseText || "{}");
+      let body = {};
+      try { body = JSON.parse(request.responseText); } catch { /* a proxy's words */ }
       if (request.status < 300) resolve(body);
       else reject(new Refused(request.status, body.detail ?? `the server answers ${request.status}`, +request.getResponseHeader("Retry-After")));
     };
-    request.onerror = () => reject(new Error("the server can’t be reached, or closed the connection"));
-    request.onabort = () => reject(new DOMException("cancelled", "AbortError"));
+    request.onerror = () => reject(new Refused(0, UNREACHABLE));
+    request.onabort = () => reject(new DOMException("left", "AbortError"));
     signal.addEventListener("abort", () => request.abort());
-    request.send(form);
+    if (signal.aborted) reject(new DOMException("left", "AbortError"));
+    else request.send(form);
   });
 }
 
 const pause = (seconds, signal) => new Promise((resolve, reject) => {
-  const timer = setTimeout(resolve, seconds * 1000);
-  signal?.addEventListener("abort", () => { clearTimeout(timer); reject(new DOMException("cancelled", "AbortError")); });
+  const left = () => { clearTimeout(timer); reject(signal.reason); };
+  const timer = setTimeout(() => { signal.removeEventListener("abort", left); resolve(); }, seconds * 1000);
+  signal.addEventListener("abort", left, { once: true });
 });
 
-// ----------------------------------------------------------------------------------------- flow
+// ---------------------------------------------------------------------------------------- views
 
+/** What the page shows at a time. Whatever is begun for it ends when it is left: nothing of it may touch the next. */
+class View {
+  constructor(part) {
+    this.part = part;
+    this.left = new AbortController();
+    this.signal = this.left.signal;
+    this.urls = [];
+  }
+
+  /** Go on after a wait, unless the view was left meanwhile. */
+  stay() {
+    this.signal.throwIfAborted();
+  }
+
+  ask(url) {
+    return ask(url, { signal: this.signal });
+  }
+
+  url(blob) {
+    const url = URL.createObjectURL(blob);
+    this.urls.push(url);
+    return url;
+  }
+
+  leave() {
+    this.left.abort(new DOMException("left", "AbortError"));
+    this.mixer?.close();
+    setTimeout(() => this.urls.forEach(URL.revokeObjectURL), 1000); // what is loading them stops first
+  }
+}
+
+let view = new View("choose");
+const files = new Map(); // by job, what was chosen: its picture is shown without asking for it
 let limits = {};
-let local = null; // object URL of the video that was chosen
-let working = null; // AbortController of the work in progress
-let job = null;
+let learned = null; // the objects that the model can tell
 
 function show(part) {
+  view.part = part;
   for (const id of ["choose", "work", "result"]) $(id).hidden = id !== part;
 }
 
-function complain(error) {
-  $("alert").textContent = error instanceof Error ? error.message : error;
+/** Leave what is shown and begin the next. */
+function enter(part) {
+  view.leave();
+  view = new View(part);
+  mixer = null;
+  basisPlaying = null;
+  if ($("video").src) { $("video").removeAttribute("src"); $("video").load(); }
+  $("alert").hidden = $("notice").hidden = $("stay").hidden = true;
+  $("file").value = "";
+  document.title = "avsep: hear a video’s objects";
+  show(part);
+  return view;
+}
+
+/** Do a view's work; what goes wrong leads to the start page, which says so. */
+async function within(here, work) {
+  try {
+    await work();
+  } catch (error) {
+    if (here !== view || error.name === "AbortError") return;
+    if (error.status !== 401) history.replaceState(null, "", location.pathname + location.search);
+    enter("choose");
+    complain(error, here.name);
+  }
+}
+
+function complain(error, name = "") {
+  const text = error.status === 401 ? "this service asks for its token" : error instanceof Error ? error.message : error;
+  $("alert").textContent = name ? `${name}: ${text.replace(/([^.!?])$/, "$1.")}` : sentence(text);
   $("alert").hidden = false;
   $("token-form").hidden = error.status !== 401;
   if (error.status === 401) $("token").focus();
+}
+
+function notice(text) {
+  $("notice").textContent = text;
+  $("notice").hidden = !text;
 }
 
 function stage(text, done) {
@@ -194,112 +266,260 @@ function stage(text, done) {
   else $("progress").value = done;
 }
 
-function forget() {
-  mixer?.close();
-  mixer = null;
-  $("video").removeAttribute("src");
-  if (local) URL.revokeObjectURL(local);
-  local = null;
-  job = null;
+/** Show what the address says: a job, or the start page. */
+function route() {
+  const id = location.hash.slice(1);
+  const here = enter(id ? "work" : "choose");
+  if (id) within(here, () => follow(here, id, history.state?.name));
 }
 
-async function separate(file) {
-  forget();
-  $("alert").hidden = true;
-  if (file.size > limits.max_upload_bytes) {
-    complain(`${file.name} has ${megabytes(file.size)}; this server takes up to ${megabytes(limits.max_upload_bytes)}.`);
-    return;
-  }
-  local = URL.createObjectURL(file);
-  working = new AbortController();
-  const { signal } = working;
-  show("work");
-  let id = null;
-  try {
+function start(how) {
+  history[how](null, "", location.pathname + location.search);
+  enter("choose");
+}
+
+// ----------------------------------------------------------------------------------------- work
+
+/** Separate a file, or what a function fetches. */
+async function separate(source, said = "") {
+  if (location.hash) history.pushState(null, "", location.pathname + location.search); // the result stays behind it
+  const here = enter("work");
+  notice(said);
+  await within(here, async () => {
+    stage("Looking at the file");
+    const file = typeof source === "function" ? await source(here.signal) : source;
+    here.stay();
+    named(here, file.name);
+    await check(here, file);
     const form = new FormData();
     const names = [...$("objects").querySelectorAll(":checked")].map((box) => box.value);
     if (names.length) form.append("objects", names.join(","));
-    if ($("bases").value) form.append("bases", $("bases").value);
     form.append("file", file);
-    stage("Uploading", 0);
-    for (let attempt = 1; ; attempt++) {
-      try {
-        job = await upload(form, (done) => stage("Uploading", done * 0.2), signal);
-        break;
-      } catch (error) {
-        if (error.status !== 503 || attempt === 8) throw error;
-        stage("The server is busy; waiting for it");
-        await pause((error.retry || 2) * attempt, signal);
-      }
-    }
-    id = job.id;
-    const words = { fetching: "Fetching", decoding: "Reading the file", looking: "Looking at the pictures",
-      listening: "Listening", separating: "Separating" };
-    while (job.status !== "done") {
-      if (job.status === "failed") throw new Refused(job.error.status, job.error.detail);
-      stage(words[job.stage] ?? "Waiting for its turn", 0.2 + 0.7 * job.progress);
-      await pause(0.4, signal);
-      job = await (await ask(`v1/separations/${id}`, { signal })).json();
-    }
-    await present(signal);
-  } catch (error) {
-    if (id) ask(`v1/separations/${id}`, { method: "DELETE" }).catch(() => {});
-    forget();
-    show("choose");
-    $("file").value = "";
-    if (error.name !== "AbortError") complain(error);
-  } finally {
-    working = null;
+    const { id } = await send(here, form);
+    here.stay();
+    files.set(id, file);
+    history.pushState({ name: file.name }, "", `#${id}`);
+    await follow(here, id, file.name);
+  });
+}
+
+function named(here, name) {
+  here.name = name;
+  $("work-title").textContent = name ?? "Working";
+  if (name) document.title = `${name} – avsep`;
+}
+
+/** Say before anything is sent what would be refused afterwards. */
+async function check(here, file) {
+  if (/^(text|image|font)\/|^application\/(json|pdf|zip|xml|msword|vnd)/.test(file.type)) {
+    throw new Error("this is neither a video nor a sound; MP4, MOV, WebM, MP3, WAV and most others can be read");
+  }
+  const [model, health] = await Promise.all(["v1/model", "healthz"].map(async (url) => (await here.ask(url)).json()));
+  limits = model.limits;
+  if (!file.size) throw new Error("the file is empty, or a folder");
+  if (file.size > limits.max_upload_bytes) {
+    throw new Error(`it has more than ${roundMegabytes(limits.max_upload_bytes)}, the most that this server takes; send a smaller version, or its sound alone`);
+  }
+  if (file.size > limits.free_bytes) throw new Error("the server has no room for it now; try again later");
+  const seconds = await duration(here, file);
+  if (seconds > limits.max_duration_s) {
+    throw new Error(`it lasts ${lasting(seconds)}; this server takes up to ${lasting(limits.max_duration_s)}. `
+      + "Send a part of it, or use the command “avsep separate”, which takes any length");
+  }
+  for (let attempt = 1; health.busy; attempt++) {
+    stage("The server is busy; waiting for it");
+    await pause(Math.min(2 * attempt, 10), here.signal);
+    Object.assign(health, await (await here.ask("healthz")).json());
   }
 }
 
+/** How many seconds the browser finds in a file; NaN where it doesn't know. */
+async function duration(here, file) {
+  const probe = document.createElement("video");
+  const found = new Promise((resolve) => {
+    probe.onloadedmetadata = () => resolve(Number.isFinite(probe.duration) ? probe.duration : NaN);
+    probe.onerror = () => resolve(NaN);
+  });
+  probe.preload = "metadata";
+  probe.src = here.url(file);
+  try {
+    return await Promise.race([found, pause(4, here.signal).then(() => NaN)]);
+  } finally {
+    probe.removeAttribute("src");
+    probe.load();
+  }
+}
+
+async function send(here, form) {
+  const tell = (sent, all) => here === view
+    && stage(`Uploading: ${megabytes(sent)} of ${megabytes(all)} MB`, 0.2 * (sent / all));
+  for (let attempt = 1; ; attempt++) {
+    try {
+      stage("Uploading", 0);
+      return await upload(form, tell, here.signal);
+    } catch (error) {
+      if (![429, 503].includes(error.status) || attempt === 8) throw error;
+      stage("The server is busy; waiting for it");
+      await pause((error.retry || 2) * attempt, here.signal);
+    }
+  }
+}
+
+const STAGES = { fetching: "Fetching", decoding: "Reading the file", looking: "Looking at the pictures",
+  listening: "Listening", separating: "Separating" };
+
+/** Wait for a job, however long and through whatever happens to the line, and show its result. */
+async function follow(here, id, name) {
+  here.id = id;
+  named(here, name);
+  stage("Looking for it");
+  for (let attempt = 1; ; attempt++) {
+    let job = null;
+    try {
+      job = await (await here.ask(`v1/separations/${id}`)).json();
+      attempt = 1;
+    } catch (error) {
+      if (error.status === 404) throw new Error("that result is no longer there");
+      if (error.name === "AbortError" || (error.status >= 400 && error.status < 500 && error.status !== 429)) throw error;
+      stage("The server can’t be reached; trying again");
+    }
+    here.stay();
+    if (job?.status === "failed") {
+      ask(`v1/separations/${id}`, { method: "DELETE" }).catch(() => {});
+      throw new Refused(job.error.status, job.error.detail);
+    }
+    if (job?.status === "done") {
+      here.job = job;
+      return present(here);
+    }
+    if (job) {
+      stage(STAGES[job.stage] ?? "Waiting for its turn", 0.2 + 0.7 * job.progress);
+      $("stay").hidden = false;
+    }
+    await pause(Math.min(0.4 * attempt, 5), here.signal);
+  }
+}
+
+/** Leave what is under way; work that isn't done is stopped, what is done stays. */
+function cancel() {
+  if (view.id && !view.job) ask(`v1/separations/${view.id}`, { method: "DELETE", keepalive: true }).catch(() => {});
+  start("replaceState");
+}
+
+// --------------------------------------------------------------------------------------- result
+
 /** Fetch a finished job's sounds and fill the mixer. */
-async function present(signal) {
-  const { result } = job;
-  const rate = result.duration_s > LONG_S ? result.sample_rate / 2 : result.sample_rate;
-  mixer = new Mixer(rate);
-  const parts = [...result.objects.map((o) => ({ ...o, title: titled(o.name) })), { name: REST, title: "the rest", audio: result.rest }];
-  let fetched = 0;
-  const load = async (audio) => {
-    const bytes = await (await ask(audio.flac, { signal })).arrayBuffer();
-    const buffer = await mixer.context.decodeAudioData(bytes);
-    stage("Fetching the sounds", 0.9 + 0.1 * (++fetched / (parts.length + 1)));
-    return buffer;
-  };
-  stage("Fetching the sounds", 0.9);
-  const [whole, ...buffers] = await Promise.all([result.mixture, ...parts.map((p) => p.audio)].map(load));
-  mixer.add("_mixture", whole, true);
+async function present(here) {
+  const { job, job: { result } } = here;
+  const heard = result.objects.filter((o) => !o.silent).sort((a, b) => b.sound_score - a.sound_score);
+  const parts = [...heard, { name: REST, audio: result.rest }];
+  here.mixer = new Mixer(result.duration_s > LONG_S ? result.sample_rate / 2 : result.sample_rate);
+  const buffers = await load(here, parts.map((p) => p.audio));
+  mixer = here.mixer;
   $("tracks").replaceChildren();
   show("result");
   parts.forEach((part, i) => addTrack(part, mixer.add(part.name, buffers[i]), i));
   mixer.apply();
   $("source").querySelector("[value=mix]").checked = true;
-  const heard = result.objects.filter((o) => !o.silent).length;
-  const how = { given: "as you said", pictures: "found by picture and sound", sound: "found by sound alone" }[result.objects_from];
-  $("summary").textContent = `${heard} ${heard === 1 ? "object" : "objects"}, ${how}. Faders at 0 dB add up to the original.`;
-  $("video").hidden = !local;
-  $("still").hidden = $("no-picture").hidden = true;
-  if (local) $("video").src = local;
-  else await still();
+  summarize(job, heard.length);
+  pictureOf(here);
   $("seek").max = mixer.duration;
   link($("zip"), result.archive, `separation-${job.id.slice(0, 8)}.zip`);
   link($("png"), result.relation.png, "relation_map.png");
-  $("expires").textContent = `The server keeps this result until ${new Date(job.expires).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" })}.`;
-  history.replaceState(null, "", `#${job.id}`);
   $("result-title").focus();
-  requestAnimationFrame(tick);
-  await drawAll();
-  await showMap();
+  requestAnimationFrame(() => tick(here));
+  await drawAll(here).catch((error) => here.stay() ?? complain(error));
+  await showMap(here).catch((error) => here.stay() ?? complain(error));
 }
 
-async function still() {
+/** Fetch and decode sounds, in a small format where the browser knows it. */
+async function load(here, sounds) {
+  const small = document.createElement("audio").canPlayType('audio/ogg; codecs="vorbis"');
+  const sizes = sounds.map(() => [0, 0]);
+  const tell = () => {
+    const [got, all] = [0, 1].map((k) => sizes.reduce((sum, size) => sum + size[k], 0));
+    const known = sizes.every(([, size]) => size);
+    stage(known ? `Fetching the sounds: ${megabytes(got)} of ${megabytes(all)} MB` : "Fetching the sounds",
+      0.9 + (known ? 0.1 * (got / all) : 0));
+  };
+  const bytes = async (url, i) => {
+    const answer = await here.ask(url);
+    sizes[i] = [0, +answer.headers.get("Content-Length")];
+    const pieces = [];
+    for (const reader = answer.body.getReader(); ;) {
+      const { done, value } = await reader.read();
+      here.stay();
+      if (done) return new Blob(pieces).arrayBuffer();
+      pieces.push(value);
+      sizes[i][0] += value.length;
+      tell();
+    }
+  };
+  const decode = async (url, i) => here.mixer.context.decodeAudioData(await bytes(url, i));
+  stage("Fetching the sounds", 0.9);
+  const buffers = await Promise.all(sounds.map(async ({ ogg, flac }, i) => {
+    if (!small) return decode(flac, i);
+    return decode(ogg, i).catch((error) => {
+      if (error instanceof Refused || here.signal.aborted) throw error;
+      return decode(flac, i); // it promised too much
+    });
+  }));
+  here.stay();
+  return buffers;
+}
+
+/** Say in words what was found, and what to think of it. */
+function summarize(job, n) {
+  const { result } = job;
+  const how = { given: "as you said", pictures: "found by picture and sound", sound: "found by sound alone" }[result.objects_from];
+  $("summary").textContent = `${n || "No"} ${n === 1 ? "object" : "objects"}, ${how}. With every fader at 0 dB you hear the original.`;
+  const silent = result.objects.filter((o) => o.silent);
+  $("silent").textContent = silent.length
+    ? `${silent.some((o) => o.visible) ? "Seen, but not heard" : "Not heard"}: ${silent.map((o) => titled(o.name)
+      + (o.found === "given" ? "" : ` (${sure(1 - o.confidence)})`)
+      + (doubtOf(o) ? ` – ${doubtOf(o)}` : "")).join(", ")}.` : "";
+  $("silent").hidden = !silent.length;
+  $("remark").textContent = sentence(result.note.replaceAll("_", " "));
+  $("remark").hidden = !result.note;
+  $("trained").textContent = training(result.trained_on);
+  $("expires").textContent = `The server keeps this result until ${new Date(job.expires).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" })}.`;
+}
+
+const doubtOf = (part) => part.doubt || (part.learned === false ? "the model never learned its sound: don’t rely on this" : "");
+
+/** Say in a sentence what a model learned from. */
+function training(facts) {
+  const counts = facts?.clips_by_label;
+  if (!counts) return "";
+  const clips = facts.clips ? ` from ${facts.clips.toLocaleString("en")} clips` : "";
+  return `The model learned ${listed(Object.keys(counts))}${clips}${facts.about ? ` (${facts.about})` : ""}. Of other objects it knows nothing.`;
+}
+
+function pictureOf(here) {
+  const file = files.get(here.id);
+  const video = $("video");
+  video.hidden = !file;
+  $("still").hidden = $("no-picture").hidden = true;
+  const instead = () => here === view && still(here).catch(() => {});
+  video.onerror = instead;
+  video.onloadedmetadata = () => { if (!video.videoWidth) instead(); };
+  if (file) video.src = here.url(file);
+  else instead();
+}
+
+async function still(here) {
   $("video").hidden = true;
-  $("still").hidden = !job.result.frame;
-  $("no-picture").hidden = Boolean(job.result.frame);
-  if (job.result.frame) $("still").src = await picture(job.result.frame);
+  $("no-picture").hidden = Boolean(here.job.result.frame);
+  if (!here.job.result.frame) return;
+  $("still").src = await frame(here);
+  $("still").hidden = false;
 }
 
-const picture = async (url) => URL.createObjectURL(await (await ask(url)).blob());
+/** The address of the result's picture, fetched once. */
+function frame(here) {
+  here.frame ??= here.ask(here.job.result.frame).then((answer) => answer.blob()).then((blob) => { here.stay(); return here.url(blob); });
+  return here.frame;
+}
 
 /** Make a download: a plain link, or where a token is needed one that fetches. */
 function link(anchor, url, name) {
@@ -307,25 +527,50 @@ function link(anchor, url, name) {
   anchor.download = name;
   anchor.onclick = !sessionStorage.token ? null : async (event) => {
     event.preventDefault();
-    const blob = URL.createObjectURL(await (await ask(url)).blob());
-    Object.assign(document.createElement("a"), { href: blob, download: name }).click();
-    setTimeout(() => URL.revokeObjectURL(blob), 60000);
+    try {
+      const blob = URL.createObjectURL(await (await ask(url)).blob());
+      Object.assign(document.createElement("a"), { href: blob, download: name }).click();
+      setTimeout(() => URL.revokeObjectURL(blob), 60000);
+    } catch (error) {
+      complain(error);
+    }
   };
+}
+
+async function remove() {
+  const here = view;
+  try {
+    await ask(`v1/separations/${here.id}`, { method: "DELETE" });
+  } catch (error) {
+    if (error.status !== 404) { complain(error); return; }
+  }
+  files.delete(here.id);
+  if (here === view) start("replaceState");
 }
 
 // ---------------------------------------------------------------------------------------- mixer
 
+function describe(part) {
+  if (part.name === REST) return "everything else";
+  return [
+    `${Math.round(part.sound_score * 100)} % of the sound`,
+    part.visible === true && "seen in the picture",
+    part.visible === false && "not seen",
+    part.found !== "given" && `${sure(part.confidence)} that it is heard`,
+  ].filter(Boolean).join(", ");
+}
+
 function addTrack(part, track, number) {
   const row = $("track").content.cloneNode(true).firstElementChild;
   const find = (selector) => row.querySelector(selector);
+  const title = titled(part.name);
   row.style.setProperty("--colour", `var(${part.name === REST ? "--rest" : COLOURS[number % COLOURS.length]})`);
-  find("h3").textContent = part.title;
-  find(".head p").textContent = part.name === REST ? "what belongs to none" : [
-    part.silent ? (part.visible ? "visible, but silent" : "silent") : `${Math.round(part.sound_score * 100)} % of the sound`,
-    part.found === "sound" && part.visible === false && !part.silent && "not seen",
-    part.found !== "given" && sure(part.silent ? 1 - part.confidence : part.confidence),
-  ].filter(Boolean).join(", ");
-  find(".fader .hidden").textContent = `Level of ${part.title}`;
+  find("h3").textContent = title;
+  find("kbd").textContent = number < 9 ? number + 1 : "";
+  find(".hint").textContent = describe(part);
+  find(".doubt").textContent = sentence(doubtOf(part));
+  find(".doubt").hidden = !doubtOf(part);
+  find(".fader .hidden").textContent = `Level of ${title}`;
   const fader = find(".fader input");
   fader.oninput = () => {
     const decibels = +fader.value;
@@ -339,27 +584,29 @@ function addTrack(part, track, number) {
   fader.setAttribute("aria-valuetext", "0 dB");
   for (const [selector, field, verb] of [[".mute", "muted", "Mute"], [".solo", "solo", "Solo"]]) {
     const button = find(selector);
-    button.setAttribute("aria-label", `${verb} ${part.title}`);
+    button.setAttribute("aria-label", `${verb} ${title}`);
     button.onclick = () => {
       track[field] = !track[field];
       button.setAttribute("aria-pressed", track[field]);
       refresh();
     };
   }
-  link(find(".wav"), part.audio.wav, `${part.name}.wav`);
-  link(find(".flac"), part.audio.flac, `${part.name}.flac`);
-  for (const kind of ["wav", "flac"]) find(`.${kind}`).setAttribute("aria-label", `Download ${part.title} as ${kind.toUpperCase()}`);
+  for (const kind of ["wav", "flac"]) {
+    link(find(`.${kind}`), part.audio[kind], `${part.name}.${kind}`);
+    find(`.${kind}`).setAttribute("aria-label", `Download ${title} as ${kind.toUpperCase()}`);
+  }
   find(".views").onclick = (event) => {
     const box = event.currentTarget.getBoundingClientRect();
     seek(((event.clientX - box.left) / box.width) * mixer.duration);
   };
+  row.addEventListener("focusin", () => choose(row));
   track.row = row;
   $("tracks").append(row);
 }
 
 function refresh() {
   mixer.apply();
-  for (const track of mixer.tracks) track.row?.classList.toggle("off", !track.audible);
+  for (const track of mixer.tracks) track.row.classList.toggle("off", !track.audible);
 }
 
 async function toggle() {
@@ -376,7 +623,7 @@ async function seek(seconds) {
 /** Keep the picture with the sound, which is the clock. */
 function followVideo(jumped) {
   const video = $("video");
-  if (video.hidden || !video.src || video.error) return;
+  if (!mixer || video.hidden || !video.src || video.error) return;
   const at = Math.min(mixer.position, video.duration || Infinity);
   if (jumped || Math.abs(video.currentTime - at) > 0.12) video.currentTime = at;
   const should = mixer.playing && at < (video.duration || Infinity);
@@ -384,9 +631,8 @@ function followVideo(jumped) {
   if (!should && !video.paused) video.pause();
 }
 
-let lastFollow = 0;
-function tick(now) {
-  if (!mixer) return;
+function tick(here) {
+  if (here !== view) return;
   const at = mixer.position;
   if (mixer.playing && at >= mixer.duration) mixer.pause();
   const seekBar = $("seek");
@@ -398,30 +644,34 @@ function tick(now) {
   }
   const label = mixer.playing ? "Pause" : "Play";
   if ($("play").textContent !== label) $("play").textContent = label;
-  for (const track of mixer.tracks)
-    if (track.row) track.row.querySelector(".playhead").style.left = `${(100 * at) / mixer.duration}%`;
-  if (now - lastFollow > 500) {
-    lastFollow = now;
+  for (const track of mixer.tracks) track.row.querySelector(".playhead").style.left = `${(100 * at) / mixer.duration}%`;
+  if (performance.now() - (here.followed ?? 0) > 500) {
+    here.followed = performance.now();
     followVideo(false);
   }
-  requestAnimationFrame(tick);
+  requestAnimationFrame(() => tick(here));
 }
 
 // ------------------------------------------------------------------------------------- drawings
 
-async function drawAll() {
-  const drawn = mixer;
-  const top = Math.max(...drawn.tracks.map((t) => t.buffer.getChannelData(0).reduce((m, x) => Math.max(m, Math.abs(x)), 0)), 1e-4);
-  const reference = drawn.tracks[0];
-  const loudest = await spectrogram(reference.buffer, null, 0);
-  for (const track of drawn.tracks) {
-    if (!track.row || drawn !== mixer) continue;
-    drawWave(track.row.querySelector(".wave"), track.buffer, top);
-    await spectrogram(track.buffer, track.row.querySelector(".spectrogram"), loudest);
+/** Draw every track; what is begun later takes the place of what is under way. */
+async function drawAll(here) {
+  const drawing = here.drawing = {};
+  const go = () => { here.stay(); return here.drawing === drawing; };
+  const channels = here.mixer.tracks.map((t) => t.buffer.getChannelData(0));
+  const whole = new Float32Array(Math.max(...channels.map((c) => c.length)));
+  for (const channel of channels) channel.forEach((x, i) => { whole[i] += x; });
+  const top = Math.max(...[...channels, whole].map((c) => c.reduce((m, x) => Math.max(m, Math.abs(x)), 0)), 1e-4);
+  const rate = here.mixer.context.sampleRate;
+  const loudest = await spectrogram(whole, rate, null, 0, go);
+  for (const [i, track] of here.mixer.tracks.entries()) {
+    if (!go()) return;
+    drawWave(track.row.querySelector(".wave"), channels[i], whole.length, top);
+    await spectrogram(channels[i], rate, track.row.querySelector(".spectrogram"), loudest, go, whole.length);
   }
 }
 
-const colourOf = (element, name) => getComputedStyle(element).getPropertyValue(name).trim();
+const inkOf = (canvas) => getComputedStyle(canvas.closest(".track").querySelector("h3")).color;
 
 function sized(canvas) {
   const ratio = Math.min(2, window.devicePixelRatio || 1);
@@ -430,13 +680,10 @@ function sized(canvas) {
   return canvas.getContext("2d");
 }
 
-function drawWave(canvas, buffer, top) {
+function drawWave(canvas, samples, length, top) {
   const pen = sized(canvas);
   const { width, height } = canvas;
-  const samples = buffer.getChannelData(0);
-  pen.fillStyle = colourOf(canvas, "color");
-  pen.fillStyle = getComputedStyle(canvas.closest(".track").querySelector("h3")).color;
-  const length = mixer.duration * buffer.sampleRate;
+  pen.fillStyle = inkOf(canvas);
   for (let x = 0; x < width; x++) {
     let low = 0, high = 0;
     const end = Math.min(samples.length, ((x + 1) * length) / width);
@@ -472,20 +719,19 @@ function fft(re, im) {
 }
 
 /** Draw a spectrogram, 60 dB deep, on a scale of frequency that ears like; without a canvas, only say the loudest dB. */
-async function spectrogram(buffer, canvas, loudest) {
+async function spectrogram(samples, rate, canvas, loudest, go, length = samples.length) {
   const n = 2048, rows = 64, top = 12000, bottom = 60;
-  const samples = buffer.getChannelData(0);
   const pen = canvas && sized(canvas);
   const width = canvas ? Math.min(canvas.width, 900) : 100;
   const window_ = Float32Array.from({ length: n }, (_, i) => 0.5 - 0.5 * Math.cos((2 * Math.PI * i) / n));
   const mel = (hz) => Math.log10(1 + hz / 700);
-  const edge = (r) => (700 * (10 ** (mel(bottom) + (r / rows) * (mel(top) - mel(bottom))) - 1) * n) / buffer.sampleRate;
+  const edge = (r) => (700 * (10 ** (mel(bottom) + (r / rows) * (mel(top) - mel(bottom))) - 1) * n) / rate;
   const image = pen && new ImageData(width, rows);
-  const ink = canvas ? pixel(getComputedStyle(canvas.closest(".track").querySelector("h3")).color) : [0, 0, 0];
+  const ink = canvas ? pixel(inkOf(canvas)) : [0, 0, 0];
   const re = new Float32Array(n), im = new Float32Array(n);
   let most = -200, rested = performance.now();
   for (let x = 0; x < width; x++) {
-    const start = Math.round(((x + 0.5) / width) * mixer.duration * buffer.sampleRate - n / 2);
+    const start = Math.round(((x + 0.5) / width) * length - n / 2);
     for (let i = 0; i < n; i++) re[i] = (samples[start + i] ?? 0) * window_[i];
     im.fill(0);
     fft(re, im);
@@ -500,12 +746,12 @@ async function spectrogram(buffer, canvas, loudest) {
     if (performance.now() - rested > 12) { // let the page breathe
       await new Promise((resolve) => setTimeout(resolve));
       rested = performance.now();
-      if (!mixer) return most;
+      if (!go()) return most;
     }
   }
   if (image) {
     const bitmap = await createImageBitmap(image);
-    pen.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+    if (go()) pen.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   }
   return most;
 }
@@ -518,24 +764,32 @@ function pixel(colour) {
 }
 
 let resized = null;
-addEventListener("resize", () => { clearTimeout(resized); resized = setTimeout(() => mixer && drawAll(), 250); });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => mixer && drawAll());
+const redraw = () => mixer && drawAll(view).catch(() => {}); // left meanwhile
+addEventListener("resize", () => { clearTimeout(resized); resized = setTimeout(redraw, 250); });
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 
 // --------------------------------------------------------------------------------- relation map
 
-let map = null;
-async function showMap() {
-  map = await (await ask(job.result.relation.data)).json();
-  $("map-seconds").textContent = Math.round(map.duration_s);
-  $("map-frame").hidden = !job.result.frame;
-  if (job.result.frame) $("map-frame").src = await picture(job.result.frame);
+async function showMap(here) {
+  here.map = await (await here.ask(here.job.result.relation.data)).json();
+  here.stay();
+  $("map-seconds").textContent = Math.round(here.map.duration_s);
+  $("map-count").textContent = here.map.basis.length;
   drawMap();
+  $("map-frame").hidden = true;
+  if (!here.job.result.frame) return;
+  $("map-frame").src = await frame(here);
+  $("map-frame").hidden = false;
 }
 
 function drawMap() {
+  const { map } = view;
+  if (!map) return;
   const all = $("all-rows").checked;
+  const here = (name) => map.audible.includes(name);
+  const known = (name) => name === "noise" || !learned || learned.includes(name);
   const rows = map.objects.map((name, i) => ({ name, cells: map.posteriors[i] }))
-    .filter(({ name, cells }) => all || map.audible.includes(name) || Math.max(...cells) >= 0.25);
+    .filter(({ name, cells }) => here(name) || (known(name) && (all || Math.max(...cells) >= 0.25)));
   const grid = document.createElement("tbody");
   const top = Math.max(...map.energy);
   const bars = grid.insertRow();
@@ -552,7 +806,7 @@ function drawMap() {
     const head = document.createElement("th");
     head.scope = "row";
     head.textContent = titled(name);
-    head.className = map.audible.includes(name) ? "audible" : "";
+    head.className = here(name) ? "audible" : "";
     row.append(head);
     cells.forEach((p, column) => {
       const button = document.createElement("button");
@@ -565,7 +819,8 @@ function drawMap() {
       row.insertCell().append(button);
     });
   }
-  grid.querySelector("button").tabIndex = 0;
+  const first = grid.querySelector("button");
+  if (first) first.tabIndex = 0;
   $("grid").replaceChildren(grid);
 }
 
@@ -588,18 +843,20 @@ $("grid").addEventListener("keydown", (event) => {
 
 let basisPlaying = null;
 async function playBasis(column) {
+  const here = view;
   const again = basisPlaying === column;
   mixer.stopAlone();
   if (again) return;
   try {
-    const basis = map.basis[column];
-    const bytes = await (await ask(`v1/separations/${job.id}/bases/${basis}.wav`)).arrayBuffer();
-    const buffer = await mixer.context.decodeAudioData(bytes);
-    await mixer.playAlone(buffer, () => mark(null));
+    const bytes = await (await here.ask(`v1/separations/${here.id}/bases/${here.map.basis[column]}.wav`)).arrayBuffer();
+    const buffer = await here.mixer.context.decodeAudioData(bytes);
+    here.stay();
+    await here.mixer.playAlone(buffer, () => here === view && mark(null));
+    here.stay();
     followVideo(true);
     mark(column);
   } catch (error) {
-    complain(error);
+    if (here === view && error.name !== "AbortError") complain(error);
   }
 }
 
@@ -607,78 +864,138 @@ function mark(column) {
   basisPlaying = column;
   for (const row of $("grid").rows) [...row.cells].forEach((cell, i) => cell.classList.toggle("playing", i - 1 === column));
   if (column === null) { $("basis-line").textContent = ""; return; }
+  const { map } = view;
   const best = map.objects.map((name, i) => [map.posteriors[i][column], name]).sort((a, b) => b[0] - a[0]).slice(0, 3);
   $("basis-line").textContent = `Playing basis ${column + 1}, ${Math.round(100 * map.energy[column])} % of the energy: `
     + best.map(([p, name]) => `${titled(name)} ${Math.round(100 * p)} %`).join(", ");
 }
 
+// ----------------------------------------------------------------------------------------- keys
+
+const rows = () => [...$("tracks").children];
+const chosen = () => rows().find((row) => row.classList.contains("chosen"));
+
+function choose(row) {
+  for (const other of rows()) other.classList.toggle("chosen", other === row);
+}
+
+const keysAreOn = () => localStorage.keys !== "off";
+
+/** Keys of the mixer; true where one was for it. */
+function mixerKey(event) {
+  const { key, target } = event;
+  const row = chosen();
+  const moves = target.closest("input, select, #grid"); // what takes arrows itself
+  if (key === " ") {
+    if (target.closest("button, input, a, select, summary")) return false;
+    toggle();
+  } else if ((key === "ArrowLeft" || key === "ArrowRight") && !moves) {
+    seek(mixer.position + (key === "ArrowLeft" ? -JUMP_S : JUMP_S));
+  } else if ((key === "ArrowUp" || key === "ArrowDown") && !moves && row?.contains(target)) {
+    const fader = row.querySelector(".fader input");
+    fader.value = +fader.value + (key === "ArrowUp" ? 1 : -1);
+    fader.oninput();
+  } else if (/^[1-9]$/.test(key) && rows()[key - 1]) {
+    rows()[key - 1].focus();
+  } else if (/^[ms]$/i.test(key)) {
+    (row ?? rows()[0]).querySelector(key.toLowerCase() === "m" ? ".mute" : ".solo").click();
+  } else {
+    return false;
+  }
+  return true;
+}
+
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing || $("keys").open) return;
+  if (event.target.closest("input[type=password], input[type=url]")) return;
+  if (event.key === "Escape") {
+    if (view.part === "work") cancel();
+    else if (mixer) { mixer.stopAlone(); mixer.pause(); followVideo(true); }
+  } else if (keysAreOn() && (event.key === "?" ? ($("keys").showModal(), true) : mixer && mixerKey(event))) {
+    event.preventDefault();
+  }
+});
+$("keys-open").onclick = () => $("keys").showModal();
+$("keys-on").checked = keysAreOn();
+$("keys-on").onchange = () => { localStorage.keys = $("keys-on").checked ? "on" : "off"; };
+
 // --------------------------------------------------------------------------------------- wiring
+
+const isMedia = (file) => /^(video|audio)\//.test(file.type);
+
+/** Take what was dropped or pasted, one file at a time, and say what wasn't taken. */
+function take(data) {
+  if (view.part === "work") {
+    notice("One at a time: this one is still in work. Cancel it, or wait.");
+    return;
+  }
+  const given = [...data.files];
+  const folder = [...data.items].some((item) => item.kind === "file" && item.webkitGetAsEntry?.()?.isDirectory);
+  if (folder || !given.length) {
+    const link = /^https?:/.test(data.getData("text/uri-list") || data.getData("text/plain"));
+    notice(folder ? "That is a folder. Drop one video or sound out of it."
+      : link ? "That is a link. Save the video first, then drop its file here." : "That is text. Drop a video or sound file here.");
+    return;
+  }
+  const file = given.find(isMedia) ?? given[0];
+  const others = given.filter((other) => other !== file).map((other) => other.name);
+  const named = others.slice(0, 4).join(", ") + (others.length > 4 ? ` and ${others.length - 4} more` : "");
+  separate(file, others.length ? `One at a time: took ${file.name}. Left out: ${named}.` : "");
+}
 
 $("file").onchange = () => { if ($("file").files[0]) separate($("file").files[0]); };
 for (const kind of ["dragover", "dragleave", "drop"]) {
   document.addEventListener(kind, (event) => {
     event.preventDefault();
     $("drop").classList.toggle("over", kind === "dragover");
-    if (kind === "drop" && event.dataTransfer.files[0] && !working) separate(event.dataTransfer.files[0]);
+    if (kind === "drop") take(event.dataTransfer);
   });
 }
-$("cancel").onclick = () => working?.abort();
+document.addEventListener("paste", (event) => { if (event.clipboardData.files.length) take(event.clipboardData); });
+$("cancel").onclick = cancel;
 $("play").onclick = toggle;
 $("seek").oninput = () => seek(+$("seek").value);
 $("source").onchange = () => mixer.listenTo($("source").querySelector(":checked").value === "original");
 $("all-rows").onchange = drawMap;
-$("video").onerror = () => { if (mixer && $("video").src) still(); };
-$("video").onloadedmetadata = () => { if (!$("video").videoWidth) still(); };
-$("again").onclick = () => { forget(); history.replaceState(null, "", location.pathname); $("file").value = ""; show("choose"); $("file").focus(); };
-$("delete").onclick = async () => {
-  await ask(`v1/separations/${job.id}`, { method: "DELETE" }).catch(complain);
-  $("again").click();
-};
-document.addEventListener("keydown", (event) => {
-  if (event.key === " " && mixer && !event.target.closest("button, input, a, select, summary")) {
-    event.preventDefault();
-    toggle();
-  }
-});
+$("again").onclick = () => { start("pushState"); $("file").focus(); };
+$("delete").onclick = remove;
+addEventListener("popstate", route);
 $("token-form").onsubmit = (event) => {
   event.preventDefault();
   sessionStorage.token = $("token").value;
   location.reload();
 };
 
-async function begin() {
-  const objects = await (await ask("v1/objects")).json();
-  $("objects").replaceChildren(...objects.map(({ name }) => {
+/** Offer the objects that the model learned, and show which it did not. */
+function offer(objects) {
+  learned = objects.filter((o) => o.learned).map((o) => o.name);
+  const tick = ({ name, learned: known }) => {
     const label = document.createElement("label");
-    label.append(Object.assign(document.createElement("input"), { type: "checkbox", value: name }), titled(name));
+    const box = Object.assign(document.createElement("input"), { type: "checkbox", value: name, disabled: !known });
+    if (!known) box.setAttribute("aria-describedby", "unlearned-why");
+    label.append(box, titled(name));
     return label;
-  }));
+  };
+  $("objects").replaceChildren(...objects.filter((o) => o.learned).map(tick));
+  $("unlearned").replaceChildren(...objects.filter((o) => !o.learned).map(tick));
+  $("unlearned-box").hidden = learned.length === objects.length;
+}
+
+async function begin() {
+  offer(await (await ask("v1/objects")).json());
   const model = await (await ask("v1/model")).json();
   limits = model.limits;
-  $("limits").textContent = `Up to ${Math.round(limits.max_duration_s / 60)} minutes and ${megabytes(limits.max_upload_bytes)}. `
-    + `It stays on this server, and its sounds are deleted after ${Math.round(limits.results_ttl_s / 60)} minutes.`;
-  if (!model.dictionary) for (const option of $("bases").options) option.disabled = ["learned", "both"].includes(option.value);
-  const id = location.hash.slice(1);
-  if (id) {
-    try {
-      job = await (await ask(`v1/separations/${id}`)).json();
-      if (job.status === "done") { show("work"); await present(); }
-    } catch (error) {
-      forget();
-      show("choose");
-      complain(error.status === 404 ? "That result is no longer there." : error);
-    }
-  }
+  $("limits").textContent = `Up to ${lasting(limits.max_duration_s)} and ${roundMegabytes(limits.max_upload_bytes)}. `
+    + `It stays on this server, and its sounds are deleted after ${lasting(limits.results_ttl_s)}.`;
+  $("knows").textContent = training(model.trained_on);
+  if (location.hash) route();
   const examples = await (await ask("v1/examples")).json();
   $("examples").replaceChildren(...examples.map(({ name, url }) => {
     const button = Object.assign(document.createElement("button"), { type: "button", textContent: name.replaceAll("-", " ") });
-    button.onclick = async () => {
-      try {
-        separate(new File([await (await ask(url)).blob()], name));
-      } catch (error) {
-        complain(error);
-      }
-    };
+    button.onclick = () => separate(async (signal) => {
+      const blob = await (await ask(url, { signal })).blob();
+      return new File([blob], name.replaceAll("-", " "), { type: blob.type });
+    });
     const item = document.createElement("li");
     item.append(button);
     return item;

@@ -1,0 +1,218 @@
+"""What the service answers, as schemas with an example each: for the OpenAPI document and the page of it."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+_ID = "8c2f4f0de1a54b0d9a4f3f1f0c7be6a1"
+_BASE = f"/v1/separations/{_ID}"
+
+
+def _audio(track: str) -> dict[str, str]:
+    return {kind: f"{_BASE}/tracks/{track}.{kind}" for kind in ("wav", "flac", "ogg")}
+
+
+def _object(name: str, **values: Any) -> dict[str, Any]:
+    return {"name": name, "found": "given", **values, "learned": True, "doubt": "", "audio": _audio(name)}
+
+
+OBJECT: dict[str, Any] = {"name": "violin", "learned": True, "imagenet": [889], "audioset": "/m/07y_7"}
+RESULT: dict[str, Any] = {
+    "duration_s": 10.0,
+    "sample_rate": 16000,
+    "objects_from": "given",
+    "note": "",
+    "bases": "own",
+    "objects": [
+        _object("violin", confidence=0.97, sound_score=0.62, picture_score=0.81, visible=True, silent=False),
+        _object("dog", confidence=0.94, sound_score=0.29, picture_score=0.55, visible=True, silent=False),
+    ],
+    "rest": _audio("_rest"),
+    "mixture": _audio("_mixture"),
+    "heard": {"violin": 0.62, "dog": 0.29},
+    "windows": [{"start_s": 0.0, "end_s": 10.0, "heard": {"violin": 0.62, "dog": 0.29}}],
+    "relation": {"data": f"{_BASE}/relation", "png": f"{_BASE}/relation.png"},
+    "frame": f"{_BASE}/frame.png",
+    "archive": f"{_BASE}/archive.zip",
+    "timings": {"queued_s": 0.01, "decode_s": 0.4, "look_s": 0.9, "listen_s": 2.1, "separate_s": 0.3, "total_s": 3.7},
+    "model": {"recipe": "default", "avsep": "0.1.0"},
+    "trained_on": {"clips": 40_000, "clips_by_label": {"dog": 9000, "violin": 12_000}},
+}
+JOB: dict[str, Any] = {
+    "id": _ID,
+    "status": "done",
+    "stage": "done",
+    "progress": 1.0,
+    "created": "2025-06-01T12:00:00Z",
+    "expires": "2025-06-01T13:00:05Z",
+    "error": None,
+    "result": RESULT,
+}
+PROBLEM: dict[str, Any] = {
+    "title": "Request Entity Too Large",
+    "status": 413,
+    "detail": "the sound is too long: more than 600 s, the most that this service takes; send a part of it, "
+    "or use the command 'avsep separate', which takes any length",
+    "reason": "too_long",
+}
+
+
+def _text(description: str, **settings: Any) -> Any:
+    return Field(description=description, **settings)
+
+
+class ProblemBody(BaseModel):
+    """Why a request failed."""
+
+    title: str
+    status: int = _text("HTTP's")
+    detail: str = _text("to read")
+    reason: str | None = _text("to branch on: unreadable, too_long, busy, storage_full, …", default=None)
+    cause: str | None = _text("the decoder's own words", default=None)
+
+
+class Audio(BaseModel):
+    """Where a sound is: lossless twice, and once small."""
+
+    wav: str = _text("float32")
+    flac: str = _text("24 bits")
+    ogg: str = _text("Vorbis, a fifth of FLAC's size, for listening")
+
+
+class SeparatedObject(BaseModel):
+    """One object of a result. The sounds of all objects and the rest add up to the mixture."""
+
+    name: str
+    found: Literal["given", "pictures", "sound"] = _text("why it is here: it was named, seen or heard")
+    confidence: float = _text("the probability that it sounds, by sound and pictures")
+    sound_score: float = _text("its share of the sound")
+    picture_score: float | None = _text("how much it is seen; null where nobody looked")
+    visible: bool | None = _text("whether it is seen; null where nobody looked")
+    silent: bool = _text("here, but not heard: its sound is zero")
+    learned: bool = _text("whether the model was trained on this object; else its answer means little", default=True)
+    doubt: str = _text("why its sound may not be its own, or nothing", default="")
+    audio: Audio
+
+
+class Relation(BaseModel):
+    """Where the relation map is."""
+
+    data: str
+    png: str
+
+
+class WindowHeard(BaseModel):
+    """What is heard in one stretch of a sound."""
+
+    start_s: float
+    end_s: float
+    heard: dict[str, float]
+
+
+class Result(BaseModel):
+    """What became of a video."""
+
+    duration_s: float
+    sample_rate: int
+    objects_from: Literal["given", "pictures", "sound"] = _text("how the objects were found")
+    note: str = _text("what to know of this result, or nothing")
+    bases: Literal["own", "learned", "both"]
+    objects: list[SeparatedObject]
+    rest: Audio = _text("what is no object's")
+    mixture: Audio
+    heard: dict[str, float] = _text("every object's share of the sound, from 1 % up")
+    windows: list[WindowHeard] = _text("the same over time, from 5 % up")
+    relation: Relation
+    frame: str | None = _text("a picture of the video")
+    archive: str = _text("all of it in a ZIP")
+    timings: dict[str, float] = _text("in seconds")
+    model: dict[str, str]
+    trained_on: dict[str, Any] = _text("what the model learned from, as far as it says so", default_factory=dict)
+
+
+class Job(BaseModel):
+    """A separation, finished or not."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [JOB]})
+
+    id: str
+    status: Literal["uploading", "queued", "running", "done", "failed"]
+    stage: str | None = _text("fetching, decoding, looking, listening, separating, done", default=None)
+    progress: float = _text("from 0 to 1")
+    created: datetime
+    expires: datetime | None = _text("when its files will be deleted, once it is finished", default=None)
+    error: ProblemBody | None = _text("why it failed", default=None)
+    result: Result | None = _text("once it is done", default=None)
+
+
+class RelationMap(BaseModel):
+    """How the first window's M bases relate to the L objects, the loudest basis first."""
+
+    objects: list[str] = _text("L names, then noise")
+    posteriors: list[list[float]] = _text("(L + 1, M), a column sums to one")
+    audible: list[str] = _text("J names, then _rest")
+    shares: list[list[float]] = _text("(J + 1, M), what became of each basis")
+    basis: list[int] = _text("(M,), numbers to ask for its sound by")
+    energy: list[float] = _text("(M,)")
+    start_s: float
+    duration_s: float
+
+
+class ObjectInfo(BaseModel):
+    """An object that the model has a name for."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [OBJECT]})
+
+    name: str
+    learned: bool = _text("whether the model was trained on it; else it can't tell its sound")
+    imagenet: list[int] = _text("its classes of ImageNet")
+    audioset: str = _text("its class of AudioSet")
+
+
+class Limits(BaseModel):
+    """What the service takes and keeps."""
+
+    max_upload_bytes: int
+    max_duration_s: float
+    max_pixels: int
+    results_ttl_s: float
+    allow_urls: bool
+    free_bytes: int = _text("the room that there is now for one more upload with its result")
+
+
+class ModelInfo(BaseModel):
+    """The model in use."""
+
+    recipe: str
+    objects: list[str]
+    learned: list[str] = _text("those that it was trained on")
+    trained_on: dict[str, Any] = _text("what it learned from, as far as it says so: clips, clips_by_label, …")
+    sample_rate: int
+    n_fft: int
+    hop_length: int
+    n_bases: int
+    bases: str
+    dictionary: bool
+    labeller: str
+    window_s: float
+    versions: dict[str, str]
+    limits: Limits
+
+
+class Health(BaseModel):
+    """Whether the service works."""
+
+    status: Literal["ok"]
+    version: str
+    pending: int = _text("uploads and separations in progress")
+    busy: bool = _text("whether an upload would be told to come later")
+
+
+class Example(BaseModel):
+    """A file to try the service with."""
+
+    name: str
+    url: str
