@@ -25,6 +25,7 @@ REST = "_rest"
 _UNHEARD = "the model hardly hears it: it is taken to be there because it was named, so its sound is a guess"
 _UNSURE = "the model is not sure that it sounds"
 _FAINT = 1e-3  # of the loudest window: what a fainter one seems to hold doesn't count
+_SURE = 0.99  # confidence from which a named object needs no least share
 _LIFTS = 50  # at most, of shares that are too small; a few do
 _FINE_ITERATIONS = 4  # of the bases at the masks' resolution; more change nothing
 
@@ -87,8 +88,8 @@ def basis_shares(relation: Tensor, objects: Sequence[int], config: SeparationCon
     return torch.cat([own, rest])
 
 
-def at_least(shares: Tensor, basis_energy: Tensor, least: float) -> Tensor:
-    """Raise objects' shares until each has `least` of the bases' energy, at the others' expense: `(J + 1, M)`.
+def at_least(shares: Tensor, basis_energy: Tensor, least: Tensor) -> Tensor:
+    """Raise objects' shares until each has `least`, `(J,)`, of the bases' energy, at the others' expense: `(J + 1, M)`.
 
     The last row, the rest, gets what it gets; columns keep their sums. An object takes first where its shares are
     the largest beside what they are elsewhere.
@@ -181,17 +182,15 @@ class Separator:
         return Window(factors, relation, scores, total)
 
     @torch.inference_mode()
-    def shares(self, window: Window, objects: Sequence[int], named: bool = False) -> Tensor:
+    def shares(self, window: Window, objects: Sequence[int], least: Tensor | None = None) -> Tensor:
         """Say how much of each basis goes to each object and, last, to the rest, `(J + 1, M)`.
 
         Where the model has learned how a clip's bases belong together, they vote among the
         objects that are there and the rest; else each is taken by itself (`basis_shares`).
-        Objects that were `named` for certain each get `least_share / J` of the energy, at least.
+        `least` is what each object gets of the energy at least, `(J,)`.
         """
         shares = self._votes(window, objects)
-        if named and self.config.least_share and len(objects):
-            return at_least(shares, window.factors.basis_energy, self.config.least_share / len(objects))
-        return shares
+        return shares if least is None else at_least(shares, window.factors.basis_energy, least)
 
     def _votes(self, window: Window, objects: Sequence[int]) -> Tensor:
         context = self.model.context
@@ -208,10 +207,12 @@ class Separator:
         return refined[[*index, -1]] ** self.config.posterior_power
 
     @torch.inference_mode()
-    def masks(self, waveform: Tensor, window: Window, objects: Sequence[int], named: bool = False) -> Tensor:
+    def masks(
+        self, waveform: Tensor, window: Window, objects: Sequence[int], least: Tensor | None = None
+    ) -> Tensor:
         """Return the objects' masks and, last, the rest's, `(J + 1, F, N)` of `mask_stft`, summing to one."""
         W, H = window.factors.W, window.factors.H
-        shares = self.shares(window, objects, named)
+        shares = self.shares(window, objects, least)
         own = learned = None
         if self.config.bases != "learned":
             if self.config.assignment == "threshold":
@@ -360,7 +361,7 @@ class Plan:
         else:
             self.indices = separator.fuse(seen, confidence) if scores.any() or seen else []
             self._doubted = config.assignment == "soft" and (len(self.indices) > 1 or bool(seen))
-        self.named = objects is not None
+        self.named, self._sure = objects is not None, confidence
         self._unheard = torch.zeros(len(names), dtype=torch.bool)  # though it was named
         if self.named and scores.any():
             self._unheard[self.indices] = peaks[self.indices] < config.silent_share
@@ -382,6 +383,16 @@ class Plan:
             confidence = self.separator.model.config.evidence.confidence(shares, self._shown)
             heard = heard & (confidence >= self.separator.config.least_confidence)
         return heard | self._unheard
+
+    def least(self, window: Window, objects: Sequence[int]) -> Tensor | None:
+        """Return what objects that were named get of a window's energy at least, `(J,)`; None where nobody named any.
+
+        Where the model is sure of all of them it goes by what it hears; else an object that it takes for another
+        would be left with nothing.
+        """
+        if not self.named or not objects or float(self._sure[list(objects)].min()) >= _SURE:
+            return None
+        return torch.full((len(objects),), self.separator.config.least_share / len(objects))
 
     def _store(self, window: Window) -> None:
         scale = float(window.factors.H.max()) or 1.0
@@ -412,7 +423,8 @@ class Plan:
             rows = [k for k, i in enumerate(self.indices) if heard[i] and self.objects[k] not in self.silent]
             estimates = np.zeros((len(self.objects) + 1, len(window)), np.float32)
             if rows:
-                masks = self.separator.masks(padded, analysed, [self.indices[k] for k in rows], self.named)
+                index = [self.indices[k] for k in rows]
+                masks = self.separator.masks(padded, analysed, index, self.least(analysed, index))
                 parts = separate(padded, masks[:-1], self.separator.mask_stft)
                 estimates[rows] = parts.numpy()[:, : len(window)]
             estimates[-1] = window - estimates.sum(0)

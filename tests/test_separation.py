@@ -235,11 +235,11 @@ def test_an_object_that_is_named_is_there_though_the_model_does_not_know_its_sou
 def test_shares_are_raised_to_the_least_and_no_further() -> None:
     shares = torch.tensor([[0.9, 0.8, 0.98], [0.0999, 0.19, 1e-9], [1e-4, 1e-2, 0.02]])  # two objects, the rest
     energy = torch.tensor([0.2, 0.2, 0.6])
-    raised = at_least(shares, energy, 0.3)
+    raised = at_least(shares, energy, torch.tensor([0.3, 0.3]))
     assert torch.allclose(raised.sum(0), shares.sum(0), atol=1e-6)
     assert float(raised[1] @ energy) == pytest.approx(0.3, abs=2e-3)
     assert float(raised[1, 1]) > float(raised[1, 0]) > float(raised[1, 2])  # where it was likeliest
-    assert torch.equal(at_least(shares, energy, 0.05), shares)
+    assert torch.equal(at_least(shares, energy, torch.tensor([0.05, 0.05])), shares)
 
 
 def test_what_no_named_object_explains_goes_to_the_rest() -> None:
