@@ -130,8 +130,8 @@ def test_the_main_job_from_pictures_alone(tmp_path: Path, capfd, monkeypatch) ->
 
 
 def test_label_says_which_network_it_used(tmp_path: Path, capsys) -> None:
-    write_clip(tmp_path, 0, ("violin",), "test")
+    write_clip(tmp_path, 0, ("acoustic_guitar",), "test")
     assert cli.main(["label", str(tmp_path / "test0.mp4"), "--labeller", "efficientnet_lite0"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "pictures: efficientnet_lite0, looks: tiles"
-    assert printed[1].endswith("violin  (label)")
+    assert printed[1].endswith("acoustic_guitar  (label)")

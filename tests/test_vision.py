@@ -60,7 +60,7 @@ def test_torchvision_s_networks_are_shown_what_their_weights_were_measured_with(
     assert found.size == published.crop_size[0] and found.crop == published.crop_size[0] / published.resize_size[0]
     images = torch.from_numpy(pictures(1, published.resize_size[0]))
     expected = published(images[0].permute(2, 0, 1))
-    start = (published.resize_size[0] - found.size) // 2
+    start = round((published.resize_size[0] - found.size) / 2)
     middle = images[:, start : start + found.size, start : start + found.size]
     torch.testing.assert_close(found(middle)[0], expected, atol=1e-5, rtol=0)
 
