@@ -23,6 +23,7 @@ from avsep.vision import ImageLabeller, build_network
 
 BACKGROUND = 819  # ImageNet's "stage": what a network trained from scratch answers when it sees no object
 _JPEG_QUALITY = 90
+_ONE_LOOK = LabelConfig()
 _ALBUM = pa.schema([("segment_id", pa.string()), ("pictures", pa.list_(pa.binary()))])
 
 
@@ -91,7 +92,7 @@ def targets(
     shares: Tensor | None,
     scores: Tensor | None,
     model: Model | None,
-    labels: LabelConfig = LabelConfig(),
+    labels: LabelConfig = _ONE_LOOK,
 ) -> Tensor | None:
     """Decide what a clip's pictures show, boolean `(L,)`; None where there is nothing to go by.
 

@@ -113,7 +113,7 @@ class ClipRecord:
     activations: NDArray[np.float16]  # (M, N), times activation_scale
     activation_scale: float
     basis_energy: NDArray[np.float32]  # (M,), each basis's share of the clip's energy
-    image_logits: NDArray[np.float16] | None  # (n_images, 1000); None: there was no labeller
+    image_logits: NDArray[np.float16] | None  # (n_images, 1000); of several looks log-probabilities; None: no labeller
     kl_divergence: float
     duration_s: float
     rms_db: float  # full scale = 0

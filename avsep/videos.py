@@ -326,7 +326,7 @@ def pictures(
     limits: media.DecodeLimits = _LIMITS,
     step: Step = _no_step,
 ) -> NDArray[np.uint8]:
-    """Decode pictures from all over a file, at most a minute's worth, `(n, height, width, 3)`, `image_size` as in media."""
+    """Decode pictures from all over a file, at most a minute's worth, as `media.decode` gives them."""
     found: list[NDArray[np.uint8]] = []
     info = info or media.probe(video)
     if not info.has_video:

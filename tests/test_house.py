@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 import avsep
-from avsep import cli
 from avsep.finetuning import FinetuningConfig
 from pipelines import RECIPES, finetune, recipes
 

@@ -19,7 +19,7 @@ def test_each_look_lies_within_its_picture(way: str, height: int, width: int, n_
     found = boxes(way, n_images, height, width)
     assert len(found) == n_images and all(found)  # every picture is looked at
     for x, y, w, h in (box for picture in found for box in picture):
-        assert 0 <= x and 0 <= y and w > 0 and h > 0 and x + w <= 1 + 1e-9 and y + h <= 1 + 1e-9
+        assert x >= 0 and y >= 0 and w > 0 and h > 0 and x + w <= 1 + 1e-9 and y + h <= 1 + 1e-9
 
 
 @pytest.mark.parametrize(("height", "width"), SHAPES)

@@ -35,7 +35,8 @@ NAMES = {
     "saxophone": "sax",
     "trombone": "trombone",
     "violin": "violin",
-    "car": "beach wagon, cab, car wheel, convertible, grille, jeep, limousine, minivan, Model T, pickup, racer, sports car",
+    "car": "beach wagon, cab, car wheel, convertible, grille, jeep, limousine, minivan, Model T, pickup, racer, "
+    "sports car",
     "train": "bullet train, electric locomotive, freight car, passenger car, steam locomotive, streetcar",
     "plane": "airliner, warplane, wing",
     "motorcycle": "crash helmet, disk brake, moped, motor scooter",

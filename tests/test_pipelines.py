@@ -603,7 +603,8 @@ def test_segments_without_labels_or_weights_stop_at_the_start(rendered, tmp_path
     rows = [{"segment_id": "a", "source": str(next((rendered / "clips").iterdir()))}]
     out = tmp_path / "out"
     assert extract.main(["--segments", table_of(tmp_path, rows), "--out", str(out), "--in-process"]) == 2
-    assert "--weights" in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert "--weights" in error and "--labeller efficientnet_lite2" in error and error.count("\n") == 1
     assert not out.exists()
 
 

@@ -351,7 +351,9 @@ def test_shards_of_another_version_are_refused_in_one_line(out: str) -> None:
     raw = json.loads(storage.read_bytes(path))
     storage.delete_file(path)
     storage.write_text(path, json.dumps(raw | {"schema_version": 1}))
-    expected = rf"the shards in {out} are of schema version 1, this program's are of 2: extract the clips again, to another"
+    expected = (
+        rf"the shards in {out} are of schema version 1, this program's are of 2: extract the clips again, to another"
+    )
     for read in (shards.read_ids, shards.read_state, shards.clip_files, shards.read_configuration):
         with pytest.raises(ValueError, match=expected):
             read(out)

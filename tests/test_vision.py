@@ -60,7 +60,7 @@ def test_torchvision_s_networks_are_shown_what_their_weights_were_measured_with(
     assert found.size == published.crop_size[0] and found.crop == published.crop_size[0] / published.resize_size[0]
     images = torch.from_numpy(pictures(1, published.resize_size[0]))
     expected = published(images[0].permute(2, 0, 1))
-    start = (published.resize_size[0] - found.size) // 2
+    start = round((published.resize_size[0] - found.size) / 2)
     middle = images[:, start : start + found.size, start : start + found.size]
     torch.testing.assert_close(found(middle)[0], expected, atol=1e-5, rtol=0)
 
@@ -112,7 +112,8 @@ def test_lite_pads_as_tensorflow_does() -> None:
 
 def test_a_lite_network_of_other_classes_is_saved_and_loaded(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    labeller = ImageLabeller("efficientnet_lite0", build_network("efficientnet_lite0", 3).eval(), "", CLASSES, way="centre")
+    network = build_network("efficientnet_lite0", 3).eval()
+    labeller = ImageLabeller("efficientnet_lite0", network, "", CLASSES, way="centre")
     labeller.save(tmp_path / "lite.safetensors")
     back = ImageLabeller.load(weights=tmp_path / "lite.safetensors")
     assert (back.architecture, back.classes, back.way) == ("efficientnet_lite0", CLASSES, "centre")
@@ -256,7 +257,7 @@ def test_files_that_do_not_fit_are_one_line_each(pth: Path, tmp_path: Path) -> N
         with pytest.raises(LabellerUnavailable, match=message) as caught:
             ImageLabeller.load(architecture, path)
         assert one_line(caught.value) and str(path) in str(caught.value)
-    expected = r"'nosuchnet' is no picture network .*: give efficientnet_lite0, efficientnet_lite2, or a classifier of tor"
+    expected = r"'nosuchnet' is no picture network .*: give efficientnet_lite0, efficientnet_lite2, or a class"
     with pytest.raises(LabellerUnavailable, match=expected):
         ImageLabeller.load("nosuchnet")
 
