@@ -11,7 +11,8 @@ EXAMPLES = """examples:
   avsep separate duet.mp4 --model out/run/model --out out/duet
   avsep separate duet.mp4 --model out/run/model --out out/duet --objects violin,dog
   avsep inspect out/run/model
-  avsep label duet.mp4 --weights resnet152-394f9c45.pth
+  avsep label duet.mp4
+  avsep label duet.mp4 --labeller efficientnet_lite2
 """
 
 
@@ -35,8 +36,14 @@ def parser() -> argparse.ArgumentParser:
     i.add_argument("path", help="a .parquet file or a folder")
     la = commands.add_parser("label", help="what the pictures show", **shown)
     la.add_argument("video")
-    la.add_argument("--weights", help="a .pth or .safetensors file; else torchvision's ImageNet weights")
-    la.add_argument("--architecture", default="resnet152", help="any torchvision classifier (default %(default)s)")
+    la.add_argument("--weights", help="weights of the picture network, a .pth or .safetensors file")
+    la.add_argument(
+        "--labeller",
+        "--architecture",  # its former name
+        metavar="NAME",
+        help="the picture network: efficientnet_lite0 or efficientnet_lite2, which need no download, or a classifier "
+        "of torchvision (default: the first to be had of resnet152 and efficientnet_lite2)",
+    )
     return p
 
 

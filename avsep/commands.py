@@ -24,7 +24,7 @@ from avsep.records import ClipError, Reason
 from avsep.separation import REST
 from avsep.stages import ExtractionConfig
 from avsep.videos import Step, VideoSeparator, pictures
-from avsep.vision import ImageLabeller, LabellerUnavailable
+from avsep.vision import DEFAULT_ARCHITECTURE, NO_DOWNLOAD, ImageLabeller, LabellerUnavailable
 
 _REPORT = "separation.json"
 _SAY_EVERY_S = 5.0
@@ -114,6 +114,8 @@ def separate(video: str, model: str, out: str, objects: str | None, weights: str
         if not names:
             raise ValueError(f"--objects {objects!r} names no object; the objects are {', '.join(OBJECT_NAMES)}")
     report = separate_file(video, model, out, names, weights)
+    if report["labeller"]:
+        print(f"pictures: {report['labeller']}")
     if report["note"]:
         print(f"note: {report['note']}")
     for entry in report["objects"]:  # type: ignore[attr-defined]
@@ -160,20 +162,30 @@ def inspect(path: str) -> int:
     return 0
 
 
-def label(video: str, weights: str | None, architecture: str) -> int:
+def label(video: str, weights: str | None, labeller: str | None) -> int:
     """Run `avsep label`."""
     with storage.local_file(video) as path:
         found = pictures(path, ExtractionConfig.image_size)
     if len(found) == 0:
         raise ValueError(f"{video} has no pictures")
-    labeller = ImageLabeller.load(architecture, weights)
-    looks = labeller.looking("tiles").way
-    config = label_config(labeller.architecture, looks)
-    scores = config.scores(labeller.evidence(found, looks))
+    network = _labeller(labeller, weights)
+    way = network.looking(ExtractionConfig.looks).way
+    print(f"pictures: {network.architecture}, looks: {way}")
+    config = label_config(network.architecture, way)
+    scores = config.scores(network.evidence(found, way))
     labels = config.choose(scores)
     for i in scores.argsort(descending=True).tolist()[:10]:
         print(f"{scores[i]:.3f}  {OBJECT_NAMES[i]}{'  (label)' if labels[i] else ''}")
     return 0
+
+
+def _labeller(name: str | None, weights: str | None) -> ImageLabeller:
+    """Load the picture network named, or that of a file; else the first to be had of the usual two."""
+    if name is None and weights is None:
+        with contextlib.suppress(LabellerUnavailable):
+            return ImageLabeller.load()
+        return ImageLabeller.load(NO_DOWNLOAD)
+    return ImageLabeller.load(name or DEFAULT_ARCHITECTURE, weights)
 
 
 def run(command: str, **arguments: Any) -> int:

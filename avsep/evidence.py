@@ -11,6 +11,8 @@ from torch import Tensor
 
 _LEAST_SHARE = 1e-4
 _WITH_LABEL, _WITHOUT = 0.92, 0.02  # how likely an object sounds, with good labels
+# A first network hears too little rather than too much: labels are never believed less than this, nor their lack less.
+_LEAST_WITH_LABEL, _MOST_WITHOUT = 0.8, 0.3
 _MISSED, _MOST_MISSED = 0.05, 0.3  # how far an object without a label explains a basis, beside one with it
 _DRAWN = 20  # clips: an object of fewer labels is judged by the others, too
 
@@ -115,7 +117,7 @@ def judge_labels(evidence: Evidence, shares: Tensor, labels: Tensor) -> LabelQua
     heard, silent = p * labels, p * ~labels
     pooled_with = float(heard.sum() / labels.sum().clamp_min(1))
     with_label = (heard.sum(0) + _DRAWN * pooled_with) / (labels.sum(0) + _DRAWN)
-    pooled_without = silent.sum(0) / (~labels).sum(0).clamp_min(1)
+    without = silent.sum(0) / (~labels).sum(0).clamp_min(1)
     return LabelQuality(
-        tuple(with_label.clamp(0.3, _WITH_LABEL).tolist()), tuple(pooled_without.clamp(_WITHOUT, 0.3).tolist())
+        tuple(with_label.clamp(_LEAST_WITH_LABEL, _WITH_LABEL).tolist()), tuple(without.clamp(_WITHOUT, _MOST_WITHOUT).tolist())
     )

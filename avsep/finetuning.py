@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from avsep import parallel, shards, storage, training
 from avsep.miml import basis_posteriors, energy_shares, partial_label_loss
-from avsep.model import Model
+from avsep.model import LabelConfig, Model
 from avsep.objects import N_IMAGENET_CLASSES, OBJECTS, object_scores, weak_labels
 from avsep.records import ClipRecord
 from avsep.vision import ImageLabeller, build_network
@@ -86,10 +86,16 @@ def sound_shares(model: Model, records: Iterable[ClipRecord]) -> dict[str, Tenso
 
 
 def targets(
-    kind: str, given: Tensor | None, shares: Tensor | None, scores: Tensor | None, model: Model | None
+    kind: str,
+    given: Tensor | None,
+    shares: Tensor | None,
+    scores: Tensor | None,
+    model: Model | None,
+    labels: LabelConfig = LabelConfig(),
 ) -> Tensor | None:
     """Decide what a clip's pictures show, boolean `(L,)`; None where there is nothing to go by.
 
+    The thresholds of `labels` are those of one look at the middle of each picture, as `scores` are.
     `labels`: the given ones. `agreement`: what both the pictures and the sound point to: picture
     score × confidence of the sound from `labels.best_threshold` up; where no picture network is to be
     had yet (`scores` None), what is heard with `separation.least_confidence`.
@@ -106,8 +112,8 @@ def targets(
         audible = shares >= model.config.separation.silent_share
         return given & audible if (given & heard).any() else given
     if kind == "agreement" or given is None:
-        return scores * confidence >= model.config.labels.best_threshold
-    votes = given.int() + (scores >= model.config.labels.threshold).int() + heard.int()
+        return scores * confidence >= labels.best_threshold
+    votes = given.int() + (scores >= labels.threshold).int() + heard.int()
     return votes >= 2
 
 

@@ -21,7 +21,7 @@ from avsep.miml import MIML
 from avsep.objects import IMAGENET_CLASSES, OBJECT_NAMES, object_scores, weak_labels
 from avsep.stft import STFT
 
-FORMAT = 2
+FORMAT = 3
 _CONTEXT = "context."  # before the names of the context's weights, in the network's file
 CONFIG_FILE, NETWORK_FILE, DICTIONARY_FILE, LABELLER_FILE = (
     "config.json",

@@ -18,7 +18,7 @@ class SoundObject:
     """An object with a look (ImageNet classes) and a sound (a node of AudioSet's ontology)."""
 
     name: str
-    imagenet: tuple[int, ...]  # indices of the ImageNet-1k classes that show it
+    imagenet: tuple[int, ...]  # indices of the ImageNet-1k classes that show it, a published one first
     mid: str  # its AudioSet node
     weak_mids: tuple[str, ...] = ()  # descendants whose clips seldom carry the object's own tag
 
@@ -54,13 +54,13 @@ OBJECTS: tuple[SoundObject, ...] = (
     SoundObject("violin", (889,), "/m/07y_7", ("/m/0d8_n",)),
     SoundObject(
         "car",
-        (436, 468, 479, 511, 581, 609, 627, 656, 661, 717, 751, 817),
+        (751, 817, 511, 436, 468, 479, 581, 609, 627, 656, 661, 717),
         "/m/0k4j",
         ("/m/0912c9", "/m/07qv_d5", "/m/02mfyn", "/m/04gxbd"),
     ),
     SoundObject("train", (466, 547, 565, 705, 820, 829), "/m/07jdr"),
     SoundObject("plane", (404, 895, 908), "/m/0cmf2"),  # 726 is a carpenter's plane
-    SoundObject("motorcycle", (518, 535, 665, 670), "/m/04_sv"),  # 518, 535: helmet and disk brake, what is seen of it
+    SoundObject("motorcycle", (670, 665, 518, 535), "/m/04_sv"),  # 518, 535: helmet and disk brake, what is seen of it
 )
 # Where the published indices are others: they leave out most of what people film.
 _PUBLISHED = {

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from avsep import storage, tables
 from avsep.objects import N_IMAGENET_CLASSES, OBJECT_NAMES, find
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {name: name for name in SPLITS} | {
     **dict.fromkeys(("training",), "train"),

@@ -261,11 +261,19 @@ def _hash(*parts: str) -> str:
 
 
 def read_commits(out: storage.AnyPath) -> list[Commit]:
-    """Read the commit records that stand, ordered by shard and generation; [] where nothing is committed."""
+    """Read the commit records that stand, ordered by shard and generation; [] where nothing is committed.
+
+    Raises ValueError for shards that another version of this program wrote.
+    """
     paths = [path for path in storage.list_files(storage.join(out, "commits")) if path.endswith(".json")]
     with ThreadPoolExecutor(_READERS) as pool:  # an object store takes its time for each
-        commits = standing(pool.map(read_commit, paths))
-    return sorted(commits, key=lambda c: (c.shard, c.generation))
+        commits = list(pool.map(read_commit, paths))
+    if others := {c.schema_version for c in commits} - {SCHEMA_VERSION}:
+        raise ValueError(
+            f"the shards in {out} are of schema version {min(others)}, this program's are of {SCHEMA_VERSION}: "
+            "extract the clips again, to another folder"
+        )
+    return sorted(standing(commits), key=lambda c: (c.shard, c.generation))
 
 
 def read_commit(path: str) -> Commit:

@@ -43,7 +43,7 @@ class ExtractionConfig:
         """(F, M) of a record's bases."""
         return self.stft.n_bins, self.n_bases
 
-    def as_dict(self, labeller_sha256: str | None) -> dict[str, Any]:
+    def as_dict(self, labeller_sha256: str | None, labeller: str | None = None) -> dict[str, Any]:
         """Return what is stored with the data and hashed into its digest: no limit of time in it."""
         return {
             "stft": asdict(self.stft),
@@ -52,6 +52,7 @@ class ExtractionConfig:
             "image_size": self.image_size,
             "looks": self.looks,
             "imagenet_classes": IMAGENET_CLASSES,
+            "labeller": labeller,
             "labeller_sha256": labeller_sha256,
         }
 

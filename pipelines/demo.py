@@ -65,7 +65,7 @@ def render(folder: str, split: str, number: int, n_objects: int | None) -> Segme
 
 
 def draw_pictures(object_name: str | None, count: int, seed: int) -> NDArray[np.uint8]:
-    """Draw pictures of one object (None: of none), framed as the decoder frames a video's."""
+    """Draw pictures of one object (None: of none), framed as the look at the middle frames a video's."""
     rng = np.random.default_rng(seed)
     pictures = []
     for _ in range(count):

@@ -803,8 +803,7 @@ def run(
     if labeller:
         config = replace(config, looks=labeller.way or config.looks)
         say(f"pictures: {labeller.architecture}, looks: {config.looks}")
-    configuration = config.as_dict(labeller.sha256 if labeller else None)
-    configuration["labeller"] = labeller.architecture if labeller else None
+    configuration = config.as_dict(*((labeller.sha256, labeller.architecture) if labeller else (None,)))
     digest = shards.configuration_digest(configuration)
     job = Job(out, config, configuration, process, fetch_only=bool(arguments.until))
     if arguments.dry_run:

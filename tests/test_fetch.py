@@ -277,7 +277,7 @@ def test_excerpt_is_exact_and_cached(files: Path, server: Server, store: str, op
     stored = media.decode(Path(first.path))
     source = media.decode(files / "film.mp4", 3.3, 6.3)
     np.testing.assert_allclose(stored.waveform, source.waveform, atol=2**-15)
-    assert stored.images.shape == source.images.shape == (3, 224, 224, 3)
+    assert stored.images.shape == source.images.shape == (3, 256, 341, 3)
     assert np.abs(stored.images.astype(int) - source.images).max() <= 2  # grey levels of frames are 2 apart
     assert np.abs(np.diff(stored.images.mean((1, 2, 3)))).min() > 20
     assert [p.name for p in Path(store).rglob("*") if p.is_file()] == ["-a_B-c_3300.mkv"]

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from avsep import finetuning, shards, synthetic, vision
+from avsep import finetuning, media, shards, synthetic, vision
 from avsep.finetuning import FinetuningConfig
+from avsep.looks import Looking
 from avsep.miml import MIML, partial_label_loss
 from avsep.model import Model, ModelConfig
 from avsep.objects import OBJECTS, multi_hot
@@ -158,7 +159,21 @@ def test_what_cannot_be_had_is_counted(tmp_path: Path) -> None:
     (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 12)
     noise = str(tmp_path / "noise.mp4")
     segments = [Segment("a", noise, 0.0, 1.0), Segment("b", "youtube:abcdefghijk", 0.0, 1.0)]
-    assert finetune.keep_pictures(str(tmp_path / "album"), segments, {"b": noise}) == (0, 2)
+    assert finetune.keep_pictures(str(tmp_path / "album"), Looking("centre", SIZE), segments, {"b": noise}) == (0, 2)
+
+
+def test_the_middle_of_each_picture_is_kept_at_the_network_s_size(rendered: Path, tmp_path: Path) -> None:
+    path, album = min((rendered / "clips").iterdir()), str(tmp_path / "album")
+    assert finetune.keep_pictures(album, Looking("centre", SIZE), [Segment("a", str(path), 0.0, 2.0)], {}) == (1, 0)
+    ((name, jpegs),) = finetuning.read_album(album)
+    kept = finetuning.open_pictures(jpegs).astype(int)
+    assert name == "a" and kept.shape == (2, SIZE, SIZE, 3)
+    height, width = (images := media.decode(path, 0.0, 2.0).images).shape[1:3]
+    side = round(7 / 8 * height)  # they are wider than high
+    top, left = (height - side) // 2, (width - side) // 2
+    for picture, found in zip(images, kept, strict=True):
+        middle = Image.fromarray(picture[top : top + side, left : left + side])
+        assert np.abs(found - np.asarray(middle.resize((SIZE, SIZE), Image.Resampling.BICUBIC))).mean() < 4
 
 
 def test_pictures_of_another_excerpt_of_the_same_id_are_decoded_anew() -> None:

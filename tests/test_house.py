@@ -12,14 +12,13 @@ import pytest
 import avsep
 from avsep import cli
 from avsep.finetuning import FinetuningConfig
-from avsep.vision import DEFAULT_ARCHITECTURE
 from pipelines import RECIPES, finetune, recipes
 
 ROOT = Path(__file__).parent.parent
 
 # Each layer may import itself and those above it in this list (DESIGN.md).
 LAYERS = (
-    ("stft", "nmf", "nmf_amx", "nmf_code", "nmf_cpu", "nmf_gpu", "metrics", "objects", "parallel"),
+    ("stft", "nmf", "nmf_amx", "nmf_code", "nmf_cpu", "nmf_gpu", "metrics", "objects", "parallel", "lite", "looks"),
     ("miml", "training", "evidence"),
     (
         "media",
@@ -66,7 +65,7 @@ FLAGS = {
     "demo": {"--out", "--clips"},
     "manifest": {"--audioset", "--ontology", "--own-node-only", "--table", "--out"},
     "extract": {
-        "--segments", "--out", "--recipe", "--weights", "--retry-rejected",
+        "--segments", "--out", "--recipe", "--weights", "--labeller", "--retry-rejected",
         "--in-process", "--profile", "--dry-run", "--media", "--until", "--rate", "--proxies", "--cookies",
     },
     "audit": {"--clips", "--out"},
@@ -83,7 +82,7 @@ FLAGS = {
     "serve": {"--model", "--port"},
     "avsep separate": {"--model", "--out", "--objects", "--weights"},
     "avsep inspect": set(),
-    "avsep label": {"--weights", "--architecture"},
+    "avsep label": {"--weights", "--labeller"},
 }  # fmt: skip
 
 
@@ -191,7 +190,6 @@ def test_avsep_s_names_are_there_when_asked_for() -> None:
 def test_parsers_know_names_and_defaults_before_these_are_there() -> None:
     assert tuple(recipes.RECIPES) == RECIPES
     assert finetune.parser().parse_args(["--segments", "x", "--out", "y"]).epochs == FinetuningConfig.epochs
-    assert cli.parser().parse_args(["label", "x"]).architecture == DEFAULT_ARCHITECTURE
 
 
 def test_no_drawer_for_odds_and_ends() -> None:
@@ -209,7 +207,7 @@ SIGNATURES = {
     "nmf.factorize": "(V, n_bases, *, n_iter=200, seeds=None, W0=None, H0=None, accelerated=False)",
     "nmf.infer_activations": "(V, W, *, n_iter=100, H0=None)",
     "nmf.kl_divergence": "(V, W, H)",
-    "objects.object_scores": "(image_logits)",
+    "objects.object_scores": "(image_logits, classes='everyday', *, joined=False)",
     "objects.weak_labels": "(scores, threshold=0.3, best_threshold=0.05)",
     "miml.MIML.forward": "(self, bases, valid=None, statistics=None)",
     "miml.MIML.relation": "(self, bases, valid=None, statistics=None)",

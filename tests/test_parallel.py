@@ -39,7 +39,7 @@ EPOCHS, N_BASES = 3, 6
 def write_clips(folder: Path, n_clips: int, a_shard: int, objects_a_clip: int = 2) -> list[str]:
     """Write planted bases as an extraction does, some clips with a silent basis."""
     p = planted_bases(n_clips, n_bins=STFT_CONFIG.n_bins, n_bases=N_BASES, objects_a_clip=objects_a_clip)
-    config = ExtractionConfig(stft=STFT_CONFIG, n_bases=N_BASES).as_dict(None) | {"labeller": None}
+    config = ExtractionConfig(stft=STFT_CONFIG, n_bases=N_BASES).as_dict(None)
     records = []
     for i in range(n_clips):
         energy = (p.W[i] ** 2).sum(0) * (p.H[i] ** 2).sum(1)

@@ -21,7 +21,7 @@ import torch
 
 from avsep import cli, commands, evaluation, media, records, shards, storage, synthetic, vision
 from avsep.model import Model
-from avsep.objects import OBJECT_NAMES, object_index, object_scores, weak_labels
+from avsep.objects import IMAGENET_CLASSES, OBJECT_NAMES, object_index, object_scores, weak_labels
 from avsep.vision import ImageLabeller, build_network
 from deploy import cost, pages
 from pipelines import audit, collect, demo, evaluate, extract, finetune, manifest, serve, train
@@ -550,13 +550,16 @@ def test_pictures_decide_where_no_labels_are_given(rendered, tmp_path, capfd):
         printed = capfd.readouterr().out
         assert "clips/s that the stages together allow" in printed
         assert {"decode", "factorize", "label"} <= {line.split(":")[0].strip() for line in printed.splitlines()}
+    configuration = shards.read_configuration(str(tmp_path / "told"))
+    assert configuration["imagenet_classes"] == {k: [list(c) for c in v] for k, v in IMAGENET_CLASSES.items()}
+    assert (configuration["labeller"], configuration["looks"]) == ("squeezenet1_1", "tiles")
     (given,) = shards.read_clips(str(tmp_path / "told"))
     assert (given.label_source, given.labels) == ("given", ("violin",))
     assert given.image_logits.shape == (6, 1000)
     assert np.isfinite(given.image_logits[0]).nonzero()[0].tolist() == index
     pictured = list(shards.read_clips(str(tmp_path / "seen")))
     assert [p.label_source for p in pictured] == ["pictures"] * 3 and pictured[0].labels is None
-    scores = object_scores(torch.from_numpy(pictured[0].image_logits.astype(np.float32)))
+    scores = object_scores(torch.from_numpy(pictured[0].image_logits.astype(np.float32)), joined=True)
     assert weak_labels(scores).nonzero().flatten().tolist() == [object_index("dog")]
 
     run = tmp_path / "run"
@@ -565,7 +568,7 @@ def test_pictures_decide_where_no_labels_are_given(rendered, tmp_path, capfd):
     assert (run / "model" / "labeller.safetensors").read_bytes() == weights.read_bytes()
     assert cli.main(["separate", str(clips[0]), "--model", str(run / "model"), "--out", str(tmp_path / "out")]) == 0
     report = json.loads((tmp_path / "out" / "separation.json").read_text())
-    assert report["objects_from"] == "pictures"
+    assert report["objects_from"] == "pictures" and report["labeller"] == "squeezenet1_1"
     assert report["objects"][0]["name"] == "dog" and report["objects"][0]["picture_score"] > 0.9
 
 
@@ -585,7 +588,7 @@ def test_a_fine_tuned_network_goes_with_the_model(run, rendered, tmp_path, capsy
         weights = tmp_path / "model" / "labeller.safetensors"
         labeller = vision.ImageLabeller.load(weights=weights)
         entry = json.loads((tmp_path / "model" / "config.json").read_text())["labeller"]
-        assert entry == {"architecture": labeller.architecture, "sha256": labeller.sha256}
+        assert entry == {"architecture": labeller.architecture, "sha256": labeller.sha256, "looks": "centre"}
         assert Model.load(model).context is not None or Model.load(str(run / "run" / "model")).context is None
     video = str(sorted((rendered / "clips").glob("*val*"))[0])
     assert cli.main(["label", video, "--weights", str(weights)]) == 0

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from avsep.context import N_PAIR_FEATURES, BasisContext, pair_features
+from avsep.evidence import LabelQuality
 from avsep.miml import MIML, N_STATISTICS, basis_posteriors
 from avsep.practice import Practice, Solo, Teacher, as_bags, find_solo, mix_solos, source_shares, train_context
 from avsep.records import ClipRecord
@@ -143,7 +144,7 @@ def test_a_teacher_says_whose_bases_are_from_pictures_and_sound():
     W = torch.zeros(F, 4)
     W[0, :2], W[1, 2], W[2, 3] = 1, 1, 1
     energy = torch.tensor([0.5, 0.2, 0.29, 0.0001])
-    targets = Teacher(network, BasisContext())(W, torch.rand(4, N), energy, torch.tensor([True, False, False, False]))
+    targets = Teacher(network, BasisContext(), LabelQuality.good(L))(W, torch.rand(4, N), energy, torch.tensor([True, False, False, False]))
     assert targets.shape == (L + 1, 4)
     torch.testing.assert_close(targets.sum(0), torch.ones(4))
     assert targets.argmax(0).tolist() == [0, 0, 1, L]
@@ -176,9 +177,9 @@ def test_a_solo_needs_a_visible_object_with_most_of_the_sound():
     bases = np.zeros((F, 3))
     bases[0, :2], bases[1, 2] = 1, 1
     cat = torch.tensor([True, False, False, False])
-    solo = find_solo(network, record(bases, np.array([0.6, 0.38, 0.02])), cat)
+    solo = find_solo(network, record(bases, np.array([0.6, 0.38, 0.02])), cat, LabelQuality.good(L))
     assert solo is not None and solo.object_index == 0
     assert solo.activations.shape[0] == 2 and float(solo.activations.max()) == 2.0
     both = torch.tensor([True, True, False, False])
-    assert find_solo(network, record(bases, np.array([0.4, 0.2, 0.4])), both) is None
-    assert find_solo(network, record(bases, np.array([0.6, 0.38, 0.02])), ~both) is None
+    assert find_solo(network, record(bases, np.array([0.4, 0.2, 0.4])), both, LabelQuality.good(L)) is None
+    assert find_solo(network, record(bases, np.array([0.6, 0.38, 0.02])), ~both, LabelQuality.good(L)) is None

@@ -392,7 +392,7 @@ def test_config_json_holds_what_a_reader_needs(tmp_path: Path) -> None:
     model().save(str(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["stft"] == {"sample_rate": RATE, "n_fft": 200, "hop_length": 100}
-    assert config["n_bases"] == 6 and config["objects"] == list(OBJECT_NAMES) and config["format"] == 2
+    assert config["n_bases"] == 6 and config["objects"] == list(OBJECT_NAMES) and config["format"] == 3
     assert config["network"]["n_subconcepts"] == 1 and config["labels"]["threshold"] == 0.3
     assert config["labeller"] == {"architecture": "resnet152", "sha256": None, "looks": "tiles"}
 
@@ -410,6 +410,7 @@ def test_what_is_no_model_is_said_in_one_line(tmp_path: Path) -> None:
         ("config.json", b"{", "Expecting"),
         ("config.json", b"[" * 100_000, "recursion"),
         ("config.json", json.dumps(config | {"format": 99}).encode(), "its format is 99"),
+        ("config.json", json.dumps(config | {"format": 2}).encode(), "its format is 2"),
         ("config.json", json.dumps(config | {"colour": "red"}).encode(), "colour is no setting"),
         ("config.json", json.dumps(config | {"objects": ["dog"]}).encode(), "objects are 1, dog…; they must be the 23"),
         ("config.json", json.dumps([config]).encode(), "it is .*; it must be an object of fields"),
@@ -433,7 +434,7 @@ def test_what_is_no_model_is_said_in_one_line(tmp_path: Path) -> None:
             path.unlink()
         for n, c in (whole | {name: content}).items():
             (folder / n).write_bytes(c)
-        with pytest.raises(ValueError, match=rf"bad is no model of format 2: {name}: .*{reason}.*; copy the") as caught:
+        with pytest.raises(ValueError, match=rf"bad is no model of format 3: {name}: .*{reason}.*; copy the") as caught:
             Model.load(str(folder))
         assert "\n" not in str(caught.value)
     (good / "miml.safetensors").unlink()

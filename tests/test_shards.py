@@ -126,7 +126,7 @@ def test_files_carry_schema_version_configuration_and_digest(out: str) -> None:
         assert hashlib.sha256(raw).hexdigest() == data.sha256
         with storage.open_input(storage.join(out, data.path)) as f:
             metadata = pq.read_schema(f).metadata
-        assert metadata[b"avsep.schema_version"] == b"1"
+        assert metadata[b"avsep.schema_version"] == b"2"
         assert json.loads(metadata[b"avsep.configuration"]) == CONFIGURATION
         assert metadata[b"avsep.digest"].decode() == commit.digest == shards.configuration_digest(CONFIGURATION)
     assert shards.read_configuration(out) == CONFIGURATION
@@ -341,5 +341,17 @@ def test_a_commit_reads_without_avsep(out: str) -> None:
     raw = json.loads(storage.read_bytes(path))
     assert raw["clips"]["ids"] == ["a", "b"] and len(raw["clips"]["sha256"]) == 64 and raw["rejections"] is None
     assert (raw["shard"], raw["generation"], raw["timings_s"]) == ("x", 0, {"decode": 0.5})
-    assert raw["schema_version"] == 1 and len(raw["digest"]) == 16
+    assert raw["schema_version"] == 2 and len(raw["digest"]) == 16
     assert isinstance(shards.read_commits(out)[0].clips, DataFile)
+
+
+def test_shards_of_another_version_are_refused_in_one_line(out: str) -> None:
+    write(out, "x", 0, "ab", "")
+    (path,) = storage.list_files(storage.join(out, "commits"))
+    raw = json.loads(storage.read_bytes(path))
+    storage.delete_file(path)
+    storage.write_text(path, json.dumps(raw | {"schema_version": 1}))
+    expected = rf"the shards in {out} are of schema version 1, this program's are of 2: extract the clips again, to another"
+    for read in (shards.read_ids, shards.read_state, shards.clip_files, shards.read_configuration):
+        with pytest.raises(ValueError, match=expected):
+            read(out)

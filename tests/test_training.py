@@ -33,6 +33,7 @@ from avsep.training import (
     warp_frequencies,
 )
 
+LABELLED = LabelConfig(unlabelled=False)  # clips with labels alone
 F, M = 12, 3
 CONFIG = TrainingConfig(epochs=10, batch_size=32)
 
@@ -154,12 +155,12 @@ def test_losses_leave_out_bases_that_are_not_there() -> None:
     other = relation.clone()
     other[:, :, 4:] = 50.0
     for name, loss in LOSSES.items():
-        assert torch.allclose(loss(relation, labels, valid), loss(other, labels, valid)), name
-    margin = LOSSES["multilabel_margin"](relation, labels, valid)
+        assert torch.allclose(loss(relation, labels, valid, None), loss(other, labels, valid, None)), name
+    margin = LOSSES["multilabel_margin"](relation, labels, valid, None)
     top = relation[:, :, :4].amax(-1)
     by_hand = sum(max(0.0, 1 - float(top[1, 1] - top[1, i])) for i in (0, 2, 3)) / 4
     assert float(margin[1]) == pytest.approx(by_hand)
-    assert torch.equal(LOSSES["partial_label"](relation, labels, valid), partial_label_loss(relation, labels, valid))
+    assert torch.equal(LOSSES["partial_label"](relation, labels, valid, None), partial_label_loss(relation, labels, valid))
 
 
 # ---------------------------------------------------------------------------------- warping
@@ -253,25 +254,35 @@ def clips(tmp_path: Path) -> list[str]:
 
 def test_bags_hold_what_the_records_hold(clips: list[str]) -> None:
     """In order of their ids, whatever the order of the files; bases as (M, F)."""
-    bags = load_bags(reversed(clips), LabelConfig(), "train")
+    bags = load_bags(reversed(clips), LABELLED, "train")
     assert bags is not None and bags.segment_ids == [f"c{i:03d}" for i in range(20)]
     assert bags.bases.shape == (20, M, F) and bags.bases.dtype == torch.float16
     for i in (0, 7, 19):
         assert np.array_equal(bags.bases[i].numpy(), clip(i).bases.T)
     assert bags.labels[:, object_index("dog")].all() and bags.labels.sum() == 20
     assert bags.valid.all()
-    val = load_bags(clips, LabelConfig(), "val")
+    val = load_bags(clips, LABELLED, "val")
     assert val is not None and val.segment_ids == ["c090"]
-    assert load_bags(clips, LabelConfig(), "test") is None
+    assert load_bags(clips, LABELLED, "test") is None
 
 
 def training_clips(files: list[str], **options: Any) -> TrainingClips:
-    return TrainingClips(files, [count_clips(f, LabelConfig())[0]["train"] for f in files], LabelConfig(), **options)
+    return TrainingClips(files, [count_clips(f, LABELLED)[0]["train"] for f in files], LABELLED, **options)
 
 
 def test_files_say_how_many_of_their_clips_have_labels(clips: list[str]) -> None:
-    assert [count_clips(f, LabelConfig())[0]["train"] for f in clips] == [6, 6, 6, 2]
-    assert sum(count_clips(f, LabelConfig())[0]["val"] for f in clips) == 1
+    assert [count_clips(f, LABELLED)[0]["train"] for f in clips] == [6, 6, 6, 2]
+    assert sum(count_clips(f, LABELLED)[0]["val"] for f in clips) == 1
+
+
+def test_clips_without_a_label_teach_noise_and_absence(clips: list[str]) -> None:
+    """Where somebody has looked, and in split train alone: validation asks what is found of what is there."""
+    bags = load_bags(clips, LabelConfig(), "train")
+    assert bags is not None and bags.segment_ids == [*(f"c{i:03d}" for i in range(20)), "c091", "c093"]
+    assert not bags.labels[20:].any()
+    assert [count_clips(f, LabelConfig())[0]["train"] for f in clips] == [6, 6, 6, 4]
+    val = load_bags(clips, LabelConfig(), "val")
+    assert val is not None and val.segment_ids == ["c090"]
 
 
 def test_a_file_s_pictures_decide_as_each_clip_s_do(tmp_path: Path) -> None:
@@ -283,7 +294,7 @@ def test_a_file_s_pictures_decide_as_each_clip_s_do(tmp_path: Path) -> None:
     records = [clip(i, labels=("dog",) if i % 5 == 0 else None, image_logits=p) for i, p in enumerate(pictures)]
     write_shard(str(tmp_path), "00000", 0, records, [], configuration={}, shape=(F, M))
     (file,) = clip_files(str(tmp_path))
-    config = LabelConfig(threshold=0.05)
+    config = LabelConfig(threshold=0.05, unlabelled=False)
     expected = [decide_labels(r.labels, r.image_logits, config) for r in records]
     bags = load_bags([file], config, "train")
     assert bags is not None and torch.equal(
@@ -337,12 +348,12 @@ def test_targets_teach_what_weak_labels_leave_open() -> None:
 
 def test_labels_are_the_given_ones_else_the_pictures() -> None:
     violin = logits(889, 0)
-    assert torch.equal(decide_labels(("dog",), violin, LabelConfig()), multi_hot(["dog"]))
-    assert torch.equal(decide_labels(None, violin.reshape(-1), LabelConfig()), multi_hot(["violin"]))
-    given = decide_labels((), violin, LabelConfig())
+    assert torch.equal(decide_labels(("dog",), violin, LABELLED), multi_hot(["dog"]))
+    assert torch.equal(decide_labels(None, violin.reshape(-1), LABELLED), multi_hot(["violin"]))
+    given = decide_labels((), violin, LABELLED)
     assert given is not None and not given.any()  # an empty list is given, too
-    assert decide_labels(None, None, LabelConfig()) is None
-    flat = decide_labels(None, np.zeros((1, 1000), np.float16), LabelConfig())  # a dog at 0.118 by its 118 breeds
+    assert decide_labels(None, None, LABELLED) is None
+    flat = decide_labels(None, np.zeros((1, 1000), np.float16), LABELLED)  # a dog at 0.118 by its 118 breeds
     assert torch.equal(flat, multi_hot(["dog"]))
     strict = decide_labels(None, np.zeros((1, 1000), np.float16), LabelConfig(best_threshold=0.2))
     assert strict is not None and not strict.any()

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torchvision
 from torch import Tensor, nn
 
-from avsep import storage, vision
+from avsep import lite, storage, vision
 from avsep.objects import object_index, object_scores
-from avsep.vision import ImageLabeller, LabellerUnavailable, build_network, normalise
+from avsep.vision import ImageLabeller, LabellerUnavailable, Preprocessing, build_network
 
 TINY = "squeezenet1_1"  # the smallest of torchvision's with 1000 classes: 5 MB
 CLASSES = (889, 0, 420)
@@ -39,13 +40,84 @@ def small_labeller() -> ImageLabeller:
     return ImageLabeller(TINY, build_network(TINY, len(CLASSES)).eval(), "", CLASSES)
 
 
-def test_images_are_normalised_as_imagenet_s() -> None:
-    """(x / 255 − mean) / deviation by channel, and channels first."""
+LITE = {"efficientnet_lite0": 224, "efficientnet_lite2": 260}
+
+
+def test_pixels_are_scaled_by_channel() -> None:
+    """(x / 255 − mean) / deviation, and channels first."""
     images = torch.zeros(1, 2, 3, 3, dtype=torch.uint8)
     images[..., 1] = 255
-    x = normalise(images)
+    x = Preprocessing()(images)
     assert x.shape == (1, 3, 2, 3)
     assert x[0, :, 1, 2].tolist() == pytest.approx([-0.485 / 0.229, (1 - 0.456) / 0.224, -0.406 / 0.225])
+
+
+@pytest.mark.parametrize("name", ["resnet152", "efficientnet_b1", "inception_v3"])
+def test_torchvision_s_networks_are_shown_what_their_weights_were_measured_with(name: str) -> None:
+    """Its own transforms on a picture, against ours on the same: sizes, crop, mean and deviation."""
+    published = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].transforms()
+    found = vision.preprocessing_of(name)
+    assert found.size == published.crop_size[0] and found.crop == published.crop_size[0] / published.resize_size[0]
+    images = torch.from_numpy(pictures(1, published.resize_size[0]))
+    expected = published(images[0].permute(2, 0, 1))
+    start = (published.resize_size[0] - found.size) // 2
+    middle = images[:, start : start + found.size, start : start + found.size]
+    torch.testing.assert_close(found(middle)[0], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "size"), LITE.items())
+def test_lite_is_shown_pixels_about_127(name: str, size: int) -> None:
+    prepare = vision.preprocessing_of(name)
+    levels = torch.tensor([0, 127, 255], dtype=torch.uint8)
+    assert prepare.size == size and prepare.crop in (0.875, 0.89)
+    x = prepare(levels.view(1, 1, 3, 1).expand(1, 1, 3, 3))
+    assert torch.equal(x[0, 0], x[0, 2]) and x[0, 0, 0].tolist() == pytest.approx([-127 / 128, 0.0, 1.0], abs=1e-6)
+
+
+def gradient(size: int) -> np.ndarray:
+    """Red grows to the right, green to the bottom, blue along both, `(1, size, size, 3)`."""
+    across = np.linspace(0, 255, size)[None, :].repeat(size, 0)
+    return np.stack([across, across.T, (across + across.T) / 2], -1).astype(np.uint8)[None]
+
+
+GOLDEN = {  # as the authors' own implementation has them
+    "efficientnet_lite0": [-0.316, -0.462, 0.648, -1.963, -0.565],
+    "efficientnet_lite2": [0.433, -0.487, 0.403, -1.414, -1.434],
+}
+
+
+@pytest.mark.parametrize("name", LITE)
+def test_lite_s_published_weights_answer_as_ever(name: str) -> None:
+    """Strictly loaded, without a download; logits of ImageNet's first classes and of a violin."""
+    labeller = ImageLabeller.load(name)
+    assert labeller.classes is None and len(labeller.sha256) == 64 and not labeller.network.training
+    images = gradient(LITE[name])
+    logits = labeller(images)[0]
+    assert logits[[0, 151, 402, 751, 889]].tolist() == pytest.approx(GOLDEN[name], abs=0.02)
+    wrong = ImageLabeller(name, labeller.network, "")
+    wrong.preprocessing = Preprocessing(LITE[name])  # ImageNet's mean and deviation
+    assert float((wrong(images)[0] - logits).abs().max()) > 0.5
+
+
+def test_lite_pads_as_tensorflow_does() -> None:
+    """Of seven by eight pixels, at stride two, four by four; what is uneven falls to the right and the bottom."""
+    conv = lite._SameConv(1, 1, 3, stride=2)
+    nn.init.ones_(conv.weight)
+    with torch.no_grad():
+        found = conv(torch.ones(1, 1, 7, 8))[0, 0]
+    rows, columns = [2, 3, 3, 2], [3, 3, 3, 2]  # pixels under the kernel: one is padded above and below, one right
+    assert torch.equal(found, torch.tensor(rows)[:, None] * torch.tensor(columns).float())
+    assert lite.EfficientNetLite("efficientnet_lite0", 5).eval()(torch.zeros(1, 3, 65, 97)).shape == (1, 5)
+
+
+def test_a_lite_network_of_other_classes_is_saved_and_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    labeller = ImageLabeller("efficientnet_lite0", build_network("efficientnet_lite0", 3).eval(), "", CLASSES, way="centre")
+    labeller.save(tmp_path / "lite.safetensors")
+    back = ImageLabeller.load(weights=tmp_path / "lite.safetensors")
+    assert (back.architecture, back.classes, back.way) == ("efficientnet_lite0", CLASSES, "centre")
+    assert back.looking("tiles").way == "centre" and back.looking("tiles").size == 224
+    assert torch.allclose(back(gradient(224)), labeller(gradient(224)))
 
 
 def test_a_file_whose_name_holds_its_hash(pth: Path, network: nn.Module) -> None:
@@ -55,7 +127,7 @@ def test_a_file_whose_name_holds_its_hash(pth: Path, network: nn.Module) -> None
     images = pictures(3)
     logits = labeller(images)
     with torch.inference_mode():
-        expected = network(normalise(torch.from_numpy(images)))
+        expected = network(Preprocessing()(torch.from_numpy(images)))
     assert logits.shape == (3, 1000) and logits.dtype == torch.float32
     assert torch.allclose(logits, expected, atol=1e-5)
     assert torch.allclose(labeller(images, batch_size=2), logits, atol=1e-4)
@@ -92,7 +164,7 @@ def deep() -> nn.Module:
 def test_bfloat16_keeps_the_logits_within_a_hundredth_of_their_range(deep: nn.Module) -> None:
     labeller, images = ImageLabeller("resnet50", deep, ""), pictures(5, 96)
     with torch.inference_mode():
-        expected = deep(normalise(torch.from_numpy(images)))
+        expected = deep(Preprocessing()(torch.from_numpy(images)))
     logits = labeller(images)
     assert labeller._classify is not deep and logits.dtype == torch.float32
     assert float((logits - expected).abs().max()) < 0.01 * float(expected.max() - expected.min())
@@ -127,7 +199,7 @@ def test_safetensors_with_classes_give_minus_infinity_elsewhere(tmp_path: Path) 
     assert (back.architecture, back.classes) == (TINY, CLASSES)
     images = pictures(2)
     logits = back(images)
-    own = small_labeller().network(normalise(torch.from_numpy(images)))
+    own = small_labeller().network(Preprocessing()(torch.from_numpy(images)))
     assert logits.shape == (2, 1000) and torch.allclose(logits[:, list(CLASSES)], own, atol=1e-5)
     others = torch.ones(1000, dtype=torch.bool)
     others[list(CLASSES)] = False
@@ -184,9 +256,8 @@ def test_files_that_do_not_fit_are_one_line_each(pth: Path, tmp_path: Path) -> N
         with pytest.raises(LabellerUnavailable, match=message) as caught:
             ImageLabeller.load(architecture, path)
         assert one_line(caught.value) and str(path) in str(caught.value)
-    with pytest.raises(
-        LabellerUnavailable, match=r"'nosuchnet' is no torchvision classifier.*resnet152 is the default"
-    ):
+    expected = r"'nosuchnet' is no picture network .*: give efficientnet_lite0, efficientnet_lite2, or a classifier of tor"
+    with pytest.raises(LabellerUnavailable, match=expected):
         ImageLabeller.load("nosuchnet")
 
 

@@ -26,7 +26,7 @@ import torch
 
 from avsep import media, records, stages, synthetic
 from avsep.records import Segment, read_segments
-from avsep.vision import ImageLabeller, build_network, normalise
+from avsep.vision import ImageLabeller, Preprocessing, build_network
 from pipelines import execution, extract, recipes
 from tests.benchmarks import measure
 
@@ -81,7 +81,7 @@ def straightforward(segments: list[Segment], folder: Path, network: torch.nn.Mod
             files = sorted(folder.glob("clip-*.png"))
             pictures = torch.from_numpy(np.stack([np.asarray(Image.open(f)) for f in files]))
             with torch.inference_mode():
-                row["logits"] = network(normalise(pictures)).numpy().ravel()
+                row["logits"] = network(Preprocessing()(pictures)).numpy().ravel()
             for f in files:
                 f.unlink()
         rows.append(row)
@@ -95,15 +95,16 @@ def stage_sides(table: str, architecture: str, weights: str | None) -> dict[str,
     decoded = stages.decode(segment, config)
     factors = stages.factorize(decoded.clip.waveform, 0, config)
     labeller = ImageLabeller.load(architecture, weights) if weights else None
-    pictures = np.concatenate([decoded.clip.images] * 4)  # as many as extraction labels at a time
-    logits = labeller(decoded.clip.images).numpy() if labeller else None
+    views = labeller.looking(config.looks)(decoded.clip.images) if labeller else None
+    logits = views.evidence(labeller(views.crops)).numpy() if labeller and views else None
     found: dict[str, Callable[[], Any]] = {
         "decode": functools.partial(stages.decode, segment, config),
         "factorize": functools.partial(stages.factorize, decoded.clip.waveform, 0, config),
         "record": functools.partial(stages.to_record, segment, decoded, factors, logits, config.stft.sample_rate),
     }
-    if labeller:
-        found["label four clips"] = functools.partial(labeller, pictures)
+    if labeller and views:
+        crops = np.concatenate([views.crops] * 4)  # as many as extraction labels at a time
+        found["label four clips"] = functools.partial(labeller, crops)
     return found
 
 

@@ -1,4 +1,4 @@
-"""ImageLabeller against bare torchvision in float32, on the same pictures and weights.
+"""ImageLabeller against the bare network in float32, on the same pictures and weights; and what a clip's tiles cost.
 
 python -m tests.benchmarks.labeller
 python -m tests.benchmarks.labeller --architecture resnet18 --pictures 4 --rounds 2 --processes 1
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from avsep.vision import ImageLabeller, build_network, normalise
+from avsep.vision import ImageLabeller, build_network
 from tests.benchmarks import measure
 
 _FLOPS = {"resnet152": 2 * 11.51e9}  # a picture of 224 × 224; multiplications and additions
@@ -19,23 +19,31 @@ _H200_BFLOAT16 = 989e12  # FLOP/s, dense
 
 
 def sides(architecture: str, n_pictures: int) -> dict[str, Callable[[], Any]]:
-    """Bare torchvision, and the labeller on the same network."""
+    """The bare network, the labeller on it, and on all that it is shown of a clip of ten pictures."""
     torch.manual_seed(0)
     network = build_network(architecture, 1000).eval()
-    images = np.random.default_rng(0).integers(0, 256, (n_pictures, 224, 224, 3), np.uint8)
     labeller = ImageLabeller(architecture, network, "")
+    size = labeller.preprocessing.size
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (n_pictures, size, size, 3), np.uint8)
+    clip = rng.integers(0, 256, (10, 320, 569, 3), np.uint8)
 
     def bare() -> torch.Tensor:
         with torch.inference_mode():
-            return network(normalise(torch.from_numpy(images)))
+            return network(labeller.preprocessing(torch.from_numpy(images)))
 
-    return {"avsep": functools.partial(labeller, images), "torchvision float32": bare}
+    return {
+        "avsep": functools.partial(labeller, images),
+        "bare float32": bare,
+        "a clip's tiles": functools.partial(labeller.evidence, clip, "tiles"),
+    }
 
 
 def gpu_share(architecture: str, n_pictures: int = 4096) -> float:
     """Return the labeller's share of an H200's bfloat16 peak, the copies to it and back included."""
     labeller = ImageLabeller(architecture, build_network(architecture, 1000).eval().cuda(), "", None, "cuda")
-    images = torch.randint(0, 256, (n_pictures, 224, 224, 3), dtype=torch.uint8)
+    size = labeller.preprocessing.size
+    images = torch.randint(0, 256, (n_pictures, size, size, 3), dtype=torch.uint8)
     labeller(images[:512], batch_size=256)
     seconds = measure.seconds(lambda: labeller(images, batch_size=256))
     print(f"\non the GPU {n_pictures / seconds:.0f} pictures/s")
@@ -49,7 +57,7 @@ def main() -> None:
     p.add_argument("--pictures", type=int, default=10)
     arguments = p.parse_args()
     make = functools.partial(sides, arguments.architecture, arguments.pictures)
-    ours, theirs = (run() for run in make().values())
+    ours, theirs, _ = (run() for run in make().values())
     error = float((ours - theirs).abs().max() / (theirs.max() - theirs.min()))
     print(f"{arguments.pictures} pictures, {arguments.architecture}: logits differ by {error:.3%} of their range")
     figures: dict[str, Any] = {"error as share of range": error}

@@ -17,7 +17,7 @@ import torch
 
 from avsep import bags, shards, training
 from avsep.dictionary import candidate_bases
-from avsep.model import ModelConfig
+from avsep.model import LabelConfig, ModelConfig
 from avsep.records import clips_from_table
 from pipelines import recipes
 from tests.benchmarks import extraction, measure
@@ -34,7 +34,8 @@ def sides(folder: Path, weights: str) -> dict[str, Callable[[], Any]]:
     network = ModelConfig(network=recipe.network).build()
     optimiser = training.optimiser_for(network, recipe.training)[0]
 
-    clips = bags.TrainingClips(files, [bags.count_clips(f, recipe.labels)[0]["train"] for f in files], recipe.labels)
+    labels = LabelConfig()
+    clips = bags.TrainingClips(files, [bags.count_clips(f, labels)[0]["train"] for f in files], labels)
 
     def train() -> None:
         training.train_epoch(network, clips.batches(_BATCH, 0), optimiser, recipe.training, 0)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from avsep.context import BasisContext
-from avsep.model import Model, ModelConfig
-from avsep.objects import OBJECT_NAMES, object_scores
+from avsep.model import Model, ModelConfig, label_config
+from avsep.objects import OBJECT_NAMES
 from avsep.separation import Separator
 from avsep.synthetic import SceneConfig, render_scene
 from avsep.vision import ImageLabeller, build_network
@@ -35,10 +35,11 @@ def sides(seconds: int, n_objects: int) -> dict[str, Callable[[], Any]]:
     mix = torch.as_tensor(render_scene(0, "test", 5, SceneConfig(seconds=10), 2).mix)
     mix = mix.repeat(-(-seconds // 10))[: 48_000 * seconds]
     labeller = ImageLabeller("resnet152", build_network("resnet152", 1000).eval(), "")
-    images = np.random.default_rng(0).integers(0, 256, (10, 224, 224, 3), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (10, 320, 427, 3), np.uint8)
+    labels = label_config(labeller.architecture, "tiles")
 
     def with_pictures() -> None:
-        object_scores(labeller(images))
+        labels.scores(labeller.evidence(images, "tiles"))
         model(mix, seen=names)
 
     return {"objects given": functools.partial(model, mix, names), "with pictures": with_pictures}

@@ -93,7 +93,7 @@ def sides(folder: Path, batch_size: int) -> dict[str, Callable[[], Any]]:
         for bases, labels in torch.utils.data.DataLoader(Clips(), batch_size, shuffle=True):
             weight = torch.full(bases.shape[:2], 0.2)
             relation = model.relation(bases.float(), weight > 0)
-            loss = training.LOSSES["partial_label"](relation, labels, weight).mean()
+            loss = training.LOSSES["partial_label"](relation, labels, weight, None).mean()
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
