@@ -267,13 +267,13 @@ def read_commits(out: storage.AnyPath) -> list[Commit]:
     """
     paths = [path for path in storage.list_files(storage.join(out, "commits")) if path.endswith(".json")]
     with ThreadPoolExecutor(_READERS) as pool:  # an object store takes its time for each
-        commits = standing(pool.map(read_commit, paths))
+        commits = list(pool.map(read_commit, paths))
     if others := {c.schema_version for c in commits} - {SCHEMA_VERSION}:
         raise ValueError(
             f"the shards in {out} are of schema version {min(others)}, this program's are of {SCHEMA_VERSION}: "
             "extract the clips again, to another folder"
         )
-    return sorted(commits, key=lambda c: (c.shard, c.generation))
+    return sorted(standing(commits), key=lambda c: (c.shard, c.generation))
 
 
 def read_commit(path: str) -> Commit:
