@@ -315,7 +315,8 @@ def test_work_is_found_again_by_its_address(slow_page: Page, long, slow_server):
     page = slow_page
     page.choose_file("#file", long)
     page.wait("location.hash.length > 1")
-    assert page.run(shown("stay")) and page.run(text("#work-title")) == "long.wav"
+    page.wait(shown("stay"))
+    assert page.run(text("#work-title")) == "long.wav"
     page.call("Page.reload")
     page.wait(f"document.readyState === 'complete' && {shown('work')} && {shown('stay')}")
     assert page.run(text("#work-title")) == "long.wav" and status(slow_server, page) in ("queued", "running")

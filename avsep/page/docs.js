@@ -35,7 +35,7 @@ function table(rows) {
   return make("div", make("table", body), { className: "scroll" });
 }
 
-const example = (value) => make("details", [make("summary", "Example"), make("pre", make("code", JSON.stringify(value, null, 1)))]);
+const example = (value) => make("details", [make("summary", "Example"), make("pre", make("code", JSON.stringify(value, null, 1)), { tabIndex: 0 })]);
 
 function operation(method, path, described, schemas) {
   const section = make("section", make("h2", [make("b", method.toUpperCase()), make("code", path)]));
