@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -286,7 +287,10 @@ def test_blocks_are_the_waveform(movie: Path) -> None:
 def test_downmix(make: Make) -> None:
     tone = "0.5*sin(2*PI*440*t)"
     stereo = make("stereo.wav", [f"aevalsrc='{tone}|-{tone}':s={RATE}:d=1"], "-c:a", "pcm_f32le")
-    assert np.abs(decode(stereo).waveform).max() < 1e-6
+    assert decode(stereo).notes == ("left and right cancel each other: half their difference was taken",)
+    np.testing.assert_allclose(
+        decode(stereo).waveform, 0.5 * np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE), atol=1e-4
+    )
     left = make("left.wav", [f"aevalsrc='{tone}|0':s={RATE}:d=1"], "-c:a", "pcm_f32le")
     expected = 0.25 * np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE)
     np.testing.assert_allclose(decode(left).waveform, expected, atol=1e-4)
@@ -481,7 +485,12 @@ def test_playlists_are_rejected(film: Path, make: Make, tmp_path: Path, name: st
 
 
 def test_limits(movie: Path) -> None:
-    assert reason(movie, limits=DecodeLimits(max_pixels=64 * 48 - 1)) == Reason.TOO_LARGE
+    small = DecodeLimits(max_pixels=64 * 48 - 1)
+    clip = decode(movie, limits=small)
+    assert len(clip.waveform) == 10 * RATE and not len(clip.images)
+    assert clip.notes == ("the pictures can't be used: 64x48; the limit is 3071 pixels",)
+    with pytest.raises(ClipError, match="too_large"):
+        decode(movie, limits=small, sound=False)
     assert len(decode(movie, limits=DecodeLimits(max_pixels=64 * 48)).images) == 10
     assert reason(movie, limits=DecodeLimits(timeout_s=0.001)) == Reason.TIMEOUT
     with pytest.raises(ClipError):
@@ -538,3 +547,177 @@ def test_awkward_names(movie: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     Path(f"./{name}").write_bytes(movie.read_bytes())
     assert len(decode(Path(name), 0.0, 1.0).waveform) == RATE
     assert next(iter_audio(tmp_path / name, sample_rate=RATE, block=10)).shape == (10,)
+
+
+def tone(samples: np.ndarray, rate: int = RATE) -> int:
+    """Return the loudest frequency in Hz."""
+    return round(int(np.abs(np.fft.rfft(samples)).argmax()) * rate / len(samples))
+
+
+@pytest.fixture(scope="session")
+def whole(make: Make) -> Path:
+    """Three seconds of H.264 and AAC."""
+    return make("whole.mp4", [f"testsrc=s=64x48:r={FPS}:d=3", f"sine=440:d=3:r={RATE}"], *X264, "-c:a", "aac")
+
+
+SUBTITLES = "1\n00:00:00,500 --> 00:00:01,000\nfirst\n\n2\n00:00:02,500 --> 00:00:09,000\nlast\n"
+CHAPTERS = ";FFMETADATA1\n[CHAPTER]\nTIMEBASE=1/1000\nSTART=0\nEND=9000\ntitle=one\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("text.mkv", ["-c:s", "srt"]),
+        ("text.mp4", ["-c:s", "mov_text"]),
+        ("sound-and-text.mkv", ["-vn", "-c:s", "ass"]),
+        ("chapter.mp4", ["-map", "0", "-map_metadata", "2"]),
+    ],
+)
+def test_other_streams_may_outlast_the_sound(whole: Path, tmp_path: Path, name: str, options: list[str]) -> None:
+    (tmp_path / "a.srt").write_text(SUBTITLES)
+    (tmp_path / "a.txt").write_text(CHAPTERS)
+    path = tmp_path / name
+    run_ffmpeg("-i", whole, "-i", tmp_path / "a.srt", "-i", tmp_path / "a.txt", "-c", "copy", *options, path)
+    clip = decode(path)
+    assert len(clip.waveform) == pytest.approx(3 * RATE, abs=2048) and not clip.notes
+    assert len(decode(path, pictures=False).waveform) == len(clip.waveform)
+    assert sum(map(len, iter_audio(path, sample_rate=RATE, block=RATE))) == len(clip.waveform)
+    assert reason(path, 4.0, 8.0) in (Reason.PAST_END, Reason.EMPTY)
+    if name.endswith("mkv"):
+        assert reason(cut(path, f"cut-{name}", 0.4)) == Reason.TRUNCATED
+
+
+def test_a_header_that_promises_too_much(whole: Path, tmp_path: Path) -> None:
+    """A file that ends cleanly is all there is, though its header says otherwise."""
+    path = tmp_path / "long.mkv"
+    run_ffmpeg("-i", whole, "-c", "copy", path)
+    data = path.read_bytes()
+    place = data.index(b"\x44\x89\x88") + 3  # EBML's Duration, a float64 of milliseconds
+    for promised_s in (9.0, 36_000.0):
+        path.write_bytes(data[:place] + struct.pack(">d", 1000 * promised_s) + data[place + 8 :])
+        clip = decode(path)
+        assert len(clip.waveform) == pytest.approx(3 * RATE, abs=2048)
+        assert clip.notes == (f"the header promises {promised_s:.2f} s; the file ends at 3.00 s",)
+        assert sum(map(len, iter_audio(path, sample_rate=RATE, block=RATE))) == len(clip.waveform)
+    assert reason(cut(path, "cut.mkv", 0.5)) == Reason.TRUNCATED
+    assert reason(path, 5.0, 8.0) == Reason.PAST_END
+
+
+def wav(path: Path, samples: np.ndarray, n_bytes: int | None = None, fact: int | None = None) -> Path:
+    """Write 16-bit mono PCM as WAVEFORMATEXTENSIBLE, with what the header says of its length."""
+    data = samples.astype("<i2").tobytes()
+    size = len(data) if n_bytes is None else n_bytes
+    kind = struct.pack("<HHIIHHHHI", 0xFFFE, 1, RATE, 2 * RATE, 2, 16, 22, 16, 4)
+    kind += bytes.fromhex("0100000000001000800000aa00389b71")
+    chunks = b"WAVEfmt " + struct.pack("<I", len(kind)) + kind
+    chunks += b"" if fact is None else b"fact" + struct.pack("<II", 4, fact)
+    riff = b"RIFF" + struct.pack("<I", min(size + 60, 2**32 - 1))
+    path.write_bytes(riff + chunks + b"data" + struct.pack("<I", size) + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "fact"),
+    [
+        (0x7FFFF000, 0x7FFFF000 // 2),
+        (0x7FFFF000, 0x7FFFF000),
+        (0xFFFFFFFF, 0xFFFFFFFF),
+        (0xFFFFFFFF, None),
+        (0x80000000, 0x7FFFFFFF),
+        (0, 0),
+    ],
+)
+def test_lengths_that_were_never_filled_in(tmp_path: Path, n_bytes: int, fact: int | None) -> None:
+    samples = np.random.default_rng(0).integers(-(2**15), 2**15, 2 * RATE)
+    path = wav(tmp_path / "pipe.wav", samples, n_bytes, fact)
+    np.testing.assert_array_equal(decode(path).waveform, samples.astype(np.float32) / 2**15)
+    np.testing.assert_array_equal(decode(path, limits=DecodeLimits(max_duration_s=3)).waveform, decode(path).waveform)
+
+
+def test_bare_samples_are_cut_where_their_header_says_more(tmp_path: Path) -> None:
+    samples = np.random.default_rng(0).integers(-(2**15), 2**15, 2 * RATE)
+    assert reason(wav(tmp_path / "half.wav", samples, 8 * RATE, 4 * RATE)) == Reason.TRUNCATED
+    clip = decode(wav(tmp_path / "perhaps.wav", samples, 8 * RATE - 2))
+    assert len(clip.waveform) == 2 * RATE
+    assert clip.notes == ("the file ends in the middle of its data, at 2.00 s: it may have been cut",)
+
+
+def test_a_file_of_two_milliseconds(tmp_path: Path) -> None:
+    path = wav(tmp_path / "short.wav", np.arange(96))
+    assert len(decode(path).waveform) == 96
+
+
+def parts(make: Make, suffix: str, *options: str, rates: tuple[int, int] = (48_000, 44_100)) -> list[bytes]:
+    """Two files of two seconds, 440 Hz mono and 880 Hz stereo, of different rates."""
+    name = f"{options[-1]}-{rates[0]}-{rates[1]}.{suffix}"
+    first = make(f"first-{name}", [f"sine=440:d=2:r={rates[0]}"], *options)
+    stereo = f"sine=880:d=2:r={rates[1]},aformat=channel_layouts=stereo"
+    later = ["-output_ts_offset", "2"] if suffix == "ts" else []
+    second = make(f"second-{name}", [stereo], *options, *later)
+    return [first.read_bytes(), second.read_bytes()]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options", "rates"),
+    [
+        ("ts", ["-c:a", "aac"], (48_000, 48_000)),
+        ("ts", ["-c:a", "mp2"], (48_000, 44_100)),
+        ("aac", ["-c:a", "aac"], (48_000, 44_100)),
+        ("aac", ["-c:a", "aac"], (44_100, 48_000)),
+        ("mp3", ["-c:a", "libmp3lame", "-write_xing", "0"], (48_000, 44_100)),
+        ("flac", ["-c:a", "flac"], (48_000, 44_100)),
+    ],
+)
+def test_parameters_that_change_on_the_way(
+    make: Make, tmp_path: Path, suffix: str, options: list[str], rates: tuple[int, int]
+) -> None:
+    first, second = parts(make, suffix, *options, rates=rates)
+    path = tmp_path / f"both.{suffix}"
+    path.write_bytes(first + second)
+    waveform = decode(path, pictures=False).waveform
+    assert len(waveform) == pytest.approx(4 * RATE, abs=0.25 * RATE)
+    assert tone(waveform[: int(1.9 * RATE)]) == 440 and tone(waveform[int(2.2 * RATE) : 4 * RATE]) == 880
+    quiet = np.abs(waveform[: 4 * RATE - 4800].reshape(-1, 480)).max(1) < 0.01
+    assert quiet.sum() < 12  # a codec's run-up, no hole
+    blocks = list(iter_audio(path, sample_rate=RATE, block=5_001))
+    np.testing.assert_array_equal(np.concatenate(blocks), waveform)
+    assert tone(decode(path, 0.5, 3.5, pictures=False).waveform[2 * RATE :]) == 880
+
+
+def test_gaps_stay_where_parameters_change(make: Make, tmp_path: Path) -> None:
+    first, _ = parts(make, "ts", "-c:a", "aac", rates=(48_000, 48_000))
+    stereo = "sine=880:d=2:r=48000,aformat=channel_layouts=stereo"
+    late = make("late.ts", [stereo], "-c:a", "aac", "-output_ts_offset", "3")
+    path = tmp_path / "gap.ts"
+    path.write_bytes(first + late.read_bytes())
+    waveform = decode(path).waveform
+    assert len(waveform) == pytest.approx(5 * RATE, abs=0.1 * RATE)
+    assert not np.abs(waveform[int(2.1 * RATE) : int(2.8 * RATE)]).any()
+
+
+def test_pictures_that_fail_leave_the_sound(whole: Path, movie: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "odd.mp4"
+    run_ffmpeg("-i", whole, "-c", "copy", "-bsf:v", "h264_metadata=matrix_coefficients=14", odd)
+    data = bytearray(movie.read_bytes())
+    start = data.index(b"avcC")
+    data[start + 4 : start + 40] = bytes(36)
+    broken = tmp_path / "broken.mov"
+    broken.write_bytes(data)
+    for path, source in ((odd, whole), (broken, movie)):
+        clips = [decode(path) for _ in range(3)]
+        assert all(np.array_equal(c.waveform, decode(source).waveform) for c in clips)
+        assert not any(len(c.images) for c in clips)
+        assert len({c.notes for c in clips}) == 1 and clips[0].notes[0].startswith("the pictures can't be used: ")
+        with pytest.raises(ClipError):
+            decode(path, sound=False)
+
+
+def test_sound_that_fails_leaves_the_pictures(whole: Path, tmp_path: Path) -> None:
+    data = bytearray(whole.read_bytes())
+    start = data.index(b"esds")
+    data[start - 20 : start + 40] = bytes(60)
+    path = tmp_path / "mute.mp4"
+    path.write_bytes(data)
+    assert len(decode(path, sound=False).images) == 3
+    with pytest.raises(ClipError):
+        decode(path)
