@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import fcntl
 import functools
+import itertools
 import math
 import os
 import re
@@ -16,7 +17,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,7 @@ class Listening:
     track: int = 1  # counted from 1
     mix: str = ""  # an expression for aeval; empty: as ffmpeg mixes the layout
     timed: bool = False  # whether samples come with their times: those of sound whose parameters change
+    link: tuple[int, int] | None = None  # of an Ogg chain, where it starts and ends in the file, in bytes
 
 
 @dataclass(frozen=True)
@@ -248,6 +250,8 @@ def decode(
     request = _Request(path, start_s, end_s, sample_rate, image_size, limits, deadline)
     _check_file(path)
     taken, trouble = _take_each(request, Listening(track), sound, pictures)
+    if sound and len(_links(path, taken.header)) > 1:
+        _chain(request, taken)
     notes = _missing(request, taken, sound)
     if trouble:
         state = "end early" if len(taken.images) else "can't be used"
@@ -428,8 +432,8 @@ def listen(path: Path, *, limits: DecodeLimits = DecodeLimits(), track: int = 1)
 
     Reads until the sound isn't quiet any more, as a rule its first second. Raises as `iter_audio` does.
     """
-    header = _probe_audio(path, limits, track)
     found = Listening(track)
+    header = _probe_audio(path, limits, found)
     energies = []
     for mix in ("", _ALTERNATING):
         peak, energy = 0.0, 0.0
@@ -463,38 +467,109 @@ def iter_audio(
     """
     if block < 1:
         raise ValueError(f"block is {block}; it must be a positive number of samples")
-    header = _probe_audio(path, limits, listening.track)
-    own = header.tracks[listening.track - 1]
-    listening = replace(listening, mix=listening.mix or own.mix)
-    sound = replace(header, info=replace(header.info, has_video=False))
-    n_samples, rest = 0, bytearray()
-    while True:
-        skipped, at = n_samples, 0  # given before the sound changed
-        excerpt = _excerpt(path, sound, 0.0, math.inf, sample_rate, 0, limits, listening=listening)
-        try:
-            with excerpt:
-                for data in _samples(excerpt, sample_rate, limits.timeout_s):
-                    rest += data[max(0, 4 * skipped - at) :]
-                    at += len(data)
-                    while len(rest) >= 4 * block:
-                        yield _check_samples(np.frombuffer(rest[: 4 * block], "<f4"))
-                        del rest[: 4 * block]
-                        n_samples += block
-            break
-        except _Changed:
-            listening = replace(listening, timed=True)
-            rest.clear()
-    rest = rest[: len(rest) // 4 * 4]
-    if rest:
-        yield _check_samples(np.frombuffer(rest, "<f4"))
-        n_samples += len(rest) // 4
+    header = _probe_audio(path, limits, listening)
+    excerpt, n_samples = yield from _blocks(_sound(path, header, listening, sample_rate, limits), block)
     if excerpt.too_many_errors or (not n_samples and excerpt.returncode):
         raise ClipError(Reason.UNREADABLE, excerpt.last_words() or "nothing decodes")
     if not n_samples:
         raise ClipError(Reason.EMPTY, excerpt.last_words() or "no samples")
     end_s, promised_s = n_samples / sample_rate, _or_inf(header.info.duration_s)
     if end_s < promised_s - _SLACK_S < math.inf or excerpt.stopped:
-        _judge(path, excerpt, own.stream, end_s, promised_s, limits)
+        own = header.tracks[listening.track - 1].stream
+        _judge(path, excerpt, own, end_s, promised_s, limits)
+
+
+def _blocks(
+    pieces: Generator[bytes, None, _FFmpeg], block: int
+) -> Generator[NDArray[np.float32], None, tuple[_FFmpeg, int]]:
+    """Divide float32 samples into blocks; return what `pieces` returns, and their number."""
+    n_samples, rest = 0, bytearray()
+    while True:
+        try:
+            rest += next(pieces)
+        except StopIteration as end:
+            samples = np.frombuffer(rest, "<f4", len(rest) // 4)
+            if len(samples):
+                yield _check_samples(samples)
+            return end.value, n_samples + len(samples)
+        while len(rest) >= 4 * block:
+            yield _check_samples(np.frombuffer(rest[: 4 * block], "<f4"))
+            del rest[: 4 * block]
+            n_samples += block
+
+
+def _sound(
+    path: Path, header: _Header, listening: Listening, sample_rate: int, limits: DecodeLimits
+) -> Generator[bytes, None, _FFmpeg]:
+    """Give a whole file's float32 samples as they come; return the ffmpeg that read the last."""
+    links = _links(path, header)
+    for link in links:
+        listening = replace(listening, link=link if len(links) > 1 else None)
+        if listening.link:
+            header = _probe_audio(path, limits, listening)
+        mix = listening.mix or header.tracks[listening.track - 1].mix
+        sound = replace(header, info=replace(header.info, has_video=False))
+        excerpt = yield from _link_sound(path, sound, replace(listening, mix=mix), sample_rate, limits)
+    return excerpt
+
+
+def _link_sound(
+    path: Path, sound: _Header, listening: Listening, sample_rate: int, limits: DecodeLimits
+) -> Generator[bytes, None, _FFmpeg]:
+    given = 0  # bytes
+    while True:
+        at = 0
+        try:
+            with _excerpt(path, sound, 0.0, math.inf, sample_rate, 0, limits, listening=listening) as excerpt:
+                for data in _samples(excerpt, sample_rate, limits.timeout_s):
+                    fresh = data[max(0, given - at) :]
+                    at += len(data)
+                    given = max(given, at)
+                    yield fresh
+            return excerpt
+        except _Changed:
+            listening = replace(listening, timed=True)
+
+
+def _links(path: Path, header: _Header) -> list[tuple[int, int]]:
+    """Return where each link of an Ogg chain starts and ends, in bytes; of other files none but the whole.
+
+    A link starts with pages that begin a stream, after others. ffmpeg itself goes on to the next
+    link only where that is like the first.
+    """
+    starts, position, head = [0], 0, True
+    n_bytes = path.stat().st_size
+    with path.open("rb") as f:
+        while header.format == "ogg" and position < n_bytes:
+            f.seek(position)
+            page = f.read(27 + 255)
+            if len(page) < 27 or not page.startswith(b"OggS"):
+                break
+            begins = bool(page[5] & 2)
+            if begins and not head:
+                starts.append(position)
+            head = begins
+            position += 27 + page[26] + sum(page[27 : 27 + page[26]])
+    return list(itertools.pairwise([*starts, n_bytes]))
+
+
+def _chain(request: _Request, taken: _Taken) -> None:
+    """Take the excerpt's sound from all links of an Ogg chain, of which `taken` has the first."""
+    start = 4 * round(request.start_s * request.sample_rate)
+    end = start + 4 * round(request.length_s * request.sample_rate)
+    pieces = _sound(request.path, taken.header, taken.listening, request.sample_rate, request.remaining())
+    at, kept = 0, bytearray()
+    while at < end:
+        try:
+            data = next(pieces)
+        except StopIteration as last:
+            taken.process = last.value
+            break
+        kept += data[max(0, start - at) : max(0, end - at)]
+        at += len(data)
+        if time.monotonic() > request.deadline:
+            raise ClipError(Reason.TIMEOUT, f"ffmpeg took more than {request.limits.timeout_s:.3g} s", transient=True)
+    taken.waveform = np.frombuffer(kept, "<f4", len(kept) // 4)
 
 
 def reaches(path: Path, time_s: float, *, limits: DecodeLimits = DecodeLimits()) -> bool:
@@ -513,7 +588,7 @@ class _Packets:
 
 def _survey(path: Path, limits: DecodeLimits, start_s: float = 0.0) -> _Packets:
     """Read a file's packets, those of a second where a start is given."""
-    options = {"ss": f"{start_s:.6f}"} if start_s else {}
+    options: dict[str, Any] = {"ss": f"{start_s:.6f}"} if start_s else {}
     until = {"t": 1} if start_s else {}
     source = _input(path, limits, **options)
     listed = source.output("pipe:1", format="framecrc", c="copy", map="0", copy_unknown=None, **until)
@@ -544,16 +619,16 @@ def _check_samples(samples: NDArray[np.float32]) -> NDArray[np.float32]:
     return samples
 
 
-def _probe_audio(path: Path, limits: DecodeLimits, track: int) -> _Header:
-    header = _probe(path, limits)
+def _probe_audio(path: Path, limits: DecodeLimits, listening: Listening) -> _Header:
+    header = _probe(path, limits, listening.link)
     whole = _Request(path, 0.0, 0.0, 1, 0, limits, math.inf)
-    _check(whole, header, track, sound=True, pictures=False)
+    _check(whole, header, listening.track, sound=True, pictures=False)
     return header
 
 
-def _probe(path: Path, limits: DecodeLimits) -> _Header:
+def _probe(path: Path, limits: DecodeLimits, link: tuple[int, int] | None = None) -> _Header:
     _check_file(path)
-    nowhere = _input(path, limits).output("pipe:1", c="copy", t=0, format="null")
+    nowhere = _input(path, limits, link).output("pipe:1", c="copy", t=0, format="null")
     with _FFmpeg([nowhere], path, limits) as process:
         for _ in process.pieces(limits.timeout_s):
             pass
@@ -627,10 +702,11 @@ def _never_filled(length: float) -> bool:
     return length > 2**40 or any(abs(length / 2**bits - 1) < _PLACEHOLDER for bits in (31, 32))
 
 
-def _input(path: Path, limits: DecodeLimits, **options: Any) -> Any:
+def _input(path: Path, limits: DecodeLimits, link: tuple[int, int] | None = None, **options: Any) -> Any:
+    part = "subfile,,start,{},end,{},,:".format(*link) if link else ""
     return ffmpeg.input(
-        f"file:{path.absolute()}",
-        protocol_whitelist="file",
+        f"{part}file:{path.absolute()}",
+        protocol_whitelist="file,subfile" if link else "file",
         format_whitelist=_FORMATS,
         threads=limits.threads,
         guess_layout_max=2,  # more channels without a layout are microphones or instruments as often as loudspeakers
@@ -660,7 +736,7 @@ def _excerpt(
     if info.has_video:
         options["max_pixels:v"] = limits.max_pixels
         options["reinit_filter:v"] = 0  # scale copes with a change of size; fps would start over
-    source = _input(path, limits, **options)
+    source = _input(path, limits, listening.link, **options)
     lead_s = header.zero_s + start_s - seek_s
     bounded = math.isfinite(length_s)
     outputs = []

@@ -666,6 +666,8 @@ def parts(make: Make, suffix: str, *options: str, rates: tuple[int, int] = (48_0
         ("aac", ["-c:a", "aac"], (44_100, 48_000)),
         ("mp3", ["-c:a", "libmp3lame", "-write_xing", "0"], (48_000, 44_100)),
         ("flac", ["-c:a", "flac"], (48_000, 44_100)),
+        ("ogg", ["-c:a", "libvorbis"], (48_000, 44_100)),
+        ("opus", ["-c:a", "libopus"], (48_000, 48_000)),
     ],
 )
 def test_parameters_that_change_on_the_way(
@@ -682,6 +684,23 @@ def test_parameters_that_change_on_the_way(
     blocks = list(iter_audio(path, sample_rate=RATE, block=5_001))
     np.testing.assert_array_equal(np.concatenate(blocks), waveform)
     assert tone(decode(path, 0.5, 3.5, pictures=False).waveform[2 * RATE :]) == 880
+
+
+def test_an_ogg_chain_of_many_links(make: Make, tmp_path: Path) -> None:
+    """Links that follow each other alike are read by ffmpeg; each that differs starts another."""
+    first, second = parts(make, "ogg", "-c:a", "libvorbis")
+    path = tmp_path / "chain.ogg"
+    path.write_bytes(first + first + second + first)
+    waveform = decode(path).waveform
+    assert len(waveform) == pytest.approx(8 * RATE, abs=0.1 * RATE)
+    heard = [tone(waveform[int(k * RATE) : int((k + 1.5) * RATE)]) for k in (0.1, 2.2, 4.2, 6.2)]
+    assert heard == [440, 440, 880, 440]
+    np.testing.assert_array_equal(decode(path, 4.5, 5.5).waveform, waveform[int(4.5 * RATE) : int(5.5 * RATE)])
+    np.testing.assert_array_equal(np.concatenate(list(iter_audio(path, sample_rate=RATE, block=999))), waveform)
+    assert reason(path, limits=DecodeLimits(max_duration_s=5)) == Reason.TOO_LONG
+    data = path.read_bytes()
+    path.write_bytes(data[: len(first) + 2000] + bytes(len(data) - len(first) - 2000))
+    assert reason(path) in (Reason.TRUNCATED, Reason.UNREADABLE)
 
 
 def test_gaps_stay_where_parameters_change(make: Make, tmp_path: Path) -> None:
