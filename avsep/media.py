@@ -146,6 +146,7 @@ class Listening:
     track: int = 1  # counted from 1
     mix: str = ""  # an expression for aeval; empty: as ffmpeg mixes the layout
     timed: bool = False  # whether samples come with their times: those of sound whose parameters change
+    endless: bool = False  # whether a WAV is read to the file's end, whatever its header says
     link: tuple[int, int] | None = None  # of an Ogg chain, where it starts and ends in the file, in bytes
 
 
@@ -316,9 +317,18 @@ def _take(request: _Request, listening: Listening, sound: bool = True, pictures:
         except _Changed:
             listening = replace(listening, timed=True)
         else:
-            if not (excerpt.unmixable and not listening.mix):
+            if excerpt.unmixable and not listening.mix:
+                listening = replace(listening, mix=_MEAN)
+            elif _says_empty(excerpt, len(waveform)) and not request.start_s:
+                listening, assumed = replace(listening, endless=True), excerpt.header
+            else:
                 return _Taken(excerpt.header, listening, waveform, images, excerpt)
-            listening = replace(listening, mix=_MEAN)
+
+
+def _says_empty(process: _FFmpeg, n_bytes: int) -> bool:
+    """Tell whether a WAV gave nothing because its header was written before its samples: RF64, to a pipe."""
+    endless = process.listening is None or process.listening.endless
+    return not n_bytes and not endless and process.header.format == "wav"
 
 
 def _check(request: _Request, header: _Header, track: int, sound: bool, pictures: bool) -> None:
@@ -526,7 +536,9 @@ def _link_sound(
                     at += len(data)
                     given = max(given, at)
                     yield fresh
-            return excerpt
+            if not _says_empty(excerpt, at):
+                return excerpt
+            listening = replace(listening, endless=True)
         except _Changed:
             listening = replace(listening, timed=True)
 
@@ -736,6 +748,8 @@ def _excerpt(
     if info.has_video:
         options["max_pixels:v"] = limits.max_pixels
         options["reinit_filter:v"] = 0  # scale copes with a change of size; fps would start over
+    if listening.endless:
+        options["ignore_length"] = 1
     source = _input(path, limits, listening.link, **options)
     lead_s = header.zero_s + start_s - seek_s
     bounded = math.isfinite(length_s)

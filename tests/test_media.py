@@ -740,3 +740,104 @@ def test_sound_that_fails_leaves_the_pictures(whole: Path, tmp_path: Path) -> No
     assert len(decode(path, sound=False).images) == 3
     with pytest.raises(ClipError):
         decode(path)
+
+
+def test_a_stream_that_says_it_is_empty(tmp_path: Path) -> None:
+    """RF64 written to a pipe has no length anywhere."""
+    samples = np.random.default_rng(0).integers(-(2**15), 2**15, RATE)
+    path = wav(tmp_path / "plain.wav", samples)
+    command = [media.ffmpeg_executable(), "-v", "error", "-i", path, "-rf64", "always", "-f", "wav", "-"]
+    piped = tmp_path / "piped.wav"
+    piped.write_bytes(subprocess.run(command, check=True, capture_output=True, timeout=60).stdout)
+    np.testing.assert_array_equal(decode(piped).waveform, decode(path).waveform)
+    assert sum(map(len, iter_audio(piped, sample_rate=RATE, block=RATE))) == RATE
+
+
+TONE = "0.4*sin(2*PI*440*t)"
+
+
+def channels(n: int, sounding: int) -> str:
+    return "|".join(TONE if i == sounding else "0" for i in range(n))
+
+
+@pytest.mark.parametrize(
+    ("layout", "n", "sounding", "level"),
+    [
+        ("9 channels", 9, 8, 0.4 / 9),
+        ("3 channels", 3, 2, 0.4 / 3),  # which is no effects channel, unless it is said to be
+        ("7.1.4", 12, 11, 0.4 / 12),
+        ("22.2", 24, 23, 0.4 / 24),
+        ("binaural", 2, 1, 0.2),
+        ("hexadecagonal", 16, 15, 0.4 / 16),
+    ],
+)
+def test_no_channel_is_lost(tmp_path: Path, layout: str, n: int, sounding: int, level: float) -> None:
+    samples = np.zeros((RATE, n))
+    samples[:, sounding] = 0.4 * np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE)
+    path = tmp_path / "a.wav"
+    soundfile.write(path, samples, RATE, subtype="FLOAT", format="WAV")
+    if not layout.endswith("channels"):
+        path = tmp_path / "a.mka"
+        run_ffmpeg("-channel_layout", layout, "-i", tmp_path / "a.wav", "-c:a", "pcm_f32le", path)
+    waveform = decode(path).waveform
+    assert tone(waveform) == 440 and np.abs(waveform).max() == pytest.approx(level, rel=0.01)
+
+
+def test_ambisonics_are_heard_by_an_omnidirectional_microphone(make: Make) -> None:
+    sound = f"aevalsrc='{TONE}|0.3*sin(2*PI*1000*t)|0|0':c=4.0:s={RATE}:d=1"
+    layout = "channelmap=map=0|1|2|3:channel_layout=ambisonic 1"
+    path = make(
+        "ambisonic.mkv", [sound, FRAMES], "-af", layout, "-c:a", "libopus", "-mapping_family", "2", *X264, "-t", "1"
+    )
+    clip = decode(path)
+    spectrum = np.abs(np.fft.rfft(clip.waveform[:RATE]))
+    assert spectrum.argmax() == 440 and spectrum[1000] < 0.05 * spectrum[440] and len(clip.images) == 1
+
+
+@pytest.mark.parametrize("options", [["-c:a", "aac"], ["-c:a", "libmp3lame"], ["-c:a", "libopus"]])
+def test_channels_that_cancel(make: Make, options: list[str]) -> None:
+    path = make(f"opposite-{options[1]}.mkv", [f"aevalsrc='{TONE}|-{TONE}':s={RATE}:d=1"], *options)
+    clip = decode(path)
+    assert tone(clip.waveform) == 440 and np.abs(clip.waveform).max() == pytest.approx(0.4, rel=0.1)
+    assert clip.notes == ("left and right cancel each other: half their difference was taken",)
+    listening, notes = media.listen(path)
+    blocks = list(iter_audio(path, sample_rate=RATE, block=RATE, listening=listening))
+    np.testing.assert_array_equal(np.concatenate(blocks), clip.waveform)
+    assert notes == clip.notes
+
+
+def test_an_effects_channel_alone(make: Make) -> None:
+    clip = decode(make("effects.wav", [f"aevalsrc='0|0|0|{TONE}|0|0':c=5.1:s={RATE}:d=1"]))
+    assert tone(clip.waveform) == 440
+    assert clip.notes == ("the mix of the channels (5.1) is silent: they were added with alternating signs",)
+
+
+def test_a_silent_track_before_another(make: Make) -> None:
+    path = make(
+        "tracks.mov", [FRAMES, f"anullsrc=r={RATE}:d=2", f"aevalsrc='{TONE}':s={RATE}:d=2"],
+        "-map", "0", "-map", "1", "-map", "2", "-t", "2", *X264, "-c:a", "pcm_s16le", "-metadata:s:a:1", "language=ger",
+    )  # fmt: skip
+    silent = decode(path)
+    assert not silent.waveform.any()
+    assert silent.notes == ("audio track 1 is silent; the file's others are 2 (pcm_s16le, mono, ger)",)
+    assert media.listen(path)[1] == silent.notes
+    heard = decode(path, track=2)
+    assert tone(heard.waveform) == 440 and not heard.notes and len(heard.images) == 2
+    assert not media.listen(path, track=2)[1]
+    with pytest.raises(ClipError, match="no_audio: no audio track 3; there are 2"):
+        decode(path, track=3)
+    with pytest.raises(ValueError, match="counted from 1"):
+        decode(path, track=0)
+    assert decode(make("nothing.wav", [f"anullsrc=r={RATE}:d=1"])).notes == ("the sound is silent",)
+
+
+@pytest.mark.parametrize("suffix", ["sf", "caf", "sox", "mlp", "rso", "w64", "mxf"])
+def test_what_ffmpeg_reads_is_read(make: Make, suffix: str) -> None:
+    sources = [f"aevalsrc='{TONE}':s={RATE}:d=1", *(["testsrc=s=64x48:r=25:d=1"] if suffix == "mxf" else [])]
+    options = {"sf": ["-f", "ircam"], "mlp": ["-strict", "-2"]}.get(suffix, [])
+    path = make(f"kind.{suffix}", sources, *options)
+    assert tone(decode(path).waveform[: int(0.9 * RATE)]) == pytest.approx(440, abs=1)
+
+
+def test_pictures_without_a_container_are_read(make: Make) -> None:
+    assert len(decode(make("kind.y4m", ["testsrc=s=64x48:r=25:d=1,format=yuv420p"]), sound=False).images) == 1
