@@ -752,22 +752,11 @@ def _excerpt(
         options["ignore_length"] = 1
     source = _input(path, limits, listening.link, **options)
     lead_s = header.zero_s + start_s - seek_s
-    bounded = math.isfinite(length_s)
     outputs = []
     if info.has_audio:
-        # atrim before aresample: the latter lets a start up to 1 ms early pass, and fills gaps of any length
-        audio = [f"atrim=start={lead_s:.6f}" + (f":end={lead_s + length_s + 0.1:.6f}" if bounded else "")]
-        if listening.mix:
-            audio.append(f"aeval='{listening.mix}':c=mono")
-        placed = "" if listening.timed else f":async=1:first_pts={round(lead_s * sample_rate)}"
-        audio.append(f"aresample={sample_rate}{placed}:rematrix_maxval=1")
-        audio.append(f"aformat=sample_fmts=flt:channel_layouts=mono:sample_rates={sample_rate}")
-        if listening.timed:  # a change makes the filters anew: what counts from the start would start again
-            audio.append(f"aeval='val(0)|t-{lead_s:.6f}':c=stereo")
-        elif bounded:
-            audio.append(f"atrim=end_sample={round(length_s * sample_rate)}")
+        filters = _sound_filters(listening, lead_s, length_s, sample_rate)
         coding = "f64le" if listening.timed else "f32le"
-        outputs.append(source[f"a:{listening.track - 1}"].output("pipe:1", format=coding, af=",".join(audio)))
+        outputs.append(source[f"a:{listening.track - 1}"].output("pipe:1", format=coding, af=",".join(filters)))
     if info.has_video:
         # What is shown at the start comes at 0 s, what is shown after n + 0.5 s at n + 1 s.
         start = round(lead_s * 1e6)
@@ -785,6 +774,23 @@ def _excerpt(
         ]
         outputs.append(source["V:0"].output("pipe:side", format="rawvideo", r=1, vf=",".join(video)))
     return _FFmpeg(outputs, path, limits, look, None if not info.has_audio else listening)
+
+
+def _sound_filters(listening: Listening, lead_s: float, length_s: float, sample_rate: int) -> list[str]:
+    """Return ffmpeg's filters for what follows `lead_s` on its clock."""
+    bounded = math.isfinite(length_s)
+    # atrim before aresample: the latter lets a start up to 1 ms early pass, and fills gaps of any length
+    filters = [f"atrim=start={lead_s:.6f}" + (f":end={lead_s + length_s + 0.1:.6f}" if bounded else "")]
+    if listening.mix:
+        filters.append(f"aeval='{listening.mix}':c=mono")
+    placed = "" if listening.timed else f":async=1:first_pts={round(lead_s * sample_rate)}"
+    filters.append(f"aresample={sample_rate}{placed}:rematrix_maxval=1")
+    filters.append(f"aformat=sample_fmts=flt:channel_layouts=mono:sample_rates={sample_rate}")
+    if listening.timed:  # a change makes the filters anew: what counts from the start would start again
+        filters.append(f"aeval='val(0)|t-{lead_s:.6f}':c=stereo")
+    elif bounded:
+        filters.append(f"atrim=end_sample={round(length_s * sample_rate)}")
+    return filters
 
 
 def _read(
