@@ -526,13 +526,20 @@ def _encode_each(
     if process.returncode and picture is not None:
         alone = _encode(sound, None, *rest)
         if not alone.returncode:
-            seen = media.decode(picture[0], start_s, start_s + length_s, image_size=16, sound=False, limits=limits)
-            words = "; ".join(seen.notes) or process.last_words()
-            raise ClipError(Reason.UNREADABLE, f"the pictures can't be used: {words}")
+            raise ClipError(Reason.UNREADABLE, f"the pictures can't be used: {_fault(picture[0], *rest[:2], limits)}")
         process = alone
     if process.returncode:
         raise ClipError(Reason.UNREADABLE, process.last_words() or "nothing decodes")
     return process
+
+
+def _fault(file: Path, start_s: float, length_s: float, limits: media.DecodeLimits) -> str:
+    """Say what is wrong with pictures that can't be encoded."""
+    try:
+        media.decode(file, start_s, start_s + length_s, image_size=16, sound=False, limits=limits)
+    except ClipError as error:
+        return error.detail
+    return "they don't encode"
 
 
 def _encode(
@@ -588,6 +595,7 @@ def _encode(
         }
     x264, mpeg4 = {"c:v": "libx264", "preset": "veryfast", "crf": 21}, {"c:v": "mpeg4", "q:v": 4}
     for encoder in (x264, mpeg4):
+        target.unlink(missing_ok=True)  # of an attempt that failed
         chosen = {**coding, **encoder} if picture is not None else coding
         output = ffmpeg.output(*streams, f"file:{target}", **chosen)
         with media._FFmpeg([output], sound[0], limits, listening=media.Listening()) as process:

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from avsep import media, videos
+from avsep import media, stages, videos
 from avsep.media import DecodeLimits, decode, iter_audio, probe
-from avsep.records import ClipError, Reason
+from avsep.records import ClipError, Reason, Segment
 
 RATE = 48_000
 FPS = 25
@@ -841,3 +841,25 @@ def test_what_ffmpeg_reads_is_read(make: Make, suffix: str) -> None:
 
 def test_pictures_without_a_container_are_read(make: Make) -> None:
     assert len(decode(make("kind.y4m", ["testsrc=s=64x48:r=25:d=1,format=yuv420p"]), sound=False).images) == 1
+
+
+def test_a_file_is_heard_alike_held_or_read_in_blocks(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make("opposite-aac.mkv", [f"aevalsrc='{TONE}|-{TONE}':s={RATE}:d=1"], "-c:a", "aac")
+    held = videos._Source(path, RATE, videos.FileLimits())
+    monkeypatch.setattr(videos, "_HELD_S", 0.5)
+    read = videos._Source(path, RATE, videos.FileLimits())
+    np.testing.assert_array_equal(np.concatenate(list(read.blocks())), next(held.blocks()))
+    assert read.notes == held.notes == ("left and right cancel each other: half their difference was taken",)
+
+
+def test_a_rejection_says_why_nothing_is_heard_or_seen(make: Make, whole: Path, tmp_path: Path) -> None:
+    silent = make(
+        "nothing.mka", [f"anullsrc=r={RATE}:d=1", f"sine=d=1:r={RATE}"], "-map", "0", "-map", "1", "-c:a", "flac"
+    )
+    odd = tmp_path / "odd.mp4"
+    run_ffmpeg("-i", whole, "-c", "copy", "-bsf:v", "h264_metadata=matrix_coefficients=14", odd)
+    with pytest.raises(ClipError, match="silent: .*; audio track 1 is silent; the file's others are 2"):
+        stages.decode(Segment("a", str(silent), labels=("violin",)), stages.ExtractionConfig())
+    with pytest.raises(ClipError, match="no_video: .*; the pictures can't be used: Impossible to convert"):
+        stages.decode(Segment("a", str(odd)), stages.ExtractionConfig())
+    assert len(stages.decode(Segment("a", str(odd), labels=("violin",)), stages.ExtractionConfig()).clip.waveform)
