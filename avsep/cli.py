@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--out", required=True, help="folder for the WAVs and separation.json")
     s.add_argument("--objects", help="comma-separated names; without it the pictures decide, or the sound")
     s.add_argument("--weights", help="weights of the picture network, in place of the model's own or torchvision's")
+    s.add_argument("--track", type=int, default=1, help="which of several audio tracks, counted from 1")
     i = commands.add_parser("inspect", help="what is in a shard, an extraction's folder or a model", **shown)
     i.add_argument("path", help="a .parquet file or a folder")
     la = commands.add_parser("label", help="what the pictures show", **shown)

@@ -36,7 +36,7 @@ _REMEDIES = {
 
 
 def separate_file(
-    video: str, model_dir: str, out: str, objects: Sequence[str] | None, weights: str | None
+    video: str, model_dir: str, out: str, objects: Sequence[str] | None, weights: str | None, track: int = 1
 ) -> dict[str, object]:
     """Separate a whole file, whatever its length, into float32 WAVs that add up to its sound.
 
@@ -51,7 +51,7 @@ def separate_file(
         path = stack.enter_context(storage.local_file(video))
         remote = storage.is_uri(out)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if remote else out)
-        done = separate_video(path, folder, objects, step=stack.enter_context(_progress()))
+        done = separate_video(path, folder, objects, step=stack.enter_context(_progress()), track=track)
         names = [f"{name}.wav" for name in (*done.plan.objects, REST)]
         for name in names if remote else ():
             with pa.memory_map(str(folder / name)) as f:
@@ -106,14 +106,14 @@ def _earlier_files(out: str) -> list[str]:
     return found + [path for path in files if storage.name(path) in unfinished]
 
 
-def separate(video: str, model: str, out: str, objects: str | None, weights: str | None) -> int:
+def separate(video: str, model: str, out: str, objects: str | None, weights: str | None, track: int = 1) -> int:
     """Run `avsep separate`."""
     names = None
     if objects is not None:
         names = list(dict.fromkeys(n.strip() for n in objects.split(",") if n.strip()))
         if not names:
             raise ValueError(f"--objects {objects!r} names no object; the objects are {', '.join(OBJECT_NAMES)}")
-    report = separate_file(video, model, out, names, weights)
+    report = separate_file(video, model, out, names, weights, track)
     if report["labeller"]:
         print(f"pictures: {report['labeller']}")
     if report["note"]:

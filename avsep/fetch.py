@@ -32,6 +32,7 @@ from typing import Any, Protocol
 
 import ffmpeg
 import pyarrow.fs as pafs
+import soundfile
 
 from avsep import media, storage
 from avsep.egress import EgressIdentity, Lease
@@ -232,17 +233,19 @@ def cut(
     picture = next(((f, h) for f, h in headers if h.info.has_video), None)
     if sound is None:
         raise ClipError(Reason.NO_AUDIO, "no audio stream")
-    sound_end_s = _or_inf(sound[1].info.duration_s)
-    if start_s >= sound_end_s and said_s is not None and start_s < said_s - _SLACK_S:
-        raise ClipError(Reason.TRUNCATED, f"ends at {sound_end_s:.2f} s; the site says {said_s:g} s")
-    if start_s >= sound_end_s:
+    sound_end_s = _or_inf(sound[1].info.duration_s)  # says the header
+    if start_s >= sound_end_s and not media.reaches(sound[0], start_s, limits=limits):
+        if said_s is not None and start_s < said_s - _SLACK_S:
+            raise ClipError(Reason.TRUNCATED, f"ends at {sound_end_s:.2f} s; the site says {said_s:g} s")
         raise ClipError(Reason.PAST_END, f"starts at {start_s:g} s; the media end at {sound_end_s:g} s")
-    length_s = min(_or_inf(end_s), sound_end_s, start_s + limits.max_duration_s + 1) - start_s
-    if length_s > limits.max_duration_s:
+    longest_s = start_s + limits.max_duration_s
+    too_long = math.inf > min(_or_inf(end_s), sound_end_s) > longest_s
+    if too_long and media.reaches(sound[0], longest_s, limits=limits):
         raise ClipError(Reason.TOO_LONG, f"more than {limits.max_duration_s:g} s")
+    length_s = min(_or_inf(end_s), longest_s + 1) - start_s
     if picture is not None and start_s >= _or_inf(picture[1].info.duration_s):
         picture = None  # it ended before
-    _encode(sound, picture, start_s, length_s, target, options, limits)
+    process = _encode_each(sound, picture, start_s, length_s, target, options, limits)
 
     limits = replace(limits, timeout_s=_left(deadline, options.limits.timeout_s))
     try:
@@ -252,14 +255,25 @@ def cut(
             raise ClipError(Reason.TRUNCATED, f"nothing decodes from {start_s:g} s on") from None
         raise
     sound_s = len(clip.waveform) / clip.sample_rate
-    promised_s = min(_or_inf(end_s), max(sound_end_s, _or_inf(said_s)) if said_s else sound_end_s) - start_s
-    if math.isfinite(promised_s) and sound_s < promised_s - _SLACK_S:
-        raise ClipError(Reason.TRUNCATED, f"sound ends {sound_s:.2f} s into an excerpt of {promised_s:.2f} s")
+    stop_s, wanted_s = start_s + sound_s, _or_inf(end_s)
+    if said_s and stop_s < min(wanted_s, said_s) - _SLACK_S:
+        short = f"sound ends {sound_s:.2f} s into an excerpt of {min(wanted_s, said_s) - start_s:.2f} s"
+        raise ClipError(Reason.TRUNCATED, short)
+    promised_s = min(wanted_s, sound_end_s)
+    if math.isfinite(promised_s) and stop_s < promised_s - _SLACK_S:
+        media._judge(sound[0], process, sound[1].tracks[0].stream, stop_s, promised_s, limits)
     if picture is not None:
         pictures_s = min(sound_s, _or_inf(picture[1].info.duration_s) - start_s)
-        if not len(clip.images) or len(clip.images) < media._n_pictures(pictures_s) - 1 - _SLACK_S:
+        if _too_few(len(clip.images), pictures_s) and picture[1].picture is not None:  # their stream may be shorter
+            ends_s = media._survey(picture[0], limits).ends_s
+            pictures_s = min(pictures_s, ends_s.get(picture[1].picture, 0.0) - start_s)
+        if _too_few(len(clip.images), pictures_s):
             shown = f"{len(clip.images)} pictures, one a second"
             raise ClipError(Reason.TRUNCATED, f"{shown}, in an excerpt of {pictures_s:.2f} s")
+
+
+def _too_few(n_images: int, length_s: float) -> bool:
+    return not n_images or n_images < media._n_pictures(length_s) - 1 - _SLACK_S
 
 
 def find_media(folder: str, segments: Iterable[Segment]) -> dict[str, str]:
@@ -485,27 +499,74 @@ def _node_counts() -> bool:
 # Cutting
 
 
-def _encode(
-    sound: tuple[Path, media._Header],
-    picture: tuple[Path, media._Header] | None,
+_Source = tuple[Path, media._Header]
+
+
+def _encode_each(
+    sound: _Source,
+    picture: _Source | None,
     start_s: float,
     length_s: float,
     target: Path,
     options: FetchOptions,
     limits: media.DecodeLimits,
-) -> None:
-    def opened(file: Path, header: media._Header) -> tuple[Any, float]:
+) -> media._FFmpeg:
+    """Encode an excerpt; where that fails, find out whether sound or pictures are at fault."""
+    rest = (start_s, length_s, target, options, limits)
+    try:
+        process = _encode(sound, picture, *rest)
+    except media._Changed:  # a filter graph made anew would start from zero
+        rate = sound[1].info.sample_rate or 48_000
+        end_s = start_s + length_s
+        clip = media.decode(sound[0], start_s, end_s, sample_rate=rate, pictures=False, limits=limits)
+        wave = target.with_suffix(".wav")
+        soundfile.write(wave, clip.waveform, rate, subtype="FLOAT")
+        process = _encode((wave, media._probe(wave, limits)), picture, *rest, sound_start_s=0.0)
+        wave.unlink()
+    if process.returncode and picture is not None:
+        alone = _encode(sound, None, *rest)
+        if not alone.returncode:
+            raise ClipError(Reason.UNREADABLE, f"the pictures can't be used: {_fault(picture[0], *rest[:2], limits)}")
+        process = alone
+    if process.returncode:
+        raise ClipError(Reason.UNREADABLE, process.last_words() or "nothing decodes")
+    return process
+
+
+def _fault(file: Path, start_s: float, length_s: float, limits: media.DecodeLimits) -> str:
+    """Say what is wrong with pictures that can't be encoded."""
+    try:
+        media.decode(file, start_s, start_s + length_s, image_size=16, sound=False, limits=limits)
+    except ClipError as error:
+        return error.detail
+    return "they don't encode"
+
+
+def _encode(
+    sound: _Source,
+    picture: _Source | None,
+    start_s: float,
+    length_s: float,
+    target: Path,
+    options: FetchOptions,
+    limits: media.DecodeLimits,
+    *,
+    sound_start_s: float | None = None,
+) -> media._FFmpeg:
+    def opened(file: Path, header: media._Header, start_s: float) -> tuple[Any, float]:
         seek_s = max(0.0, start_s - (_LEAD_S if header.indexed else _UNINDEXED_LEAD_S))
         seek: dict[str, Any] = {"ss": f"{seek_s:.6f}", "noaccurate_seek": None} if seek_s else {}
         if header.info.has_video:
             seek |= {"max_pixels:v": limits.max_pixels, "reinit_filter:v": 0}
         return media._input(file, limits, **seek), header.zero_s + start_s - seek_s
 
-    source, lead_s = opened(*sound)
+    source, lead_s = opened(*sound, start_s if sound_start_s is None else sound_start_s)
+    mix = sound[1].tracks[0].mix
     rate = sound[1].info.sample_rate or 48_000
     audio = (
         f"atrim=start={lead_s:.6f}:end={lead_s + length_s + 0.1:.6f}"
-        f",aresample={rate}:async=1:first_pts={round(lead_s * rate)}:rematrix_maxval=1"
+        + (f",aeval='{mix}':c=mono" if mix else "")
+        + f",aresample={rate}:async=1:first_pts={round(lead_s * rate)}:rematrix_maxval=1"
         f",aformat=sample_fmts=s16:channel_layouts=mono|stereo:sample_rates={rate}"
         f",atrim=end_sample={round(length_s * rate)},asetpts=N/SR/TB"
     )
@@ -514,7 +575,7 @@ def _encode(
     coding |= {"map_metadata": -1, "map_chapters": -1, "fflags": "+bitexact", "flags:a": "+bitexact"}
     if picture is not None:
         if picture[0] != sound[0]:
-            source, lead_s = opened(*picture)
+            source, lead_s = opened(*picture, start_s)
         start, short = round(lead_s * 1e6), options.max_height
         # Picture k is what is shown k / 30 s into the excerpt.
         video = (
@@ -534,15 +595,15 @@ def _encode(
         }
     x264, mpeg4 = {"c:v": "libx264", "preset": "veryfast", "crf": 21}, {"c:v": "mpeg4", "q:v": 4}
     for encoder in (x264, mpeg4):
+        target.unlink(missing_ok=True)  # of an attempt that failed
         chosen = {**coding, **encoder} if picture is not None else coding
         output = ffmpeg.output(*streams, f"file:{target}", **chosen)
-        with media._FFmpeg([output], sound[0], limits) as process:
+        with media._FFmpeg([output], sound[0], limits, listening=media.Listening()) as process:
             for _ in process.pieces(limits.timeout_s):
                 pass
         if "Unknown encoder 'libx264'" not in process.log:
             break
-    if process.returncode:
-        raise ClipError(Reason.UNREADABLE, process.last_words() or "nothing decodes")
+    return process
 
 
 # Downloading

@@ -96,6 +96,7 @@ class Clip:
     waveform: NDArray[np.float32]  # (S,), mono
     sample_rate: int  # Hz
     images: NDArray[np.uint8]  # (n_images, height, width, 3), RGB, one a second
+    notes: tuple[str, ...] = ()  # what a user should know of it
 
 
 @dataclass

@@ -93,12 +93,17 @@ def decode(segment: Segment, config: ExtractionConfig, *, pictures: bool = True)
     except ValueError as error:  # no such scheme
         raise ClipError(Reason.MISSING, str(error)) from None
     if len(clip.images) == 0 and segment.labels is None:
-        raise ClipError(Reason.NO_VIDEO, "no picture, and the table gives no labels")
+        raise ClipError(Reason.NO_VIDEO, _with("no picture, and the table gives no labels", clip))
     if len(clip.waveform) < config.stft.n_fft // 2:
         raise ClipError(Reason.TOO_SHORT, f"{len(clip.waveform)} samples; half a window is {config.stft.n_fft // 2}")
     if rms_db(clip.waveform) < _SILENCE_DB:
-        raise ClipError(Reason.SILENT, f"RMS {rms_db(clip.waveform):.0f} dB, below {_SILENCE_DB:.0f} dB of full scale")
+        level = f"RMS {rms_db(clip.waveform):.0f} dB, below {_SILENCE_DB:.0f} dB of full scale"
+        raise ClipError(Reason.SILENT, _with(level, clip))
     return Decoded(clip, sha256)
+
+
+def _with(detail: str, clip: Clip) -> str:
+    return "; ".join((detail, *clip.notes))
 
 
 def middle_picture(source: str, start_s: float, end_s: float | None) -> NDArray[np.uint8] | None:
@@ -107,7 +112,7 @@ def middle_picture(source: str, start_s: float, end_s: float | None) -> NDArray[
         with storage.local_file(source) as path:
             end_s = end_s if end_s is not None else media.probe(path).duration_s
             middle = start_s if end_s is None else max(start_s, (start_s + end_s) / 2 - 0.5)
-            images = media.decode(path, middle, middle + 1).images
+            images = media.decode(path, middle, middle + 1, sound=False).images
     except (ClipError, FileNotFoundError, ValueError):
         return None
     return images[0] if len(images) else None

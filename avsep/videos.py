@@ -115,6 +115,7 @@ class VideoSeparator:
         mixture: bool = False,
         elsewhere: Callable[..., Future] | None = None,
         parents: bool = True,
+        track: int = 1,
     ) -> FileSeparation:
         """Separate a file of any length into float32 WAVs that add up to its sound.
 
@@ -123,7 +124,7 @@ class VideoSeparator:
         none. `objects` are those that are there; None lets pictures and sound decide. `bases` (own,
         learned, both) overrides the model's choice. `elsewhere` starts a stage in another process:
         `("label", pictures, sha256)`, which may give None for a network that it hasn't, and
-        `("factorize", waveform, seeds, config)`.
+        `("factorize", waveform, seeds, config)`. `track` counts the file's audio tracks from 1.
 
         Raises ClipError for a file without usable sound, ValueError for unknown objects or bases
         that the model hasn't, and whatever `step` raises.
@@ -140,9 +141,10 @@ class VideoSeparator:
         timings, clock = {}, _Clock()
         step("decoding", 0.0)
         rate = separator.stft.sample_rate
-        source = _Source(video, rate, separator.model.config.image_size, self.limits, step)
+        source = _Source(video, rate, separator.model.config.image_size, self.limits, step, track)
         timings["decode_s"] = clock()
         scores, note = self._picture_scores(source.pictures, step, others)
+        note = "; ".join(filter(None, (*source.notes, note)))
         learned = separator.model.config.training.get("clips_by_label", OBJECT_NAMES)
         unknown = unlearned([name for name in objects or () if name not in learned])
         seen = None
@@ -205,7 +207,7 @@ class VideoSeparator:
     ) -> tuple[Tensor | None, str]:
         """Score the objects in pictures, `(L,)`; None and why when there is no picture or no picture network."""
         if len(pictures) == 0:
-            return None, "the file has no pictures"
+            return None, "there are no pictures to look at"
         if isinstance(self.labeller, str):
             return None, self.labeller
         step("looking", 0.0)
@@ -263,25 +265,33 @@ class _Source:
     """One file's pictures and sound; the sound can be read more than once."""
 
     def __init__(
-        self, video: Path, sample_rate: int, image_size: int, limits: FileLimits, step: Step = _no_step
+        self,
+        video: Path,
+        sample_rate: int,
+        image_size: int,
+        limits: FileLimits,
+        step: Step = _no_step,
+        track: int = 1,
     ) -> None:
         self._video, self._rate, self._limits = video, sample_rate, limits
         self._held: NDArray[np.float32] | None = None
         held = min(_HELD_S, limits.max_duration_s, limits.decode.max_duration_s)
         try:
             shorter = replace(limits.decode, max_duration_s=held)
-            clip = media.decode(video, sample_rate=sample_rate, image_size=image_size, limits=shorter)
+            clip = media.decode(video, sample_rate=sample_rate, image_size=image_size, limits=shorter, track=track)
         except ClipError as error:
             if error.reason != Reason.TOO_LONG or held < _HELD_S:
                 raise
             info = media.probe(video, timeout_s=limits.decode.timeout_s)
             duration_s = info.duration_s
-            if duration_s is not None and duration_s > limits.max_duration_s:
+            too_long = duration_s is not None and duration_s > limits.max_duration_s  # says the header; is it true?
+            if too_long and media.reaches(video, limits.max_duration_s, limits=limits.decode):
                 raise _too_long(limits) from None
+            self._listening, self.notes = media.listen(video, limits=limits.decode, track=track)
             self.n_samples = round(sample_rate * (duration_s or 2 * held))  # a guess, where the header doesn't say
             self.pictures = pictures(video, image_size, info, limits.decode, step)
         else:
-            self._held, self.pictures = clip.waveform, clip.images
+            self._held, self.pictures, self.notes = clip.waveform, clip.images, clip.notes
             self.n_samples = len(clip.waveform)
 
     def blocks(self) -> Iterator[NDArray[np.float32]]:
@@ -290,7 +300,8 @@ class _Source:
             yield self._held
             return
         n_samples = 0
-        for block in media.iter_audio(self._video, sample_rate=self._rate, block=_BLOCK, limits=self._limits.decode):
+        reading: dict[str, Any] = {"sample_rate": self._rate, "block": _BLOCK, "limits": self._limits.decode}
+        for block in media.iter_audio(self._video, listening=self._listening, **reading):
             n_samples += len(block)
             if n_samples > self._limits.max_duration_s * self._rate:  # headers may promise too little
                 raise _too_long(self._limits)

@@ -337,6 +337,34 @@ def test_an_excerpt_that_goes_past_the_end_is_shorter(files: Path, tmp_path: Pat
         cut([files / "film.mp4"], 9.0, 16.0, tmp_path / "once_more.mkv", said_s=30.0)
 
 
+def test_an_excerpt_of_a_file_whose_subtitles_outlast_it(files: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.srt").write_text("1\n00:00:01,000 --> 00:00:30,000\nlast\n")
+    run_ffmpeg("-i", files / "film.mp4", "-i", tmp_path / "a.srt", "-c", "copy", "-c:s", "srt", tmp_path / "text.mkv")
+    assert media.probe(tmp_path / "text.mkv").duration_s == 30.0
+    cut([tmp_path / "text.mkv"], 6.0, 16.0, tmp_path / "out.mkv")
+    assert abs(len(media.decode(tmp_path / "out.mkv").waveform) / RATE - 2) < 0.05
+
+
+def test_an_excerpt_of_sound_that_changes(files: Path, tmp_path: Path) -> None:
+    film = ["-i", files / "film.mp4", "-t", "3", "-c:v", "copy", "-c:a", "aac"]
+    run_ffmpeg(*film, "-ac", "1", tmp_path / "one.ts")
+    run_ffmpeg(*film, "-ac", "2", "-output_ts_offset", "3", tmp_path / "two.ts")
+    (tmp_path / "both.ts").write_bytes((tmp_path / "one.ts").read_bytes() + (tmp_path / "two.ts").read_bytes())
+    cut([tmp_path / "both.ts"], 1.0, 5.0, tmp_path / "out.mkv")
+    stored = media.decode(tmp_path / "out.mkv")
+    assert len(stored.waveform) == 4 * RATE and len(stored.images) == 4
+    source = media.decode(tmp_path / "both.ts", 1.0, 5.0)
+    np.testing.assert_allclose(stored.waveform, source.waveform, atol=2**-15)
+    assert not list(tmp_path.glob("*.wav"))
+
+
+def test_pictures_at_fault_are_named(files: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "odd.mp4"
+    run_ffmpeg("-i", files / "film.mp4", "-c", "copy", "-bsf:v", "h264_metadata=matrix_coefficients=14", odd)
+    with pytest.raises(ClipError, match="unreadable: the pictures can't be used"):
+        cut([odd], 1.0, 3.0, tmp_path / "out.mkv")
+
+
 # What goes wrong
 
 

@@ -80,7 +80,7 @@ FLAGS = {
         "--protocol", "--in-process",
     },
     "serve": {"--model", "--port"},
-    "avsep separate": {"--model", "--out", "--objects", "--weights"},
+    "avsep separate": {"--model", "--out", "--objects", "--weights", "--track"},
     "avsep inspect": set(),
     "avsep label": {"--weights", "--labeller"},
 }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -16,9 +17,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from avsep import media, videos
+from avsep import media, stages, videos
 from avsep.media import DecodeLimits, decode, iter_audio, probe
-from avsep.records import ClipError, Reason
+from avsep.records import ClipError, Reason, Segment
 
 RATE = 48_000
 FPS = 25
@@ -286,7 +287,10 @@ def test_blocks_are_the_waveform(movie: Path) -> None:
 def test_downmix(make: Make) -> None:
     tone = "0.5*sin(2*PI*440*t)"
     stereo = make("stereo.wav", [f"aevalsrc='{tone}|-{tone}':s={RATE}:d=1"], "-c:a", "pcm_f32le")
-    assert np.abs(decode(stereo).waveform).max() < 1e-6
+    assert decode(stereo).notes == ("left and right cancel each other: half their difference was taken",)
+    np.testing.assert_allclose(
+        decode(stereo).waveform, 0.5 * np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE), atol=1e-4
+    )
     left = make("left.wav", [f"aevalsrc='{tone}|0':s={RATE}:d=1"], "-c:a", "pcm_f32le")
     expected = 0.25 * np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE)
     np.testing.assert_allclose(decode(left).waveform, expected, atol=1e-4)
@@ -492,7 +496,12 @@ def test_playlists_are_rejected(film: Path, make: Make, tmp_path: Path, name: st
 
 
 def test_limits(movie: Path) -> None:
-    assert reason(movie, limits=DecodeLimits(max_pixels=64 * 48 - 1)) == Reason.TOO_LARGE
+    small = DecodeLimits(max_pixels=64 * 48 - 1)
+    clip = decode(movie, limits=small)
+    assert len(clip.waveform) == 10 * RATE and not len(clip.images)
+    assert clip.notes == ("the pictures can't be used: 64x48; the limit is 3071 pixels",)
+    with pytest.raises(ClipError, match="too_large"):
+        decode(movie, limits=small, sound=False)
     assert len(decode(movie, limits=DecodeLimits(max_pixels=64 * 48)).images) == 10
     assert reason(movie, limits=DecodeLimits(timeout_s=0.001)) == Reason.TIMEOUT
     with pytest.raises(ClipError):
@@ -549,3 +558,319 @@ def test_awkward_names(movie: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     Path(f"./{name}").write_bytes(movie.read_bytes())
     assert len(decode(Path(name), 0.0, 1.0).waveform) == RATE
     assert next(iter_audio(tmp_path / name, sample_rate=RATE, block=10)).shape == (10,)
+
+
+def tone(samples: np.ndarray, rate: int = RATE) -> int:
+    """Return the loudest frequency in Hz."""
+    return round(int(np.abs(np.fft.rfft(samples)).argmax()) * rate / len(samples))
+
+
+@pytest.fixture(scope="session")
+def whole(make: Make) -> Path:
+    """Three seconds of H.264 and AAC."""
+    return make("whole.mp4", [f"testsrc=s=64x48:r={FPS}:d=3", f"sine=440:d=3:r={RATE}"], *X264, "-c:a", "aac")
+
+
+SUBTITLES = "1\n00:00:00,500 --> 00:00:01,000\nfirst\n\n2\n00:00:02,500 --> 00:00:09,000\nlast\n"
+CHAPTERS = ";FFMETADATA1\n[CHAPTER]\nTIMEBASE=1/1000\nSTART=0\nEND=9000\ntitle=one\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("text.mkv", ["-c:s", "srt"]),
+        ("text.mp4", ["-c:s", "mov_text"]),
+        ("sound-and-text.mkv", ["-vn", "-c:s", "ass"]),
+        ("chapter.mp4", ["-map", "0", "-map_metadata", "2"]),
+    ],
+)
+def test_other_streams_may_outlast_the_sound(whole: Path, tmp_path: Path, name: str, options: list[str]) -> None:
+    (tmp_path / "a.srt").write_text(SUBTITLES)
+    (tmp_path / "a.txt").write_text(CHAPTERS)
+    path = tmp_path / name
+    run_ffmpeg("-i", whole, "-i", tmp_path / "a.srt", "-i", tmp_path / "a.txt", "-c", "copy", *options, path)
+    clip = decode(path)
+    assert len(clip.waveform) == pytest.approx(3 * RATE, abs=2048) and not clip.notes
+    assert len(decode(path, pictures=False).waveform) == len(clip.waveform)
+    assert sum(map(len, iter_audio(path, sample_rate=RATE, block=RATE))) == len(clip.waveform)
+    assert reason(path, 4.0, 8.0) in (Reason.PAST_END, Reason.EMPTY)
+    if name.endswith("mkv"):
+        assert reason(cut(path, f"cut-{name}", 0.4)) == Reason.TRUNCATED
+
+
+def test_a_header_that_promises_too_much(whole: Path, tmp_path: Path) -> None:
+    """A file that ends cleanly is all there is, though its header says otherwise."""
+    path = tmp_path / "long.mkv"
+    run_ffmpeg("-i", whole, "-c", "copy", path)
+    data = path.read_bytes()
+    place = data.index(b"\x44\x89\x88") + 3  # EBML's Duration, a float64 of milliseconds
+    for promised_s in (9.0, 36_000.0):
+        path.write_bytes(data[:place] + struct.pack(">d", 1000 * promised_s) + data[place + 8 :])
+        clip = decode(path)
+        assert len(clip.waveform) == pytest.approx(3 * RATE, abs=2048)
+        assert clip.notes == (f"the header promises {promised_s:.2f} s; the file ends at 3.00 s",)
+        assert sum(map(len, iter_audio(path, sample_rate=RATE, block=RATE))) == len(clip.waveform)
+    assert reason(cut(path, "cut.mkv", 0.5)) == Reason.TRUNCATED
+    assert reason(path, 5.0, 8.0) == Reason.PAST_END
+
+
+def wav(path: Path, samples: np.ndarray, n_bytes: int | None = None, fact: int | None = None) -> Path:
+    """Write 16-bit mono PCM as WAVEFORMATEXTENSIBLE, with what the header says of its length."""
+    data = samples.astype("<i2").tobytes()
+    size = len(data) if n_bytes is None else n_bytes
+    kind = struct.pack("<HHIIHHHHI", 0xFFFE, 1, RATE, 2 * RATE, 2, 16, 22, 16, 4)
+    kind += bytes.fromhex("0100000000001000800000aa00389b71")
+    chunks = b"WAVEfmt " + struct.pack("<I", len(kind)) + kind
+    chunks += b"" if fact is None else b"fact" + struct.pack("<II", 4, fact)
+    riff = b"RIFF" + struct.pack("<I", min(size + 60, 2**32 - 1))
+    path.write_bytes(riff + chunks + b"data" + struct.pack("<I", size) + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "fact"),
+    [
+        (0x7FFFF000, 0x7FFFF000 // 2),
+        (0x7FFFF000, 0x7FFFF000),
+        (0xFFFFFFFF, 0xFFFFFFFF),
+        (0xFFFFFFFF, None),
+        (0x80000000, 0x7FFFFFFF),
+        (0, 0),
+    ],
+)
+def test_lengths_that_were_never_filled_in(tmp_path: Path, n_bytes: int, fact: int | None) -> None:
+    samples = np.random.default_rng(0).integers(-(2**15), 2**15, 2 * RATE)
+    path = wav(tmp_path / "pipe.wav", samples, n_bytes, fact)
+    np.testing.assert_array_equal(decode(path).waveform, samples.astype(np.float32) / 2**15)
+    np.testing.assert_array_equal(decode(path, limits=DecodeLimits(max_duration_s=3)).waveform, decode(path).waveform)
+
+
+def test_bare_samples_are_cut_where_their_header_says_more(tmp_path: Path) -> None:
+    samples = np.random.default_rng(0).integers(-(2**15), 2**15, 2 * RATE)
+    assert reason(wav(tmp_path / "half.wav", samples, 8 * RATE, 4 * RATE)) == Reason.TRUNCATED
+    clip = decode(wav(tmp_path / "perhaps.wav", samples, 8 * RATE - 2))
+    assert len(clip.waveform) == 2 * RATE
+    assert clip.notes == ("the file ends in the middle of its data, at 2.00 s: it may have been cut",)
+
+
+def test_a_file_of_two_milliseconds(tmp_path: Path) -> None:
+    path = wav(tmp_path / "short.wav", np.arange(96))
+    assert len(decode(path).waveform) == 96
+
+
+def parts(make: Make, suffix: str, *options: str, rates: tuple[int, int] = (48_000, 44_100)) -> list[bytes]:
+    """Two files of two seconds, 440 Hz mono and 880 Hz stereo, of different rates."""
+    name = f"{options[-1]}-{rates[0]}-{rates[1]}.{suffix}"
+    first = make(f"first-{name}", [f"sine=440:d=2:r={rates[0]}"], *options)
+    stereo = f"sine=880:d=2:r={rates[1]},aformat=channel_layouts=stereo"
+    later = ["-output_ts_offset", "2"] if suffix == "ts" else []
+    second = make(f"second-{name}", [stereo], *options, *later)
+    return [first.read_bytes(), second.read_bytes()]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options", "rates"),
+    [
+        ("ts", ["-c:a", "aac"], (48_000, 48_000)),
+        ("ts", ["-c:a", "mp2"], (48_000, 44_100)),
+        ("aac", ["-c:a", "aac"], (48_000, 44_100)),
+        ("aac", ["-c:a", "aac"], (44_100, 48_000)),
+        ("mp3", ["-c:a", "libmp3lame", "-write_xing", "0"], (48_000, 44_100)),
+        ("flac", ["-c:a", "flac"], (48_000, 44_100)),
+        ("ogg", ["-c:a", "libvorbis"], (48_000, 44_100)),
+        ("opus", ["-c:a", "libopus"], (48_000, 48_000)),
+    ],
+)
+def test_parameters_that_change_on_the_way(
+    make: Make, tmp_path: Path, suffix: str, options: list[str], rates: tuple[int, int]
+) -> None:
+    first, second = parts(make, suffix, *options, rates=rates)
+    path = tmp_path / f"both.{suffix}"
+    path.write_bytes(first + second)
+    waveform = decode(path, pictures=False).waveform
+    assert len(waveform) == pytest.approx(4 * RATE, abs=0.25 * RATE)
+    assert tone(waveform[: int(1.9 * RATE)]) == 440 and tone(waveform[int(2.2 * RATE) : 4 * RATE]) == 880
+    quiet = np.abs(waveform[: 4 * RATE - 4800].reshape(-1, 480)).max(1) < 0.01
+    assert quiet.sum() < 12  # a codec's run-up, no hole
+    blocks = list(iter_audio(path, sample_rate=RATE, block=5_001))
+    np.testing.assert_array_equal(np.concatenate(blocks), waveform)
+    assert tone(decode(path, 0.5, 3.5, pictures=False).waveform[2 * RATE :]) == 880
+
+
+def test_an_ogg_chain_of_many_links(make: Make, tmp_path: Path) -> None:
+    """Links that follow each other alike are read by ffmpeg; each that differs starts another."""
+    first, second = parts(make, "ogg", "-c:a", "libvorbis")
+    path = tmp_path / "chain.ogg"
+    path.write_bytes(first + first + second + first)
+    waveform = decode(path).waveform
+    assert len(waveform) == pytest.approx(8 * RATE, abs=0.1 * RATE)
+    heard = [tone(waveform[int(k * RATE) : int((k + 1.5) * RATE)]) for k in (0.1, 2.2, 4.2, 6.2)]
+    assert heard == [440, 440, 880, 440]
+    np.testing.assert_array_equal(decode(path, 4.5, 5.5).waveform, waveform[int(4.5 * RATE) : int(5.5 * RATE)])
+    np.testing.assert_array_equal(np.concatenate(list(iter_audio(path, sample_rate=RATE, block=999))), waveform)
+    assert reason(path, limits=DecodeLimits(max_duration_s=5)) == Reason.TOO_LONG
+    data = path.read_bytes()
+    path.write_bytes(data[: len(first) + 2000] + bytes(len(data) - len(first) - 2000))
+    assert reason(path) in (Reason.TRUNCATED, Reason.UNREADABLE)
+
+
+def test_gaps_stay_where_parameters_change(make: Make, tmp_path: Path) -> None:
+    first, _ = parts(make, "ts", "-c:a", "aac", rates=(48_000, 48_000))
+    stereo = "sine=880:d=2:r=48000,aformat=channel_layouts=stereo"
+    late = make("late.ts", [stereo], "-c:a", "aac", "-output_ts_offset", "3")
+    path = tmp_path / "gap.ts"
+    path.write_bytes(first + late.read_bytes())
+    waveform = decode(path).waveform
+    assert len(waveform) == pytest.approx(5 * RATE, abs=0.1 * RATE)
+    assert not np.abs(waveform[int(2.1 * RATE) : int(2.8 * RATE)]).any()
+
+
+def test_pictures_that_fail_leave_the_sound(whole: Path, movie: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "odd.mp4"
+    run_ffmpeg("-i", whole, "-c", "copy", "-bsf:v", "h264_metadata=matrix_coefficients=14", odd)
+    data = bytearray(movie.read_bytes())
+    start = data.index(b"avcC")
+    data[start + 4 : start + 40] = bytes(36)
+    broken = tmp_path / "broken.mov"
+    broken.write_bytes(data)
+    for path, source in ((odd, whole), (broken, movie)):
+        clips = [decode(path) for _ in range(3)]
+        assert all(np.array_equal(c.waveform, decode(source).waveform) for c in clips)
+        assert not any(len(c.images) for c in clips)
+        assert len({c.notes for c in clips}) == 1 and clips[0].notes[0].startswith("the pictures can't be used: ")
+        with pytest.raises(ClipError):
+            decode(path, sound=False)
+
+
+def test_sound_that_fails_leaves_the_pictures(whole: Path, tmp_path: Path) -> None:
+    data = bytearray(whole.read_bytes())
+    start = data.index(b"esds")
+    data[start - 20 : start + 40] = bytes(60)
+    path = tmp_path / "mute.mp4"
+    path.write_bytes(data)
+    assert len(decode(path, sound=False).images) == 3
+    with pytest.raises(ClipError):
+        decode(path)
+
+
+def test_a_stream_that_says_it_is_empty(tmp_path: Path) -> None:
+    """RF64 written to a pipe has no length anywhere."""
+    samples = np.random.default_rng(0).integers(-(2**15), 2**15, RATE)
+    path = wav(tmp_path / "plain.wav", samples)
+    command = [media.ffmpeg_executable(), "-v", "error", "-i", path, "-rf64", "always", "-f", "wav", "-"]
+    piped = tmp_path / "piped.wav"
+    piped.write_bytes(subprocess.run(command, check=True, capture_output=True, timeout=60).stdout)
+    np.testing.assert_array_equal(decode(piped).waveform, decode(path).waveform)
+    assert sum(map(len, iter_audio(piped, sample_rate=RATE, block=RATE))) == RATE
+
+
+TONE = "0.4*sin(2*PI*440*t)"
+
+
+def channels(n: int, sounding: int) -> str:
+    return "|".join(TONE if i == sounding else "0" for i in range(n))
+
+
+@pytest.mark.parametrize(
+    ("layout", "n", "sounding", "level"),
+    [
+        ("9 channels", 9, 8, 0.4 / 9),
+        ("3 channels", 3, 2, 0.4 / 3),  # which is no effects channel, unless it is said to be
+        ("7.1.4", 12, 11, 0.4 / 12),
+        ("22.2", 24, 23, 0.4 / 24),
+        ("binaural", 2, 1, 0.2),
+        ("hexadecagonal", 16, 15, 0.4 / 16),
+    ],
+)
+def test_no_channel_is_lost(tmp_path: Path, layout: str, n: int, sounding: int, level: float) -> None:
+    samples = np.zeros((RATE, n))
+    samples[:, sounding] = 0.4 * np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE)
+    path = tmp_path / "a.wav"
+    soundfile.write(path, samples, RATE, subtype="FLOAT", format="WAV")
+    if not layout.endswith("channels"):
+        path = tmp_path / "a.mka"
+        run_ffmpeg("-channel_layout", layout, "-i", tmp_path / "a.wav", "-c:a", "pcm_f32le", path)
+    waveform = decode(path).waveform
+    assert tone(waveform) == 440 and np.abs(waveform).max() == pytest.approx(level, rel=0.01)
+
+
+def test_ambisonics_are_heard_by_an_omnidirectional_microphone(make: Make) -> None:
+    sound = f"aevalsrc='{TONE}|0.3*sin(2*PI*1000*t)|0|0':c=4.0:s={RATE}:d=1"
+    layout = "channelmap=map=0|1|2|3:channel_layout=ambisonic 1"
+    path = make(
+        "ambisonic.mkv", [sound, FRAMES], "-af", layout, "-c:a", "libopus", "-mapping_family", "2", *X264, "-t", "1"
+    )
+    clip = decode(path)
+    spectrum = np.abs(np.fft.rfft(clip.waveform[:RATE]))
+    assert spectrum.argmax() == 440 and spectrum[1000] < 0.05 * spectrum[440] and len(clip.images) == 1
+
+
+@pytest.mark.parametrize("options", [["-c:a", "aac"], ["-c:a", "libmp3lame"], ["-c:a", "libopus"]])
+def test_channels_that_cancel(make: Make, options: list[str]) -> None:
+    path = make(f"opposite-{options[1]}.mkv", [f"aevalsrc='{TONE}|-{TONE}':s={RATE}:d=1"], *options)
+    clip = decode(path)
+    assert tone(clip.waveform) == 440 and np.abs(clip.waveform).max() == pytest.approx(0.4, rel=0.1)
+    assert clip.notes == ("left and right cancel each other: half their difference was taken",)
+    listening, notes = media.listen(path)
+    blocks = list(iter_audio(path, sample_rate=RATE, block=RATE, listening=listening))
+    np.testing.assert_array_equal(np.concatenate(blocks), clip.waveform)
+    assert notes == clip.notes
+
+
+def test_an_effects_channel_alone(make: Make) -> None:
+    clip = decode(make("effects.wav", [f"aevalsrc='0|0|0|{TONE}|0|0':c=5.1:s={RATE}:d=1"]))
+    assert tone(clip.waveform) == 440
+    assert clip.notes == ("the mix of the channels (5.1) is silent: they were added with alternating signs",)
+
+
+def test_a_silent_track_before_another(make: Make) -> None:
+    path = make(
+        "tracks.mov", [FRAMES, f"anullsrc=r={RATE}:d=2", f"aevalsrc='{TONE}':s={RATE}:d=2"],
+        "-map", "0", "-map", "1", "-map", "2", "-t", "2", *X264, "-c:a", "pcm_s16le", "-metadata:s:a:1", "language=ger",
+    )  # fmt: skip
+    silent = decode(path)
+    assert not silent.waveform.any()
+    assert silent.notes == ("audio track 1 is silent; the file's others are 2 (pcm_s16le, mono, ger)",)
+    assert media.listen(path)[1] == silent.notes
+    heard = decode(path, track=2)
+    assert tone(heard.waveform) == 440 and not heard.notes and len(heard.images) == 2
+    assert not media.listen(path, track=2)[1]
+    with pytest.raises(ClipError, match="no_audio: no audio track 3; there are 2"):
+        decode(path, track=3)
+    with pytest.raises(ValueError, match="counted from 1"):
+        decode(path, track=0)
+    assert decode(make("nothing.wav", [f"anullsrc=r={RATE}:d=1"])).notes == ("the sound is silent",)
+
+
+@pytest.mark.parametrize("suffix", ["sf", "caf", "sox", "mlp", "rso", "w64", "mxf"])
+def test_what_ffmpeg_reads_is_read(make: Make, suffix: str) -> None:
+    sources = [f"aevalsrc='{TONE}':s={RATE}:d=1", *(["testsrc=s=64x48:r=25:d=1"] if suffix == "mxf" else [])]
+    options = {"sf": ["-f", "ircam"], "mlp": ["-strict", "-2"]}.get(suffix, [])
+    path = make(f"kind.{suffix}", sources, *options)
+    assert tone(decode(path).waveform[: int(0.9 * RATE)]) == pytest.approx(440, abs=1)
+
+
+def test_pictures_without_a_container_are_read(make: Make) -> None:
+    assert len(decode(make("kind.y4m", ["testsrc=s=64x48:r=25:d=1,format=yuv420p"]), sound=False).images) == 1
+
+
+def test_a_file_is_heard_alike_held_or_read_in_blocks(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make("opposite-aac.mkv", [f"aevalsrc='{TONE}|-{TONE}':s={RATE}:d=1"], "-c:a", "aac")
+    held = videos._Source(path, RATE, videos.FileLimits())
+    monkeypatch.setattr(videos, "_HELD_S", 0.5)
+    read = videos._Source(path, RATE, videos.FileLimits())
+    np.testing.assert_array_equal(np.concatenate(list(read.blocks())), next(held.blocks()))
+    assert read.notes == held.notes == ("left and right cancel each other: half their difference was taken",)
+
+
+def test_a_rejection_says_why_nothing_is_heard_or_seen(make: Make, whole: Path, tmp_path: Path) -> None:
+    silent = make(
+        "nothing.mka", [f"anullsrc=r={RATE}:d=1", f"sine=d=1:r={RATE}"], "-map", "0", "-map", "1", "-c:a", "flac"
+    )
+    odd = tmp_path / "odd.mp4"
+    run_ffmpeg("-i", whole, "-c", "copy", "-bsf:v", "h264_metadata=matrix_coefficients=14", odd)
+    with pytest.raises(ClipError, match=r"silent: .*; audio track 1 is silent; the file's others are 2"):
+        stages.decode(Segment("a", str(silent), labels=("violin",)), stages.ExtractionConfig())
+    with pytest.raises(ClipError, match=r"no_video: .*; the pictures can't be used: Impossible to convert"):
+        stages.decode(Segment("a", str(odd)), stages.ExtractionConfig())
+    assert len(stages.decode(Segment("a", str(odd), labels=("violin",)), stages.ExtractionConfig()).clip.waveform)
