@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor  # importing torch takes seconds, and readers of tables need the names alone
 
 N_IMAGENET_CLASSES = 1000
 
@@ -66,6 +67,8 @@ def multi_hot(names: list[str] | tuple[str, ...]) -> Tensor:
     >>> multi_hot(["dog"]).nonzero().tolist()
     [[1]]
     """
+    import torch
+
     hot = torch.zeros(len(OBJECTS), dtype=torch.bool)
     for name in names:
         hot[object_index(name)] = True
@@ -80,6 +83,8 @@ def object_scores(image_logits: Tensor) -> Tensor:
 
     Raises ValueError when there is no picture or the classes aren't ImageNet's 1000.
     """
+    import torch
+
     if image_logits.ndim < 2 or image_logits.shape[-1] != N_IMAGENET_CLASSES or image_logits.shape[-2] == 0:
         raise ValueError(f"image_logits is {tuple(image_logits.shape)}; it must be (…, n_images ≥ 1, 1000)")
     probabilities = image_logits.float().softmax(-1)
@@ -93,10 +98,13 @@ def weak_labels(scores: Tensor, threshold: float = 0.3, best_threshold: float = 
     Every object of score ≥ `threshold`, and the best one when it reaches `best_threshold`;
     possibly none, and then the clip takes no part in training.
 
+    >>> import torch
     >>> weak_labels(torch.tensor([0.5, 0.1, 0.4])).tolist()
     [True, False, True]
     >>> weak_labels(torch.tensor([0.01, 0.1, 0.09])).tolist()
     [False, True, False]
     """
+    import torch
+
     best = torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).bool()
     return (scores >= threshold) | (best & (scores >= best_threshold))

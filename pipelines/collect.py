@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from pipelines import arguments_of
+from pipelines import arguments_of, begin
 
 EXAMPLES = """examples:
   python -m pipelines.collect --model out/run/model --clips out/clips
@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    parser().parse_args()  # help and mistakes at once: what follows takes seconds
+    begin(parser())  # what follows takes seconds
 
 from avsep import shards
 from avsep.bags import decide_labels

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines import arguments_of
+from pipelines import arguments_of, begin
 
 EXAMPLES = """examples:
   python -m pipelines.demo
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    parser().parse_args()  # help and mistakes at once: what follows takes seconds
+    begin(parser())  # what follows takes seconds
 
 import numpy as np
 from numpy.typing import NDArray

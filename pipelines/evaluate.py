@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines import arguments_of
+from pipelines import arguments_of, begin
 
 EXAMPLES = """examples:
   python -m pipelines.evaluate --model out/run/model --segments clips/segments.csv --references clips/references \\
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    parser().parse_args()  # help and mistakes at once: what follows takes seconds
+    begin(parser())  # what follows takes seconds
 
 import numpy as np
 

@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from pipelines import RECIPES, arguments_of
+from pipelines import RECIPES, arguments_of, begin
 
 EXAMPLES = """examples:
   python -m pipelines.extract --segments out/manifest --out out/clips
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    parser().parse_args()  # help and mistakes at once: what follows takes seconds
+    begin(parser())  # what follows takes seconds
 
 import torch
 

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipelines import arguments_of
+from pipelines import arguments_of, begin
 
 _SMALL = "shufflenet_v2_x0_5"  # what is trained from scratch when no other is asked for
 EXAMPLES = """examples:
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    parser().parse_args()  # help and mistakes at once: what follows takes seconds
+    begin(parser())  # what follows takes seconds
 
 import numpy as np
 import torch

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipelines import arguments_of
+from pipelines import arguments_of, begin
 
 EPILOG = """\
 examples:
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    parser().parse_known_args()  # help and mistakes at once: what follows takes seconds
+    begin(parser())  # what follows takes seconds
 
 import numpy as np
 import pyarrow as pa

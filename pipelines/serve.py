@@ -24,7 +24,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from pipelines import arguments_of
+from pipelines import arguments_of, begin
 
 EXAMPLES = """examples:
   python -m pipelines.serve --model out/demo/model
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    parser().parse_args()  # help and mistakes at once: what follows takes seconds
+    begin(parser())  # what follows takes seconds
 
 import numpy as np
 import torch

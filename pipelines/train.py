@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
 
-from pipelines import RECIPES, arguments_of
+from pipelines import RECIPES, arguments_of, begin
 
 EXAMPLES = """examples:
   python -m pipelines.train --clips out/clips --out out/run
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    parser().parse_args()  # help and mistakes at once: what follows takes seconds
+    begin(parser())  # what follows takes seconds
 
 import numpy as np
 import torch
