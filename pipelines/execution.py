@@ -108,28 +108,29 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def make_room(out: str, files: Sequence[str], made: str, replace: bool) -> None:
-    """Refuse to write over what took long, or put it aside: the last that was finished is kept in OUT/previous.
+def check_free(out: str, files: Sequence[str], made: str, replace: bool) -> None:
+    """Raise UsageError where one of `files` is in OUT and isn't to be replaced; `made` says what they are."""
+    if not replace and any(storage.exists(storage.join(out, f)) for f in files):
+        fail(f"{made}; or give another --out, or --replace, which keeps the last one in {storage.join(out, PREVIOUS)}")
 
-    `made` says what `files` of OUT are, and the first of them tells whether it was finished.
+
+def put_aside(out: str, files: Sequence[str]) -> None:
+    """Make room in OUT for new files: earlier ones go to OUT/previous, where the last finished ones are kept.
+
+    They were finished if the first of them is there; else they are deleted.
     """
     there = [f for f in files if storage.exists(storage.join(out, f))]
-    if not there:
+    if not there or files[0] not in there:
+        for file in there:
+            storage.delete_file(storage.join(out, file))
         return
-    if not replace:
-        fail(f"{made}; give another --out, or --replace, which keeps it in {storage.join(out, PREVIOUS)}")
-    finished = files[0] in there
-    if finished:
-        storage.delete_folder(storage.join(out, PREVIOUS))
+    kept = storage.join(out, PREVIOUS)
+    storage.delete_folder(kept)
     for file in there:
-        path, kept = storage.join(out, file), storage.join(out, PREVIOUS, file)
-        if finished:
-            storage.make_directory(storage.parent(kept))
-            storage.move(path, kept)
-        else:
-            storage.delete_file(path)
-    if finished:
-        say(f"note: what was there is kept in {storage.join(out, PREVIOUS)}")
+        place = storage.join(kept, file)
+        storage.make_directory(storage.parent(place))
+        storage.move(storage.join(out, file), place)
+    say(f"note: what was there is kept in {kept}")
 
 
 class WorkerLost(Exception):
@@ -600,10 +601,12 @@ def _last_words(log: str) -> str:
     """Quote the error by which a raylet ended, and the function that it ended in."""
     with open(log, errors="replace") as f:
         text = f.read()
-    if not (fatal := re.search(r"^\[[^\]]* [CFE] [^\]]*\].*?([^.:]*(?:: [^:]*)?)$", text, re.M)):
+    fatal = re.findall(r"^\[[^\]]* [CFE] [^\]]*\] \(raylet\) \S+ +(.*)$", text, re.M)
+    if not fatal:
         return ""
-    where = re.search(r"ray::raylet::(\w+::\w+)\(\)", text[fatal.end() :])
-    return f": {fatal[1].strip()}" + (f" in {where[1]}" if where else "")
+    where = re.search(r"ray::raylet::(\w+::\w+)\(\)", text)
+    words = fatal[-1].rpartition("work with you to fix it. ")[2]
+    return f": {words[:200]}{f' in {where[1]}' if where else ''}"
 
 
 def _end(processes: set[int]) -> None:

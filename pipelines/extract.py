@@ -759,7 +759,7 @@ def _report(arguments: argparse.Namespace, segments: Sequence[Segment], state: s
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    return execution.run(run, parser(), argv)
+    return execution.run(run, parser(), argv, "the same command goes on from here")
 
 
 if __name__ == "__main__":
