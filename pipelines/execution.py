@@ -111,7 +111,7 @@ def interruptible() -> Iterator[None]:
 def check_free(out: str, files: Sequence[str], made: str, replace: bool) -> None:
     """Raise UsageError where one of `files` is in OUT and isn't to be replaced; `made` says what they are."""
     if not replace and any(storage.exists(storage.join(out, f)) for f in files):
-        fail(f"{made}; or give another --out, or --replace, which keeps the last one in {storage.join(out, PREVIOUS)}")
+        fail(f"{made}; --replace makes it anew and keeps the last one in {storage.join(out, PREVIOUS)}")
 
 
 def put_aside(out: str, files: Sequence[str]) -> None:
@@ -125,7 +125,8 @@ def put_aside(out: str, files: Sequence[str]) -> None:
             storage.delete_file(storage.join(out, file))
         return
     kept = storage.join(out, PREVIOUS)
-    storage.delete_folder(kept)
+    for file in files:
+        storage.delete_file(storage.join(kept, file))
     for file in there:
         place = storage.join(kept, file)
         storage.make_directory(storage.parent(place))

@@ -285,7 +285,7 @@ def run(arguments: argparse.Namespace) -> int:
         fail(f"{arguments.clips} has no clip of split train with labels, so there is nothing to learn from")
     say(f"train: {n_train} clips, {n_val} for validation, recipe {recipe.name}{left_out(arguments.clips, by_split)}")
     if n_train < _FEW_CLIPS:
-        say(f"train: {n_train} clips are few: some hundreds are needed, else separation may be worse than doing nothing")
+        say(f"train: {n_train} clips are few: some hundreds are needed, or separation may be worse than none")
     if not n_val:
         say("train: no clip of split val, so the last epoch's network is taken")
     job = {
@@ -329,7 +329,7 @@ def check_free(out: str, replace: bool) -> None:
     epochs = 0
     if storage.exists(history := storage.join(out, HISTORY_FILE)):
         epochs = len(json.loads(storage.read_bytes(history)))
-    what = f"--out {out} holds a training of {epochs} epochs: --resume goes on with it"
+    what = f"--out {out} holds a training of {epochs} epochs; --resume goes on with it, another --out leaves it alone"
     execution.check_free(out, _MADE, what, replace)
 
 
