@@ -21,7 +21,7 @@ _PAGE = """<!doctype html>
  }
  body { font: 15px/1.5 system-ui, sans-serif; margin: 1.5rem auto; max-width: 70rem; padding: 0 1rem; color: var(--text); background: var(--paper) }
  h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2rem } h3 { font-size: 1rem; margin: 1.2rem 0 .3rem }
- p, dl { max-width: 46rem } dt { font-weight: 600; float: left; margin-right: .5em } dd { margin: 0 0 .3rem }
+ p, dl { max-width: 46rem } dt { font-weight: 600; float: left; margin-right: .4em } dt::after { content: ':' } dd { margin: 0 0 .3rem }
  table { border-collapse: collapse } .caption { color: var(--faint); margin: .8rem 0 .3rem }
  th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; white-space: nowrap }
  th:first-child, td:first-child { text-align: left; padding-left: 0 } thead th { border-bottom: 2px solid var(--faint) }
@@ -31,7 +31,7 @@ _PAGE = """<!doctype html>
  .bars td:nth-child(2) { width: 99% } .bars i { display: block; position: relative; height: 1rem }
  .bars b { position: absolute; height: 100%; background: var(--bar) } .ours b { background: var(--ours) } .bound b { background: var(--bound) }
  img { max-width: 100%; height: auto; background: #fff } .sounds { display: flex; flex-wrap: wrap; gap: 1rem }
- figure { margin: 0; width: 20rem; max-width: 100% } figure img { width: 100% } audio { width: 100%; height: 2.2rem }
+ figure { margin: 0; width: 16rem; max-width: 100% } figure img { width: 100% } audio { width: 100%; height: 2.2rem }
  figcaption { font-size: .85rem; color: var(--faint) }
  details { margin: .8rem 0 } summary { cursor: pointer; font-weight: 600 }
 </style></head><body>

@@ -213,7 +213,8 @@ def clear(out: Path) -> None:
     """Make the folder ready: what an earlier demo made there goes; UsageError where somebody else made it."""
     earlier = [out / name for name in _MADE if (out / name).exists()]
     if earlier and not (out / _MARKER).exists():
-        fail(f"--out {out} holds {earlier[0].name}{'/' * earlier[0].is_dir()}, which no demo made; give another folder, or remove it")
+        name = earlier[0].name + "/" * earlier[0].is_dir()
+        fail(f"--out {out} holds {name}, which no demo made; give another folder, or remove it")
     storage.make_directory(str(out))
     storage.write_text(str(out / _MARKER), "A demo's folder: the next one deletes what this one made.\n")
     if earlier:

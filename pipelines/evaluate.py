@@ -89,7 +89,7 @@ TERMS = (
     ("SDR", "signal-to-distortion ratio: how much louder a sound is than all that is wrong with its estimate, in dB."),
     ("SIR", "signal-to-interference ratio: the same, but only what is left of other objects counts as wrong."),
     ("SAR", "signal-to-artefacts ratio: the same, but only what the separation itself added counts as wrong."),
-    ("SI-SDR", "SDR that takes no offence at the estimate's volume alone."),
+    ("SI-SDR", "the SDR of the estimate at its best volume."),
     ("mixture", "no separation: the whole sound as the estimate of each object. The floor."),
     ("nmf clustering", "the clip's bases grouped by likeness alone, in the best order: nothing is learned."),
     ("harmonic percussive", "steady sounds told from struck ones by their shapes alone: nothing is learned."),
@@ -99,6 +99,7 @@ TERMS = (
     ("ideal mask", "masks made of the true sounds: the best that any mask can do. The ceiling."),
 )
 RESULTS = ("results.json", "report.html")
+_SILENT = 1e-4  # of full scale
 _WORST = 10
 _MOST_PAIRS = 200
 
@@ -253,7 +254,9 @@ def clip_section(job: Job, segments: Sequence[Segment], clip: ClipResult | None 
         if name in found:
             sounds.append((f"{name}, separated", found[name]))
         sounds.append((f"{name}, reference", reference))
-    sounds += [("rest, separated", separation.rest.numpy()), ("rest, reference", case.rest.numpy())]
+    sounds.append(("rest, separated", separation.rest.numpy()))
+    if case.rest.abs().max() > _SILENT:
+        sounds.append(("rest, reference", case.rest.numpy()))
     loudest = case.mixture.numpy()  # one scale for all: what is faint looks faint
     section.sounds([(c, w, plots.spectrogram(w, stft, beside=loudest)) for c, w in sounds], stft.sample_rate)
     more = Report("")
@@ -369,7 +372,7 @@ def check_free(out: str, source: dict[str, str], replace: bool) -> None:
         there = {}
     other = next((name for name, value in source.items() if there.get(name) != value), None)
     if other:
-        what = f"--out {out} holds results of another {other.removeprefix('--')}; give another --out"
+        what = f"--out {out} holds results of another {other.removeprefix('--')}; another --out leaves them alone"
         execution.check_free(out, RESULTS, what, replace)
 
 

@@ -240,7 +240,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not by_split["train"] or not by_split["val"]:
         fail(f"{arguments.segments} needs segments of split train, to learn from, and val, to choose by")
     out = arguments.out
-    made = f"--out {out} holds a fine-tuned picture network; give another --out"
+    made = f"--out {out} holds a fine-tuned picture network; another --out leaves it alone"
     execution.check_free(out, [LABELLER_FILE], made, arguments.replace)
     labeller, learned = start(arguments)
     weights = storage.join(out, _START)
