@@ -63,7 +63,7 @@ def missing_input(arguments: Namespace) -> str:
             continue
         given = getattr(arguments, name)
         for path in given if isinstance(given, list) else [given]:
-            if path is not None and "://" not in path and (mistake := _mistake(name, path)):
+            if isinstance(path, str) and "://" not in path and (mistake := _mistake(name, path)):
                 return f"--{name.replace('_', '-')} {mistake}"
     return ""
 
