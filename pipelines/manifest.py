@@ -561,4 +561,4 @@ def _one_line(error: BaseException) -> str:
 if __name__ == "__main__":
     from pipelines.manifest import main as run  # other processes know our classes by this name
 
-    sys.exit(run())
+    sys.exit(execution.guarded(run, "pipelines.manifest"))
