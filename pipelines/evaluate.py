@@ -289,11 +289,11 @@ def run(arguments: argparse.Namespace) -> int:
     protocol, out = arguments.protocol, arguments.out
     if protocol != "mixtures" and arguments.given != "objects":
         fail(f"--given {arguments.given}: with --protocol {protocol} the audible objects are told; leave --given out")
-    segments = sorted(
-        (s for s in read_segments(arguments.segments) if s.split == arguments.split), key=lambda s: s.segment_id
-    )
+    everything = read_segments(arguments.segments)
+    segments = sorted((s for s in everything if s.split == arguments.split), key=lambda s: s.segment_id)
     if not segments:
-        fail(f"{arguments.segments} holds no segments of --split {arguments.split}")
+        splits = ", ".join(sorted({s.split for s in everything})) or "none"
+        fail(f"{arguments.segments} holds no segments of --split {arguments.split}; its splits: {splits}")
     if arguments.given == "labels" and (untold := sum(s.labels is None for s in segments)):
         if untold == len(segments):
             fail(f"--given labels: {arguments.segments} gives none; add a column `labels`, or say --given none")
@@ -309,7 +309,9 @@ def run(arguments: argparse.Namespace) -> int:
     with execution.session(arguments.in_process) as runner:
         cases, errors = choose(runner, segments, job)
         if not cases:
-            fail(f"{arguments.segments} has nothing for --protocol {protocol}: too few clips with one object alone")
+            fail(
+                f"{arguments.segments} has nothing for --protocol {protocol}: too few clips with one object alone; leave it out"
+            )
         clips = []
         with execution.Progress("evaluate", len(cases), "clips") as progress:
             for clip in runner.map(evaluate_clip, ((job, c) for c in cases)):

@@ -475,7 +475,7 @@ def session(in_process: bool = False) -> Iterator[Runner]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning about GPUs to come
     here = {
         "include_dashboard": False,
-        "num_cpus": _whole_number("AVSEP_CPUS"),
+        "num_cpus": _whole_number("AVSEP_CPUS", least=1),
         "num_gpus": _whole_number("AVSEP_GPUS"),
     }
     import ray
@@ -628,10 +628,10 @@ def _ended(pid: int) -> bool:
         return True
 
 
-def _whole_number(variable: str) -> int | None:
+def _whole_number(variable: str, least: int = 0) -> int | None:
     text = os.environ.get(variable)
-    if text and not text.isdecimal():
-        fail(f"{variable}={text}: it must be a whole number, such as 4; or leave it out")
+    if text and (not text.isdecimal() or int(text) < least):
+        fail(f"{variable}={text}: it must be a whole number from {least} up, such as 4; or leave it out")
     return int(text) if text else None
 
 

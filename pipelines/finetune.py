@@ -118,7 +118,7 @@ def start(arguments: argparse.Namespace) -> tuple[ImageLabeller, bool]:
         try:
             return finetuning.untrained(architecture, FinetuningConfig.seed), False
         except ValueError:
-            fail(f"--architecture {architecture}: torchvision has no such classifier")
+            fail(f"--architecture {architecture}: torchvision has no such classifier; give one such as {_SMALL}")
     try:
         with storage.local_file(source) as path:
             labeller = ImageLabeller.load(arguments.architecture or DEFAULT_ARCHITECTURE, path)

@@ -349,7 +349,8 @@ def start(config: ServiceConfig, port: int, results: str) -> None:
             },
         )
     except (exceptions.RayError, RuntimeError) as error:
-        fail(f"Ray Serve didn't start: {str(error).strip().splitlines()[0]}")
+        why = str(error).strip().splitlines()[0].rstrip(".")
+        fail(f"Ray Serve didn't start: {why}; try again when less runs, or --in-process")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -424,7 +425,7 @@ def serve_here(config: ServiceConfig, port: int) -> None:
         while thread.is_alive() and not server.started:
             thread.join(0.02)
         if not server.started:
-            fail(f"--port {port}: the server didn't start; its log says why")
+            fail(f"--port {port}: the server didn't start; its message is above")
         wait_for_the_end(config, port)
     finally:
         server.should_exit = True

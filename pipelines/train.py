@@ -282,7 +282,10 @@ def run(arguments: argparse.Namespace) -> int:
     by_split = Counter({split: sum(c[split] for c, _ in counts) for split in SPLITS})
     n_train, n_val = by_split["train"], by_split["val"]
     if n_train < 1:
-        fail(f"{arguments.clips} has no clip of split train with labels, so there is nothing to learn from")
+        fail(
+            f"{arguments.clips} has no clip of split train with labels: give the table's rows labels, or the pictures a "
+            "network, and extract to another folder"
+        )
     say(f"train: {n_train} clips, {n_val} for validation, recipe {recipe.name}{left_out(arguments.clips, by_split)}")
     if n_train < _FEW_CLIPS:
         say(f"train: {n_train} clips are few: some hundreds are needed, or separation may be worse than none")

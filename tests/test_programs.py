@@ -242,6 +242,15 @@ def test_a_raylet_s_last_words_are_quoted(tmp_path):
     assert execution._last_words(str(log)) == ""
 
 
+def test_no_workers_are_refused(monkeypatch):
+    """With none, tasks would wait for ever."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("AVSEP_CPUS", "0")
+    with pytest.raises(execution.UsageError, match="AVSEP_CPUS=0: it must be a whole number from 1 up"):
+        with execution.session():
+            pass
+
+
 def test_what_a_failed_start_left_is_ended():
     before = execution._children()
     stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
