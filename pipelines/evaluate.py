@@ -309,9 +309,7 @@ def run(arguments: argparse.Namespace) -> int:
     with execution.session(arguments.in_process) as runner:
         cases, errors = choose(runner, segments, job)
         if not cases:
-            fail(
-                f"{arguments.segments} has nothing for --protocol {protocol}: too few clips with one object alone; leave it out"
-            )
+            fail(f"--protocol {protocol}: {arguments.segments} has too few clips with one object alone; leave it out")
         clips = []
         with execution.Progress("evaluate", len(cases), "clips") as progress:
             for clip in runner.map(evaluate_clip, ((job, c) for c in cases)):

@@ -246,9 +246,9 @@ def test_no_workers_are_refused(monkeypatch):
     """With none, tasks would wait for ever."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("AVSEP_CPUS", "0")
-    with pytest.raises(execution.UsageError, match="AVSEP_CPUS=0: it must be a whole number from 1 up"):
-        with execution.session():
-            pass
+    rule = "AVSEP_CPUS=0: it must be a whole number from 1 up"
+    with pytest.raises(execution.UsageError, match=rule), execution.session():
+        pass
 
 
 def test_what_a_failed_start_left_is_ended():
