@@ -283,8 +283,8 @@ def run(arguments: argparse.Namespace) -> int:
     n_train, n_val = by_split["train"], by_split["val"]
     if n_train < 1:
         fail(
-            f"{arguments.clips} has no clip of split train with labels: give them in the table, or --weights of a picture "
-            "network to pipelines.extract, and extract to another folder"
+            f"{arguments.clips} has no clip of split train with labels: give them in the table, or give "
+            "pipelines.extract the --weights of a picture network, and extract to another folder"
         )
     say(f"train: {n_train} clips, {n_val} for validation, recipe {recipe.name}{left_out(arguments.clips, by_split)}")
     if n_train < _FEW_CLIPS:
