@@ -130,7 +130,9 @@ def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
 def step(title: str, main: Callable[[Sequence[str]], int], *arguments: str) -> None:
     """Run one pipeline as a user would, and say how."""
     say(f"\n$ {title} {' '.join(arguments)}")
+    began = time.monotonic()
     status = main(arguments)
+    say(f"({time.monotonic() - began:.0f} s)")
     if status == execution.INTERRUPTED:
         raise KeyboardInterrupt
     if status == execution.UNUSABLE:
@@ -200,9 +202,12 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.in_process:
         say("starting Ray on this machine …")
     with execution.session(arguments.in_process) as runner:
+        began = time.monotonic()
+        if not arguments.in_process:
+            say(f"({began - started:.0f} s)")
         say("rendering clips with known sources, and training a small picture network on drawings")
         accuracy = prepare(runner, out / "clips", arguments.clips, out / LABELLER_FILE)
-        say(f"the picture network names {accuracy:.0%} of held-out drawings")
+        say(f"the picture network names {accuracy:.0%} of held-out drawings ({time.monotonic() - began:.0f} s)")
         run_steps(out, ["--in-process"] if arguments.in_process else [])
     report = write_report(out, time.monotonic() - started, accuracy)
     say(f"\n{(time.monotonic() - started) / 60:.1f} minutes. The report: {report}")

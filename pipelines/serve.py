@@ -430,7 +430,7 @@ def serve_here(config: ServiceConfig, port: int) -> None:
     finally:
         server.should_exit = True
         thread.join()
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)  # what is at work ends when its folder goes
 
 
 def wait_for_the_end(config: ServiceConfig, port: int) -> None:
