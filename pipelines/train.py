@@ -332,7 +332,8 @@ def check_free(out: str, replace: bool) -> None:
     epochs = 0
     if storage.exists(history := storage.join(out, HISTORY_FILE)):
         epochs = len(json.loads(storage.read_bytes(history)))
-    what = f"--out {out} holds a training of {epochs} epochs; --resume goes on with it, another --out leaves it alone"
+    what = f"--out {out} holds a training of {epochs} epoch{'s' * (epochs != 1)}"
+    what = f"{what}; --resume goes on with it, another --out leaves it alone"
     execution.check_free(out, _MADE, what, replace)
 
 
