@@ -6,9 +6,10 @@ import difflib
 import functools
 import unicodedata
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor  # importing torch takes seconds, and readers of tables need the names alone
 
 N_IMAGENET_CLASSES = 1000
 
@@ -155,6 +156,8 @@ def multi_hot(names: list[str] | tuple[str, ...]) -> Tensor:
     >>> multi_hot(["dog"]).nonzero().tolist()
     [[1]]
     """
+    import torch
+
     hot = torch.zeros(len(OBJECTS), dtype=torch.bool)
     for name in names:
         hot[object_index(name)] = True
@@ -174,6 +177,8 @@ def object_scores(image_logits: Tensor, classes: str = "everyday", *, joined: bo
 
     Raises ValueError when there is no picture, the classes aren't ImageNet's 1000, or `classes` is unknown.
     """
+    import torch
+
     if classes not in IMAGENET_CLASSES:
         raise ValueError(f"classes are {classes!r}; they must be one of {', '.join(IMAGENET_CLASSES)}")
     if image_logits.ndim < 2 or image_logits.shape[-1] != N_IMAGENET_CLASSES or image_logits.shape[-2] == 0:
@@ -189,10 +194,13 @@ def weak_labels(scores: Tensor, threshold: float = 0.3, best_threshold: float = 
     Every object of score ≥ `threshold`, and the best one when it reaches `best_threshold`;
     possibly none, and then the clip takes no part in training.
 
+    >>> import torch
     >>> weak_labels(torch.tensor([0.5, 0.1, 0.4])).tolist()
     [True, False, True]
     >>> weak_labels(torch.tensor([0.01, 0.1, 0.09])).tolist()
     [False, True, False]
     """
+    import torch
+
     best = torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).bool()
     return (scores >= threshold) | (best & (scores >= best_threshold))

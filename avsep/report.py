@@ -13,26 +13,42 @@ from numpy.typing import NDArray
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
+<meta name="color-scheme" content="light dark"><title>{{ title }}</title>
 <style>
- body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222; background: #fff }
- h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem } h3 { font-size: 1rem; margin: 1.4rem 0 .3rem }
- table { border-collapse: collapse; margin: .8rem 0 } caption { text-align: left; color: #555; padding-bottom: .3rem }
- th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums }
- th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #888 }
- tr.bound td { color: #666; font-style: italic } tr.ours td { font-weight: 600 }
- img { max-width: 100% } .sounds { display: flex; flex-wrap: wrap; gap: 1rem }
- figure { margin: 0; width: 20rem } figure img { width: 100% } audio { width: 100%; height: 2.2rem }
- figcaption { font-size: .85rem; color: #444 } .scroll { overflow-x: auto }
+ :root { --text: #222; --paper: #fff; --faint: #5a5a5a; --line: #ddd; --bar: #8fb8de; --ours: #1f6fb4; --bound: #c8c8c8 }
+ @media (prefers-color-scheme: dark) {
+  :root { --text: #e6e6e6; --paper: #161616; --faint: #a6a6a6; --line: #3a3a3a; --bar: #3f6b94; --ours: #64b0f0; --bound: #565656 }
+ }
+ body { font: 15px/1.5 system-ui, sans-serif; margin: 1.5rem auto; max-width: 70rem; padding: 0 1rem; color: var(--text); background: var(--paper) }
+ h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2rem } h3 { font-size: 1rem; margin: 1.2rem 0 .3rem }
+ p, dl { max-width: 46rem } dt { font-weight: 600; float: left; margin-right: .4em } dt::after { content: ':' } dd { margin: 0 0 .3rem }
+ table { border-collapse: collapse } .caption { color: var(--faint); margin: .8rem 0 .3rem }
+ th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; white-space: nowrap }
+ th:first-child, td:first-child { text-align: left; padding-left: 0 } thead th { border-bottom: 2px solid var(--faint) }
+ tr.bound td { color: var(--faint); font-style: italic } tr.ours td, .ours th { font-weight: 600 }
+ .scroll { overflow-x: auto; margin-bottom: .8rem }
+ .bars { width: 100%; max-width: 46rem } .bars th { font-weight: normal } .bars th, .bars td { border: 0; padding: .15rem .5rem .15rem 0 }
+ .bars td:nth-child(2) { width: 99% } .bars i { display: block; position: relative; height: 1rem }
+ .bars b { position: absolute; height: 100%; background: var(--bar) } .ours b { background: var(--ours) } .bound b { background: var(--bound) }
+ img { max-width: 100%; height: auto; background: #fff } .sounds { display: flex; flex-wrap: wrap; gap: 1rem }
+ figure { margin: 0; width: 16rem; max-width: 100% } figure img { width: 100% } audio { width: 100%; height: 2.2rem }
+ figcaption { font-size: .85rem; color: var(--faint) }
+ details { margin: .8rem 0 } summary { cursor: pointer; font-weight: 600 }
 </style></head><body>
 <h1>{{ title }}</h1>
 {% for block in blocks %}{{ block }}
 {% endfor %}</body></html>
 """
-_TABLE = """<div class="scroll"><table>{% if caption %}<caption>{{ caption }}</caption>{% endif %}
+_TABLE = """{% if caption %}<p class="caption">{{ caption }}</p>{% endif %}
+<div class="scroll" tabindex="0" role="region" aria-label="{{ caption or header[0] }}"><table>
 <thead><tr>{% for c in header %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead><tbody>
 {% for kind, row in rows %}<tr{% if kind %} class="{{ kind }}"{% endif %}>{% for c in row %}<td>{{ c }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>"""
+_BARS = """<p class="caption">{{ caption }}</p><table class="bars"><tbody>
+{% for kind, label, value, left, width in rows %}<tr{% if kind %} class="{{ kind }}"{% endif %}><th scope="row">{{ label }}</th>
+<td><i aria-hidden="true"><b style="left: {{ left }}%; width: {{ width }}%"></b></i></td><td>{{ value }}</td></tr>
+{% endfor %}</tbody></table>"""
+_TERMS = """<dl>{% for term, sentence in terms %}<dt>{{ term }}</dt><dd>{{ sentence }}</dd>{% endfor %}</dl>"""
 _SOUND = """<figure>{% if image %}<img alt="Spectrogram of {{ caption }}" src="{{ image }}">{% endif %}
 <audio controls preload="none" aria-label="{{ caption }}" src="{{ sound }}"></audio><figcaption>{{ caption }}</figcaption></figure>"""
 
@@ -57,6 +73,25 @@ class Report:
     def table(self, header: list[str], rows: list[tuple[str, list[str]]], caption: str = "") -> None:
         """Add a table; each row comes with its kind: `ours`, `bound` or empty."""
         self._blocks.append(self._render(_TABLE, header=header, rows=rows, caption=caption))
+
+    def bars(self, rows: list[tuple[str, str, float, str]], caption: str) -> None:
+        """Add a chart of a bar a row: its kind, as in `table`, its name, its length and what is written for that."""
+        low, high = min(0.0, *(r[2] for r in rows)), max(0.0, *(r[2] for r in rows))
+        scale = 100 / ((high - low) or 1.0)
+        drawn = [
+            (kind, name, text, round((min(0.0, value) - low) * scale, 1), round(max(0.3, abs(value) * scale), 1))
+            for kind, name, value, text in rows
+        ]
+        self._blocks.append(self._render(_BARS, rows=drawn, caption=caption))
+
+    def terms(self, terms: list[tuple[str, str]]) -> None:
+        """Add a list of terms and what each means."""
+        self._blocks.append(self._render(_TERMS, terms=terms))
+
+    def fold(self, summary: str, other: Report) -> None:
+        """Add everything of another report, shown when its summary is clicked."""
+        inside = Markup("\n").join(other._blocks)
+        self._blocks.append(Markup("<details><summary>{}</summary>{}</details>").format(summary, inside))
 
     def image(self, png: bytes, alt: str) -> None:
         """Add a picture."""

@@ -52,6 +52,7 @@ WRITES: dict[str, dict[str, str]] = {
         "loss.png": "loss curves",
         "relation_maps/*.png": "of some validation clips",
         "?ray/*": "Ray Train's own records of the run",
+        "?previous/*": "what `--replace` replaced",
     },
     "finetune": {
         "?labeller.safetensors": "the picture network, if it became better; also put into `--model`",
@@ -59,11 +60,16 @@ WRITES: dict[str, dict[str, str]] = {
         "?start.safetensors": "what it started from",
         "?checkpoint.pt": "state after the latest epoch",
         "?pictures/*.parquet": "the clips' pictures",
+        "?previous/*": "what `--replace` replaced; in `--model` the network that it had",
     },
-    "collect": {"?dictionary.safetensors": "the basis dictionary, added to the model"},
+    "collect": {
+        "?dictionary.safetensors": "the basis dictionary, added to the model",
+        "?previous/*": "the one that `--replace` replaced",
+    },
     "evaluate": {
         "results.json": "figures by separator: means, by number of sources, by object; every clip's",
         "report.html": "the same to read, see and hear",
+        "?previous/*": "what was there before",
     },
     "serve": {},
     "demo": {},

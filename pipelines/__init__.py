@@ -1,8 +1,28 @@
 """Programs that one runs or submits: each reads files, maps a function of avsep over them, writes files."""
 
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+import os
+import signal
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from typing import Any
 
 RECIPES = ("default", "paper", "audioset")  # their names; recipes.py has them
+UNUSABLE, INTERRUPTED = 2, 130  # exit statuses
+_QUICK_BYTES = 4 << 20  # of a table that is read twice
+OUTPUTS = ("out", "media")  # arguments that name folders
+# argument → what it must hold, if anything, and the remedy where it doesn't
+INPUTS = {
+    "segments": ("", "give a table (.csv, .parquet), or the folder that pipelines.manifest wrote"),
+    "clips": ("commits", "give the folder that pipelines.extract wrote"),
+    "model": ("config.json", "give the model folder that pipelines.train wrote"),
+    "paper_model": ("config.json", "give a model folder that pipelines.train --recipe paper wrote"),
+    "references": ("", "give the folder of SEGMENT_ID/OBJECT.flac"),
+    "weights": ("", "give a .pth or .safetensors file of the picture network"),
+    "table": ("", "give a table, .csv or .parquet"),
+    "audioset": ("", "give AudioSet's segment files"),
+    "ontology": ("", "give AudioSet's ontology.json"),
+    "cookies": ("", "give files of cookies, as browsers export them"),
+}
 
 
 def arguments_of(program: str, description: str | None, epilog: str, *, abbreviations: bool = True) -> ArgumentParser:
@@ -14,3 +34,61 @@ def arguments_of(program: str, description: str | None, epilog: str, *, abbrevia
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=abbreviations,
     )
+
+
+def begin(parser: ArgumentParser) -> None:
+    """Do what a program can do before its imports, which take seconds.
+
+    That is: answer --help, refuse mistaken arguments, inputs that aren't there and tables that are none, and end
+    with one line on Ctrl-C and SIGTERM.
+    """
+
+    def stop(*_: Any) -> None:
+        print(f"{parser.prog}: interrupted", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as a script's background job does
+            signal.signal(number, stop)
+    arguments = parser.parse_args() if parser.allow_abbrev else parser.parse_known_args()[0]
+    mistake = missing_input(arguments) or _bad_table(getattr(arguments, "segments", None))
+    if mistake and os.environ.get("AVSEP_LOG") != "json":  # there the program itself says so, as JSON
+        parser.exit(UNUSABLE, f"{parser.prog}: {mistake}\n")
+
+
+def missing_input(arguments: Namespace) -> str:
+    """Say which local path among the arguments can't be what it must be; empty where none is wrong."""
+    for name in vars(arguments):
+        if name not in INPUTS and name not in OUTPUTS:
+            continue
+        given = getattr(arguments, name)
+        for path in given if isinstance(given, list) else [given]:
+            if isinstance(path, str) and "://" not in path and (mistake := _mistake(name, path)):
+                return f"--{name.replace('_', '-')} {mistake}"
+    return ""
+
+
+def _mistake(name: str, path: str) -> str:
+    if name in OUTPUTS:
+        if not path:
+            return "is empty; give a folder"
+        return f"{path} is a file; give a folder" if os.path.isfile(path) else ""
+    holds, remedy = INPUTS[name]
+    if not path:
+        return f"is empty; {remedy}"
+    if not os.path.exists(path):
+        return f"{path} doesn't exist; {remedy}"
+    return f"{path} holds no {holds}; {remedy}" if holds and not os.path.exists(os.path.join(path, holds)) else ""
+
+
+def _bad_table(path: str | None) -> str:
+    """Say what is wrong with a small local table of segments; empty where nothing is, or it isn't one."""
+    if path is None or not os.path.isfile(path) or os.path.getsize(path) > _QUICK_BYTES:
+        return ""
+    from avsep import records  # takes half a second
+
+    try:
+        records.read_segments(path)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return ""

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from pipelines import arguments_of
+from pipelines import arguments_of, begin
 
 EXAMPLES = """examples:
   python -m pipelines.collect --model out/run/model --clips out/clips
@@ -19,17 +19,18 @@ def parser() -> argparse.ArgumentParser:
     p = arguments_of("collect", __doc__, EXAMPLES)
     p.add_argument("--model", required=True, help="the model folder that pipelines.train wrote")
     p.add_argument("--clips", required=True, help="the clips it was trained on")
+    p.add_argument("--replace", action="store_true", help="collect anew; the last one is kept in MODEL/previous")
     p.add_argument("--in-process", action="store_true", help="a plain loop without Ray")
     return p
 
 
 if __name__ == "__main__":
-    parser().parse_args()  # help and mistakes at once: what follows takes seconds
+    begin(parser())  # what follows takes seconds
 
 from avsep import shards
 from avsep.bags import decide_labels
 from avsep.dictionary import BasisDictionary, Candidate, candidate_bases
-from avsep.model import Model
+from avsep.model import DICTIONARY_FILE, Model
 from avsep.records import clips_from_table
 from pipelines import execution
 from pipelines.execution import fail, say
@@ -53,6 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Collect the dictionary."""
     execution.absolute(arguments, "model", "clips")
     model = Model.load(arguments.model)
+    what = f"--model {arguments.model} has a dictionary already"
+    execution.check_free(arguments.model, [DICTIONARY_FILE], what, arguments.replace)
     files = shards.clip_files(arguments.clips)
     if (shape := shards.read_configuration(arguments.clips)["stft"]) != asdict(model.config.stft):
         fail(f"{arguments.clips} has STFT {shape}, the model {model.config.stft}: use the clips that it was trained on")
@@ -70,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not model.dictionary.bases:
         say(f"no basis of {arguments.clips} is sure enough for a dictionary; train longer, or on more clips")
         return execution.SHORTFALL
+    execution.put_aside(arguments.model, [DICTIONARY_FILE])
     model.save(arguments.model)
     counts = ", ".join(f"{name} {count}" for name, count in model.dictionary.counts().items())
     say(f"dictionary in {arguments.model}: {counts}")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines import arguments_of
+from pipelines import arguments_of, begin
 
 EXAMPLES = """examples:
   python -m pipelines.demo
@@ -29,11 +29,12 @@ def parser() -> argparse.ArgumentParser:
     p = arguments_of("demo", __doc__, EXAMPLES)
     p.add_argument("--out", default="out/demo", help="folder of everything that the demo makes")
     p.add_argument("--clips", type=int, default=120, help="how many clips of ten seconds to render")
+    p.add_argument("--in-process", action="store_true", help="a plain loop without Ray")
     return p
 
 
 if __name__ == "__main__":
-    parser().parse_args()  # help and mistakes at once: what follows takes seconds
+    begin(parser())  # what follows takes seconds
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +52,11 @@ from pipelines.execution import fail, say
 SEED = 1
 _LEAST_CLIPS = 8
 _MARKER = ".avsep-demo"
-_FOLDERS = ("clips", "manifest", "shards", "model", "paper", "results", "separated", "relation_maps")  # it makes
+_MADE = (  # by a demo, in its folder
+    "clips", "manifest", "shards", "model", "paper", "results", "separated", "relation_maps", "ray", "history.json",
+    "checkpoint.pt", "checkpoint-2.pt", "practice.pt", "practice-val.pt", "loss.png", "overview.png", "report.html",
+    LABELLER_FILE,
+)  # fmt: skip
 _EMPTY_SCENE = 819  # ImageNet's "stage": what the picture network answers when it sees none of the objects
 _PICTURES_A_CLASS, _HELD_OUT = 85, 10
 _PAPER_EPOCHS = 20
@@ -125,42 +130,55 @@ def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
 def step(title: str, main: Callable[[Sequence[str]], int], *arguments: str) -> None:
     """Run one pipeline as a user would, and say how."""
     say(f"\n$ {title} {' '.join(arguments)}")
-    if main(arguments) == execution.UNUSABLE:
-        raise RuntimeError(f"{title} failed; its message is above")
+    began = time.monotonic()
+    status = main(arguments)
+    say(f"({time.monotonic() - began:.0f} s)")
+    if status == execution.INTERRUPTED:
+        raise KeyboardInterrupt
+    if status == execution.UNUSABLE:
+        fail(f"{title} failed; its message is above")
 
 
 def write_report(out: Path, seconds: float, labeller_accuracy: float) -> Path:
     """Put the run on one page."""
     results = json.loads((out / "results" / "results.json").read_text())
-    figures = {n: e["mean"]["sdr"] for n, e in results["separators"].items()}
     report = Report("avsep demo: what do objects sound like?")
-    ahead = figures["default"] - figures["paper"]
-    n_clips = len(results["clips"])
-    report.paragraph(
-        f"Clips with one to three objects were rendered, a network learned from their pictures and sound alone "
-        f"which sound belongs to which object, and then separated {n_clips} clip{'s' * (n_clips > 1)} that it had not "
-        f"seen. On them its mean SDR is {figures['default']:.1f} dB: {figures['default'] - figures['mixture']:.1f} dB "
-        f"above the mixture as it is, {figures['ideal_mask'] - figures['default']:.1f} dB under the ideal mask "
-        f"({figures['ideal_mask']:.1f} dB), {abs(ahead):.1f} dB {'above' if ahead >= 0 else 'under'} the published "
-        f"recipe trained on the same clips. The run took {seconds / 60:.1f} minutes."
-    )
+    report.paragraph(summary(results, seconds))
     separator = Separator.load(str(out / "model"))
     segments = [s for s in read_segments(str(out / "manifest")) if s.split == "test"]
-    report.image(draw_overview(separator, segments[0], out), "A frame, its sound, and the sounds separated from it")
-    report.heading("Separation")
-    evaluate.add_results(report, results, "objects")
     report.heading("Listen")
+    report.image(draw_overview(separator, segments[0], out), "A frame, its sound, and the sounds separated from it")
     for segment in segments[:_SHOWN]:
         job = evaluate.Job(str(out / "model"), None, str(out / "clips" / "references"))
         report.append(evaluate.clip_section(job, [segment]))
-    report.heading("Training")
-    report.image((out / "loss.png").read_bytes(), "Loss and validation figures by epoch")
+    report.heading("How good it is")
+    evaluate.add_results(report, results, "objects")
+    report.heading("How it was learned")
     report.paragraph(f"The small picture network names {labeller_accuracy:.0%} of held-out drawings.")
-    report.heading("Relation maps of validation clips")
+    loss, maps = Report(""), Report("")
+    loss.image((out / "loss.png").read_bytes(), "Loss and validation figures by epoch")
+    report.fold("Loss by epoch", loss)
     for path in sorted((out / "relation_maps").glob("*.png")):
-        report.image(path.read_bytes(), f"Relation map of {path.stem} beside a frame of it")
+        maps.image(path.read_bytes(), f"Relation map of {path.stem} beside a frame of it")
+    report.fold("Relation maps of validation clips", maps)
     storage.write_text(str(out / "report.html"), report.html())
     return out / "report.html"
+
+
+def summary(results: dict[str, Any], seconds: float) -> str:
+    """Say in a paragraph what was done and how well."""
+    sdr = evaluate.mean_sdr(results)
+    above, under, ahead = (
+        sdr["default"] - sdr["mixture"], sdr["ideal_mask"] - sdr["default"], sdr["default"] - sdr["paper"],
+    )  # fmt: skip
+    return (
+        "Clips with one to three objects were rendered. From their pictures and sound alone a network learned "
+        "which sound belongs to which object. It then separated "
+        f"{evaluate.plural(len(results['clips']), 'clip')} that it had not seen, at a mean SDR of "
+        f"{sdr['default']:.1f} dB: {abs(above):.1f} dB {'above' if above >= 0 else 'under'} no separation, "
+        f"{under:.1f} dB under the ideal mask, {abs(ahead):.1f} dB {'above' if ahead >= 0 else 'under'} the published "
+        f"method. The run took {seconds / 60:.1f} minutes."
+    )
 
 
 def draw_overview(separator: Separator, segment: Segment, out: Path) -> bytes:
@@ -180,51 +198,65 @@ def run(arguments: argparse.Namespace) -> int:
         fail(f"--clips {arguments.clips}: at least {_LEAST_CLIPS} are needed for three splits")
     started = time.monotonic()
     out = Path(arguments.out).absolute()
-    labeller = out / LABELLER_FILE
-    earlier = [out / name for name in _FOLDERS if (out / name).exists()]
-    if earlier and not (out / _MARKER).exists():
-        fail(f"--out {arguments.out} holds {earlier[0].name}/, which no demo made; give another folder, or remove it")
-    storage.make_directory(str(out))
-    storage.write_text(str(out / _MARKER), "A demo's folder: the next one deletes what this one made.\n")
-    for folder in earlier:
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, perhaps with another --clips
-    shards, model = str(out / "shards"), str(out / "model")
-    say("starting Ray on this machine …")
-    with execution.session() as runner:
+    clear(out)
+    if not arguments.in_process:
+        say("starting Ray on this machine …")
+    with execution.session(arguments.in_process) as runner:
+        began = time.monotonic()
+        if not arguments.in_process:
+            say(f"({began - started:.0f} s)")
         say("rendering clips with known sources, and training a small picture network on drawings")
-        accuracy = prepare(runner, out / "clips", arguments.clips, labeller)
-        say(f"the picture network names {accuracy:.0%} of held-out drawings")
-        table = str(out / "clips" / "segments.csv")
-        step("python -m pipelines.manifest", manifest.main, "--table", table, "--out", str(out / "manifest"))
-        step(
-            "python -m pipelines.extract", extract.main,
-            "--segments", str(out / "manifest"), "--out", shards, "--weights", str(labeller),
-        )  # fmt: skip
-        step("python -m pipelines.train", train.main, "--clips", shards, "--out", str(out))
-        step("python -m pipelines.collect", collect.main, "--model", model, "--clips", shards)
-        step(
-            "python -m pipelines.train", train.main,
-            "--clips", shards, "--out", str(out / "paper"), "--recipe", "paper",
-            "--epochs", str(_PAPER_EPOCHS), "--in-process",
-        )  # fmt: skip
-        first = next(s for s in read_segments(str(out / "manifest")) if s.split == "test")
-        step(
-            "avsep separate",
-            lambda a: cli.main(["separate", *a]),
-            first.source,
-            "--model",
-            model,
-            "--out",
-            str(out / "separated"),
-        )
-        step(
-            "python -m pipelines.evaluate", evaluate.main,
-            "--model", model, "--paper-model", str(out / "paper" / "model"), "--segments", str(out / "manifest"),
-            "--references", str(out / "clips" / "references"), "--out", str(out / "results"),
-        )  # fmt: skip
+        accuracy = prepare(runner, out / "clips", arguments.clips, out / LABELLER_FILE)
+        say(f"the picture network names {accuracy:.0%} of held-out drawings ({time.monotonic() - began:.0f} s)")
+        run_steps(out, ["--in-process"] if arguments.in_process else [])
     report = write_report(out, time.monotonic() - started, accuracy)
     say(f"\n{(time.monotonic() - started) / 60:.1f} minutes. The report: {report}")
     return execution.DONE
+
+
+def clear(out: Path) -> None:
+    """Make the folder ready: what an earlier demo made there goes; UsageError where somebody else made it."""
+    earlier = [out / name for name in _MADE if (out / name).exists()]
+    if earlier and not (out / _MARKER).exists():
+        name = earlier[0].name + "/" * earlier[0].is_dir()
+        fail(f"--out {out} holds {name}, which no demo made; give another folder, or remove it")
+    storage.make_directory(str(out))
+    storage.write_text(str(out / _MARKER), "A demo's folder: the next one deletes what this one made.\n")
+    if earlier:
+        say(f"replacing the earlier demo in {out}")
+    for path in earlier:  # perhaps with another --clips
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+def run_steps(out: Path, how: Sequence[str]) -> None:
+    """Run the pipelines on the rendered clips, as a user would."""
+    shards, model, paper = str(out / "shards"), str(out / "model"), str(out / "paper")
+    segments, references = str(out / "manifest"), str(out / "clips" / "references")
+    table, weights = str(out / "clips" / "segments.csv"), str(out / LABELLER_FILE)
+    step("python -m pipelines.manifest", manifest.main, "--table", table, "--out", segments)
+    step(
+        "python -m pipelines.extract", extract.main,
+        "--segments", segments, "--out", shards, "--weights", weights, *how,
+    )  # fmt: skip
+    step("python -m pipelines.train", train.main, "--clips", shards, "--out", str(out), *how)
+    step("python -m pipelines.collect", collect.main, "--model", model, "--clips", shards, *how)
+    step(
+        "python -m pipelines.train", train.main,
+        "--clips", shards, "--out", paper, "--recipe", "paper", "--epochs", str(_PAPER_EPOCHS), "--in-process",
+    )  # fmt: skip
+    first = next(s for s in read_segments(segments) if s.split == "test")
+    step(
+        "avsep separate", lambda a: cli.main(["separate", *a]),
+        first.source, "--model", model, "--out", str(out / "separated"),
+    )  # fmt: skip
+    step(
+        "python -m pipelines.evaluate", evaluate.main,
+        "--model", model, "--paper-model", f"{paper}/model", "--segments", segments,
+        "--references", references, "--out", str(out / "results"), *how,
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ white noise as loud as the clip, and the SDR gain is then NSDR.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import sys
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines import arguments_of
+from pipelines import arguments_of, begin
 
 EXAMPLES = """examples:
   python -m pipelines.evaluate --model out/run/model --segments clips/segments.csv --references clips/references \\
@@ -50,12 +51,13 @@ def parser() -> argparse.ArgumentParser:
         default="mixtures",
         help="the clips as they are, all pairs of single-source clips, or those with noise at 0 dB",
     )
+    p.add_argument("--replace", action="store_true", help="write over another model's results, kept in OUT/previous")
     p.add_argument("--in-process", action="store_true", help="a plain loop without Ray")
     return p
 
 
 if __name__ == "__main__":
-    parser().parse_args()  # help and mistakes at once: what follows takes seconds
+    begin(parser())  # what follows takes seconds
 
 import numpy as np
 
@@ -74,6 +76,7 @@ from avsep.evaluation import (
     told,
     whole_window,
 )
+from avsep.model import MODEL_FILES
 from avsep.records import ClipError, Segment, read_segments
 from avsep.report import Report
 from avsep.separation import Separator
@@ -81,6 +84,22 @@ from pipelines import execution
 from pipelines.execution import fail, say
 
 BOUNDS = ("mixture", "oracle_assignment", "ideal_mask")
+BLIND = ("nmf_clustering", "harmonic_percussive")
+TERMS = (
+    ("SDR", "signal-to-distortion ratio: how much louder a sound is than all that is wrong with its estimate, in dB."),
+    ("SIR", "signal-to-interference ratio: the same, but only what is left of other objects counts as wrong."),
+    ("SAR", "signal-to-artefacts ratio: the same, but only what the separation itself added counts as wrong."),
+    ("SI-SDR", "the SDR of the estimate at its best volume."),
+    ("mixture", "no separation: the whole sound as the estimate of each object. The floor."),
+    ("nmf clustering", "the clip's bases grouped by likeness alone, in the best order: nothing is learned."),
+    ("harmonic percussive", "steady sounds told from struck ones by their shapes alone: nothing is learned."),
+    ("paper", "the published method, trained by its own recipe."),
+    ("default", "this project's method."),
+    ("oracle assignment", "the clip's bases given to their true objects: the best that any assignment can do."),
+    ("ideal mask", "masks made of the true sounds: the best that any mask can do. The ceiling."),
+)
+RESULTS = ("results.json", "report.html")
+_SILENT = 1e-4  # of full scale
 _WORST = 10
 _MOST_PAIRS = 200
 
@@ -128,32 +147,66 @@ def evaluate_clip(job: Job, segments: Sequence[Segment]) -> ClipResult:
         return ClipResult(segments[0].segment_id, [], {}, error=str(error))
 
 
+def everywhere(results: dict[str, Any]) -> dict[str, Any]:
+    """Return the separators that were run on every clip, with their figures."""
+    entries = results["separators"]
+    return {n: e for n, e in entries.items() if e["clips"] == entries["mixture"]["clips"]}
+
+
 def table_rows(results: dict[str, Any], figures: Sequence[str] = FIGURES) -> list[tuple[str, list[str]]]:
     """Format separators that were run on every clip for a report's table, a row each."""
-    entries = results["separators"]
     rows = []
-    for name, entry in entries.items():
-        if entry["clips"] == entries["mixture"]["clips"]:
-            means = [_db(entry["mean"][f]) for f in figures]
-            by_sources = [_db(group["sdr"]) for group in entry["by_sources"].values()]
-            rows.append((_kind(name), [name.replace("_", " "), *means, *_intervals(name, entry), *by_sources]))
+    for name, entry in everywhere(results).items():
+        means = [_db(entry["mean"][f]) for f in figures]
+        by_sources = [_db(group["sdr"]) for group in entry["by_sources"].values()]
+        rows.append((_kind(name), [_name(name), *means, *_intervals(name, entry), *by_sources]))
     return rows
 
 
 def table_header(results: dict[str, Any]) -> list[str]:
     """Return the header of `table_rows`."""
-    counts = results["separators"]["mixture"]["by_sources"]
-    names = ["SDR", "SIR", "SAR", "SI-SDR", "95 % of SDR", "default ahead by"]
-    return ["separator", *names, *(f"SDR, {k} source{'s' * (k != '1')}" for k in counts)]
+    mixture = results["separators"]["mixture"]
+    names = ["SDR", "SIR", "SAR", "SI-SDR", *(["95 % of SDR"] if mixture["clips"] > 1 else []), "default ahead by"]
+    return ["separator", *names, *(f"SDR, {plural(int(k), 'source')}" for k in mixture["by_sources"])]
 
 
 def _intervals(name: str, entry: dict[str, Any]) -> list[str]:
     ahead = entry["default_ahead"]
     span = _span(ahead["interval_95"])
     return [
-        _span(entry["interval_95"]),
+        *([_span(entry["interval_95"])] if entry["clips"] > 1 else []),
         "–" if name == "default" else " ".join([_db(ahead["sdr"]), *([f"({span})"] if span != "–" else [])]),
     ]
+
+
+def plural(count: int, word: str) -> str:
+    """Say how many there are.
+
+    >>> plural(1, "duet"), plural(3, "duet")
+    ('1 duet', '3 duets')
+    """
+    return f"{count} {word}{'s' * (count != 1)}"
+
+
+def _name(separator: str) -> str:
+    return separator.replace("_", " ")
+
+
+def mean_sdr(results: dict[str, Any]) -> dict[str, float]:
+    """Return the mean SDR of each separator that was run on every clip, and has one."""
+    means = {n: e["mean"]["sdr"] for n, e in everywhere(results).items()}
+    return {n: m for n, m in means.items() if m is not None and np.isfinite(m)}
+
+
+def verdicts(results: dict[str, Any]) -> list[str]:
+    """Say what the mean SDRs mean where a separator is no use: a sentence each."""
+    sdr = mean_sdr(results)
+    lost = {n: sdr["mixture"] - v for n, v in sdr.items() if n not in BOUNDS and v < sdr["mixture"]}
+    text = "{} is worse than doing nothing: {} dB below the mixture as it is"
+    said = [text.format(_name(n), _db(by)) for n, by in lost.items()]
+    blind = {n: v - sdr["default"] for n, v in sdr.items() if n in BLIND and v > sdr["default"] and n not in lost}
+    said += [f"default is {_db(by)} dB worse than {_name(n)}, which learns nothing" for n, by in blind.items()]
+    return [f"{s}; more training clips may help" if "default" in s else s for s in said]
 
 
 def _span(interval: Sequence[float | None]) -> str:
@@ -166,7 +219,9 @@ def _kind(name: str) -> str:
 
 
 def _db(value: float | None) -> str:
-    return "–" if value is None or np.isnan(value) else f"{value:.1f}"  # None: as results.json has it
+    if value is None or np.isnan(value):  # None: as results.json has it
+        return "–"
+    return f"{round(value, 1) + 0.0:.1f}"  # zero has no sign
 
 
 def clip_section(job: Job, segments: Sequence[Segment], clip: ClipResult | None = None) -> Report:
@@ -194,21 +249,25 @@ def clip_section(job: Job, segments: Sequence[Segment], clip: ClipResult | None 
         separation.objects,
         [rows[o] for o in owner.tolist()],
     )
-    section.image(figure, f"Relation map of {case.segment.segment_id} beside a frame of it; rings: the true owners")
-    if clip is not None:
-        section.table(
-            ["SDR, dB", *case.names],
-            [(_kind(n), [n.replace("_", " "), *map(_db, f["sdr"])]) for n, f in clip.figures.items()],
-            why(clip),
-        )
     sounds = [("mixture", case.mixture.numpy())]
     for name, reference in zip(case.names, case.references.numpy(), strict=True):
-        sounds.append((f"{name}, reference", reference))
         if name in found:
             sounds.append((f"{name}, separated", found[name]))
-    sounds += [("rest, reference", case.rest.numpy()), ("rest, separated", separation.rest.numpy())]
+        sounds.append((f"{name}, reference", reference))
+    sounds.append(("rest, separated", separation.rest.numpy()))
+    if case.rest.abs().max() > _SILENT:
+        sounds.append(("rest, reference", case.rest.numpy()))
     loudest = case.mixture.numpy()  # one scale for all: what is faint looks faint
     section.sounds([(c, w, plots.spectrogram(w, stft, beside=loudest)) for c, w in sounds], stft.sample_rate)
+    more = Report("")
+    more.image(figure, f"Relation map of {case.segment.segment_id} beside a frame of it; rings: the true owners")
+    if clip is not None:
+        more.table(
+            ["SDR, dB", *case.names],
+            [(_kind(n), [_name(n), *map(_db, f["sdr"])]) for n, f in clip.figures.items()],
+            why(clip),
+        )
+    section.fold(f"Relation map{' and figures' if clip else ''} of {case.segment.segment_id}", more)
     return section
 
 
@@ -219,8 +278,8 @@ def why(clip: ClipResult) -> str:
     share = f"{energy[right].sum() / energy.sum():.0%}" if len(energy) and energy.sum() else "none"
     return (
         f"Of the bases' energy {share} went to the right object. True owners would bring "
-        f"{mean['oracle_assignment'] - mean['default']:.1f} dB, and ideal masks another "
-        f"{mean['ideal_mask'] - mean['oracle_assignment']:.1f} dB."
+        f"{_db(mean['oracle_assignment'] - mean['default'])} dB, and ideal masks another "
+        f"{_db(mean['ideal_mask'] - mean['oracle_assignment'])} dB."
     )
 
 
@@ -230,11 +289,11 @@ def run(arguments: argparse.Namespace) -> int:
     protocol, out = arguments.protocol, arguments.out
     if protocol != "mixtures" and arguments.given != "objects":
         fail(f"--given {arguments.given}: with --protocol {protocol} the audible objects are told; leave --given out")
-    segments = sorted(
-        (s for s in read_segments(arguments.segments, say) if s.split == arguments.split), key=lambda s: s.segment_id
-    )
+    everything = read_segments(arguments.segments, say)
+    segments = sorted((s for s in everything if s.split == arguments.split), key=lambda s: s.segment_id)
     if not segments:
-        fail(f"{arguments.segments} holds no segments of --split {arguments.split}")
+        splits = ", ".join(sorted({s.split for s in everything})) or "none"
+        fail(f"{arguments.segments} holds no segments of --split {arguments.split}; its splits: {splits}")
     if arguments.given == "labels" and (untold := sum(s.labels is None for s in segments)):
         if untold == len(segments):
             fail(f"--given labels: {arguments.segments} gives none; add a column `labels`, or say --given none")
@@ -243,12 +302,14 @@ def run(arguments: argparse.Namespace) -> int:
     rates = [Separator.load(m).stft.sample_rate for m in models]  # a mistake is told before the work begins
     if rates[0] != rates[-1]:
         fail(f"--paper-model {models[-1]} works at {rates[-1]} Hz and --model at {rates[0]} Hz; give two of one rate")
+    source = provenance(arguments, segments)
+    check_free(out, source, arguments.replace)
     storage.make_directory(out)
     job = Job(arguments.model, arguments.paper_model, arguments.references, arguments.given, protocol)
     with execution.session(arguments.in_process) as runner:
         cases, errors = choose(runner, segments, job)
         if not cases:
-            fail(f"{arguments.segments} has nothing for --protocol {protocol}: too few clips with one object alone")
+            fail(f"--protocol {protocol}: {arguments.segments} has too few clips with one object alone; leave it out")
         clips = []
         with execution.Progress("evaluate", len(cases), "clips") as progress:
             for clip in runner.map(evaluate_clip, ((job, c) for c in cases)):
@@ -261,12 +322,18 @@ def run(arguments: argparse.Namespace) -> int:
         worst = sorted(usable, key=lambda c: float(np.nanmean(bounded(c.figures["default"]["sdr"]))))[:_WORST]
         by_id = {" + ".join(s.segment_id for s in c): c for c in cases}
         sections = execution.map_in_order(runner, clip_section, [(job, by_id[c.segment_id], c) for c in worst])
-    results = summarise(usable) | {"protocol": protocol}
+    results = summarise(usable) | {"protocol": protocol, "source": source}
+    execution.put_aside(out, RESULTS)
     storage.write_text(storage.join(out, "results.json"), json.dumps(_without_nan(results), indent=1))
-    title = {"mixtures": "clips", "pairs": "pairs of single-source clips", "denoising": "single-source clips in noise"}
+    many = len(usable) != 1
+    title = {
+        "mixtures": f"clip{'s' * many}",
+        "pairs": f"pair{'s' * many} of single-source clips",
+        "denoising": f"single-source clip{'s' * many} in noise",
+    }
     report = Report(f"Separation of {len(usable)} {arguments.split} {title[protocol]}")
     add_results(report, results, arguments.given)
-    report.heading("The worst clips")
+    report.heading(f"Listen to the worst {plural(len(sections), 'clip')}")
     for section in sections:
         report.append(section)
     storage.write_text(storage.join(out, "report.html"), report.html())
@@ -278,18 +345,77 @@ def run(arguments: argparse.Namespace) -> int:
     return execution.SHORTFALL if errors else execution.DONE
 
 
+def provenance(arguments: argparse.Namespace, segments: Sequence[Segment]) -> dict[str, str]:
+    """Say what results are of: hashes of the models and of the segments, and the settings."""
+
+    def sha256(model: str | None) -> str:
+        files = [storage.join(model, f) for f in MODEL_FILES] if model else []
+        data = b"".join(storage.read_bytes(f) for f in files if storage.exists(f))
+        return hashlib.sha256(data).hexdigest() if model else ""
+
+    return {
+        "model": sha256(arguments.model),
+        "paper model": sha256(arguments.paper_model),
+        "segments": hashlib.sha256(repr(segments).encode()).hexdigest(),
+        **{f"--{name}": str(getattr(arguments, name)) for name in ("split", "given", "protocol")},
+    }
+
+
+def check_free(out: str, source: dict[str, str], replace: bool) -> None:
+    """Raise UsageError where OUT has results of something else, unless they are to be replaced."""
+    path = storage.join(out, RESULTS[0])
+    if not storage.exists(path):
+        return
+    try:
+        there = json.loads(storage.read_bytes(path)).get("source", {})
+    except (ValueError, AttributeError):
+        there = {}
+    other = next((name for name, value in source.items() if there.get(name) != value), None)
+    if other:
+        what = f"--out {out} holds results of another {other.removeprefix('--')}; another --out leaves them alone"
+        execution.check_free(out, RESULTS, what, replace)
+
+
 def add_results(report: Report, results: dict[str, Any], given: str) -> None:
-    """Add the tables and the other figures to a report."""
-    caption = {
+    """Add a chart, what its words mean, and the tables, folded, to a report."""
+    told_what = {
         "objects": "The separators are told which objects are audible.",
         "labels": "The separators are told the table's weak labels, to which the sound may add.",
         "none": "The separators are told nothing and use what they hear.",
     }[given]
-    bounds = (
-        "All figures in dB; italic rows are bounds. 95 % intervals are bootstrapped over clips. "
-        f"In means a sound that was lost altogether counts {LOST_DB:.0f} dB."
-    ).replace("-", "−")
-    report.table(table_header(results), table_rows(results), f"{caption} {bounds}")
+    for sentence in verdicts(results):
+        report.paragraph(f"{sentence[0].upper()}{sentence[1:]}.")
+    clips = plural(results["separators"]["mixture"]["clips"], "clip")
+    bars = [(_kind(n), _name(n), sdr, _db(sdr)) for n, sdr in mean_sdr(results).items()]
+    report.bars(bars, f"Mean SDR over {clips}, in dB; more is better. {told_what}")
+    report.terms([("dB", "decibels: 3 dB more are twice the power."), *(t for t in TERMS if _occurs(t[0], results))])
+    report.fold("Every figure", _tables(results))
+    curves = {k.replace("_", " "): c for k, c in results["calibration"].items() if c}
+    if curves:
+        more = Report("")
+        figure = plots.reliability({k: c["bins"] for k, c in curves.items()})
+        more.image(figure, "How often objects are audible, by score")
+        errors = " and ".join(f"{c['expected_calibration_error']:.3f} for the {k}" for k, c in curves.items())
+        more.paragraph(
+            f"Objects that are shown, or heard from {HEARD:.0%} of the sound up. "
+            f"Expected calibration error: {errors}. The sound score is a share of the sound, so an audible object's "
+            "is below one where others play."
+        )
+        report.fold("Calibration: how often objects are audible, by score", more)
+
+
+def _occurs(term: str, results: dict[str, Any]) -> bool:
+    """Tell whether a term is that of a figure, or of a separator that was run."""
+    return term.isupper() or term.replace(" ", "_") in results["separators"]
+
+
+def _tables(results: dict[str, Any]) -> Report:
+    """Return the tables: figures, gains, by object, and of a struck object beside a pitched one."""
+    report = Report("")
+    entry = results["separators"]["mixture"]
+    several = " 95 % intervals are bootstrapped over clips." if entry["clips"] > 1 else ""
+    bounds = f"All figures in dB; italic rows are bounds.{several} In means a lost sound counts −{-LOST_DB:.0f} dB."
+    report.table(table_header(results), table_rows(results), bounds)
     nsdr = " The SDR gain is NSDR." if results.get("protocol") == "denoising" else ""
     report.table(
         ["gain over the mixture", "SDR", "SIR", "SAR", "SI-SDR"],
@@ -297,25 +423,13 @@ def add_results(report: Report, results: dict[str, Any], given: str) -> None:
         f"The mixture has no artefacts, so whatever separates loses SAR.{nsdr}",
     )
     report.paragraph(_summary(results) + ".")
-    report.heading("By object")
-    report.table(*_by_object(results, "sdr", "SDR, dB"), "In brackets the number of clips in which it sounds.")
+    report.table(*_by_object(results, "sdr", "SDR, dB"), "In brackets the number of clips in which an object sounds.")
     report.table(*_by_object(results, "sdr_improvement", "SDR gain, dB"))
     struck = results["struck_beside_pitched"]
     if struck["clips"]:
-        report.heading("Harmonic–percussive separation")
-        header, rows = table_header(struck), table_rows(struck)
-        report.table(header, rows, f"Over the {struck['clips']} duets of a struck object and a pitched one.")
-    curves = {k.replace("_", " "): c for k, c in results["calibration"].items() if c}
-    if curves:
-        report.heading("Calibration")
-        figure = plots.reliability({k: c["bins"] for k, c in curves.items()})
-        report.image(figure, "How often objects are audible, by score")
-        errors = " and ".join(f"{c['expected_calibration_error']:.3f} for the {k}" for k, c in curves.items())
-        report.paragraph(
-            f"Objects that are shown, or heard from {HEARD:.0%} of the sound up. "
-            f"Expected calibration error: {errors}. The sound score is a share of the sound, so an audible object's "
-            "is below one where others play."
-        )
+        what = f"{plural(struck['clips'], 'duet')} of a struck object and a pitched one"
+        report.table(table_header(struck), table_rows(struck), f"Harmonic–percussive separation: {what}.")
+    return report
 
 
 def _by_object(results: dict[str, Any], figure: str, title: str) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -323,7 +437,7 @@ def _by_object(results: dict[str, Any], figure: str, title: str) -> tuple[list[s
     objects = list(entries["mixture"]["by_object"])
     counts = Counter(o for c in results["clips"] for o in c["objects"])
     rows = [
-        (_kind(n), [n.replace("_", " "), *(_db(e["by_object"][o][figure]) for o in objects)])
+        (_kind(n), [_name(n), *(_db(e["by_object"][o][figure]) for o in objects)])
         for n, e in entries.items()
         if e["clips"] == entries["mixture"]["clips"]
     ]
@@ -350,13 +464,14 @@ def console_table(results: dict[str, Any]) -> list[str]:
     lines = _aligned([table_header(results), *(r for _, r in table_rows(results))])
     struck = results["struck_beside_pitched"]
     if struck["clips"]:
-        lines.append(f"duets of a struck object and a pitched one ({struck['clips']}):")
+        lines.append(f"{plural(struck['clips'], 'duet')} of a struck object and a pitched one:")
         lines += _aligned([r for _, r in table_rows(struck)])
     lines.append(_summary(results))
     for name, curve in results["calibration"].items():
         if curve:
             error = curve["expected_calibration_error"]
             lines.append(f"{name.replace('_', ' ')}, expected calibration error: {error:.3f}")
+    lines += verdicts(results)
     return lines
 
 

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import fcntl
 import functools
+import glob
 import io
 import json
 import logging
@@ -25,13 +26,17 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, NoReturn
 
-import torch
 from tqdm import tqdm
 
 from avsep import storage
+from pipelines import INTERRUPTED, UNUSABLE, missing_input
 
-DONE, SHORTFALL, UNUSABLE = 0, 1, 2  # exit statuses
+DONE, SHORTFALL = 0, 1  # exit statuses, beside those of `pipelines`
+PREVIOUS = "previous"  # folder of OUT for what --replace replaces
 _SIOCGIFADDR = 0x8915  # Linux's number for "the interface's address"
+_STARTS = 3  # of Ray on this machine, before giving up
+_HEAD_S = 10.0  # in which a cluster's head answers
+_SOCKET_BYTES = 107  # Linux's limit to a socket's path
 LOCAL_RUNNER = "FnApiRunner"  # Beam's default one tries to download another runner first
 
 
@@ -46,26 +51,87 @@ def absolute(arguments: argparse.Namespace, *names: str) -> None:
             setattr(arguments, name, storage.resolve(path, "."))
 
 
-def run(main: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
-    """Parse arguments, run a program's main function, and turn a user's mistake into one line and status 2."""
+def run(
+    main: Callable[[argparse.Namespace], int],
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    after: str = "",
+) -> int:
+    """Parse arguments, check inputs, run a program's main function; what goes wrong is one line, as in `guarded`."""
     arguments = parser.parse_args(argv)
-    return guarded(lambda: main(arguments), parser.prog)
+
+    def checked() -> int:
+        if mistake := missing_input(arguments):
+            fail(mistake)
+        return main(arguments)
+
+    return guarded(checked, parser.prog, after)
 
 
-def guarded(main: Callable[[], int], program: str) -> int:
-    """Turn a user's mistake into one line and status 2."""
+def guarded(main: Callable[[], int], program: str, after: str = "") -> int:
+    """Turn a user's mistake, lost workers, Ctrl-C and SIGTERM into one line and an exit status.
+
+    `after` says how to go on after an interruption.
+    """
     log_as_asked()
     try:
-        return main()
+        with interruptible():
+            return main()
     except (UsageError, OSError, ValueError) as error:
         if os.environ.get("AVSEP_TRACEBACK"):
             raise
         hint = "" if isinstance(error, UsageError) else " (AVSEP_TRACEBACK=1 shows where)"
         complain(f"{program}: {error}{hint}")
         return UNUSABLE
+    except WorkerLost as error:
+        complain(f"{program}: a worker died again and again: {error} Run fewer at once, such as AVSEP_CPUS=1")
+        return UNUSABLE
     except KeyboardInterrupt:
-        complain(f"{program}: interrupted; the same command goes on from here")
-        return 130
+        complain(f"{program}: interrupted{'; ' if after else ''}{after}")
+        return INTERRUPTED
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Make SIGTERM interrupt the main thread, as Ctrl-C does; signals that are ignored stay so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def check_free(out: str, files: Sequence[str], made: str, replace: bool) -> None:
+    """Raise UsageError where one of `files` is in OUT and isn't to be replaced; `made` says what they are."""
+    if not replace and any(storage.exists(storage.join(out, f)) for f in files):
+        fail(f"{made}; --replace makes it anew and keeps the last one in {storage.join(out, PREVIOUS)}")
+
+
+def put_aside(out: str, files: Sequence[str]) -> None:
+    """Make room in OUT for new files: earlier ones go to OUT/previous, where the last finished ones are kept.
+
+    They were finished if the first of them is there; else they are deleted.
+    """
+    there = [f for f in files if storage.exists(storage.join(out, f))]
+    if not there or files[0] not in there:
+        for file in there:
+            storage.delete_file(storage.join(out, file))
+        return
+    kept = storage.join(out, PREVIOUS)
+    for file in files:
+        storage.delete_file(storage.join(kept, file))
+    for file in there:
+        place = storage.join(kept, file)
+        storage.make_directory(storage.parent(place))
+        storage.move(storage.join(out, file), place)
+    say(f"note: what was there is kept in {kept}")
 
 
 class WorkerLost(Exception):
@@ -154,6 +220,8 @@ class OnRay:
         came = self.gpus()
         if not (without := sorted({where for where in came if where})):
             return len(came)
+        import torch
+
         text = f"Ray counts a GPU on {', '.join(without)}, but torch {torch.__version__} finds no CUDA there"
         if _whole_number("AVSEP_GPUS"):
             fail(f"AVSEP_GPUS: {text}; it needs a driver and a torch for CUDA, or AVSEP_GPUS=0")
@@ -285,6 +353,7 @@ class NoCuda:
     def __call__(self) -> str:
         """Return the node's address if it doesn't, else nothing."""
         import ray
+        import torch
 
         return "" if torch.cuda.is_available() else str(ray.util.get_node_ip_address())
 
@@ -374,6 +443,8 @@ def _numbered(number: int, function: Callable[..., Any], item: tuple[Any, ...]) 
 
 def one_thread() -> None:
     """Keep a worker to one thread: processes are the parallelism, and busy threads get in each other's way."""
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -386,6 +457,8 @@ def session(in_process: bool = False) -> Iterator[Runner]:
     AVSEP_GPUS how many of its GPUs are used; on a cluster that many are waited for.
     """
     if in_process:
+        import torch
+
         threads = torch.get_num_threads()
         one_thread()
         try:
@@ -402,7 +475,7 @@ def session(in_process: bool = False) -> Iterator[Runner]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning about GPUs to come
     here = {
         "include_dashboard": False,
-        "num_cpus": _whole_number("AVSEP_CPUS"),
+        "num_cpus": _whole_number("AVSEP_CPUS", least=1),
         "num_gpus": _whole_number("AVSEP_GPUS"),
     }
     import ray
@@ -410,21 +483,10 @@ def session(in_process: bool = False) -> Iterator[Runner]:
     if ray.is_initialized():
         yield OnRay()
         return
-    try:
-        ray.init(
-            address=address,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
-            **(here if address == "local" else {}),
-        )
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # of no kind of its own
-        why = " ".join(str(error).split())
-        if address != "local":
-            fail(f"RAY_ADDRESS={address}: {why}")
-        fail(f"Ray didn't start on this machine: {why} It is given 30 s: try again when less runs, or --in-process")
+    if address == "local":
+        start_ray(here)
+    else:
+        join_ray(address)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; Ray's own aborts the process
     try:
@@ -433,10 +495,143 @@ def session(in_process: bool = False) -> Iterator[Runner]:
         ray.shutdown()
 
 
-def _whole_number(variable: str) -> int | None:
+def init_ray(address: str, **settings: Any) -> None:
+    """Connect to Ray, or start it, without a word."""
+    import ray
+
+    try:
+        ray.init(
+            address=address,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
+            **settings,
+        )
+    except SystemExit:  # Ray's answer to SIGTERM meanwhile
+        raise KeyboardInterrupt from None
+
+
+def join_ray(address: str) -> None:
+    """Connect to the cluster that RAY_ADDRESS names."""
+    where = re.fullmatch(r"(?:ray://)?\[?([^/]*?)\]?:(\d+)", address)
+    until = time.monotonic() + _HEAD_S
+    try:
+        while where:  # Ray itself asks for minutes
+            try:
+                socket.create_connection((where[1], int(where[2])), timeout=_HEAD_S).close()
+                break
+            except OSError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(1.0)
+        init_ray(address)
+    except Exception as error:  # of many kinds
+        why = str(error).strip().splitlines()[0].rstrip(".")
+        fail(f"RAY_ADDRESS={address}: {why}; give HEAD:6379 of a cluster, or unset it to run on this machine")
+
+
+def start_ray(settings: dict[str, Any]) -> None:
+    """Start Ray on this machine.
+
+    Its parts give each other 15 and 30 s, too little where much else runs: then it is tried again, with files in cache.
+    """
+    folder = ray_folder()
+    for left in reversed(range(_STARTS)):
+        before = _children()
+        try:
+            return init_ray("local", _temp_dir=folder, **settings)
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # of no kind of its own
+            why = _why_no_ray(folder, _children() - before, error)
+            _end(_children() - before)
+        if left:
+            say(f"Ray didn't start on this machine: {why}; trying again")
+    fail(f"Ray didn't start on this machine in {_STARTS} tries: {why}; try again when less runs, or --in-process")
+
+
+def ray_folder() -> str:
+    """Choose the folder of Ray's files: RAY_TMPDIR's or TMPDIR's, or /tmp's, with a note, where that can't be used."""
+    variable = next((v for v in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(v)), None)
+    why = ""
+    if variable:
+        folder = os.path.join(os.path.abspath(os.environ[variable]), "ray")
+        if not (why := _unfit(folder)):
+            return folder
+    for folder in ("/tmp/ray", f"/tmp/ray-{os.getuid()}"):
+        if not (fallen := _unfit(folder)):
+            if variable:
+                say(f"note: {variable}={os.environ[variable]} {why}; Ray's files go to {folder}")
+            return folder
+    where = f"{variable}={os.environ[variable]} {why}" if variable else f"/tmp/ray {fallen}"
+    fail(f"{where}; set RAY_TMPDIR to a short path that can be written to")
+
+
+def _unfit(folder: str) -> str:
+    """Say why Ray can't have its files in a folder; empty where it can."""
+    socket_path = os.path.join(folder, f"session_2026-01-01_00-00-00_000000_{os.getpid()}", "sockets", "plasma_store")
+    if over := max(0, len(os.fsencode(socket_path)) - _SOCKET_BYTES):
+        return f"is {over} characters too long for Ray's sockets"
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:
+        return "can't be written to"
+    return "" if os.access(folder, os.W_OK | os.X_OK) else "can't be written to"
+
+
+def _children() -> set[int]:
+    """List this process's children."""
+    found: set[int] = set()
+    for path in glob.glob("/proc/self/task/*/children"):
+        with contextlib.suppress(OSError), open(path) as f:
+            found |= set(map(int, f.read().split()))
+    return found
+
+
+def _why_no_ray(folder: str, started: set[int], error: Exception) -> str:
+    """Say why Ray didn't start: its raylet's last words where that has ended."""
+    for pid in started:
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as f:
+            if "(raylet) Z" in f.read():
+                logs = sorted(glob.glob(os.path.join(glob.escape(folder), f"session_*_{os.getpid()}/logs/raylet.out")))
+                return f"its raylet ended{_last_words(logs[-1]) if logs else ''}"
+    return f"{' '.join(str(error).split()).rstrip('.')} (it lives, but was given 30 s)"
+
+
+def _last_words(log: str) -> str:
+    """Quote the error by which a raylet ended, and the function that it ended in."""
+    with open(log, errors="replace") as f:
+        text = f.read()
+    fatal = re.findall(r"^\[[^\]]* [CFE] [^\]]*\] \(raylet\) \S+ +(.*)$", text, re.M)
+    if not fatal:
+        return ""
+    where = re.search(r"ray::raylet::(\w+::\w+)\(\)", text)
+    words = fatal[-1].rpartition("work with you to fix it. ")[2]
+    return f": {words[:200]}{f' in {where[1]}' if where else ''}"
+
+
+def _end(processes: set[int]) -> None:
+    """End what a failed start left running."""
+    for number, wait_s in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+        for pid in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        until = time.monotonic() + wait_s
+        while time.monotonic() < until and any(not _ended(pid) for pid in processes):
+            time.sleep(0.05)
+
+
+def _ended(pid: int) -> bool:
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ChildProcessError:
+        return True
+
+
+def _whole_number(variable: str, least: int = 0) -> int | None:
     text = os.environ.get(variable)
-    if text and not text.isdecimal():
-        fail(f"{variable}={text}: it must be a whole number, such as 4; or leave it out")
+    if text and (not text.isdecimal() or int(text) < least):
+        fail(f"{variable}={text}: it must be a whole number from {least} up, such as 4; or leave it out")
     return int(text) if text else None
 
 

@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from pipelines import RECIPES, arguments_of
+from pipelines import RECIPES, arguments_of, begin
 
 EXAMPLES = """examples:
   python -m pipelines.extract --segments out/manifest --out out/clips
@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    parser().parse_args()  # help and mistakes at once: what follows takes seconds
+    begin(parser())  # what follows takes seconds
 
 import torch
 
@@ -930,7 +930,7 @@ def _report(arguments: argparse.Namespace, segments: Sequence[Segment], state: s
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    return execution.run(run, parser(), argv)
+    return execution.run(run, parser(), argv, "the same command goes on from here")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipelines import arguments_of
+from pipelines import arguments_of, begin
 
 _SMALL = "shufflenet_v2_x0_5"  # what is trained from scratch when no other is asked for
 EXAMPLES = """examples:
@@ -45,12 +45,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--architecture", help=f"any torchvision classifier; resnet152 with a .pth, else {_SMALL}")
     p.add_argument("--epochs", type=int, default=8, help="%(default)s unless said")
     p.add_argument("--media", metavar="URI", help="where pipelines.extract keeps downloads")
+    p.add_argument("--replace", action="store_true", help="train anew; OUT's last network is kept in OUT/previous")
     p.add_argument("--in-process", action="store_true", help="a plain loop without Ray")
     return p
 
 
 if __name__ == "__main__":
-    parser().parse_args()  # help and mistakes at once: what follows takes seconds
+    begin(parser())  # what follows takes seconds
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ from pipelines import execution
 from pipelines.execution import fail, say
 
 _SCRATCH_RATE = 3e-3  # learning rate from scratch
-_START, _CHECKPOINT = "start.safetensors", "checkpoint.pt"
+_START, _CHECKPOINT, _HISTORY = "start.safetensors", "checkpoint.pt", "history.json"
 
 
 def keep_pictures(path: str, looking: Looking, segments: Sequence[Segment], known: dict[str, str]) -> tuple[int, int]:
@@ -119,7 +120,7 @@ def start(arguments: argparse.Namespace) -> tuple[ImageLabeller, bool]:
         try:
             return finetuning.untrained(architecture, FinetuningConfig.seed), False
         except ValueError:
-            fail(f"--architecture {architecture}: torchvision has no such classifier")
+            fail(f"--architecture {architecture}: torchvision has no such classifier; give one such as {_SMALL}")
     try:
         with storage.local_file(source) as path:
             labeller = ImageLabeller.load(arguments.architecture or DEFAULT_ARCHITECTURE, path)
@@ -182,7 +183,7 @@ def fit(job: dict[str, Any], rank: int = 0, n_ranks: int = 1, report: Any = None
             state = {"network": network.state_dict(), "optimiser": optimiser.state_dict(), "rows": rows}
             torch.save(state, buffer)
             storage.write_bytes(checkpoint, buffer.getbuffer())
-            storage.write_text(storage.join(out, "history.json"), json.dumps(rows, indent=1))
+            storage.write_text(storage.join(out, _HISTORY), json.dumps(rows, indent=1))
             say(
                 f"finetune: epoch {epoch + 1}/{config.epochs}, loss {loss:.3f}; validation {figures(row)}; "
                 f"{row['seconds']:.1f} s"
@@ -241,13 +242,14 @@ def run(arguments: argparse.Namespace) -> int:
         by_split.get(s.split, []).append(s)
     if not by_split["train"] or not by_split["val"]:
         fail(f"{arguments.segments} needs segments of split train, to learn from, and val, to choose by")
-    labeller, learned = start(arguments)
     out = arguments.out
-    for old in (LABELLER_FILE, _CHECKPOINT, "history.json"):  # of an earlier run
-        storage.delete_file(storage.join(out, old))
+    made = f"--out {out} holds a fine-tuned picture network; another --out leaves it alone"
+    execution.check_free(out, [LABELLER_FILE], made, arguments.replace)
+    labeller, learned = start(arguments)
     weights = storage.join(out, _START)
     save(labeller, weights)
     with execution.session(arguments.in_process) as runner:
+        execution.put_aside(out, [LABELLER_FILE, _HISTORY, _CHECKPOINT])
         files = album_files(runner, arguments, by_split, labeller.looking("centre"))
         clip_files = shards.clip_files(arguments.clips) if arguments.targets != "labels" else []
         shares = gather(runner, shares_of_file, arguments.model, clip_files)
@@ -351,6 +353,7 @@ def report(
         say(f"split val against what is audible: before {figures(was)}; after {figures(now)}")
     if model is not None:
         data = storage.read_bytes(path)
+        execution.put_aside(arguments.model, [LABELLER_FILE])
         storage.write_bytes(storage.join(arguments.model, LABELLER_FILE), data)
         with storage.local_file(path) as file:
             labeller = ImageLabeller.load(weights=file)
@@ -362,7 +365,7 @@ def report(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    return execution.run(run, parser(), argv)
+    return execution.run(run, parser(), argv, "the same command begins anew, but the pictures are kept")
 
 
 if __name__ == "__main__":

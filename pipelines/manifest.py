@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipelines import arguments_of
+from pipelines import arguments_of, begin
 
 EPILOG = """\
 examples:
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    parser().parse_known_args()  # help and mistakes at once: what follows takes seconds
+    begin(parser())  # what follows takes seconds
 
 import numpy as np
 import pyarrow as pa
@@ -525,4 +525,4 @@ def _one_line(error: BaseException) -> str:
 if __name__ == "__main__":
     from pipelines.manifest import main as run  # other processes know our classes by this name
 
-    sys.exit(run())
+    sys.exit(execution.guarded(run, "pipelines.manifest"))

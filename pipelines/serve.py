@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ctypes
+import errno
 import logging
 import os
 import shutil
@@ -20,15 +22,17 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipelines import arguments_of
+from pipelines import arguments_of, begin
 
 EXAMPLES = """examples:
   python -m pipelines.serve --model out/demo/model
   AVSEP_SERVE_HOST=0.0.0.0 AVSEP_SERVE_TOKEN=secret python -m pipelines.serve --model out/demo/model --port 8080
+  python -m pipelines.serve --model out/demo/model --in-process    # ready in seconds, one job at a time
   curl -F file=@duet.mp4 http://127.0.0.1:8000/v1/separations
 """
 
@@ -38,11 +42,12 @@ def parser() -> argparse.ArgumentParser:
     p = arguments_of("serve", __doc__, EXAMPLES)
     p.add_argument("--model", required=True, help="the model folder that pipelines.train wrote; may be replaced later")
     p.add_argument("--port", type=int, default=8000, help="on AVSEP_SERVE_HOST, else on this machine alone")
+    p.add_argument("--in-process", action="store_true", help="all in one process without Ray")
     return p
 
 
 if __name__ == "__main__":
-    parser().parse_args()  # help and mistakes at once: what follows takes seconds
+    begin(parser())  # what follows takes seconds
 
 import numpy as np
 import torch
@@ -344,39 +349,107 @@ def start(config: ServiceConfig, port: int, results: str) -> None:
             },
         )
     except (exceptions.RayError, RuntimeError) as error:
-        fail(f"Ray Serve didn't start: {str(error).strip().splitlines()[0]}")
+        why = str(error).strip().splitlines()[0].rstrip(".")
+        fail(f"Ray Serve didn't start: {why}; try again when less runs, or --in-process")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until interrupted."""
     execution.absolute(arguments, "model")
     config = ServiceConfig.from_environment(os.environ, model=arguments.model)
+    check_address(config.host, arguments.port)
     try:
         jobs.check_model(config)  # a mistake is one line, before anything is started
     except LabellerUnavailable as error:
         fail(f"the picture network of {config.model}, or {jobs.ENVIRONMENT}WEIGHTS: {error}")
+    with results_folder(config.results, arguments.port) as results:
+        serve = serve_here if arguments.in_process else serve_on_ray
+        serve(replace(config, results=results), arguments.port)
+    return execution.DONE
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise UsageError where nobody can listen."""
+    if not 0 < port < 1 << 16:
+        fail(f"--port {port}: it must lie in 1…65535")
     with contextlib.closing(socket.socket()) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((config.host, arguments.port))
-        except (OSError, OverflowError) as error:
-            fail(f"--port {arguments.port}: {error}; give a free one")
-    with results_folder(config.results, arguments.port) as results:
-        for name, value in _PATIENCE.items():
-            os.environ.setdefault(name, value)
-        say("starting Ray Serve on this machine …")
-        with execution.session():
-            start(config, arguments.port, results)
-            stop = threading.Event()
-            for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which sets its own
-                signal.signal(number, lambda *_: stop.set())
-            say(f"http://{config.host}:{arguments.port}/ is ready; Ctrl-C ends it")
-            stop.wait()
-            say("stopping")
-            from ray import serve
+            probe.bind((host, port))
+        except PermissionError:
+            fail(f"--port {port}: only administrators may use it; give one from 1024 up")
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                fail(f"--port {port}: another program uses it; give a free one")
+            fail(f"{jobs.ENVIRONMENT}HOST={host}: {error.strerror}; give an IPv4 address of this machine, or 0.0.0.0")
 
-            serve.shutdown()
-    return execution.DONE
+
+def serve_on_ray(config: ServiceConfig, port: int) -> None:
+    """Serve until interrupted, on Ray on this machine."""
+    for name, value in _PATIENCE.items():
+        os.environ.setdefault(name, value)
+    say("starting Ray Serve on this machine …")
+    with execution.session():
+        start(config, port, config.results)
+        wait_for_the_end(config, port)
+        from ray import serve
+
+        serve.shutdown()
+
+
+def serve_here(config: ServiceConfig, port: int) -> None:
+    """Serve until interrupted, from this process alone: jobs are done in threads, one unless config.replicas says."""
+    from avsep import connections
+    from avsep.web import Service, make_app
+
+    spare_memory()
+    execution.one_thread()
+    workers = [JobWorker(config) for _ in range(config.replicas or 1)]
+    pool = ThreadPoolExecutor(len(workers))
+
+    def work(job_id: str) -> None:
+        worker = workers.pop()
+        try:
+            worker(job_id)
+        finally:
+            workers.append(worker)
+
+    async def run_job(job_id: str) -> None:
+        await asyncio.get_running_loop().run_in_executor(pool, work, job_id)
+
+    server = connections.server(make_app(Service(config, run_job)))
+    listener = socket.create_server((config.host, port), backlog=1024)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        while thread.is_alive() and not server.started:
+            thread.join(0.02)
+        if not server.started:
+            fail(f"--port {port}: the server didn't start; its message is above")
+        wait_for_the_end(config, port)
+    finally:
+        server.should_exit = True
+        thread.join()
+        pool.shutdown(wait=False, cancel_futures=True)  # what is at work ends when its folder goes
+
+
+def wait_for_the_end(config: ServiceConfig, port: int) -> None:
+    """Say that the service is ready, and return on Ctrl-C or SIGTERM."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which sets its own
+        signal.signal(number, lambda *_: stop.set())
+    say(f"http://{config.host}:{port}/ is ready; Ctrl-C ends it")
+    stop.wait()
+    say("stopping")
+
+
+def spare_memory() -> None:
+    """Set this process's allocator as _WORKER sets a replica's."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        for option, name in (
+            (-8, "MALLOC_ARENA_MAX"), (-3, "MALLOC_MMAP_THRESHOLD_"), (-1, "MALLOC_TRIM_THRESHOLD_"),
+        ):  # fmt: skip
+            ctypes.CDLL(None).mallopt(option, int(_WORKER[name]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,17 +16,19 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
 
-from pipelines import RECIPES, arguments_of
+from pipelines import RECIPES, arguments_of, begin
 
 EXAMPLES = """examples:
   python -m pipelines.train --clips out/clips --out out/run
   python -m pipelines.train --clips out/clips --out out/paper --recipe paper
   python -m pipelines.train --clips out/clips --out out/run --resume
+  python -m pipelines.train --clips out/clips --out out/run --replace
 """
 
 
@@ -38,12 +40,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--recipe", default="default", choices=RECIPES, help="a run configuration")
     p.add_argument("--epochs", type=int, help="instead of the recipe's")
     p.add_argument("--resume", action="store_true", help="go on from OUT's checkpoint")
+    p.add_argument("--replace", action="store_true", help="train anew; OUT's last model is kept in OUT/previous")
     p.add_argument("--in-process", action="store_true", help="a plain loop without Ray")
     return p
 
 
 if __name__ == "__main__":
-    parser().parse_args()  # help and mistakes at once: what follows takes seconds
+    begin(parser())  # what follows takes seconds
 
 import numpy as np
 import torch
@@ -52,7 +55,7 @@ from avsep import bags, evidence, parallel, plots, practice, shards, stages, sto
 from avsep.miml import MIML
 from avsep.model import LABELLER_FILE, MODEL_FILES, LabellerConfig, Model, ModelConfig, label_config, versions
 from avsep.objects import OBJECT_NAMES
-from avsep.records import ClipRecord, clips_from_table
+from avsep.records import SPLITS, ClipRecord, clips_from_table
 from avsep.stft import STFT
 from pipelines import execution, recipes
 from pipelines.execution import fail, say
@@ -64,9 +67,14 @@ _SOLOS_AN_OBJECT = 100  # that practice mixtures draw from
 _SOLO_FILES = 200  # in which they are looked for
 _EVIDENCE_FILES = 20  # whose labels say how far labels can be believed; they are held in memory
 HISTORY_FILE = "history.json"
+_FEW_CLIPS = 200
 _MAPS = 4  # relation maps drawn
 _VAL_MIXTURES = 64
 _MIXTURES_FILE, _VAL_MIXTURES_FILE = "practice.pt", "practice-val.pt"
+_MADE = (  # in OUT, by a training; the model's configuration comes first
+    *(f"model/{f}" for f in MODEL_FILES), HISTORY_FILE, "checkpoint.pt", "checkpoint-2.pt", _MIXTURES_FILE,
+    _VAL_MIXTURES_FILE,
+)  # fmt: skip
 
 
 def fit(job: dict[str, Any], report: Any = None) -> None:
@@ -269,13 +277,23 @@ def run(arguments: argparse.Namespace) -> int:
         "training": {k: v for k, v in asdict(recipe.training).items() if k != "epochs"},
     }
     if arguments.resume:
+        if arguments.replace:
+            fail("--resume goes on with a training and --replace begins anew; give one of them")
         _check_resumable(storage.join(out, "checkpoint.pt"), settings)
+    else:
+        check_free(out, arguments.replace)
     with ThreadPoolExecutor(_READERS) as pool:  # an object store takes its time for each
         counts = list(pool.map(lambda file: bags.count_clips(file, config.labels), files))
-    n_train, n_val = (sum(c[split] for c, _ in counts) for split in ("train", "val"))
+    by_split = Counter({split: sum(c[split] for c, _ in counts) for split in SPLITS})
+    n_train, n_val = by_split["train"], by_split["val"]
     if n_train < 1:
-        fail(f"{arguments.clips} has no clip of split train with labels, so there is nothing to learn from")
-    say(f"train: {n_train} clips, {n_val} for validation, recipe {recipe.name}")
+        fail(
+            f"{arguments.clips} has no clip of split train with labels: give them in the table, or give "
+            "pipelines.extract the --weights of a picture network, and extract to another folder"
+        )
+    say(f"train: {n_train} clips, {n_val} for validation, recipe {recipe.name}{left_out(arguments.clips, by_split)}")
+    if n_train < _FEW_CLIPS:
+        say(f"train: {n_train} clips are few: some hundreds are needed, or separation may be worse than none")
     if not n_val:
         say("train: no clip of split val, so the last epoch's network is taken")
     job = {
@@ -292,12 +310,12 @@ def run(arguments: argparse.Namespace) -> int:
         "earlier_rows": [],
     }
     storage.make_directory(out)
-    if not arguments.resume:
-        made = ("checkpoint.pt", "checkpoint-2.pt", HISTORY_FILE, _MIXTURES_FILE, _VAL_MIXTURES_FILE)
-        for old in (*made, *(f"model/{f}" for f in MODEL_FILES)):  # of an earlier run
-            storage.delete_file(storage.join(out, old))
     passes = 2 if recipe.second_pass else 1
-    with execution.session(arguments.in_process) as runner, following(out, passes * training_config.epochs):
+    with contextlib.ExitStack() as stack:
+        runner = stack.enter_context(execution.session(arguments.in_process))
+        if not arguments.resume:
+            execution.put_aside(out, _MADE)
+        stack.enter_context(following(out, passes * training_config.epochs))
         train_pass(runner, job)
         if recipe.practice:
             job["quality"] = judge(runner, job)
@@ -314,6 +332,24 @@ def run(arguments: argparse.Namespace) -> int:
     draw_figures(out, arguments.clips)
     say(f"model in {storage.join(out, 'model')}")
     return execution.DONE
+
+
+def check_free(out: str, replace: bool) -> None:
+    """Raise UsageError where there is an earlier training, unless it is to be replaced."""
+    epochs = 0
+    if storage.exists(history := storage.join(out, HISTORY_FILE)):
+        epochs = len(json.loads(storage.read_bytes(history)))
+    what = f"--out {out} holds a training of {epochs} epoch{'s' * (epochs != 1)}"
+    what = f"{what}; --resume goes on with it, another --out leaves it alone"
+    execution.check_free(out, _MADE, what, replace)
+
+
+def left_out(clips: str, counts: Counter[str]) -> str:
+    """Say how many of the clips take no part in training, and why; `counts` are those with labels, by split."""
+    total = sum(len(c.clip_ids) for c in shards.read_commits(clips))
+    reasons = {"without a label": total - counts.total(), "of split test": counts["test"]}
+    parts = [f"{n} {reason}" for reason, n in reasons.items() if n]
+    return f"; left out: {', '.join(parts)}" if parts else ""
 
 
 def train_pass(runner: execution.Runner, job: dict[str, Any]) -> None:
@@ -452,7 +488,7 @@ def draw_figures(out: str, clips: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    return execution.run(run, parser(), argv)
+    return execution.run(run, parser(), argv, "the same command with --resume goes on from the last epoch")
 
 
 if __name__ == "__main__":

@@ -62,24 +62,24 @@ SHARED = {"recipes", "execution"}  # what pipelines may import of pipelines
 
 # Every flag of every command. A new one needs a reason, and a line here.
 FLAGS = {
-    "demo": {"--out", "--clips"},
+    "demo": {"--out", "--clips", "--in-process"},
     "manifest": {"--audioset", "--ontology", "--own-node-only", "--table", "--out"},
     "extract": {
         "--segments", "--out", "--recipe", "--weights", "--labeller", "--retry-rejected",
         "--in-process", "--profile", "--dry-run", "--media", "--until", "--rate", "--proxies", "--cookies",
     },
     "audit": {"--clips", "--out"},
-    "train": {"--clips", "--out", "--recipe", "--epochs", "--resume", "--in-process"},
+    "train": {"--clips", "--out", "--recipe", "--epochs", "--resume", "--replace", "--in-process"},
     "finetune": {
         "--segments", "--clips", "--model", "--out", "--targets", "--weights", "--architecture", "--epochs",
-        "--media", "--in-process",
+        "--media", "--replace", "--in-process",
     },
-    "collect": {"--model", "--clips", "--in-process"},
+    "collect": {"--model", "--clips", "--replace", "--in-process"},
     "evaluate": {
         "--model", "--paper-model", "--segments", "--references", "--out", "--split", "--given",
-        "--protocol", "--in-process",
+        "--protocol", "--replace", "--in-process",
     },
-    "serve": {"--model", "--port"},
+    "serve": {"--model", "--port", "--in-process"},
     "avsep separate": {"--model", "--out", "--objects", "--weights", "--track"},
     "avsep inspect": set(),
     "avsep label": {"--weights", "--labeller"},
