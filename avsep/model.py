@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from types import NoneType
 from typing import Any
 
@@ -222,6 +222,47 @@ class Model:
         except (TypeError, KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
             raise _no_model(directory, storage.name(path), error) from None
         return cls(config, network.eval(), dictionary, context.eval() if context else None)
+
+
+def training_facts(config: ModelConfig) -> dict[str, Any]:
+    """Say what a model was trained on; a value that it doesn't hold is None.
+
+    `recipe`, `clips` of split train, `clips_by_label`, `sources` (clips by where they came from) and `about`.
+    """
+    told = config.training
+    return {
+        "recipe": config.recipe,
+        "clips": told.get("clips"),
+        "clips_by_label": told.get("clips_by_label"),
+        "sources": told.get("sources"),
+        "about": told.get("about"),
+    }
+
+
+def describe_training(config: ModelConfig) -> str:
+    """Say in a sentence which objects a model has learned, and from what.
+
+    >>> described = {"clips": 40, "clips_by_label": {"dog": 25, "violin": 21}, "sources": {"files": 40}}
+    >>> describe_training(ModelConfig(recipe="default", training=described))
+    'this model learned 2 objects from 40 clips (files; recipe default): dog 25, violin 21'
+    """
+    facts = training_facts(config)
+    origin = facts["about"] or ", ".join(facts["sources"] or ())
+    about = "; ".join(filter(None, (origin, config.recipe and f"recipe {config.recipe}")))
+    clips = "an untold number of" if facts["clips"] is None else f"{facts['clips']:,}"
+    counts = facts["clips_by_label"]
+    if counts is None:
+        return f"this model doesn't say what it was trained on{f' ({about})' if about else ''}"
+    objects = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    several = f"{len(counts)} object{'s' * (len(counts) != 1)} from {clips} clip{'s' * (clips != '1')}"
+    return f"this model learned {several}{f' ({about})' if about else ''}: {objects}"
+
+
+def add_training_facts(directory: storage.AnyPath, **facts: Any) -> None:
+    """Add to what a model directory says of its training; the rest of it stays as it is."""
+    config = ModelConfig.read(directory)
+    config = replace(config, training=config.training | facts)
+    storage.write_text(storage.join(directory, CONFIG_FILE), json.dumps(asdict(config), indent=1) + "\n")
 
 
 def _no_model(directory: storage.AnyPath, file: str, error: Exception) -> ValueError:

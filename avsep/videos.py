@@ -27,6 +27,11 @@ from avsep.stages import ExtractionConfig, Factors
 from avsep.vision import ImageLabeller, LabellerUnavailable
 
 MIXTURE = "_mixture"
+SUFFIXES = (  # of the files of a folder that are taken for videos and sounds, in small letters
+    *(".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".ts", ".webm"),
+    *(".wmv", ".aac", ".ac3", ".aif", ".aiff", ".amr", ".au", ".caf", ".flac", ".m4a", ".mka", ".mp2", ".mp3", ".oga"),
+    *(".ogg", ".opus", ".rf64", ".w64", ".wav", ".weba", ".wma", ".wv"),
+)
 _HELD_S = 60.0  # a file up to this long is decoded once and held; a longer one is read twice, in blocks
 _MAX_PICTURES = 60  # of a file that are labelled; a longer one is sampled evenly
 _BLOCK = 1 << 20  # samples read at a time

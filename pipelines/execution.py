@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import fnmatch
 import functools
 import io
 import json
@@ -28,7 +29,7 @@ from typing import Any, NoReturn
 import torch
 from tqdm import tqdm
 
-from avsep import storage
+from avsep import console, storage
 
 DONE, SHORTFALL, UNUSABLE = 0, 1, 2  # exit statuses
 _SIOCGIFADDR = 0x8915  # Linux's number for "the interface's address"
@@ -46,6 +47,23 @@ def absolute(arguments: argparse.Namespace, *names: str) -> None:
             setattr(arguments, name, storage.resolve(path, "."))
 
 
+def keep_apart(arguments: argparse.Namespace, *inputs: str, writes: Sequence[str] = ()) -> None:
+    """Refuse an --out that is one of the inputs, or the folder of one that would be overwritten or deleted there.
+
+    `writes` are patterns of the names that the program writes to --out.
+    """
+    out = arguments.out
+    for name in inputs:
+        given = getattr(arguments, name)
+        flag = f"--{name.replace('_', '-')}"
+        for path in given if isinstance(given, list) else filter(None, [given]):
+            if storage.same(path, out):
+                fail(f"--out {out} is what {flag} names; give another folder")
+            written = any(fnmatch.fnmatch(storage.name(path.rstrip("/")).lower(), pattern) for pattern in writes)
+            if written and storage.same(storage.parent(path.rstrip("/")), out):
+                fail(f"--out {out} would overwrite {flag} {path}; give another folder")
+
+
 def run(main: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     """Parse arguments, run a program's main function, and turn a user's mistake into one line and status 2."""
     arguments = parser.parse_args(argv)
@@ -53,7 +71,8 @@ def run(main: Callable[[argparse.Namespace], int], parser: argparse.ArgumentPars
 
 
 def guarded(main: Callable[[], int], program: str) -> int:
-    """Turn a user's mistake into one line and status 2."""
+    """Turn a user's mistake into one line and status 2, Ctrl-C into one line and status 130."""
+    console.prepare()
     log_as_asked()
     try:
         return main()
@@ -65,7 +84,7 @@ def guarded(main: Callable[[], int], program: str) -> int:
         return UNUSABLE
     except KeyboardInterrupt:
         complain(f"{program}: interrupted; the same command goes on from here")
-        return 130
+        return console.INTERRUPTED
 
 
 class WorkerLost(Exception):
@@ -674,7 +693,7 @@ def say(text: str, **fields: Any) -> None:
     if as_json():
         _write("info", text, fields)
     else:
-        print(text, flush=True)
+        console.say(text)
 
 
 def log(text: str, **fields: Any) -> None:
@@ -688,7 +707,7 @@ def complain(text: str) -> None:
     if as_json():
         _write("error", text, {})
     else:
-        print(text, file=sys.stderr)
+        console.complain(text)
 
 
 def as_json() -> bool:
@@ -726,7 +745,7 @@ def _write(level: str, text: str, fields: Mapping[str, Any]) -> None:
     now = time.time()
     at = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03d}Z"
     line = _redacted({"time": at, "level": level, "message": text, **fields})
-    print(json.dumps(line, ensure_ascii=False, default=str), file=sys.stderr, flush=True)
+    console.complain(json.dumps(line, ensure_ascii=False, default=str))
 
 
 def _redacted(value: Any) -> Any:

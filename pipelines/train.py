@@ -240,6 +240,7 @@ def fit_on_ray(job: dict[str, Any]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train, write the model, and draw its figures."""
     execution.absolute(arguments, "clips", "out")
+    execution.keep_apart(arguments, "clips", writes=("model",))
     recipe = recipes.get(arguments.recipe)
     if arguments.epochs is not None and arguments.epochs < 1:
         fail(f"--epochs {arguments.epochs}: at least one epoch is needed")

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 # Each layer may import itself and those above it in this list (DESIGN.md).
 LAYERS = (
-    ("stft", "nmf", "nmf_amx", "nmf_code", "nmf_cpu", "nmf_gpu", "metrics", "objects", "parallel"),
+    ("console", "stft", "nmf", "nmf_amx", "nmf_code", "nmf_cpu", "nmf_gpu", "metrics", "objects", "parallel"),
     ("miml", "training", "evidence"),
     ("media", "fetch", "egress", "storage", "vision", "records", "shards", "lock", "results", "uploads", "connections"),
     (

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -358,10 +359,14 @@ def test_a_failed_separation_leaves_the_earlier_one_whole(run, rendered, tmp_pat
 
 
 def test_a_full_disk_is_told_in_one_line(run, rendered, tmp_path, capfd):
-    (tmp_path / "drum.wav.part").symlink_to("/dev/full")
     video = str(sorted((rendered / "clips").glob("*test*"))[0])
     command = ["separate", video, "--model", str(run / "run" / "model"), "--out", str(tmp_path)]
-    assert cli.main([*command, "--objects", "drum"]) == 2
+    most, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
+        assert cli.main([*command, "--objects", "drum"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
     assert f"avsep separate: {tmp_path} can't be written: " in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -392,8 +397,7 @@ def test_separate_knows_its_own_after_a_failure(run, rendered, tmp_path):
     (tmp_path / "relation_map.png").mkdir()
     assert cli.main(command) == 2
     (tmp_path / "relation_map.png").rmdir()
-    (tmp_path / "violin.wav.part").write_bytes(b"of one that was killed")
-    assert cli.main(command) == 0 and not list(tmp_path.glob("*.part"))
+    assert cli.main(command) == 0 and (tmp_path / "drum.wav").exists()
 
 
 def test_separate_leaves_foreign_wavs_alone(run, rendered, tmp_path):
