@@ -315,7 +315,9 @@ def _tell(out: str, report: Mapping[str, Any]) -> None:
         say(f"note: {report['note']}")
     for entry in report["objects"]:
         state = "silent" if entry["silent"] else f"{entry['sound_score']:.0%} of the sound"
-        say(f"{storage.join(out, entry['file'])}: {state}, from {entry['from']}")
+        sure = 1 - entry["confidence"] if entry["silent"] else entry["confidence"]
+        told = "" if entry["from"] == "given" else f", {sure:.0%} sure"
+        say(f"{storage.join(out, entry['file'])}: {state}, from {entry['from']}{told}")
     for name in (report["rest"], _REPORT):
         say(storage.join(out, name))
 

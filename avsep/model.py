@@ -15,19 +15,21 @@ from avsep import storage
 from avsep.context import BasisContext
 from avsep.dictionary import BasisDictionary
 from avsep.evidence import Evidence
+from avsep.familiarity import Familiarity
 from avsep.miml import MIML
 from avsep.objects import OBJECT_NAMES
 from avsep.stft import STFT
 
 FORMAT = 2
 _CONTEXT = "context."  # before the names of the context's weights, in the network's file
-CONFIG_FILE, NETWORK_FILE, DICTIONARY_FILE, LABELLER_FILE = (
+CONFIG_FILE, NETWORK_FILE, DICTIONARY_FILE, LABELLER_FILE, FAMILIARITY_FILE = (
     "config.json",
     "miml.safetensors",
     "dictionary.safetensors",
     "labeller.safetensors",
+    "familiarity.safetensors",
 )
-MODEL_FILES = (CONFIG_FILE, NETWORK_FILE, DICTIONARY_FILE, LABELLER_FILE)
+MODEL_FILES = (CONFIG_FILE, NETWORK_FILE, DICTIONARY_FILE, LABELLER_FILE, FAMILIARITY_FILE)
 _LATER = ("separation.fine_masks",)  # settings that a model of this format may lack: it gets their defaults
 _SHARE, _POWER, _SURELY = (0.0, 1.0), (0.0, 100.0), 1e-9
 _RANGES: dict[str, tuple[float, float]] = {  # of the configuration's numbers: beyond them no run ends well, or at all
@@ -176,6 +178,7 @@ class Model:
     network: MIML
     dictionary: BasisDictionary | None = None
     context: BasisContext | None = None
+    familiarity: Familiarity | None = None  # what sounds are compared with
 
     def save(self, directory: storage.AnyPath) -> None:
         """Write the model directory; files that this model has not are left alone."""
@@ -186,6 +189,8 @@ class Model:
         storage.write_bytes(storage.join(directory, NETWORK_FILE), safetensors.torch.save(weights))
         if self.dictionary is not None:
             self.dictionary.save(storage.join(directory, DICTIONARY_FILE))
+        if self.familiarity is not None:
+            self.familiarity.save(storage.join(directory, FAMILIARITY_FILE))
         storage.write_text(storage.join(directory, CONFIG_FILE), json.dumps(asdict(self.config), indent=1) + "\n")
 
     @classmethod
@@ -219,9 +224,12 @@ class Model:
                 for name, W in dictionary.bases.items():
                     if len(W) != config.stft.n_bins:
                         raise ValueError(f"{name} has bases of {len(W)} bins; the model works on {config.stft.n_bins}")
+            familiarity, path = None, storage.join(directory, FAMILIARITY_FILE)
+            if storage.exists(path):
+                familiarity = Familiarity.load(path)
         except (TypeError, KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
             raise _no_model(directory, storage.name(path), error) from None
-        return cls(config, network.eval(), dictionary, context.eval() if context else None)
+        return cls(config, network.eval(), dictionary, context.eval() if context else None, familiarity)
 
 
 def training_facts(config: ModelConfig) -> dict[str, Any]:

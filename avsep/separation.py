@@ -14,6 +14,7 @@ from torch import Tensor
 
 from avsep import nmf, storage
 from avsep.context import pair_features
+from avsep.familiarity import deserved, familiarity
 from avsep.media import LOUDEST
 from avsep.miml import basis_posteriors, energy_shares
 from avsep.model import Model, SeparationConfig
@@ -270,8 +271,19 @@ class Separator:
         objects: Sequence[str] | None = None,
         seen: Sequence[str] | None = None,
     ) -> Plan:
-        """Listen to a whole sound, given in blocks `(S,)`, and decide what to separate from it."""
-        return Plan(self, blocks, self._indices(objects), self._indices(seen))
+        """Listen to a whole sound, given in blocks `(S,)`, and decide what to separate from it.
+
+        Its confidences are no higher than the model's training allows (`familiarity.deserved`).
+        """
+        plan = Plan(self, blocks, self._indices(objects), self._indices(seen))
+        names, told = self.model.config.objects, self.model.config.training
+        windows = ((w.factors.W, w.factors.H, basis_posteriors(w.relation[None])[0]) for w in plan.windows())
+        familiar = familiarity(self.model.familiarity, windows, len(names))
+        claimed = torch.tensor([plan.confidence[name] for name in names])
+        claimed = deserved(claimed, familiar, names, told.get("clips_by_label"))
+        plan.confidence = dict(zip(names, claimed.tolist(), strict=True))
+        plan.familiarity = dict(zip(names, familiar.tolist(), strict=True))
+        return plan
 
     def _indices(self, names: Sequence[str] | None) -> list[int] | None:
         if names is None:
@@ -290,6 +302,8 @@ class Plan:
     Memory stays constant whatever the length: the windows' factors wait in a temporary file
     (0.15 MB for ten seconds).
     """
+
+    familiarity: dict[str, float]  # how like the model's training the bases are that each object claims, in [0, 1]
 
     def __init__(
         self,
@@ -354,6 +368,12 @@ class Plan:
             self._file.flush()  # what it can't write, it would say at the next seek
         except OSError as error:
             raise storage.full_disk(error, tempfile.gettempdir(), storage.TEMPORARY_REMEDY) from None
+
+    def windows(self) -> Iterator[Window]:
+        """Give the windows again, in order, before anything is rendered."""
+        self._file.seek(0)
+        for _ in self.window_scores:
+            yield self._stored()
 
     def _stored(self) -> Window:
         W, H, relation, scores, scale = (torch.from_numpy(np.asarray(np.load(self._file))) for _ in range(5))

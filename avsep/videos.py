@@ -36,6 +36,7 @@ _HELD_S = 60.0  # a file up to this long is decoded once and held; a longer one 
 _MAX_PICTURES = 60  # of a file that are labelled; a longer one is sampled evenly
 _BLOCK = 1 << 20  # samples read at a time
 _LOOK_S = 0.25  # between steps while other processes work
+_UNLIKE = 0.7  # familiarity below which an object's sound is said to be unlike the training
 _LISTENING, _SEPARATING = 0.7, 0.3  # shares of the time
 _LIMITS = media.DecodeLimits()
 
@@ -154,6 +155,7 @@ class VideoSeparator:
             seen if objects is None else None,
         )
         timings["listen_s"] = clock()
+        strange = unlike([name for name in plan.objects if plan.familiarity[name] < _UNLIKE])
 
         def rendered(blocks: Iterator[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
             done = 0
@@ -170,13 +172,14 @@ class VideoSeparator:
             "duration_s": plan.n_samples / rate,
             "objects_from": origin,
             "note": note,
-            "unlearned": unknown,
+            "unlearned": "; ".join(filter(None, (unknown, strange))),
             "objects": [
                 {
                     "name": name,
                     "file": f"{name}.wav",
                     "from": origin if origin != "pictures" or name in (seen or ()) else "sound",
                     "confidence": plan.confidence[name],
+                    "familiarity": plan.familiarity[name],
                     "sound_score": plan.sound_scores[name],
                     "picture_score": None if scores is None else float(scores[OBJECT_NAMES.index(name)]),
                     "visible": None if seen is None else name in seen,
@@ -308,6 +311,13 @@ def _told(
 def unlearned(objects: Sequence[str]) -> str:
     """Say what a model's answer is worth about objects that no clip of its training had; "" for none."""
     return f"the model was trained on no clip of {', '.join(objects)}: it can't tell their sound" if objects else ""
+
+
+def unlike(objects: Sequence[str]) -> str:
+    """Say that a sound is unlike a model's training, as far as it was taken for some objects; "" for none."""
+    if not objects:
+        return ""
+    return f"the sound is unlike what the model was trained on: {', '.join(objects)} may be something else"
 
 
 def pictures(

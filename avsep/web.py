@@ -117,6 +117,7 @@ class SeparatedObject(BaseModel):
     name: str
     found: Literal["given", "pictures", "sound"]  # why it is here
     confidence: float  # the probability that it sounds, by sound and pictures
+    familiarity: float  # how like the model's training its sound is, in [0, 1]; the confidence is bounded by it
     sound_score: float  # its share of the sound
     picture_score: float | None  # None without pictures, or without a network that looks at them
     visible: bool | None

@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from avsep import cli, evaluation, plots, stages, storage, synthetic, vision
-from avsep.model import LABELLER_FILE
+from avsep.model import LABELLER_FILE, add_training_facts
 from avsep.objects import OBJECTS
 from avsep.records import Segment, read_segments
 from avsep.report import Report
@@ -201,6 +201,7 @@ def run(arguments: argparse.Namespace) -> int:
             "--segments", str(out / "manifest"), "--out", shards, "--weights", str(labeller),
         )  # fmt: skip
         step("python -m pipelines.train", train.main, "--clips", shards, "--out", str(out))
+        add_training_facts(model, about="clips that the demo drew and rendered")
         step("python -m pipelines.collect", collect.main, "--model", model, "--clips", shards)
         step(
             "python -m pipelines.train", train.main,

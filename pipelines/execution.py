@@ -71,7 +71,7 @@ def run(main: Callable[[argparse.Namespace], int], parser: argparse.ArgumentPars
 
 
 def guarded(main: Callable[[], int], program: str) -> int:
-    """Turn a user's mistake into one line and status 2, Ctrl-C into one line and status 130."""
+    """Turn a user's mistake into one line and status 2."""
     console.prepare()
     log_as_asked()
     try:
@@ -84,7 +84,7 @@ def guarded(main: Callable[[], int], program: str) -> int:
         return UNUSABLE
     except KeyboardInterrupt:
         complain(f"{program}: interrupted; the same command goes on from here")
-        return console.INTERRUPTED
+        return 130
 
 
 class WorkerLost(Exception):

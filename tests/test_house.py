@@ -25,6 +25,7 @@ LAYERS = (
     (
         "stages",
         "dictionary",
+        "familiarity",
         "model",
         "separation",
         "baselines",
