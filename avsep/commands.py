@@ -23,7 +23,7 @@ import pyarrow as pa
 import soundfile
 from tqdm import tqdm
 
-from avsep import plots, shards, storage
+from avsep import shards, storage
 from avsep.console import complain, lost, say
 from avsep.model import CONFIG_FILE, Model, describe_training, training_facts
 from avsep.objects import OBJECT_NAMES, object_index, object_scores, weak_labels
@@ -218,6 +218,8 @@ def separate_file(
 
 def _relation_map(done: FileSeparation) -> bytes:
     """Draw the first window's relation map beside a picture from the file's middle."""
+    from avsep import plots  # half a second, needed only at the end
+
     window = done.plan.first_window.first(done.plan.separator.model.config.n_bases)
     picture = done.pictures[len(done.pictures) // 2] if len(done.pictures) else None
     relation, energy = window.relation.numpy(), window.factors.basis_energy.numpy()

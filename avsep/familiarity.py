@@ -46,6 +46,8 @@ class Familiarity:
         if len(kept) < 2:
             return None
         features, owner = torch.cat(kept), torch.cat(owners)
+        if len(features) <= _NEIGHBOURS:
+            return None
         mean, deviation = features.mean(0), features.std(0).clamp_min(1e-3)
         scaled = (features - mean) / deviation
         distances = []

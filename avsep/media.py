@@ -20,8 +20,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ffmpeg
-import imageio_ffmpeg
 import numpy as np
 from numpy.typing import NDArray
 
@@ -88,6 +86,8 @@ class _Header:
 
 def ffmpeg_executable() -> str:
     """Return the system's ffmpeg, else the one that comes with imageio-ffmpeg."""
+    import imageio_ffmpeg
+
     return shutil.which("ffmpeg") or str(imageio_ffmpeg.get_ffmpeg_exe())
 
 
@@ -296,6 +296,8 @@ def _parse_header(log: str) -> _Header | None:
 
 
 def _input(path: Path, limits: DecodeLimits, **options: Any) -> Any:
+    import ffmpeg  # nobody needs it who has waveforms already
+
     return ffmpeg.input(
         f"file:{path.absolute()}",
         protocol_whitelist="file",
@@ -397,6 +399,8 @@ class _FFmpeg:
         self._look = look
         self._path = path
         self._side, side = os.pipe()
+        import ffmpeg
+
         command = ffmpeg.merge_outputs(*outputs).global_args(
             "-hide_banner", "-nostdin", "-nostats", "-loglevel", "level+info", "-filter_threads", "1"
         )

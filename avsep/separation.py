@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from avsep import nmf, storage
+from avsep import media, nmf, storage
 from avsep.context import pair_features
 from avsep.familiarity import deserved, familiarity
 from avsep.media import LOUDEST
@@ -23,6 +24,7 @@ from avsep.stages import ExtractionConfig, Factors, factorize
 from avsep.stft import STFT
 
 REST = "_rest"
+_SHOWN_S = 60  # of a sound in a notebook
 _FAINT = 1e-3  # of the loudest window: what a fainter one seems to hold doesn't count
 _FINE_ITERATIONS = 4  # of the bases at the masks' resolution; more change nothing
 
@@ -102,9 +104,9 @@ class Window:
         return replace(self, factors=factors, relation=self.relation[:, :n_bases])
 
 
-@dataclass
+@dataclass(repr=False)
 class Separation:
-    """A separated waveform: `estimates` and `rest` add up to the mixture."""
+    """A separated waveform: `estimates` and `rest` add up to the mixture. In a notebook it shows players."""
 
     objects: tuple[str, ...]
     estimates: Tensor  # (J, S)
@@ -113,6 +115,38 @@ class Separation:
     confidence: dict[str, float]  # every object's probability of sounding, by sound and pictures
     silent: tuple[str, ...]  # asked for, but not heard: their estimates are zero
     first_window: Window
+    stft: STFT  # the model's
+
+    @property
+    def sample_rate(self) -> int:
+        """The waveforms' sample rate in Hz."""
+        return self.stft.sample_rate
+
+    def __repr__(self) -> str:
+        """Say in a line what was found.
+
+        >>> Separator.load("out/demo/model")("duet.mp4")           # doctest: +SKIP
+        <Separation of 10.0 s at 48000 Hz: violin 45 %, dog 9 %, cat silent; the rest>
+        """
+        found = ", ".join(self._caption(name) for name in self.objects) or "no object"
+        return f"<Separation of {len(self.rest) / self.sample_rate:.1f} s at {self.sample_rate} Hz: {found}; the rest>"
+
+    def _caption(self, name: str) -> str:
+        return f"{name} silent" if name in self.silent else f"{name} {100 * self.sound_scores[name]:.0f} %"
+
+    def _repr_html_(self) -> str:
+        """Show players and spectrograms of the sounds, of the first minute where they are longer."""
+        from avsep import plots
+        from avsep.report import players
+
+        mixture = (self.estimates.sum(0) + self.rest).numpy()
+        names = [*map(self._caption, self.objects), "the rest"]
+        sounds = [("mixture", mixture), *zip(names, [*self.estimates.numpy(), self.rest.numpy()], strict=True)]
+        shown = [(name, x[: _SHOWN_S * self.sample_rate]) for name, x in sounds]
+        top_hz = min(8000.0, self.sample_rate / 2)
+        figures = [plots.spectrogram(x, self.stft, top_hz=top_hz, beside=shown[0][1]) for _, x in shown]
+        note = "" if len(self.rest) <= len(shown[0][1]) else f"The first {_SHOWN_S} s of {repr(self)[1:-1]}"
+        return players([(*s, f) for s, f in zip(shown, figures, strict=True)], self.sample_rate, note)
 
 
 class Separator:
@@ -120,6 +154,7 @@ class Separator:
 
     >>> separator = Separator.load("out/demo/model")           # doctest: +SKIP
     >>> separation = separator(waveform, ["dog", "violin"])    # doctest: +SKIP
+    >>> separation = separator("duet.mp4")                     # doctest: +SKIP
     """
 
     def __init__(self, model: Model, separation: SeparationConfig | None = None) -> None:
@@ -236,16 +271,19 @@ class Separator:
 
     def __call__(
         self,
-        waveform: NDArray[np.float32] | Tensor,
+        waveform: NDArray[np.float32] | Tensor | storage.AnyPath,
         objects: Sequence[str] | None = None,
         seen: Sequence[str] | None = None,
     ) -> Separation:
-        """Separate a mono waveform `(S,)` of any length.
+        """Separate a mono waveform `(S,)` of any length, or the sound of a file; its pictures aren't looked at.
 
         `objects` are there for certain; else `seen` are what pictures show, and the sound may add
         to it or find it silent; without either it is what is heard. Raises ValueError for an
-        unknown object, or one named twice, and for a waveform that isn't `(S,)`, not finite, or above 1e10.
+        unknown object, or one named twice, and for a waveform that isn't `(S,)`, not finite, or above 1e10,
+        ClipError for a file without usable sound.
         """
+        if isinstance(waveform, (str, os.PathLike)):
+            waveform = self._read(os.fspath(waveform))
         mixture = torch.as_tensor(waveform, dtype=torch.float32).detach()
         if mixture.ndim != 1:
             raise ValueError(f"the waveform is {tuple(mixture.shape)}; (S,) is needed: average the channels")
@@ -263,7 +301,14 @@ class Separator:
             plan.confidence,
             plan.silent,
             plan.first_window,
+            self.stft,
         )
+
+    def _read(self, file: str) -> NDArray[np.float32]:
+        """Read a file's sound, or a URI's, `(S,)`."""
+        rate = self.stft.sample_rate
+        with storage.local_file(file) as path:
+            return np.concatenate(list(media.iter_audio(path, sample_rate=rate, block=1 << 20)))
 
     def plan(
         self,

@@ -17,11 +17,9 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-import torchvision
 from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
 
 from avsep import storage
 from avsep.objects import N_IMAGENET_CLASSES
@@ -158,8 +156,10 @@ class ImageLabeller:
         safetensors.torch.save_file(state, path, metadata)
 
 
-def published_weights(architecture: str) -> torchvision.models.WeightsEnum:
+def published_weights(architecture: str) -> Any:
     """Return torchvision's ImageNet weights (V1); LabellerUnavailable names an unknown architecture."""
+    import torchvision  # takes as long as torch: only where there are pictures
+
     try:
         return torchvision.models.get_model_weights(architecture)["IMAGENET1K_V1"]
     except (ValueError, KeyError):
@@ -170,6 +170,8 @@ def published_weights(architecture: str) -> torchvision.models.WeightsEnum:
 
 def build_network(architecture: str, n_outputs: int) -> nn.Module:
     """Build an untrained torchvision classifier with `n_outputs` logits."""
+    import torchvision
+
     return torchvision.models.get_model(architecture, weights=None, num_classes=n_outputs)
 
 
@@ -194,6 +196,8 @@ def _in_bfloat16(network: nn.Module, device: str) -> nn.Module | None:
     units = torch.device(device).type == "cuda" or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     if not units or sum(p.numel() for p in network.parameters()) < _BFLOAT16_FROM:
         return None
+    from torch.fx.experimental.optimization import fuse
+
     linear = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.Linear)]
     try:
         folded = fuse(network)  # a copy
