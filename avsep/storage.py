@@ -306,6 +306,10 @@ def make_directory(path: AnyPath) -> None:
 
 def list_files(path: str) -> list[str]:
     """List the files directly in a directory, sorted, as paths of the same kind; [] when there is none."""
+    if not is_uri(_given(path)):  # where names need not be UTF-8, as pyarrow's must
+        with contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
+            return sorted(join(path, entry.name) for entry in entries if entry.is_file())
+        return []
     return sorted(join(path, i.base_name) for i in infos(path) if i.type == pafs.FileType.File)
 
 
@@ -459,7 +463,8 @@ def local_file(path: str) -> Iterator[Path]:
     OSError says why a URI can't be read.
     """
     if not is_uri(_given(path)):
-        yield Path(os.path.abspath(path))
+        with _readable_name(Path(os.path.abspath(path))) as local:
+            yield local
         return
     if path.startswith("youtube:"):
         raise ValueError(f"{path}: pipelines.extract downloads from YouTube; give a file here")
@@ -472,6 +477,20 @@ def local_file(path: str) -> Iterator[Path]:
         with _naming(copy, TEMPORARY_REMEDY), _stream(path) as stream, copy.open("wb") as target:
             shutil.copyfileobj(stream, target, 1 << 20)
         yield copy
+
+
+@contextlib.contextmanager
+def _readable_name(path: Path) -> Iterator[Path]:
+    """Give a file whose name isn't UTF-8 another one, by a link; libraries fail at the first."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder, f"file{path.suffix if path.suffix.isascii() else ''}")
+            link.symlink_to(path)
+            yield link
+        return
+    yield path
 
 
 @contextlib.contextmanager

@@ -399,6 +399,16 @@ def test_a_name_that_is_no_utf_8_is_told(tmp_path: Path) -> None:
         storage.exists(str(tmp_path / "\udcff.wav"))
 
 
+def test_a_file_whose_name_is_no_utf_8_is_listed_and_read(tmp_path: Path) -> None:
+    file = tmp_path / "\udcff.wav"
+    file.write_bytes(b"sound")
+    assert storage.list_files(str(tmp_path)) == [str(file)]
+    with storage.local_file(str(file)) as path:
+        assert str(path).isascii() and path.suffix == ".wav" and path.read_bytes() == b"sound"
+    assert file.read_bytes() == b"sound"
+    assert storage.list_files(str(tmp_path / "nosuch")) == []
+
+
 # -------------------------------------------------------------------------------------------------------- the web
 
 
