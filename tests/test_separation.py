@@ -20,7 +20,14 @@ import torch
 from avsep.context import BasisContext
 from avsep.dictionary import BasisDictionary
 from avsep.miml import basis_posteriors
-from avsep.model import Model, ModelConfig, NetworkConfig, SeparationConfig
+from avsep.model import (
+    Model,
+    ModelConfig,
+    NetworkConfig,
+    SeparationConfig,
+    add_training_facts,
+    describe_training,
+)
 from avsep.objects import OBJECT_NAMES, object_index
 from avsep.records import ClipError
 from avsep.separation import Separator, basis_shares, ratio_masks, separate
@@ -448,6 +455,20 @@ def test_each_setting_of_a_model_must_be_there_and_make_sense(tmp_path: Path) ->
             path.write_text(json.dumps(config))
             with pytest.raises(ValueError, match=rf"config.json: .*{last} (is|are) .*; copy the whole folder again"):
                 ModelConfig.read(str(tmp_path))
+
+
+def test_what_a_model_was_trained_on_is_kept_and_told(tmp_path: Path) -> None:
+    known = model()
+    known.config = replace(known.config, recipe="default", training={"seed": 3, "clips_by_label": {"dog": 1}})
+    assert describe_training(known.config) == (
+        "this model learned 1 object from an untold number of clips (recipe default): dog 1"
+    )
+    known.save(tmp_path)
+    add_training_facts(tmp_path, clips=1, about="drawn clips")
+    again = Model.load(tmp_path).config
+    assert again == replace(known.config, training=known.config.training | {"clips": 1, "about": "drawn clips"})
+    assert describe_training(again) == "this model learned 1 object from 1 clip (drawn clips; recipe default): dog 1"
+    assert "doesn't say what it was trained on" in describe_training(model().config)
 
 
 # ---------------------------------------------------------------------------------- files, and what a notebook shows
