@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from avsep import fetch, shards, storage
 from avsep.audioset import Counts, by_object, by_split, under
-from avsep.objects import OBJECT_NAMES, object_scores, weak_labels
+from avsep.model import LabelConfig, label_config
+from avsep.objects import OBJECT_NAMES
 from avsep.records import (
     REJECTION_SCHEMA,
     SCHEMA_VERSION,
@@ -308,6 +309,7 @@ def _check_clips(parquet: pq.ParquetFile, file: DataFile) -> tuple[list[Finding]
     findings: list[Finding] = []
     ids: list[str] = []
     configuration = json.loads((parquet.schema_arrow.metadata or {})[b"avsep.configuration"])
+    labels = label_config(configuration["labeller"], configuration["looks"])
     seconds_a_frame = frame_s(configuration)
     for group in range(parquet.num_row_groups):
         records = clips_from_table(parquet.read_row_group(group))
@@ -315,7 +317,7 @@ def _check_clips(parquet: pq.ParquetFile, file: DataFile) -> tuple[list[Finding]
         findings += _check_records(file, records)
         if not findings:
             for record in records:
-                count_clip(record, counts)
+                count_clip(record, counts, labels)
                 print_ = fingerprint(record, seconds_a_frame)
                 fact = {name: getattr(record, name) for name in FACTS_SCHEMA.names if name != "fingerprint"}
                 facts.append({**fact, "fingerprint": None if print_ is None else print_.tobytes()})
@@ -359,29 +361,29 @@ def _validate_measures(record: ClipRecord) -> None:
 # -------------------------------------------------------------------------------------- counts
 
 
-def chosen_labels(record: ClipRecord) -> tuple[str, ...] | None:
+def chosen_labels(record: ClipRecord, labels: LabelConfig) -> tuple[str, ...] | None:
     """Return the weak labels that training takes: given ones, else the pictures'; None without either."""
     if record.labels is not None:
         return record.labels
-    return seen_labels(record)
+    return seen_labels(record, labels)
 
 
-def seen_labels(record: ClipRecord) -> tuple[str, ...] | None:
-    """Return what the pictures show, by the published thresholds; None without logits."""
+def seen_labels(record: ClipRecord, labels: LabelConfig) -> tuple[str, ...] | None:
+    """Return what the pictures show; None without logits."""
     if record.image_logits is None or not len(record.image_logits):
         return None
-    hot = weak_labels(object_scores(torch.from_numpy(record.image_logits.astype(np.float32))))
+    hot = labels.choose(labels.scores(torch.from_numpy(record.image_logits.astype(np.float32))))
     return tuple(name for name, on in zip(OBJECT_NAMES, hot.tolist(), strict=True) if on)
 
 
-def count_clip(record: ClipRecord, counts: Counts) -> None:
-    """Count one clip in every table of the card."""
+def count_clip(record: ClipRecord, counts: Counts, config: LabelConfig) -> None:
+    """Count one clip in every table of the card; `config` says how labels follow from the pictures."""
     counts["clips", record.split] += 1
     counts["label_source", record.label_source] += 1
     counts["seconds", record.split] += round(record.duration_s)
     counts["duration", str(_bin(record.duration_s, DURATION_BINS_S))] += 1
     counts["level", str(_bin(record.rms_db, LEVEL_BINS_DB))] += 1
-    labels, tags, seen = chosen_labels(record), record.objects, seen_labels(record)
+    labels, tags, seen = chosen_labels(record, config), record.objects, seen_labels(record, config)
     if not labels:
         counts["unlabelled", record.split] += 1
     for name in tags or ():

@@ -15,7 +15,7 @@ from torch import Tensor
 from avsep import parallel, shards
 from avsep.miml import activation_statistics
 from avsep.model import LabelConfig
-from avsep.objects import N_IMAGENET_CLASSES, OBJECT_NAMES, multi_hot, object_scores, weak_labels
+from avsep.objects import N_IMAGENET_CLASSES, OBJECT_NAMES, multi_hot
 from avsep.training import Bags, Share, shuffled_batches
 
 # a clip's W (F, M), H (M, N), shares of energy (M,) and labels (L,) → whose its bases are, (L + 1, M)
@@ -23,14 +23,14 @@ Teacher = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def bags_from_file(path: str, labels: LabelConfig, split: str, teacher: Teacher | None = None) -> Bags | None:
-    """Read one clip file's bags of a split that have labels, with targets where there is a teacher; or None."""
+    """Read one clip file's bags of a split that are used, with targets where there is a teacher; or None."""
     columns = ["segment_id", "split", "bases", "basis_energy", "labels", "image_logits"]
     columns += ["activations", "activation_scale"]
     table = shards.read_table(path, columns)
     n_bins, n_bases = table.schema.field("bases").type.shape
     table = table.filter(pc.equal(table.column("split"), split))
     marks = _decide_all(table, labels)
-    rows = [i for i, m in enumerate(marks) if m is not None and m.any()]
+    rows = [i for i, m in enumerate(marks) if labels.takes(m, split)]
     if not rows:
         return None
     table, hot = table.take(rows), [marks[i] for i in rows]
@@ -56,7 +56,7 @@ def decide_labels(given: Sequence[str] | None, image_logits: Any, config: LabelC
     if image_logits is None:
         return None
     logits = torch.from_numpy(np.array(image_logits, np.float32)).reshape(-1, N_IMAGENET_CLASSES)
-    return weak_labels(object_scores(logits), config.threshold, config.best_threshold)
+    return config.choose(config.scores(logits))
 
 
 def _decide_all(table: pa.Table, config: LabelConfig) -> list[Any]:
@@ -69,20 +69,20 @@ def _decide_all(table: pa.Table, config: LabelConfig) -> list[Any]:
             pictured.setdefault(len(logits), []).append(i)
     for rows in pictured.values():
         logits = np.stack([np.array(table.column("image_logits")[i].values, np.float32) for i in rows])
-        scores = object_scores(torch.from_numpy(logits.reshape(len(rows), -1, N_IMAGENET_CLASSES)))
-        for i, mark in zip(rows, weak_labels(scores, config.threshold, config.best_threshold), strict=True):
+        scores = config.scores(torch.from_numpy(logits.reshape(len(rows), -1, N_IMAGENET_CLASSES)))
+        for i, mark in zip(rows, config.choose(scores), strict=True):
             marks[i] = mark
     return marks
 
 
 def count_clips(path: str, labels: LabelConfig) -> tuple[dict[str, int], dict[str, int]]:
-    """Count one clip file's clips that have labels by split, and those of split train by label."""
+    """Count one clip file's clips that are used by split, and those of split train by label."""
     table = shards.read_table(path, ["split", "labels"])
     if table.column("labels").null_count:  # the pictures' logits are 20 kB a clip
         table = shards.read_table(path, ["split", "labels", "image_logits"])
     counts, by_label = dict.fromkeys(("train", "val", "test"), 0), dict.fromkeys(OBJECT_NAMES, 0)
     for split, marks in zip(table.column("split").to_pylist(), _decide_all(table, labels), strict=True):
-        if marks is None or not marks.any():
+        if not labels.takes(marks, split):
             continue
         counts[split] += 1
         for i in marks.nonzero().flatten().tolist() if split == "train" else ():
@@ -109,7 +109,7 @@ class TrainingClips:
 
     Args:
         files: clip files.
-        counts: how many clips of each have labels; files without any are not read.
+        counts: how many clips of each are used; files without any are not read.
         labels: how labels are decided.
         teacher: gives the bases' targets.
         mixtures: bags to train on, too; they have targets.

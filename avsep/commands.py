@@ -25,10 +25,11 @@ from tqdm import tqdm
 
 from avsep import shards, storage
 from avsep.console import complain, lost, say
-from avsep.model import CONFIG_FILE, Model, describe_training, training_facts
-from avsep.objects import OBJECT_NAMES, object_index, object_scores, weak_labels
+from avsep.model import CONFIG_FILE, Model, describe_training, label_config, training_facts
+from avsep.objects import OBJECT_NAMES, object_index
 from avsep.records import ClipError, Reason
 from avsep.separation import REST
+from avsep.stages import ExtractionConfig
 from avsep.videos import SUFFIXES, FileSeparation, Step, VideoSeparator, pictures
 from avsep.vision import ImageLabeller, LabellerUnavailable
 
@@ -319,6 +320,7 @@ def _tell(out: str, report: Mapping[str, Any]) -> None:
         state = "silent" if entry["silent"] else f"{entry['sound_score']:.0%} of the sound"
         sure = 1 - entry["confidence"] if entry["silent"] else entry["confidence"]
         told = "" if entry["from"] == "given" else f", {sure:.0%} sure"
+        told += f"; {entry['doubt']}" if entry["doubt"] else ""
         say(f"{storage.join(out, entry['file'])}: {state}, from {entry['from']}{told}")
     for name in (report["rest"], _REPORT):
         say(storage.join(out, name))
@@ -364,11 +366,14 @@ def inspect(path: str) -> int:
 def label(video: str, weights: str | None, architecture: str) -> int:
     """Run `avsep label`."""
     with storage.local_file(video) as path:
-        found = pictures(path)
+        found = pictures(path, ExtractionConfig.image_size)
     if len(found) == 0:
         raise ValueError(f"{video} has no pictures")
-    scores = object_scores(ImageLabeller.load(architecture, weights)(found))
-    labels = weak_labels(scores)
+    labeller = ImageLabeller.load(architecture, weights)
+    looks = labeller.looking("tiles").way
+    config = label_config(labeller.architecture, looks)
+    scores = config.scores(labeller.evidence(found, looks))
+    labels = config.choose(scores)
     for i in scores.argsort(descending=True).tolist()[:10]:
         say(f"{scores[i]:.3f}  {OBJECT_NAMES[i]}{'  (label)' if labels[i] else ''}")
     return 0

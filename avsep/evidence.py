@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 _LEAST_SHARE = 1e-4
+_WITH_LABEL, _WITHOUT = 0.92, 0.02  # how likely an object sounds, with good labels
+_MISSED, _MOST_MISSED = 0.05, 0.3  # how far an object without a label explains a basis, beside one with it
+_DRAWN = 20  # clips: an object of fewer labels is judged by the others, too
 
 
 @dataclass(frozen=True)
@@ -73,3 +76,47 @@ def fit_pictures(evidence: Evidence, shares: Tensor, shown: Tensor, n_iter: int 
         false = (float(((1 - p) * shown).sum()) + 1) / (float((1 - p).sum()) + 2)
         evidence = Evidence(evidence.slope, evidence.offset, max(hit, false), min(hit, false))
     return evidence
+
+
+@dataclass(frozen=True)
+class LabelQuality:
+    """What weak labels say: how likely each object sounds in a clip that has its label, and in one that hasn't.
+
+    Pictures miss objects, show silent ones, and mistake others for them. The defaults are those of good labels.
+    """
+
+    with_label: tuple[float, ...]  # (L,)
+    without: tuple[float, ...]  # (L,)
+
+    @classmethod
+    def good(cls, n_objects: int) -> LabelQuality:
+        """Return what is assumed until more is known."""
+        return cls((_WITH_LABEL,) * n_objects, (_WITHOUT,) * n_objects)
+
+    def presence(self, labels: Tensor) -> Tensor:
+        """Return how likely each object sounds, boolean `(B, L)` labels → `(B, L)`."""
+        return torch.where(labels, *(torch.tensor(p, device=labels.device) for p in (self.with_label, self.without)))
+
+    def missed(self) -> Tensor:
+        """Return how far an object without its label explains a basis, beside one with it, `(L,)`."""
+        ratio = torch.tensor(self.without) / torch.tensor(self.with_label)
+        return (ratio * _MISSED * _WITH_LABEL / _WITHOUT).clamp(_MISSED, _MOST_MISSED)
+
+
+def judge_labels(evidence: Evidence, shares: Tensor, labels: Tensor) -> LabelQuality:
+    """Estimate how good weak labels are from what a first network hears in the clips, without any truth.
+
+    The confidences of sound and label together say how often an object sounds with and without its label. Each
+    object's figures are drawn towards those of all, the more the fewer clips have its label.
+
+    Args:
+        shares: `(n, L)` of the sound. labels: boolean `(n, L)`.
+    """
+    p = fit_pictures(evidence, shares, labels).confidence(shares, labels)
+    heard, silent = p * labels, p * ~labels
+    pooled_with = float(heard.sum() / labels.sum().clamp_min(1))
+    with_label = (heard.sum(0) + _DRAWN * pooled_with) / (labels.sum(0) + _DRAWN)
+    pooled_without = silent.sum(0) / (~labels).sum(0).clamp_min(1)
+    return LabelQuality(
+        tuple(with_label.clamp(0.3, _WITH_LABEL).tolist()), tuple(pooled_without.clamp(_WITHOUT, 0.3).tolist())
+    )

@@ -19,7 +19,7 @@ from avsep.miml import basis_posteriors, energy_shares, partial_label_loss
 from avsep.model import Model
 from avsep.objects import N_IMAGENET_CLASSES, OBJECTS, object_scores, weak_labels
 from avsep.records import ClipRecord
-from avsep.vision import ImageLabeller, build_network, normalise
+from avsep.vision import ImageLabeller, build_network
 
 BACKGROUND = 819  # ImageNet's "stage": what a network trained from scratch answers when it sees no object
 _JPEG_QUALITY = 90
@@ -118,7 +118,7 @@ def untrained(architecture: str, seed: int) -> ImageLabeller:
     """Build a picture network of the objects' first ImageNet classes and BACKGROUND, from scratch."""
     torch.manual_seed(seed)
     classes = (*(o.imagenet[0] for o in OBJECTS), BACKGROUND)
-    return ImageLabeller(architecture, build_network(architecture, len(classes)).eval(), "", classes)
+    return ImageLabeller(architecture, build_network(architecture, len(classes)).eval(), "", classes, way="centre")
 
 
 def class_groups(classes: Sequence[int] | None) -> Tensor:
@@ -209,7 +209,7 @@ def train_epoch(
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(share)
         shape = pictures.shape[:2]
-        pixels = augment(normalise(pictures.flatten(0, 1).to(device)), rng)
+        pixels = augment(labeller.preprocessing(pictures.flatten(0, 1).to(device)), rng)
         with torch.autocast(kind, torch.bfloat16, enabled=halved):
             logits = network(pixels.contiguous(memory_format=torch.channels_last)).float()
         losses = picture_loss(logits.unflatten(0, shape), labels.to(device), groups, config.presence)

@@ -319,7 +319,7 @@ def _write_window(folder: Path, done: FileSeparation) -> None:
         H=window.factors.H.numpy(),
         energy=window.factors.basis_energy.numpy(),
         relation=window.relation.numpy(),
-        shares=plan.separator.shares(window, indices).numpy(),
+        shares=plan.separator.shares(window, indices, plan.named).numpy(),
         names=np.array([plan.separator.model.config.objects[i] for i in indices], dtype=str),
         n_samples=n_samples,
         stft=np.array([stft.sample_rate, stft.n_fft, stft.hop_length]),

@@ -36,6 +36,8 @@ _UNINDEXED_LEAD_S = 12.0  # … and key frames may be this far apart
 _SLACK_S = 1.0  # media may end this much before their header says
 _LOG_BYTES = 1 << 20
 _CHUNK_BYTES = _PIPE_BYTES = 1 << 18
+_WIDEST = 3  # times the short side: of pictures wider or higher than that the middle is kept
+_PPM, _PPM_HEADER_BYTES = re.compile(rb"P6\n(\d+) (\d+)\n255\n"), 32
 _MAPPING = re.compile(rb"^\[info\] Stream mapping:", re.MULTILINE)  # follows the description of the input
 _NOT_RUN = (126, 127)  # setpriv's statuses when it can't run a program
 _NOISE = re.compile(
@@ -105,7 +107,7 @@ def decode(
     end_s: float | None = None,
     *,
     sample_rate: int = 48_000,
-    image_size: int = 224,
+    image_size: int = 256,
     limits: DecodeLimits = DecodeLimits(),
     pictures: bool = True,
     sound: bool = True,
@@ -117,11 +119,11 @@ def decode(
     stay together; samples that are mono at this rate already come out unchanged. After a seek
     they are placed as exactly as the timestamps are: Matroska rounds these to milliseconds.
 
-    The images are `(n_images, image_size, image_size, 3)` RGB uint8: what a player shows 0.5,
-    1.5, … s into the excerpt, upright, the short side resized to 8/7 of `image_size`, the centre
-    cut out. Video too short for that gives its first picture, a file without video none. Without
-    `pictures` the video is only looked at where it may outlast the sound. Without `sound` a video
-    may have none.
+    The images are `(n_images, height, width, 3)` RGB uint8: what a player shows 0.5, 1.5, … s into
+    the excerpt, upright and whole, the short side resized to `image_size`; of a long side of more
+    than three times that the middle is kept. Video too short for that gives its first picture, a
+    file without video none. Without `pictures` the video is only looked at where it may outlast
+    the sound. Without `sound` a video may have none.
 
     A file that ends before `end_s` gives a shorter clip. Raises ValueError for times that bound no
     excerpt, and ClipError: MISSING, EMPTY, UNREADABLE, NO_AUDIO, PAST_END, TRUNCATED, TOO_LONG,
@@ -317,7 +319,7 @@ def _excerpt(
     limits: DecodeLimits,
     look: Callable[[_Header], None] = lambda header: None,
 ) -> _FFmpeg:
-    """Start decoding: output 0 is float32 samples, output 1 RGB pictures, if there; `look` is shown the header.
+    """Start decoding: output 0 is float32 samples, output 1 PPM pictures, if there; `look` is shown the header.
 
     The first picture is the one shown at the start; those at 0.5, 1.5, … s follow.
     """
@@ -341,7 +343,7 @@ def _excerpt(
     if info.has_video:
         # What is shown at the start comes at 0 s, what is shown after n + 0.5 s at n + 1 s.
         start = round(lead_s * 1e6)
-        short = round(image_size * 256 / 224)
+        short, long = image_size, _WIDEST * image_size
         video = [
             "settb=1/1000000",
             f"setpts='PTS-{start}+500000*gt(PTS,{start})'",
@@ -351,16 +353,16 @@ def _excerpt(
             f"scale='if(gt(dar,1),round({short}*dar),{short})':'if(gt(dar,1),{short},round({short}/dar))'"
             ":flags=bicubic+accurate_rnd+full_chroma_int",
             "format=rgb24",
-            f"crop={image_size}:{image_size}",
+            f"crop='min(iw,{long})':'min(ih,{long})'",
         ]
-        outputs.append(source["V:0"].output("pipe:side", format="rawvideo", r=1, vf=",".join(video)))
+        outputs.append(source["V:0"].output("pipe:side", format="image2pipe", vcodec="ppm", r=1, vf=",".join(video)))
     return _FFmpeg(outputs, path, limits, look)
 
 
 def _read(
     process: _FFmpeg, length_s: float, sample_rate: int, image_size: int, timeout_s: float
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    picture_bytes = 3 * image_size**2
+    picture_bytes = 3 * _WIDEST * image_size**2 + _PPM_HEADER_BYTES
     outputs = (bytearray(), bytearray())
     bounds = (4 * round(length_s * sample_rate), picture_bytes * _n_pictures(length_s))
     for number, data in process.pieces(timeout_s):
@@ -368,10 +370,21 @@ def _read(
         if len(outputs[number]) > bounds[number]:
             raise ClipError(Reason.TOO_LARGE, f"more output than {length_s:g} s can give")
     waveform = np.frombuffer(outputs[0], "<f4", len(outputs[0]) // 4)
-    n_images = len(outputs[1]) // picture_bytes
-    pictures = np.frombuffer(outputs[1], np.uint8, n_images * picture_bytes)
-    pictures = pictures.reshape(n_images, image_size, image_size, 3)
-    return waveform, pictures[1:] if n_images > 1 else pictures
+    pictures = _pictures(outputs[1])
+    return waveform, pictures[1:] if len(pictures) > 1 else pictures
+
+
+def _pictures(stream: bytearray) -> NDArray[np.uint8]:
+    """Read PPM pictures of one size, `(n, height, width, 3)`; a last one that isn't whole is left out."""
+    header = _PPM.match(stream)
+    if header is None:
+        return np.zeros((0, 0, 0, 3), np.uint8)
+    width, height = int(header[1]), int(header[2])
+    n_bytes = header.end() + 3 * width * height
+    rows = np.frombuffer(stream, np.uint8, len(stream) // n_bytes * n_bytes).reshape(-1, n_bytes)
+    if any(bytes(row[: header.end()]) != header[0] for row in rows):
+        raise ClipError(Reason.UNREADABLE, "pictures of more than one size")
+    return np.ascontiguousarray(rows[:, header.end() :]).reshape(-1, height, width, 3)
 
 
 def _n_pictures(length_s: float) -> int:

@@ -203,26 +203,28 @@ def partial_label_loss(
     labels: Tensor,
     weight: Tensor | None = None,
     *,
-    missed: float = 0.05,
+    missed: float | Tensor = 0.05,
     noise: float = 0.3,
     presence: float = 0.5,
+    target: Tensor | None = None,
 ) -> Tensor:
     """Return each clip's partial-label loss, `(B, L, M)` map and boolean `(B, L)` labels → `(B,)`.
 
     Every basis is explained by one of the visible objects (weight 1), by an object that the
-    picture missed (`missed`) or by noise (`noise`): `−mean over bases of log Σ_c w_c p(c|m)`. To
-    it comes `presence` times the cross-entropy between `1 − exp(−8 · mean over bases of p(c|m))`
-    and `0.9 · visible + 0.02`, which keeps an object from explaining everything or nothing.
+    picture missed (`missed`, one for all or `(L,)`) or by noise (`noise`): `−mean over bases of log
+    Σ_c w_c p(c|m)`. To it comes `presence` times the cross-entropy between `1 − exp(−8 · mean over
+    bases of p(c|m))` and `target`, how likely each object sounds, `(B, L)`: where that isn't given
+    `0.9 · visible + 0.02`. It keeps an object from explaining everything or nothing.
     The means weigh the bases by `weight`, `(B, M)`, for instance the root of their energy; 0 for padding.
     """
     p = basis_posteriors(relation)
-    weights = torch.where(labels, 1.0, missed)
+    weights = torch.where(labels, torch.ones((), device=labels.device), missed)
     weights = torch.cat([weights, torch.full_like(weights[:, :1], noise)], 1)
     counted = torch.ones_like(p[:, 0]) if weight is None else weight.to(p.dtype)  # (B, M)
     counted = counted / counted.sum(-1, keepdim=True).clamp_min(1e-12)
     explained = -((p * weights.unsqueeze(2)).sum(1).clamp_min(1e-8).log() * counted).sum(-1)
     present = 1 - (-8 * (p[:, :-1] * counted.unsqueeze(1)).sum(-1)).exp()
-    target = 0.9 * labels + 0.02
+    target = 0.9 * labels + 0.02 if target is None else target
     present = present.clamp(1e-6, 1 - 1e-6)
     entropy = -(target * present.log() + (1 - target) * (1 - present).log()).mean(1)
     return explained + presence * entropy

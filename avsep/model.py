@@ -10,14 +10,16 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from avsep import storage
 from avsep.context import BasisContext
 from avsep.dictionary import BasisDictionary
 from avsep.evidence import Evidence
 from avsep.familiarity import Familiarity
+from avsep.looks import WAYS
 from avsep.miml import MIML
-from avsep.objects import OBJECT_NAMES
+from avsep.objects import IMAGENET_CLASSES, OBJECT_NAMES, object_scores, weak_labels
 from avsep.stft import STFT
 
 FORMAT = 2
@@ -52,6 +54,7 @@ _RANGES: dict[str, tuple[float, float]] = {  # of the configuration's numbers: b
     "separation.dictionary_power": _POWER,
     "separation.n_iter": (1, 100_000),
     "separation.silent_share": _SHARE,
+    "separation.least_share": _SHARE,
     "separation.least_confidence": _SHARE,
     "separation.window_s": (0.0, 3600.0),
     "separation.overlap_s": (0.0, 3600.0),
@@ -90,7 +93,8 @@ class SeparationConfig:
     bases: str = "own"  # own, learned or both
     dictionary_power: float = 0.8  # weight of the learned bases' masks beside the own ones'
     n_iter: int = 100  # updates of the activations of learned bases
-    silent_share: float = 0.02  # an object is silent below this share of the sound
+    silent_share: float = 0.02  # an object is silent below this share of the sound, unless it was named
+    least_share: float = 0.3  # of an equal part of the sound: what each object that was named gets at least
     least_confidence: float = 0.5  # of objects that nobody names: below it a seen one is silent, an unseen one absent
     window_s: float = 10.0
     overlap_s: float = 1.0
@@ -108,6 +112,38 @@ class LabelConfig:
 
     threshold: float = 0.3
     best_threshold: float = 0.05
+    classes: str = "everyday"  # which ImageNet classes show an object: a name in objects.IMAGENET_CLASSES
+    joined: bool = False  # the evidence is of several looks per picture, which nothing normalises again
+    unlabelled: bool = True  # clips without any label take part in training, too: they teach noise and absence
+
+    def __post_init__(self) -> None:
+        if self.classes not in IMAGENET_CLASSES:
+            raise ValueError(f"labels.classes is {self.classes!r}; it is one of {', '.join(IMAGENET_CLASSES)}")
+
+    def scores(self, image_logits: Tensor) -> Tensor:
+        """Score each object in a clip's evidence, `(…, n_images, 1000)` → `(…, L)`."""
+        return object_scores(image_logits, self.classes, joined=self.joined)
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """Return the labels, boolean `(…, L)`."""
+        return weak_labels(scores, self.threshold, self.best_threshold)
+
+    def takes(self, marks: Tensor | None, split: str) -> bool:
+        """Say whether a clip of such labels, boolean `(L,)`, is used; None: nobody looked."""
+        return marks is not None and (bool(marks.any()) or (self.unlabelled and split == "train"))
+
+
+# Thresholds by network and way of looking, calibrated on photos (.github/LOG.md); else the published ones.
+_THRESHOLDS: dict[tuple[str, str], tuple[float, float]] = {
+    ("efficientnet_lite0", "tiles"): (0.35, 0.08),
+    ("efficientnet_lite2", "tiles"): (0.35, 0.08),
+}
+
+
+def label_config(architecture: str | None, way: str, classes: str = "everyday") -> LabelConfig:
+    """Return how labels follow from the evidence of a picture network and its way of looking."""
+    thresholds = _THRESHOLDS.get((architecture or "", way), (0.3, 0.05))
+    return LabelConfig(*thresholds, classes, joined=way != "centre")
 
 
 @dataclass(frozen=True)
@@ -116,6 +152,11 @@ class LabellerConfig:
 
     architecture: str = "resnet152"
     sha256: str | None = None
+    looks: str = "tiles"  # the way of looking
+
+    def __post_init__(self) -> None:
+        if self.looks not in WAYS:
+            raise ValueError(f"labeller.looks is {self.looks!r}; it is one of {', '.join(WAYS)}")
 
 
 @dataclass(frozen=True)
@@ -128,7 +169,7 @@ class ModelConfig:
     stft: STFT = field(default_factory=STFT)
     n_bases: int = 25
     n_iter: int = 200
-    image_size: int = 224
+    image_size: int = 320
     objects: tuple[str, ...] = OBJECT_NAMES
     network: NetworkConfig = field(default_factory=NetworkConfig)
     labels: LabelConfig = field(default_factory=LabelConfig)

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from avsep import nmf
 from avsep.context import TOP_SHARE, BasisContext, pair_features
+from avsep.evidence import LabelQuality
 from avsep.miml import MIML, activation_statistics, basis_posteriors, energy_shares
 from avsep.records import ClipRecord
 from avsep.training import Bags, warp_frequencies
 
-_MISSED, _NOISE = 0.05, 0.1  # how likely an unseen object or noise is, beside a visible one
+_NOISE = 0.1  # how likely noise is, beside a visible object
 _HEARD = 0.15  # share of the sound from which an unseen object is taken for present
 _COUNTS = (0.1, 0.5, 0.4)  # shares of mixtures of one, two and three
 _HIDDEN, _SILENT = 0.25, 0.1  # shares of mixtures, in a training step, of which one object isn't told, or one too many
@@ -47,10 +48,15 @@ class Practice:
 
 
 @torch.inference_mode()
-def find_solo(network: MIML, record: ClipRecord, labels: Tensor, threshold: float = 0.85) -> Solo | None:
-    """Return a clip's sounding object with its bases, when one visible object has `threshold` of the sound."""
+def find_solo(
+    network: MIML, record: ClipRecord, labels: Tensor, quality: LabelQuality, threshold: float = 0.85
+) -> Solo | None:
+    """Return a clip's sounding object with its bases, when one visible object has `threshold` of the sound.
+
+    The poorer the labels, the likelier it is that an object without a label plays, too.
+    """
     bases, activations = (torch.from_numpy(x) for x in record.factors())
-    posteriors, shares = _informed(network, bases, activations, torch.from_numpy(record.basis_energy), labels)
+    posteriors, shares = _informed(network, bases, activations, torch.from_numpy(record.basis_energy), labels, quality)
     index = int(shares.argmax())
     own = posteriors[index] > 0.5
     if not labels[index] or shares[index] < threshold or not own.any():
@@ -59,9 +65,11 @@ def find_solo(network: MIML, record: ClipRecord, labels: Tensor, threshold: floa
     return Solo(index, bases[:top, own].half(), activations[own])
 
 
-def _informed(network: MIML, W: Tensor, H: Tensor, basis_energy: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _informed(
+    network: MIML, W: Tensor, H: Tensor, basis_energy: Tensor, labels: Tensor, quality: LabelQuality
+) -> tuple[Tensor, Tensor]:
     """Weigh a clip's posteriors by what its pictures show: `(L + 1, M)`, and the objects' shares of it, `(L,)`."""
-    prior = torch.cat([torch.where(labels, 1.0, _MISSED), torch.tensor([_NOISE])])
+    prior = torch.cat([torch.where(labels, torch.ones(()), quality.missed()), torch.tensor([_NOISE])])
     posteriors = basis_posteriors(network.relate(W, H).unsqueeze(0)) * prior[:, None]
     posteriors = posteriors / posteriors.sum(1, keepdim=True)
     shares = energy_shares(posteriors, basis_energy.unsqueeze(0))[0]
@@ -74,11 +82,12 @@ class Teacher:
 
     network: MIML
     context: BasisContext
+    quality: LabelQuality
 
     @torch.inference_mode()
     def __call__(self, W: Tensor, H: Tensor, basis_energy: Tensor, labels: Tensor) -> Tensor:
         """Return each basis's shares, `(L + 1, M)`, noise last; an object that is clearly heard counts as shown."""
-        posteriors, shares = _informed(self.network, W, H, basis_energy, labels)
+        posteriors, shares = _informed(self.network, W, H, basis_energy, labels, self.quality)
         present = (labels | (shares > _HEARD)).unsqueeze(0)
         pairs = pair_features(W.T[None], H[None], basis_energy[None])
         return self.context(posteriors[None], pairs, present)[0].exp()

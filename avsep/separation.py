@@ -25,7 +25,10 @@ from avsep.stft import STFT
 
 REST = "_rest"
 _SHOWN_S = 60  # of a sound in a notebook
+_UNHEARD = "the model hardly hears it: it is taken to be there because it was named, so its sound is a guess"
+_UNSURE = "the model is not sure that it sounds"
 _FAINT = 1e-3  # of the loudest window: what a fainter one seems to hold doesn't count
+_LIFTS = 50  # at most, of shares that are too small; a few do
 _FINE_ITERATIONS = 4  # of the bases at the masks' resolution; more change nothing
 
 
@@ -85,6 +88,23 @@ def basis_shares(relation: Tensor, objects: Sequence[int], config: SeparationCon
     own = relation[index].softmax(0) ** config.posterior_power  # = posteriors among the given objects
     own = (1 - rest) * own / own.sum(0, keepdim=True).clamp_min(1e-12)
     return torch.cat([own, rest])
+
+
+def at_least(shares: Tensor, basis_energy: Tensor, least: float) -> Tensor:
+    """Raise objects' shares until each has `least` of the bases' energy, at the others' expense: `(J + 1, M)`.
+
+    The last row, the rest, gets what it gets; columns keep their sums. An object takes first where its shares are
+    the largest beside what they are elsewhere.
+    """
+    sums, weight = shares.sum(0), basis_energy / basis_energy.sum().clamp_min(1e-30)
+    for _ in range(_LIFTS):
+        had = shares[:-1] @ weight
+        if (had >= 0.999 * least).all():
+            break
+        lift = torch.where(had < least, least / had.clamp_min(1e-9), 1.0)
+        shares = torch.cat([shares[:-1] * lift.unsqueeze(1), shares[-1:]])
+        shares = shares * (sums / shares.sum(0).clamp_min(1e-30))
+    return shares
 
 
 @dataclass
@@ -197,12 +217,19 @@ class Separator:
         return Window(factors, relation, scores, total)
 
     @torch.inference_mode()
-    def shares(self, window: Window, objects: Sequence[int]) -> Tensor:
+    def shares(self, window: Window, objects: Sequence[int], named: bool = False) -> Tensor:
         """Say how much of each basis goes to each object and, last, to the rest, `(J + 1, M)`.
 
         Where the model has learned how a clip's bases belong together, they vote among the
         objects that are there and the rest; else each is taken by itself (`basis_shares`).
+        Objects that were `named` for certain each get `least_share / J` of the energy, at least.
         """
+        shares = self._votes(window, objects)
+        if named and self.config.least_share and len(objects):
+            return at_least(shares, window.factors.basis_energy, self.config.least_share / len(objects))
+        return shares
+
+    def _votes(self, window: Window, objects: Sequence[int]) -> Tensor:
         context = self.model.context
         if context is None or self.config.assignment == "threshold" or not len(objects):
             return basis_shares(window.relation, objects, self.config)
@@ -217,10 +244,10 @@ class Separator:
         return refined[[*index, -1]] ** self.config.posterior_power
 
     @torch.inference_mode()
-    def masks(self, waveform: Tensor, window: Window, objects: Sequence[int]) -> Tensor:
+    def masks(self, waveform: Tensor, window: Window, objects: Sequence[int], named: bool = False) -> Tensor:
         """Return the objects' masks and, last, the rest's, `(J + 1, F, N)` of `mask_stft`, summing to one."""
         W, H = window.factors.W, window.factors.H
-        shares = self.shares(window, objects)
+        shares = self.shares(window, objects, named)
         own = learned = None
         if self.config.bases != "learned":
             if self.config.assignment == "threshold":
@@ -277,7 +304,7 @@ class Separator:
     ) -> Separation:
         """Separate a mono waveform `(S,)` of any length, or the sound of a file; its pictures aren't looked at.
 
-        `objects` are there for certain; else `seen` are what pictures show, and the sound may add
+        `objects` are there for certain, and never silent; else `seen` are what pictures show, and the sound may add
         to it or find it silent; without either it is what is heard. Raises ValueError for an
         unknown object, or one named twice, and for a waveform that isn't `(S,)`, not finite, or above 1e10,
         ClipError for a file without usable sound.
@@ -344,6 +371,7 @@ class Plan:
     """A sound listened to once, in overlapping windows, ready to be rendered in a second pass.
 
     The objects are those of any window that isn't faint beside the loudest; each is silent where it isn't heard.
+    One that was named and is heard nowhere is taken to be there throughout: the model doesn't know its sound.
     Memory stays constant whatever the length: the windows' factors wait in a temporary file
     (0.15 MB for ten seconds).
     """
@@ -390,8 +418,17 @@ class Plan:
         else:
             self.indices = separator.fuse(seen, confidence) if scores.any() or seen else []
             self._doubted = config.assignment == "soft" and (len(self.indices) > 1 or bool(seen))
+        self.named = objects is not None
+        self._unheard = torch.zeros(len(names), dtype=torch.bool)  # though it was named
+        if self.named and scores.any():
+            self._unheard[self.indices] = peaks[self.indices] < config.silent_share
         heard = self._heard(peaks)
         self.objects = tuple(names[i] for i in self.indices)
+        self.doubts = {
+            names[i]: _UNHEARD if self._unheard[i] else _UNSURE
+            for i in self.indices
+            if self.named and (self._unheard[i] or confidence[i] < config.least_confidence)
+        }
         self.sound_scores = {n: float(s) for n, s in zip(names, scores, strict=True)}
         self.confidence = {n: float(c) for n, c in zip(names, confidence, strict=True)}
         self.silent = tuple(names[i] for i in self.indices if not heard[i])
@@ -402,7 +439,7 @@ class Plan:
         if self._doubted:
             confidence = self.separator.model.config.evidence.confidence(shares, self._shown)
             heard = heard & (confidence >= self.separator.config.least_confidence)
-        return heard
+        return heard | self._unheard
 
     def _store(self, window: Window) -> None:
         scale = float(window.factors.H.max()) or 1.0
@@ -439,7 +476,7 @@ class Plan:
             rows = [k for k, i in enumerate(self.indices) if heard[i] and self.objects[k] not in self.silent]
             estimates = np.zeros((len(self.objects) + 1, len(window)), np.float32)
             if rows:
-                masks = self.separator.masks(padded, analysed, [self.indices[k] for k in rows])
+                masks = self.separator.masks(padded, analysed, [self.indices[k] for k in rows], self.named)
                 parts = separate(padded, masks[:-1], self.separator.mask_stft)
                 estimates[rows] = parts.numpy()[:, : len(window)]
             estimates[-1] = window - estimates.sum(0)

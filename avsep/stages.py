@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from avsep import media, nmf, storage
+from avsep import looks, media, nmf, storage
+from avsep.objects import IMAGENET_CLASSES
 from avsep.records import Clip, ClipError, ClipRecord, Reason, Rejection, Segment
 from avsep.stft import STFT
 
@@ -23,7 +24,6 @@ _SILENCE_DB = -80.0  # RMS below this, full scale = 0, is no sound
 _CLIPS_IN_FLIGHT = 4  # decoded clips that wait for their logits; also a labeller's batch
 
 Locate = Callable[[Segment], Segment]  # where a segment's media are: the same excerpt of another source
-Label = Callable[[NDArray[np.uint8]], Future]  # (n, height, width, 3) pictures → future (n, 1000) logits
 Factorize = Callable[[Sequence[NDArray[np.float32]], Sequence[int]], Future]  # waveforms, seeds → future Factors
 
 
@@ -34,7 +34,8 @@ class ExtractionConfig:
     stft: STFT = field(default_factory=STFT)
     n_bases: int = 25  # M
     n_iter: int = 200
-    image_size: int = 224  # pixels
+    image_size: int = 320  # pixels, the pictures' short side
+    looks: str = "tiles"  # where the picture network looks: a way of avsep.looks
     limits: media.DecodeLimits = field(default_factory=media.DecodeLimits)
 
     @property
@@ -49,8 +50,18 @@ class ExtractionConfig:
             "n_bases": self.n_bases,
             "n_iter": self.n_iter,
             "image_size": self.image_size,
+            "looks": self.looks,
+            "imagenet_classes": IMAGENET_CLASSES,
             "labeller_sha256": labeller_sha256,
         }
+
+
+@dataclass(frozen=True)
+class Label:
+    """How clips get their picture evidence."""
+
+    looking: looks.Looking
+    classify: Callable[[NDArray[np.uint8]], Future]  # (n, size, size, 3) pictures → future (n, 1000) logits
 
 
 @dataclass
@@ -265,9 +276,9 @@ def extract_records(
             except ClipError as error:
                 rejection = Rejection(segment.segment_id, stage, error.reason, error.transient, detail=error.detail)
                 rejections.append(rejection)
-        pictures = [d.clip.images for _, d in decoded]
         with _timed(seconds, "label"):  # at once where the network is in this process
-            future = label(np.concatenate(pictures)) if label and sum(map(len, pictures)) else None
+            views = [label.looking(d.clip.images) for _, d in decoded] if label else []
+            future = label.classify(looks.join(views)) if label and any(v.n_images for v in views) else None
         with _timed(seconds, "factorize"):
             waveforms, seeds = [d.clip.waveform for _, d in decoded], [seed_of(s.segment_id) for s, _ in decoded]
             if factorize_elsewhere is None:
@@ -275,7 +286,7 @@ def extract_records(
             else:
                 factors = factorize_elsewhere(waveforms, seeds).result() if waveforms else []
         with _timed(seconds, "label"):
-            logits = [None] * len(decoded) if future is None else _split(future.result(), pictures)
+            logits = [None] * len(decoded) if future is None else _split(future.result(), views)
         records += [
             to_record(s, d, f, x, config.stft.sample_rate)
             for (s, d), f, x in zip(decoded, factors, logits, strict=True)
@@ -317,5 +328,6 @@ def _groups(items: Sequence[Segment], size: int) -> Iterable[Sequence[Segment]]:
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
-def _split(logits: NDArray, pictures: Sequence[NDArray[np.uint8]]) -> list[NDArray | None]:
-    return list(np.split(np.asarray(logits), np.cumsum([len(p) for p in pictures])[:-1]))
+def _split(logits: NDArray, views: Sequence[looks.Views]) -> list[NDArray | None]:
+    parts = np.split(np.asarray(logits), np.cumsum([len(v.owners) for v in views])[:-1])
+    return [v.evidence(part).numpy() for v, part in zip(views, parts, strict=True)]

@@ -14,12 +14,21 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from avsep import parallel
+from avsep.evidence import LabelQuality
 from avsep.miml import MIML, basis_posteriors, energy_shares, multilabel_margin, partial_label_loss, target_loss
 
-# relation (B, L, M), labels (B, L), root of the bases' energy (B, M), zero for padding → (B,)
-LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "partial_label": partial_label_loss,
-    "multilabel_margin": lambda relation, labels, weight: multilabel_margin(
+
+def _partial_label(relation: Tensor, labels: Tensor, weight: Tensor, quality: LabelQuality | None) -> Tensor:
+    if quality is None:
+        return partial_label_loss(relation, labels, weight)
+    missed = quality.missed().to(relation.device)
+    return partial_label_loss(relation, labels, weight, missed=missed, target=quality.presence(labels))
+
+
+# relation (B, L, M), labels (B, L), root of the bases' energy (B, M), zero for padding, quality of the labels → (B,)
+LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, LabelQuality | None], Tensor]] = {
+    "partial_label": _partial_label,
+    "multilabel_margin": lambda relation, labels, weight, quality: multilabel_margin(
         relation.masked_fill(weight.unsqueeze(1) <= 0, -torch.inf).amax(-1), labels
     ),
 }
@@ -150,8 +159,11 @@ def train_epoch(
     optimiser: torch.optim.Optimizer,
     config: TrainingConfig,
     epoch: int,
+    quality: LabelQuality | None = None,
 ) -> dict[str, float]:
     """Train over the batches once; return the mean loss by clip. On a GPU matrices are multiplied in bfloat16.
+
+    `quality` says how good the labels are; None takes them for good ones.
 
     Several workers of torch.distributed get their parts of the same batches (`Bags.share`) and the same random
     state, and end where one worker would, up to rounding, once `parallel.share_batch_norm(model)` was called.
@@ -179,7 +191,7 @@ def train_epoch(
         with torch.autocast(device.type, torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext():
             relation = model.relation(bases, batch.valid.to(device), _on(device, batch.statistics))
         relation = relation.float()  # losses in bfloat16 end elsewhere
-        losses = LOSSES[config.loss](relation, batch.labels.to(device), weight)
+        losses = LOSSES[config.loss](relation, batch.labels.to(device), weight, quality)
         if batch.targets is not None:
             losses = losses + target_loss(relation, batch.targets.to(device), weight)
         optimiser.zero_grad(set_to_none=True)
@@ -213,7 +225,7 @@ def validate(
         valid, labels = batch.valid.to(device), batch.labels.to(device)
         relation = model.relation(batch.bases.to(device).float(), valid, _on(device, batch.statistics))
         weight = batch.basis_energy.to(device).sqrt()
-        losses.append(LOSSES[config.loss](relation, labels, weight))
+        losses.append(LOSSES[config.loss](relation, labels, weight, None))
         if config.loss == "partial_label":
             scores.append(energy_shares(basis_posteriors(relation), batch.basis_energy.to(device)))
         else:

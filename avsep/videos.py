@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from avsep import media, storage
-from avsep.model import LABELLER_FILE
-from avsep.objects import OBJECT_NAMES, object_index, object_scores, weak_labels
+from avsep.model import LABELLER_FILE, LabelConfig, label_config
+from avsep.objects import OBJECT_NAMES, object_index
 from avsep.records import ClipError, Reason
 from avsep.separation import REST, Plan, Separator
 from avsep.stages import ExtractionConfig, Factors
-from avsep.vision import ImageLabeller, LabellerUnavailable
+from avsep.vision import NO_DOWNLOAD, ImageLabeller, LabellerUnavailable
 
 MIXTURE = "_mixture"
 SUFFIXES = (  # of the files of a folder that are taken for videos and sounds, in small letters
@@ -83,23 +83,33 @@ class VideoSeparator:
 
     @cached_property
     def labeller(self) -> ImageLabeller | str:
-        """The picture network, or why there is none; weights that are there and unusable raise LabellerUnavailable."""
+        """The picture network, or why there is none; weights that are there and unusable raise LabellerUnavailable.
+
+        That of `weights`, else the model's own, else one that needs no download.
+        """
         config = self.separator.model.config.labeller
         if self.weights is not None:
             return ImageLabeller.load(config.architecture, self.weights, self.device)
         own = storage.join(self.model_dir, LABELLER_FILE)
-        has_own = storage.exists(own)
+        if storage.exists(own):
+            return ImageLabeller.load(config.architecture, own, self.device)
+        with contextlib.suppress(LabellerUnavailable):
+            labeller = ImageLabeller.load(config.architecture, None, self.device)
+            if config.sha256 in (None, labeller.sha256):
+                return labeller
         try:
-            labeller = ImageLabeller.load(config.architecture, own if has_own else None, self.device)
+            return ImageLabeller.load(NO_DOWNLOAD, None, self.device)
         except LabellerUnavailable as error:
-            if has_own:
-                raise
             return str(error)
-        if config.sha256 not in (None, labeller.sha256):
-            return (
-                f"the model's clips were labelled with other weights of {config.architecture}; pass them as --weights"
-            )
-        return labeller
+
+    @property
+    def labels(self) -> LabelConfig:
+        """How labels follow from what the picture network says: as for the model's clips, unless it is another one."""
+        config = self.separator.model.config
+        if isinstance(self.labeller, str) or self.labeller.sha256 == config.labeller.sha256:
+            return config.labels
+        way = self.labeller.looking(config.labeller.looks).way
+        return label_config(self.labeller.architecture, way, config.labels.classes)
 
     def __call__(
         self,
@@ -137,15 +147,14 @@ class VideoSeparator:
         timings, clock = {}, _Clock()
         step("decoding", 0.0)
         rate = separator.stft.sample_rate
-        source = _Source(video, rate, self.limits, step)
+        source = _Source(video, rate, separator.model.config.image_size, self.limits, step)
         timings["decode_s"] = clock()
         scores, note = self._picture_scores(source.pictures, step, others)
         learned = separator.model.config.training.get("clips_by_label", OBJECT_NAMES)
         unknown = unlearned([name for name in objects or () if name not in learned])
         seen = None
         if scores is not None:
-            labels = separator.model.config.labels
-            marks = weak_labels(scores, labels.threshold, labels.best_threshold)
+            marks = self.labels.choose(scores)
             seen = [OBJECT_NAMES[i] for i in marks.nonzero().flatten().tolist()]
         timings["look_s"] = clock()
         total = source.n_samples
@@ -172,6 +181,7 @@ class VideoSeparator:
             "duration_s": plan.n_samples / rate,
             "objects_from": origin,
             "note": note,
+            "labeller": None if scores is None or isinstance(self.labeller, str) else self.labeller.architecture,
             "unlearned": "; ".join(filter(None, (unknown, strange))),
             "objects": [
                 {
@@ -184,6 +194,7 @@ class VideoSeparator:
                     "picture_score": None if scores is None else float(scores[OBJECT_NAMES.index(name)]),
                     "visible": None if seen is None else name in seen,
                     "silent": name in plan.silent,
+                    "doubt": plan.doubts.get(name, ""),
                 }
                 for name in plan.objects
             ],
@@ -207,8 +218,9 @@ class VideoSeparator:
         if isinstance(self.labeller, str):
             return None, self.labeller
         step("looking", 0.0)
-        logits = self.labeller(pictures) if others is None else others.label(self.labeller, pictures)
-        return object_scores(logits), ""
+        views = self.labeller.looking(self.separator.model.config.labeller.looks)(pictures)
+        logits = self.labeller(views.crops) if others is None else others.label(self.labeller, views.crops)
+        return self.labels.scores(views.evidence(logits)), ""
 
 
 class _Elsewhere:
@@ -259,12 +271,15 @@ class _Clock:
 class _Source:
     """One file's pictures and sound; the sound can be read more than once."""
 
-    def __init__(self, video: Path, sample_rate: int, limits: FileLimits, step: Step = _no_step) -> None:
+    def __init__(
+        self, video: Path, sample_rate: int, image_size: int, limits: FileLimits, step: Step = _no_step
+    ) -> None:
         self._video, self._rate, self._limits = video, sample_rate, limits
         self._held: NDArray[np.float32] | None = None
         held = min(_HELD_S, limits.max_duration_s, limits.decode.max_duration_s)
         try:
-            clip = media.decode(video, sample_rate=sample_rate, limits=replace(limits.decode, max_duration_s=held))
+            shorter = replace(limits.decode, max_duration_s=held)
+            clip = media.decode(video, sample_rate=sample_rate, image_size=image_size, limits=shorter)
         except ClipError as error:
             if error.reason != Reason.TOO_LONG or held < _HELD_S:
                 raise
@@ -273,7 +288,7 @@ class _Source:
             if duration_s is not None and duration_s > limits.max_duration_s:
                 raise _too_long(limits) from None
             self.n_samples = round(sample_rate * (duration_s or 2 * held))  # a guess, where the header doesn't say
-            self.pictures = pictures(video, info, limits.decode, step)
+            self.pictures = pictures(video, image_size, info, limits.decode, step)
         else:
             self._held, self.pictures = clip.waveform, clip.images
             self.n_samples = len(clip.waveform)
@@ -322,22 +337,25 @@ def unlike(objects: Sequence[str]) -> str:
 
 def pictures(
     video: Path,
+    image_size: int,
     info: media.MediaInfo | None = None,
     limits: media.DecodeLimits = _LIMITS,
     step: Step = _no_step,
 ) -> NDArray[np.uint8]:
-    """Decode pictures from all over a file, at most a minute's worth, `(n, 224, 224, 3)`."""
-    found = [np.zeros((0, 224, 224, 3), np.uint8)]
+    """Decode pictures from all over a file, a minute's worth at most, `(n, height, width, 3)`; `image_size` as in media."""
+    found: list[NDArray[np.uint8]] = []
     info = info or media.probe(video)
     if not info.has_video:
-        return found[0]
+        return np.zeros((0, 0, 0, 3), np.uint8)
+    decode = functools.partial(media.decode, video, image_size=image_size, limits=limits, sound=False)
     if info.duration_s is None or info.duration_s <= _MAX_PICTURES:
-        return media.decode(video, 0, None if info.duration_s else _MAX_PICTURES, limits=limits, sound=False).images
+        return decode(0, None if info.duration_s else _MAX_PICTURES).images
     for start in np.linspace(0, info.duration_s - 1, _MAX_PICTURES):
         step("decoding", 0.0)
         with contextlib.suppress(ClipError):  # a damaged stretch
-            found.append(media.decode(video, float(start), float(start) + 1, limits=limits, sound=False).images)
-    return np.concatenate(found)
+            found.append(decode(float(start), float(start) + 1).images)
+    same = [f for f in found if f.shape[1:] == found[0].shape[1:]]  # where a stream changes its size, the first
+    return np.concatenate(same) if same else np.zeros((0, 0, 0, 3), np.uint8)
 
 
 def write_wavs(

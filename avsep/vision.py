@@ -24,19 +24,42 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from avsep import storage
+from avsep import lite, looks, storage
 from avsep.objects import N_IMAGENET_CLASSES
 
 # Published thresholds belong to this network and these weights.
 DEFAULT_ARCHITECTURE = "resnet152"
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NO_DOWNLOAD = "efficientnet_lite2"  # its weights come with the package's dependencies
 _BFLOAT16_FROM = 10_000_000  # parameters; smaller networks gain nothing
-_CPU_BATCH = 10  # pictures; 40 take 1.4 times as long each
+_CPU_BATCH, _SMALL_CPU_BATCH = 10, 4  # pictures; 40 take 1.4 times as long each
 _BFLOAT16_ERROR = 0.01  # of the logits' range, at most
 
 
 class LabellerUnavailable(Exception):
     """The labeller's weights can't be had; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a picture network expects: the defaults are those of most of torchvision's."""
+
+    size: int = 224  # pixels, either way
+    crop: float = looks.CENTRE  # of the short side, in the look at the middle that it was measured with
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Scale `(n, height, width, 3)` uint8 to mean and deviation, `(n, 3, height, width)`, channels last."""
+        x = images.permute(0, 3, 1, 2).float() / 255
+        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (self.mean, self.std))
+        return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+_OF_LITE = ((127 / 255,) * 3, (128 / 255,) * 3)
+_LITE = {
+    "efficientnet_lite0": Preprocessing(224, 0.875, *_OF_LITE),
+    "efficientnet_lite2": Preprocessing(260, 0.89, *_OF_LITE),
+}
 
 
 @dataclass
@@ -45,6 +68,7 @@ class ImageLabeller:
 
     `classes` gives the ImageNet index of each output of `network`; None means it has all 1000.
     The others get −inf, so that a small or fine-tuned network fits wherever a full one does.
+    `way` is the only way of looking (`looks.WAYS`) that a network was trained for; None: any.
     """
 
     architecture: str
@@ -52,15 +76,17 @@ class ImageLabeller:
     sha256: str
     classes: tuple[int, ...] | None = None
     device: str = "cpu"
+    way: str | None = None
 
     @classmethod
     def load(
         cls, architecture: str = DEFAULT_ARCHITECTURE, weights: str | Path | None = None, device: str = "cpu"
     ) -> ImageLabeller:
-        """Load any torchvision classifier by name.
+        """Load a picture network by name.
 
         Args:
-            architecture: a name that `torchvision.models.get_model` knows.
+            architecture: `efficientnet_lite0` or `efficientnet_lite2`, whose weights need no download,
+                or a classifier that `torchvision.models.get_model` knows.
             weights: a file or URI. `.safetensors` as `save` writes it names its own architecture
                 and classes; a `.pth` state dict whose name ends in 8 or more hex digits, as
                 torchvision's do, is checked against them. None takes torchvision's ImageNet
@@ -70,6 +96,8 @@ class ImageLabeller:
             LabellerUnavailable: no internet and no cached copy, no such file, a file that is
                 damaged or doesn't fit.
         """
+        if weights is None and architecture in lite.VARIANTS:
+            weights = _lite_file(architecture)
         if weights is None:
             return cls._load_published(architecture, device)
         try:
@@ -90,12 +118,14 @@ class ImageLabeller:
                 "download the file again"
             )
         classes: tuple[int, ...] | None = None
+        way: str | None = None
         try:
             if path.suffix == ".safetensors":
                 with safe_open(path, "pt") as f:
                     metadata = f.metadata() or {}
                 architecture = metadata.get("architecture", architecture)
                 classes = tuple(json.loads(metadata["classes"])) if "classes" in metadata else None
+                way = metadata.get("looks")
                 state = safetensors.torch.load_file(path)
             else:
                 state = torch.load(path, map_location="cpu", weights_only=True)
@@ -106,7 +136,7 @@ class ImageLabeller:
             raise LabellerUnavailable(f"weights {weights} doesn't fit {architecture}: {reason}") from None
         if not all(x.isfinite().all() for x in network.state_dict().values()):
             raise LabellerUnavailable(f"weights {weights} holds NaN or infinity; copy the file again")
-        return cls(architecture, network.eval().to(device), sha256, classes, device)
+        return cls(architecture, network.eval().to(device), sha256, classes, device, way)
 
     @classmethod
     def _load_published(cls, architecture: str, device: str) -> ImageLabeller:
@@ -128,18 +158,33 @@ class ImageLabeller:
         return cls(architecture, network.eval().to(device), sha256, None, device)
 
     @functools.cached_property
+    def preprocessing(self) -> Preprocessing:
+        """What the network expects of its input."""
+        return preprocessing_of(self.architecture)
+
+    @functools.cached_property
     def _classify(self) -> nn.Module:
         """The network as it runs: in bfloat16 where that is quick and changes no logit by 1 % of their range."""
-        return _in_bfloat16(self.network, self.device) or self.network
+        quick = _in_bfloat16(self.network, self.preprocessing, self.device)
+        return quick or self.network.to(memory_format=torch.channels_last)
+
+    def looking(self, way: str) -> looks.Looking:
+        """Return how pictures are looked at for this network, `way` unless it was trained for another."""
+        return looks.Looking(self.way or way, self.preprocessing.size, self.preprocessing.crop)
+
+    def evidence(self, images: NDArray[np.uint8], way: str) -> Tensor:
+        """Look at a clip's pictures, `(n, height, width, 3)` → `(n, 1000)`, as `looks.Views.evidence` says."""
+        views = self.looking(way)(images)
+        return views.evidence(self(views.crops))
 
     @torch.inference_mode()
     def __call__(self, images: NDArray[np.uint8] | Tensor, batch_size: int | None = None) -> Tensor:
-        """Classify RGB pictures, `(n, height, width, 3)` uint8 → `(n, 1000)` float32 logits."""
+        """Classify RGB pictures of the network's size, `(n, height, width, 3)` uint8 → `(n, 1000)` float32 logits."""
         pixels = torch.as_tensor(images)
-        batch_size = batch_size or (_CPU_BATCH if self.device == "cpu" else 40)
+        batch_size = batch_size or (40 if self.device != "cpu" else _SMALL_CPU_BATCH if self._small else _CPU_BATCH)
         outputs = []
         for batch in pixels.split(batch_size):
-            logits = self._classify(normalise(batch.to(self.device)))
+            logits = self._classify(self.preprocessing(batch.to(self.device)))
             outputs.append(logits.float().cpu())
         if not outputs:
             return torch.empty(0, N_IMAGENET_CLASSES)
@@ -150,9 +195,13 @@ class ImageLabeller:
         full[:, list(self.classes)] = logits
         return full
 
+    @functools.cached_property
+    def _small(self) -> bool:
+        return sum(p.numel() for p in self.network.parameters()) < _BFLOAT16_FROM
+
     def save(self, path: str | Path) -> None:
         """Write weights, architecture and classes as safetensors, for `load(weights=path)`."""
-        metadata = {"architecture": self.architecture}
+        metadata = {"architecture": self.architecture} | ({"looks": self.way} if self.way else {})
         if self.classes is not None:
             metadata["classes"] = json.dumps(self.classes)
         state = {k: v.contiguous() for k, v in self.network.state_dict().items()}
@@ -191,18 +240,42 @@ def _torchvision() -> ModuleType:
         leave()
 
 
+def preprocessing_of(architecture: str) -> Preprocessing:
+    """Return what an architecture's published weights expect of their input."""
+    if architecture in _LITE:
+        return _LITE[architecture]
+    try:
+        transforms = published_weights(architecture).transforms()
+    except LabellerUnavailable:  # known, but without weights of ImageNet
+        return Preprocessing()
+    size, short = transforms.crop_size[0], transforms.resize_size[0]
+    return Preprocessing(size, size / short, tuple(transforms.mean), tuple(transforms.std))
+
+
 def published_weights(architecture: str) -> Any:
     """Return torchvision's ImageNet weights (V1); LabellerUnavailable names an unknown architecture."""
     try:
         return _torchvision().models.get_model_weights(architecture)["IMAGENET1K_V1"]
     except (ValueError, KeyError):
         raise LabellerUnavailable(
-            f"{architecture!r} is no torchvision classifier with ImageNet weights; resnet152 is the default"
+            f"{architecture!r} is no picture network with ImageNet weights: give {', '.join(lite.VARIANTS)}, "
+            "or a classifier of torchvision, such as resnet152"
+        ) from None
+
+
+def _lite_file(architecture: str) -> str:
+    try:
+        return lite.published_file(architecture)
+    except ImportError as error:
+        raise LabellerUnavailable(
+            f"{architecture}: its weights aren't installed ({error}); pip install avsep anew"
         ) from None
 
 
 def build_network(architecture: str, n_outputs: int) -> nn.Module:
-    """Build an untrained torchvision classifier with `n_outputs` logits."""
+    """Build an untrained classifier with `n_outputs` logits."""
+    if architecture in lite.VARIANTS:
+        return lite.EfficientNetLite(architecture, n_outputs)
     return _torchvision().models.get_model(architecture, weights=None, num_classes=n_outputs)
 
 
@@ -218,7 +291,7 @@ class _Cast(nn.Module):
 
 
 @torch.no_grad()
-def _in_bfloat16(network: nn.Module, device: str) -> nn.Module | None:
+def _in_bfloat16(network: nn.Module, preprocessing: Preprocessing, device: str) -> nn.Module | None:
     """Return a channels-last bfloat16 copy with batch norm folded in, its last layer still float32.
 
     None where it would bring nothing (a small network, a CPU without such units), or where its
@@ -227,16 +300,16 @@ def _in_bfloat16(network: nn.Module, device: str) -> nn.Module | None:
     units = torch.device(device).type == "cuda" or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     if not units or sum(p.numel() for p in network.parameters()) < _BFLOAT16_FROM:
         return None
-    from torch.fx.experimental.optimization import fuse
-
     linear = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.Linear)]
     try:
+        from torch.fx.experimental.optimization import fuse  # imports torchvision's and more
+
         folded = fuse(network)  # a copy
         name, last = linear[-1]
         folded.to(dtype=torch.bfloat16).to(memory_format=torch.channels_last)
         folded.set_submodule(name, _Cast(copy.deepcopy(last), dtype=torch.float32))
         quick = _Cast(folded, dtype=torch.bfloat16, memory_format=torch.channels_last).eval()
-        pictures = normalise(_drawn_pictures().to(device))
+        pictures = preprocessing(_drawn_pictures(preprocessing.size).to(device))
         exact, found = network(pictures), quick(pictures)
     except Exception:  # whatever keeps a network from being rewritten, it runs as it is
         return None
@@ -244,17 +317,10 @@ def _in_bfloat16(network: nn.Module, device: str) -> nn.Module | None:
     return quick if float(error) <= _BFLOAT16_ERROR else None
 
 
-def _drawn_pictures() -> Tensor:
-    """Two pictures of soft colour blots, the same always, `(2, 224, 224, 3)` uint8."""
+def _drawn_pictures(size: int) -> Tensor:
+    """Two pictures of soft colour blots, the same always, `(2, size, size, 3)` uint8."""
     noise = torch.rand(2, 3, 14, 14, generator=torch.Generator().manual_seed(0))
-    return (255 * nn.functional.interpolate(noise, size=224, mode="bilinear")).byte().permute(0, 2, 3, 1)
-
-
-def normalise(images: Tensor) -> Tensor:
-    """Scale `(n, height, width, 3)` uint8 to ImageNet's mean and deviation, `(n, 3, height, width)`."""
-    x = images.permute(0, 3, 1, 2).float() / 255
-    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (_IMAGENET_MEAN, _IMAGENET_STD))
-    return (x - mean) / std
+    return (255 * nn.functional.interpolate(noise, size=size, mode="bilinear")).byte().permute(0, 2, 3, 1)
 
 
 def train_small_labeller(
@@ -269,6 +335,8 @@ def train_small_labeller(
 ) -> ImageLabeller:
     """Train a classifier from scratch on single-object pictures, for data without ImageNet weights.
 
+    It is shown the middle of each picture, then and later.
+
     Args:
         images: `(n, height, width, 3)` uint8.
         targets: for each picture, its position in `classes`.
@@ -279,13 +347,13 @@ def train_small_labeller(
     optimiser = torch.optim.AdamW(network.parameters(), 3e-3, weight_decay=1e-2)
     steps = epochs * -(-len(images) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 6e-3, total_steps=steps)
-    pixels, labels = torch.as_tensor(images), torch.as_tensor(targets)
+    pixels, labels, prepare = torch.as_tensor(images), torch.as_tensor(targets), preprocessing_of(architecture)
     for _ in range(epochs):
         for rows in torch.randperm(len(pixels)).split(batch_size):
             if len(rows) < 2:  # batch norm needs two
                 schedule.step()
                 continue
-            batch = normalise(pixels[rows])
+            batch = prepare(pixels[rows])
             if torch.rand(()) < 0.5:
                 batch = batch.flip(-1)
             loss = nn.functional.cross_entropy(network(batch), labels[rows], label_smoothing=0.05)
@@ -293,4 +361,4 @@ def train_small_labeller(
             loss.backward()
             optimiser.step()
             schedule.step()
-    return ImageLabeller(architecture, network.eval(), "", tuple(classes))
+    return ImageLabeller(architecture, network.eval(), "", tuple(classes), way="centre")

@@ -40,6 +40,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", required=True, help="folder or URI of the clip shards")
     p.add_argument("--recipe", default="default", choices=RECIPES, help="a run configuration")
     p.add_argument("--weights", help="weights of the picture network, a .pth or .safetensors file")
+    p.add_argument(
+        "--labeller",
+        metavar="NAME",
+        help="the picture network: efficientnet_lite0 or efficientnet_lite2, which need no download, or a classifier "
+        "of torchvision (default: the recipe's, resnet152)",
+    )
     p.add_argument("--media", metavar="URI", help="where downloads are kept, and files that you have are looked for")
     p.add_argument("--until", choices=["fetch"], help="only fill --media; extraction can follow")
     p.add_argument("--rate", type=float, default=250.0, help="downloads an hour and egress identity (default 250)")
@@ -68,7 +74,7 @@ from avsep import fetch, lock, shards, stages, storage
 from avsep.egress import EgressBudget, IdentityStatus, Lease, identities
 from avsep.model import LABELLER_FILE
 from avsep.records import ClipError, ClipRecord, Reason, Rejection, Segment, read_segments
-from avsep.vision import ImageLabeller, LabellerUnavailable
+from avsep.vision import NO_DOWNLOAD, ImageLabeller, LabellerUnavailable
 from pipelines import execution, recipes
 from pipelines.execution import fail, say
 
@@ -526,11 +532,12 @@ def open_stages(config: stages.ExtractionConfig, architecture: str | None, weigh
 def load_labeller(arguments: argparse.Namespace, recipe: recipes.Recipe, needed: bool) -> ImageLabeller | None:
     """Load the picture network; without weights go on when the labels are given, else stop."""
     try:
-        return ImageLabeller.load(recipe.labeller, arguments.weights)
+        return ImageLabeller.load(arguments.labeller or recipe.labeller, arguments.weights)
     except LabellerUnavailable as error:
-        if needed or arguments.weights:
+        if needed or arguments.weights or arguments.labeller:
             why = "; some segments have no given labels, so the pictures must decide them" if needed else ""
-            fail(f"{error}{why}")
+            remedy = "" if arguments.weights else f"; or take one that needs no download, --labeller {NO_DOWNLOAD}"
+            fail(f"{error}{why}{remedy}")
         say(f"note: {error}. The table gives every label, so extraction goes on without picture logits.")
         return None
 
@@ -640,15 +647,19 @@ def run(
     labeller = None
     if not arguments.until:
         labeller = load_labeller(arguments, recipe, needed=any(s.labels is None for s in segments))
-    configuration = recipe.extraction.as_dict(labeller.sha256 if labeller else None)
+    config = recipe.extraction
+    if labeller:
+        config = replace(config, looks=labeller.way or config.looks)
+        say(f"pictures: {labeller.architecture}, looks: {config.looks}")
+    configuration = config.as_dict(labeller.sha256 if labeller else None)
     configuration["labeller"] = labeller.architecture if labeller else None
     digest = shards.configuration_digest(configuration)
-    job = Job(out, recipe.extraction, configuration, process, fetch_only=bool(arguments.until))
+    job = Job(out, config, configuration, process, fetch_only=bool(arguments.until))
     if arguments.dry_run:
         state = shards.read_state(out)
         check_digest(state, out, digest)
         works = plan_work(state, segments, arguments.retry_rejected)
-        dry_run(arguments, segments, state, works, recipe.extraction, labeller is not None)
+        dry_run(arguments, segments, state, works, config, labeller is not None)
         return execution.DONE
     storage.make_directory(out)
     name = FETCH_LOCK if arguments.until else shards.LOCK_FILE  # extraction may follow a fetch to the same folder
@@ -706,11 +717,14 @@ def _drive(
             architecture = labeller.architecture if labeller else None
             make = functools.partial(open_stages, job.config, architecture, arguments.weights)
             actors = runner.actors(make, _ACTORS_A_GPU * n_gpus, gpus=1 / _ACTORS_A_GPU)
+            looking = labeller.looking(job.config.looks) if labeller else None
             callers = [
-                (stages.StageOf(a, "label") if labeller else None, stages.StageOf(a, "factorize")) for a in actors
+                (stages.Label(looking, stages.StageOf(a, "label")) if looking else None, stages.StageOf(a, "factorize"))
+                for a in actors
             ]
         elif labeller and works:
-            callers = [(LabelHere(labeller.architecture, arguments.weights, labeller.sha256), None)]
+            here = LabelHere(labeller.architecture, arguments.weights, labeller.sha256)
+            callers = [(stages.Label(labeller.looking(job.config.looks), here), None)]
         following, n_shards, started = False, len(works), time.monotonic()
         while works:
             store = open_store(arguments.media, [s for w in works for s in w.segments])

@@ -57,6 +57,7 @@ from torch import Tensor
 
 from avsep import fetch, finetuning, media, shards, storage
 from avsep.finetuning import FinetuningConfig
+from avsep.looks import Looking
 from avsep.model import LABELLER_FILE, LabelConfig, LabellerConfig, Model
 from avsep.objects import multi_hot
 from avsep.records import ClipError, Segment, clips_from_table, read_segments
@@ -68,8 +69,8 @@ _SCRATCH_RATE = 3e-3  # learning rate from scratch
 _START, _CHECKPOINT = "start.safetensors", "checkpoint.pt"
 
 
-def keep_pictures(path: str, segments: Sequence[Segment], known: dict[str, str]) -> tuple[int, int]:
-    """Write the pictures of some segments to an album; return how many have pictures, and how many can't be had."""
+def keep_pictures(path: str, looking: Looking, segments: Sequence[Segment], known: dict[str, str]) -> tuple[int, int]:
+    """Write the middles of some segments' pictures to an album; return how many have any, and how many can't be had."""
     execution.one_thread()
     clips, missing = [], 0
     for segment in segments:
@@ -77,7 +78,7 @@ def keep_pictures(path: str, segments: Sequence[Segment], known: dict[str, str])
         try:
             s = fetch.within(segment, at) if at else segment
             with storage.local_file(s.source) as file:
-                images = media.decode(file, s.start_s, s.end_s).images
+                images = looking(media.decode(file, s.start_s, s.end_s).images).crops
         except (ClipError, FileNotFoundError, ValueError):
             missing += 1
             continue
@@ -125,6 +126,7 @@ def start(arguments: argparse.Namespace) -> tuple[ImageLabeller, bool]:
         fail(str(error))
     if labeller.classes is None:  # said aloud, so that the file goes wherever a small network's does
         labeller.classes = tuple(range(1000))
+    labeller.way = "centre"  # what it is shown here
     say(f"finetune: {labeller.architecture} from {source}")
     return labeller, True
 
@@ -234,7 +236,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.targets != "labels" and not (arguments.clips and arguments.model):
         fail(f"--targets {arguments.targets}: the sound's voice needs --clips and --model; or give --targets labels")
     model = Model.load(arguments.model) if arguments.model else None
-    thresholds = model.config.labels if model else LabelConfig()
+    thresholds = LabelConfig()  # of one look at the middle
     by_split: dict[str, list[Segment]] = {"train": [], "val": []}
     for s in read_segments(arguments.segments):
         by_split.get(s.split, []).append(s)
@@ -247,7 +249,7 @@ def run(arguments: argparse.Namespace) -> int:
     weights = storage.join(out, _START)
     save(labeller, weights)
     with execution.session(arguments.in_process) as runner:
-        files = album_files(runner, arguments, by_split)
+        files = album_files(runner, arguments, by_split, labeller.looking("centre"))
         clip_files = shards.clip_files(arguments.clips) if arguments.targets != "labels" else []
         shares = gather(runner, shares_of_file, arguments.model, clip_files)
         known = gather(runner, score_file, weights, files["val"])
@@ -286,7 +288,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def album_files(
-    runner: execution.Runner, arguments: argparse.Namespace, by_split: dict[str, list[Segment]]
+    runner: execution.Runner, arguments: argparse.Namespace, by_split: dict[str, list[Segment]], looking: Looking
 ) -> dict[str, list[str]]:
     """Decode the pictures that aren't kept yet; return each split's albums."""
     remote = [s for group in by_split.values() for s in group if fetch.is_remote(s)]
@@ -298,18 +300,19 @@ def album_files(
     for split, segments in by_split.items():
         files[split] = []
         for shard in shards.plan(segments):
-            path = storage.join(arguments.out, "pictures", f"{split}-{shard.name}.parquet")
+            path = storage.join(arguments.out, f"pictures-{looking.size}", f"{split}-{shard.name}.parquet")
             files[split].append(path)
             if not storage.exists(path):
                 todo.append(
                     (
                         path,
+                        looking,
                         shard.segments,
                         {s.segment_id: known[s.segment_id] for s in shard.segments if s.segment_id in known},
                     )
                 )
     missing = 0
-    with execution.Progress("pictures", sum(len(t[1]) for t in todo), "clips") as progress:
+    with execution.Progress("pictures", sum(len(t[2]) for t in todo), "clips") as progress:
         for count, lost in runner.map(keep_pictures, todo):
             missing += lost
             progress.add(count + lost)
@@ -346,8 +349,8 @@ def report(
         storage.write_bytes(storage.join(arguments.model, LABELLER_FILE), data)
         with storage.local_file(path) as file:
             labeller = ImageLabeller.load(weights=file)
-        entry = LabellerConfig(labeller.architecture, labeller.sha256)
-        replace(model, config=replace(model.config, labeller=entry)).save(arguments.model)
+        entry = LabellerConfig(labeller.architecture, labeller.sha256, "centre")
+        replace(model, config=replace(model.config, labeller=entry, labels=thresholds)).save(arguments.model)
     say(f"picture network in {path}" + (f" and in {arguments.model}" if model else ""))
     return execution.DONE
 

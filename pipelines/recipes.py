@@ -16,7 +16,7 @@ class Recipe:
 
     name: str
     extraction: ExtractionConfig = field(default_factory=ExtractionConfig)
-    labels: LabelConfig = field(default_factory=LabelConfig)
+    labels: LabelConfig | None = None  # None: those calibrated for the picture network and its looks
     labeller: str = LabellerConfig.architecture
     network: NetworkConfig = field(default_factory=NetworkConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -47,8 +47,10 @@ def paper() -> Recipe:
     """The published method: multi-label hinge on the clip's best bases, assignment by threshold, no rest."""
     return Recipe(
         "paper",
+        extraction=ExtractionConfig(image_size=256, looks="centre"),
+        labels=LabelConfig(classes="published", unlabelled=False),
         training=TrainingConfig(loss="multilabel_margin", epochs=140),
-        separation=SeparationConfig(assignment="threshold", mask_power=1.0, n_factorizations=1),
+        separation=SeparationConfig(assignment="threshold", mask_power=1.0, n_factorizations=1, least_share=0.0),
     )
 
 

@@ -59,6 +59,7 @@ from avsep.model import (
     Model,
     ModelConfig,
     describe_training,
+    label_config,
     versions,
 )
 from avsep.objects import OBJECT_NAMES
@@ -109,7 +110,7 @@ def fit(job: dict[str, Any], report: Any = None) -> None:
     teacher, mixtures, val_mixtures = None, None, None
     if job["pass"] > 1:
         taught = Model.load(storage.join(out, "model"))
-        teacher = practice.Teacher(taught.network, taught.context) if taught.context else None
+        teacher = practice.Teacher(taught.network, taught.context, job["quality"]) if taught.context else None
         mixtures, val_mixtures = _read_mixtures(out, _MIXTURES_FILE), _read_mixtures(out, _VAL_MIXTURES_FILE)
     val = bags.load_bags(files, config.labels, "val") if first else None
     clips = bags.TrainingClips(
@@ -122,7 +123,7 @@ def fit(job: dict[str, Any], report: Any = None) -> None:
         seed = training_config.seed * 1_000_003 + epoch
         torch.manual_seed(seed)  # noise, alike after a resume
         batches = clips.batches(batch_size, seed)
-        row = training.train_epoch(network, batches, optimiser, training_config, epoch)
+        row = training.train_epoch(network, batches, optimiser, training_config, epoch, job.get("quality"))
         if val is not None:
             pieces = (val.take(slice(i, i + 256)) for i in range(0, len(val), 256))
             row |= training.validate(network, pieces, training_config, val_mixtures)
@@ -145,6 +146,8 @@ def fit(job: dict[str, Any], report: Any = None) -> None:
         network.load_state_dict(best)
         chosen = history.rows[history.best()] if history.rows else {}
         told = {"chosen": chosen, "clips_by_label": job["clips_by_label"]}
+        if "quality" in job:
+            told["label_quality"] = asdict(job["quality"])
         Model(replace(config, training=asdict(training_config) | told), network).save(storage.join(out, "model"))
 
 
@@ -258,14 +261,17 @@ def run(arguments: argparse.Namespace) -> int:
     training_config = replace(recipe.training, epochs=arguments.epochs or recipe.training.epochs)
     out, files = arguments.out, shards.clip_files(arguments.clips)
     extracted = shards.read_configuration(arguments.clips)
+    labels = recipe.labels or label_config(extracted["labeller"], extracted["looks"])
     config = ModelConfig(
         stft=STFT(**extracted["stft"]),
         n_bases=extracted["n_bases"],
         n_iter=extracted["n_iter"],
         image_size=extracted["image_size"],
         network=recipe.network,
-        labels=recipe.labels,
-        labeller=LabellerConfig(extracted["labeller"] or recipe.labeller, extracted["labeller_sha256"]),
+        labels=labels,
+        labeller=LabellerConfig(
+            extracted["labeller"] or recipe.labeller, extracted["labeller_sha256"], extracted["looks"]
+        ),
         separation=recipe.separation,
         recipe=recipe.name,
         versions=versions(),
@@ -306,6 +312,8 @@ def run(arguments: argparse.Namespace) -> int:
     passes = 2 if recipe.second_pass else 1
     with execution.session(arguments.in_process) as runner, following(out, passes * training_config.epochs):
         train_pass(runner, job)
+        if recipe.practice:
+            job["quality"] = judge(runner, job)
         practices = make_mixtures(runner, job, min(recipe.practice, 2 * n_train)) if recipe.practice else []
         if practices:
             learn_context(runner, job, practices, epochs=20 if recipe.second_pass else 40)
@@ -330,11 +338,34 @@ def train_pass(runner: execution.Runner, job: dict[str, Any]) -> None:
         execution.train_workers(fit_on_ray, job, job["out"], runner)
 
 
+def judge(runner: execution.Runner, job: dict[str, Any]) -> evidence.LabelQuality:
+    """Estimate how good the labels are from what the first pass's network hears."""
+    files = job["files"][:_EVIDENCE_FILES]
+    item = (storage.join(job["out"], "model"), files)
+    ((quality, recall),) = runner.map(judge_files, [item])
+    say(f"train: the labels seem to name {recall:.0%} of the objects that sound; training goes by that")
+    return quality
+
+
+def judge_files(model_dir: str, files: list[str]) -> tuple[evidence.LabelQuality, float]:
+    """Judge the labels of some files' training clips; return with it what share of the sounding objects they name."""
+    execution.one_thread()
+    model = Model.load(model_dir)
+    clips = bags.load_bags(files, model.config.labels, "train")
+    if clips is None:
+        return evidence.LabelQuality.good(len(model.config.objects)), 1.0
+    shares = training.object_shares(model.network, clips)
+    quality = evidence.judge_labels(model.config.evidence, shares, clips.labels)
+    likely = quality.presence(clips.labels)
+    return quality, float((likely * clips.labels).sum() / likely.sum())
+
+
 def make_mixtures(runner: execution.Runner, job: dict[str, Any], n_mixtures: int) -> list[practice.Practice]:
     """Mix clips in which one object plays alone; return training clips' mixtures, and keep them and validation's."""
     out, config = job["out"], job["config"]
     files = job["files"][:_SOLO_FILES]  # each is a random sample of the clips
-    parts = execution.map_in_order(runner, solos_of_file, [(storage.join(out, "model"), f) for f in files])
+    items = [(storage.join(out, "model"), f, job["quality"]) for f in files]
+    parts = execution.map_in_order(runner, solos_of_file, items)
     made: dict[str, list[practice.Practice]] = {}
     for split, wanted in (("train", n_mixtures), ("val", min(_VAL_MIXTURES, n_mixtures))):
         solos = [s for part in parts for s in part[split]]
@@ -381,7 +412,7 @@ def learn_context(
     model.save(directory)
 
 
-def solos_of_file(model_dir: str, path: str) -> dict[str, list[practice.Solo]]:
+def solos_of_file(model_dir: str, path: str, quality: evidence.LabelQuality) -> dict[str, list[practice.Solo]]:
     """Find one file's clips, by split, in which an object plays alone."""
     execution.one_thread()
     model = Model.load(model_dir)
@@ -389,7 +420,7 @@ def solos_of_file(model_dir: str, path: str) -> dict[str, list[practice.Solo]]:
     for record in clips_from_table(shards.read_table(path)):
         labels = bags.decide_labels(record.labels, record.image_logits, model.config.labels)
         if record.split in solos and labels is not None and labels.any():
-            solo = practice.find_solo(model.network, record, labels)
+            solo = practice.find_solo(model.network, record, labels, quality)
             solos[record.split] += [solo] if solo else []
     return solos
 

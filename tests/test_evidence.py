@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from avsep.evidence import Evidence, fit_pictures, fit_sound
+from avsep.evidence import Evidence, LabelQuality, fit_pictures, fit_sound, judge_labels
 
 
 def drawn(n: int = 4000, hit: float = 0.85, false: float = 0.1, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -48,3 +48,22 @@ def test_fitted_confidence_is_calibrated_and_pictures_help() -> None:
 def test_one_sided_mixtures_leave_the_defaults() -> None:
     assert fit_sound(torch.rand(10, 3), torch.ones(10, 3, dtype=torch.bool)) == Evidence()
     assert fit_sound(torch.rand(10, 3), torch.zeros(10, 3, dtype=torch.bool)) == Evidence()
+
+
+@pytest.mark.parametrize("hit", [0.35, 0.6, 0.9])
+def test_the_quality_of_labels_is_estimated_without_any_truth(hit: float) -> None:
+    shares, heard, shown = drawn(hit=hit, false=0.02)
+    quality = judge_labels(fit_sound(shares, heard), shares, shown)
+    for object_ in range(4):
+        labelled = shown[:, object_]
+        with_label, without = (float(heard[rows, object_].float().mean()) for rows in (labelled, ~labelled))
+        assert quality.with_label[object_] == pytest.approx(min(with_label, 0.92), abs=0.06)
+        assert quality.without[object_] == pytest.approx(min(without, 0.3), abs=0.06)
+
+
+def test_poor_labels_let_missed_objects_explain_more() -> None:
+    good, poor = LabelQuality.good(2), LabelQuality((0.9, 0.9), (0.02, 0.2))
+    assert good.missed().tolist() == pytest.approx([0.05, 0.05])
+    assert poor.missed().tolist() == pytest.approx([0.05 * 0.92 / 0.9, 0.3])
+    labels = torch.tensor([[True, False]])
+    assert poor.presence(labels).tolist() == [pytest.approx([0.9, 0.2])]

@@ -30,7 +30,7 @@ from avsep.model import (
 )
 from avsep.objects import OBJECT_NAMES, object_index
 from avsep.records import ClipError
-from avsep.separation import Separator, basis_shares, ratio_masks, separate
+from avsep.separation import Separator, at_least, basis_shares, ratio_masks, separate
 from avsep.stft import STFT
 
 RATE = 2000
@@ -211,7 +211,7 @@ def test_no_window_leaves_a_seam() -> None:
     """Cross-fades keep a steady tone steady."""
     t = torch.arange(int(9.1 * RATE)) / RATE
     steady = torch.sin(2 * math.pi * PITCH[DOG] * t)
-    found = Separator(model())(steady, ["dog", "violin"])
+    found = Separator(model())(steady, ["dog"])
     inside = slice(200, -200)
     assert float((found.estimates[0] - steady)[inside].abs().max()) < 0.02
 
@@ -226,9 +226,33 @@ def test_a_silent_clip_gives_zeros() -> None:
 def test_an_object_that_is_visible_but_silent_is_said_to_be() -> None:
     dog = tone(DOG, 3.0)
     for assignment in ("soft", "threshold"):
-        found = Separator(model(assignment=assignment))(dog, ["violin", "dog"])
+        found = Separator(model(assignment=assignment))(dog, seen=["violin", "dog"])
         assert found.silent == ("violin",) and not found.estimates[0].any()
         assert gain(dog, found.estimates[1]) > 20
+
+
+@pytest.mark.parametrize("seconds", [3.0, 9.0])  # one window; several
+def test_an_object_that_is_named_is_there_though_the_model_does_not_know_its_sound(seconds: float) -> None:
+    """Its part is taken from what the others claim least, and the doubt is told."""
+    both = tone(DOG, seconds) + tone(VIOLIN, seconds, 2.0)
+    separator = Separator(model())
+    plan = separator.plan([both.numpy()], ["dog", "violin", "cat"])
+    parts = np.concatenate(list(plan.render([both.numpy()])), 1)
+    assert plan.silent == () and parts[2].any()
+    assert set(plan.doubts) == {"cat"} and "named" in plan.doubts["cat"]
+    assert np.allclose(parts.sum(0), both, atol=1e-5)
+    assert separator(both, ["dog", "violin"]).silent == ()
+    assert separator.plan([both.numpy()], seen=["dog", "cat"]).silent == ("cat",)  # nobody named it
+
+
+def test_shares_are_raised_to_the_least_and_no_further() -> None:
+    shares = torch.tensor([[0.9, 0.8, 0.98], [0.0999, 0.19, 1e-9], [1e-4, 1e-2, 0.02]])  # two objects, the rest
+    energy = torch.tensor([0.2, 0.2, 0.6])
+    raised = at_least(shares, energy, 0.3)
+    assert torch.allclose(raised.sum(0), shares.sum(0), atol=1e-6)
+    assert float(raised[1] @ energy) == pytest.approx(0.3, abs=2e-3)
+    assert float(raised[1, 1]) > float(raised[1, 0]) > float(raised[1, 2])  # where it was likeliest
+    assert torch.equal(at_least(shares, energy, 0.05), shares)
 
 
 def test_what_no_named_object_explains_goes_to_the_rest() -> None:
@@ -376,7 +400,7 @@ def test_config_json_holds_what_a_reader_needs(tmp_path: Path) -> None:
     assert config["stft"] == {"sample_rate": RATE, "n_fft": 200, "hop_length": 100}
     assert config["n_bases"] == 6 and config["objects"] == list(OBJECT_NAMES) and config["format"] == 2
     assert config["network"]["n_subconcepts"] == 1 and config["labels"]["threshold"] == 0.3
-    assert config["labeller"] == {"architecture": "resnet152", "sha256": None}
+    assert config["labeller"] == {"architecture": "resnet152", "sha256": None, "looks": "tiles"}
 
 
 def test_what_is_no_model_is_said_in_one_line(tmp_path: Path) -> None:
