@@ -342,7 +342,7 @@ def pictures(
     limits: media.DecodeLimits = _LIMITS,
     step: Step = _no_step,
 ) -> NDArray[np.uint8]:
-    """Decode pictures from all over a file, a minute's worth at most, `(n, height, width, 3)`; `image_size` as in media."""
+    """Decode pictures from all over a file, a minute's worth at most, `(n, height, width, 3)`; sized as in media."""
     found: list[NDArray[np.uint8]] = []
     info = info or media.probe(video)
     if not info.has_video:

@@ -233,7 +233,7 @@ def run_avsep(shell: str, **environment: str) -> subprocess.CompletedProcess[str
         ["bash", "-o", "pipefail", "-c", shell],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         cwd=ROOT,
         env=os.environ | environment,
     )
