@@ -4,7 +4,7 @@ Axes, everywhere: B clips, S samples, F frequency bins, N STFT frames, M bases o
 K sub-concepts of an object, J sources in a mixture, C classes (the L objects, then noise).
 
     from avsep import Separator
-    separation = Separator.load("out/demo/model")(waveform, ["violin", "dog"])
+    separation = Separator.load("out/demo/model")("duet.mp4", ["violin", "dog"])  # or a waveform
 """
 
 import importlib

@@ -16,7 +16,8 @@ def _audio(track: str) -> dict[str, str]:
 
 
 def _object(name: str, **values: Any) -> dict[str, Any]:
-    return {"name": name, "found": "given", **values, "learned": True, "doubt": "", "audio": _audio(name)}
+    values |= {"familiarity": 0.9, "learned": True, "doubt": "", "audio": _audio(name)}
+    return {"name": name, "found": "given", **values}
 
 
 OBJECT: dict[str, Any] = {"name": "violin", "learned": True, "imagenet": [889], "audioset": "/m/07y_7"}
@@ -88,6 +89,7 @@ class SeparatedObject(BaseModel):
     name: str
     found: Literal["given", "pictures", "sound"] = _text("why it is here: it was named, seen or heard")
     confidence: float = _text("the probability that it sounds, by sound and pictures")
+    familiarity: float = _text("how like the model's training its sound is, in [0, 1]; it bounds the confidence")
     sound_score: float = _text("its share of the sound")
     picture_score: float | None = _text("how much it is seen; null where nobody looked")
     visible: bool | None = _text("whether it is seen; null where nobody looked")

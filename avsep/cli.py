@@ -3,40 +3,77 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
+
+from avsep import console
 
 EXAMPLES = """examples:
-  avsep separate duet.mp4 --model out/run/model --out out/duet
+  avsep separate duet.mp4 --model out/run/model
   avsep separate duet.mp4 --model out/run/model --out out/duet --objects violin,dog
+  avsep separate videos/*.mp4 more/ --model out/run/model --out out/sounds
   avsep inspect out/run/model
   avsep label duet.mp4
   avsep label duet.mp4 --labeller efficientnet_lite2
 """
+_MODEL = (
+    "--model is needed: avsep comes with no model yet. `python -m pipelines.demo` trains a small one, out/demo/model, "
+    "in some minutes; pipelines.train makes one from your own videos"
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that tells a mistake in one line, and takes no empty value: such is that of an unset variable."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.register("type", None, _given)
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and end with status 2."""
+        self.exit(2, f"{self.prog}: {message}; --help says more\n")
+
+
+def _given(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("its value is empty: give one, or check the variable it came from")
+    return text
 
 
 def parser() -> argparse.ArgumentParser:
     """Describe the commands."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         "avsep",
         description="Separate a video's sound into its objects.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    p.add_argument("--version", action=_Version, help="show the version and end")
     commands = p.add_subparsers(dest="command", required=True)
+    commands.type = str  # what follows a command is checked by its own parser
     shown: dict[str, Any] = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
     s = commands.add_parser("separate", help="one WAV per object, and the rest", **shown)
-    s.add_argument("video", help="any file that ffmpeg reads; sound alone will do")
-    s.add_argument("--model", required=True, help="the model folder that pipelines.train wrote")
-    s.add_argument("--out", required=True, help="folder for the WAVs and separation.json")
+    s.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="any file that ffmpeg reads, sound alone, too; a folder, whose videos and sounds are meant; or a pattern",
+    )
+    s.add_argument("--model", help="the model folder that pipelines.train wrote")
+    s.add_argument(
+        "--out",
+        help="folder for the WAVs and separation.json (default: separated/NAME); of several files, a folder, or a "
+        "pattern, for one folder per file",
+    )
     s.add_argument("--objects", help="comma-separated names; without it the pictures decide, or the sound")
     s.add_argument("--weights", help="weights of the picture network, in place of the model's own or torchvision's")
     s.add_argument("--track", type=int, default=1, help="which of several audio tracks, counted from 1")
     i = commands.add_parser("inspect", help="what is in a shard, an extraction's folder or a model", **shown)
     i.add_argument("path", help="a .parquet file or a folder")
     la = commands.add_parser("label", help="what the pictures show", **shown)
-    la.add_argument("video")
+    la.add_argument("video", metavar="FILE", help="a video")
     la.add_argument("--weights", help="weights of the picture network, a .pth or .safetensors file")
     la.add_argument(
         "--labeller",
@@ -48,12 +85,59 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; a user's mistake is one line and status 2."""
-    arguments = vars(parser().parse_args(argv))
-    from avsep import commands  # after help and mistakes: it takes seconds
+class _Version(argparse.Action):
+    """Print the version; it is looked up only then."""
 
-    return commands.run(**arguments)
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib.metadata import version
+
+        print(f"avsep {version('avsep')}")
+        parser.exit()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; a user's mistake is one line and status 2, Ctrl-C one line and status 130."""
+    console.prepare()
+    arguments = vars(parser().parse_args(argv))
+    command = arguments["command"]
+    for name in ("model", "out", "weights", "path", "video"):  # a shell leaves --out=~/x as it is
+        if arguments.get(name):
+            arguments[name] = os.path.expanduser(arguments[name])
+    try:
+        if mistake := _mistake(arguments):
+            console.complain(f"avsep {command}: {mistake}")
+            return 2
+        from avsep import commands  # after help and mistakes: it takes seconds
+
+        return commands.run(**arguments)
+    except KeyboardInterrupt:
+        console.complain(f"avsep {command}: interrupted")
+        return console.INTERRUPTED
+
+
+def _mistake(arguments: dict[str, Any]) -> str:
+    """Say what is wrong with local paths, as far as that can be told at once; "" for nothing."""
+    if "model" in arguments:
+        model = arguments["model"]
+        if model is None:
+            return _MODEL
+        if _is_local(model) and not os.path.isfile(os.path.join(model, "config.json")):
+            return f"--model {model} holds no config.json; give the model folder that pipelines.train wrote"
+    weights = arguments.get("weights")
+    if weights and _is_local(weights) and not os.path.isfile(weights):
+        return f"weights {weights}: no such file; give a .pth or .safetensors file"
+    named = arguments.get("files") or [v for k, v in arguments.items() if k in ("video", "path")]
+    for file in named:
+        if _is_local(file) and not os.path.exists(file) and not set(file) & set("*?["):
+            return f"{file} doesn't exist; check the path"
+    return ""
+
+
+def _is_local(path: str) -> bool:
+    return "://" not in path and not path.startswith("youtube:")
 
 
 if __name__ == "__main__":

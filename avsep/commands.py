@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
+import glob
 import json
-import sys
+import os
+import secrets
+import shutil
+import socket
 import tempfile
 import time
+import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,17 +23,21 @@ import pyarrow as pa
 import soundfile
 from tqdm import tqdm
 
-from avsep import plots, shards, storage
-from avsep.model import CONFIG_FILE, Model, label_config
-from avsep.objects import OBJECT_NAMES
+from avsep import shards, storage
+from avsep.console import complain, lost, say
+from avsep.model import CONFIG_FILE, Model, describe_training, label_config, training_facts
+from avsep.objects import OBJECT_NAMES, find
 from avsep.records import ClipError, Reason
 from avsep.separation import REST
 from avsep.stages import ExtractionConfig
-from avsep.videos import Step, VideoSeparator, pictures
+from avsep.videos import SUFFIXES, FileSeparation, Step, VideoSeparator, pictures
 from avsep.vision import DEFAULT_ARCHITECTURE, NO_DOWNLOAD, ImageLabeller, LabellerUnavailable
 
-_REPORT = "separation.json"
+_REPORT, _MAP = "separation.json", "relation_map.png"
+_WAVS = tuple(f"{name}.wav" for name in (*OBJECT_NAMES, REST))
+_OUT = "separated"  # unless --out names another folder
 _SAY_EVERY_S = 5.0
+_NAMED = 5  # files that are left out
 _REMEDIES = {
     Reason.MISSING: "check the path",
     Reason.NO_AUDIO: "give a file with sound",
@@ -35,40 +45,230 @@ _REMEDIES = {
 }
 
 
+def separate(
+    files: Sequence[str], model: str, out: str | None, objects: str | None, weights: str | None, track: int = 1
+) -> int:
+    """Run `avsep separate`; of several files those that can't be separated are told, and give status 1."""
+    names = None if objects is None else _object_names(objects)
+    found, left_out = find_files(files)
+    if left_out:
+        more = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
+        say(f"left out, as neither video nor sound by their names: {', '.join(left_out[:_NAMED])}{more}")
+    folders = _folders(out, found, alone=list(files) == found)
+    check_outputs(folders, model)
+    separate_video = _load(model, weights)
+    say(describe_training(separate_video.separator.model.config))
+    failed = 0
+    for file, folder in folders.items():
+        try:
+            _tell(folder, separate_file(file, model, folder, names, weights, separate_video, track))
+        except (ClipError, LabellerUnavailable, OSError, ValueError, soundfile.LibsndfileError) as error:
+            complain(f"avsep separate: {_mistake(error, file, folder)}")
+            failed += 1
+    if len(folders) > 1:
+        say(f"{len(folders) - failed} of {len(folders)} files separated")
+    return 0 if not failed else 1 if failed < len(folders) else 2
+
+
+def _object_names(text: str) -> list[str]:
+    names = list(dict.fromkeys(n.strip() for n in text.split(",") if n.strip()))
+    if not names:
+        raise ValueError(f"--objects {text!r} names no object; the objects are {', '.join(OBJECT_NAMES)}")
+    return list(dict.fromkeys(find(name) for name in names))
+
+
+def _load(model: str, weights: str | None) -> VideoSeparator:
+    loaded = VideoSeparator.load(model, weights)
+    if weights is not None:
+        _ = loaded.labeller  # a mistake is told where there is no picture, too
+    return loaded
+
+
+def find_files(named: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Find the files that paths, folders and patterns name, each once.
+
+    Of a folder they are those whose names are of videos or sounds; what else is in it comes second.
+    Raises FileNotFoundError where nothing is found.
+    """
+    found: dict[str, str] = {}
+    left_out: list[str] = []
+    for text in named:
+        for path in _matches(text):
+            files = [path]
+            if _is_folder(path):
+                inside = [f for f in storage.list_files(path) if not storage.name(f).startswith(".")]
+                files = [f for f in inside if f.lower().endswith(SUFFIXES)]
+                left_out += [f for f in inside if f not in files]
+                if not files:
+                    raise FileNotFoundError(f"{path} is a folder without videos or sounds; name files")
+            for file in files:
+                found.setdefault(file if storage.is_uri(file) else os.path.abspath(file), file)
+    return list(found.values()), left_out
+
+
+def _matches(text: str) -> list[str]:
+    """Return the paths that match a pattern; a path itself."""
+    if not set(text) & set("*?[") or text.startswith(("http://", "https://")) or os.path.exists(text):
+        return [text]
+    if storage.is_uri(text):
+        folder, pattern = storage.parent(text), storage.name(text)
+        paths = [f for f in storage.list_files(folder) if fnmatch.fnmatchcase(storage.name(f), pattern)]
+    else:
+        paths = sorted(glob.glob(text))
+    if not paths:
+        raise FileNotFoundError(f"{text} matches no file; check the path or pattern")
+    return paths
+
+
+def _is_folder(path: str) -> bool:
+    if path.startswith(("http://", "https://", "youtube:")):
+        return False
+    return storage.is_directory(path) if storage.is_uri(path) else os.path.isdir(path)
+
+
+def _folders(out: str | None, files: Sequence[str], *, alone: bool) -> dict[str, str]:
+    """Give each file its folder: `out` itself for one that was named `alone`, else one of the file's name in it."""
+    if out is not None and alone and len(files) == 1:
+        return {files[0]: out}
+    return {file: storage.join(out or _OUT, name) for file, name in zip(files, _distinct(files), strict=True)}
+
+
+def _distinct(files: Sequence[str]) -> list[str]:
+    """Name files by their stems; where these collide by their names, by their folders, too, and at last by numbers.
+
+    >>> _distinct(["a/duet.mp4", "b/duet.mp4", "b/Duet.wav", "solo.wav"])
+    ['a-duet.mp4', 'b-duet.mp4', 'Duet.wav', 'solo']
+    """
+    names = [""] * len(files)
+    pending = list(range(len(files)))
+    for level in range(3):
+        for i in pending:
+            names[i] = _name(files[i], level)
+        counts = Counter(name.casefold() for name in names)
+        pending = [i for i in pending if counts[names[i].casefold()] > 1]
+    taken = {names[i].casefold() for i in range(len(files)) if i not in pending}
+    for i in pending:
+        name, number = names[i], 1
+        while names[i].casefold() in taken:
+            number += 1
+            names[i] = f"{name}-{number}"
+        taken.add(names[i].casefold())
+    return names
+
+
+def _name(file: str, level: int) -> str:
+    """Return a file's stem, its name, or its folder's and its name."""
+    if file.startswith(("http://", "https://")):
+        address = urllib.parse.urlsplit(file)
+        file = f"{address.netloc}{urllib.parse.unquote(address.path)}"
+    parts = os.fsencode(file).decode("utf-8", "replace").replace("\0", "").rstrip("/").split("/")
+    name = parts[-1] if parts[-1] not in ("", ".", "..") else "sound"
+    if level == 2 and len(parts) > 1 and parts[-2] not in ("", ".", ".."):
+        return f"{parts[-2]}-{name}"
+    stem = name.rpartition(".")[0].rstrip(". ")
+    return stem if level == 0 and stem else name
+
+
+def check_outputs(folders: Mapping[str, str], model: str) -> None:
+    """Raise ValueError where a file to be separated, or the model, is where a separation writes or deletes.
+
+    By whatever name: through links, and in the folder of another file.
+    """
+    for folder in dict.fromkeys(folders.values()):
+        if storage.exists(folder) and not storage.is_directory(folder):
+            raise ValueError(f"--out {folder} is a file; give a folder")
+        if storage.same(folder, model):
+            raise ValueError(f"--out {folder} is the model's folder; give another one")
+        for path in storage.list_files(folder):
+            if storage.name(path).lower() not in (*_WAVS, _REPORT, _MAP):
+                continue
+            for file in folders:
+                if storage.same(file, path):
+                    raise ValueError(f"--out {folder} would overwrite or delete {file}; give another --out")
+
+
 def separate_file(
-    video: str, model_dir: str, out: str, objects: Sequence[str] | None, weights: str | None, track: int = 1
-) -> dict[str, object]:
+    video: str,
+    model_dir: str,
+    out: str,
+    objects: Sequence[str] | None,
+    weights: str | None,
+    separate_video: VideoSeparator | None = None,
+    track: int = 1,
+) -> dict[str, Any]:
     """Separate a whole file, whatever its length, into float32 WAVs that add up to its sound.
 
-    `video` and `out` may be URIs. Returns what goes to `separation.json`. Raises ClipError for a file
-    without usable sound, ValueError for unknown objects or a folder that holds other WAVs.
+    `video` and `out` may be URIs. What an earlier separation wrote to `out` stays as it is until all of the new one
+    is there. Returns what goes to `separation.json`. Raises ClipError for a file without usable sound, ValueError for
+    unknown objects, a folder that holds others' files, or one where `video` would be overwritten.
     """
-    separate_video = VideoSeparator.load(model_dir, weights)
-    if weights is not None:
-        _ = separate_video.labeller  # a mistake is told where there is no picture, too
+    check_outputs({video: out}, model_dir)
     earlier = _earlier_files(out)
+    separate_video = separate_video or _load(model_dir, weights)
     with contextlib.ExitStack() as stack:
         path = stack.enter_context(storage.local_file(video))
-        remote = storage.is_uri(out)
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if remote else out)
+        folder = stack.enter_context(_staging(out))
         done = separate_video(path, folder, objects, step=stack.enter_context(_progress()), track=track)
-        names = [f"{name}.wav" for name in (*done.plan.objects, REST)]
-        for name in names if remote else ():
-            with pa.memory_map(str(folder / name)) as f:
-                storage.write_bytes(storage.join(out, name), f.read_buffer())
-    for file in earlier:
-        if storage.name(file) not in names and storage.exists(file):
-            storage.delete_file(file)
-    report = {"source": video, "model": model_dir, **done.report, "relation_map": "relation_map.png"}
-    report["note"] = "; ".join(filter(None, (report.pop("unlearned"), report["note"])))
-    storage.write_text(storage.join(out, _REPORT), json.dumps(report, indent=1) + "\n")  # says that the WAVs are ours
-    window = done.plan.first_window.first(separate_video.separator.model.config.n_bases)
-    picture = done.pictures[len(done.pictures) // 2] if len(done.pictures) else None
-    figure = plots.relation_map(
-        window.relation.numpy(), OBJECT_NAMES, window.factors.basis_energy.numpy(), picture, done.plan.objects
-    )
-    storage.write_bytes(storage.join(out, "relation_map.png"), figure)
+        config = separate_video.separator.model.config
+        report = {"source": video, "model": {"path": model_dir, **training_facts(config)}, **done.report}
+        report |= {"relation_map": _MAP, "note": "; ".join(filter(None, (report.pop("unlearned"), report["note"])))}
+        (folder / _MAP).write_bytes(_relation_map(done))
+        (folder / _REPORT).write_text(json.dumps(report, indent=1) + "\n")
+        _publish(folder, out, [f"{name}.wav" for name in (*done.plan.objects, REST)], earlier)
     return report
+
+
+def _relation_map(done: FileSeparation) -> bytes:
+    """Draw the first window's relation map beside a picture from the file's middle."""
+    from avsep import plots  # half a second, needed only at the end
+
+    window = done.plan.first_window.first(done.plan.separator.model.config.n_bases)
+    picture = done.pictures[len(done.pictures) // 2] if len(done.pictures) else None
+    relation, energy = window.relation.numpy(), window.factors.basis_energy.numpy()
+    return plots.relation_map(relation, OBJECT_NAMES, energy, picture, done.plan.objects)
+
+
+@contextlib.contextmanager
+def _staging(out: str) -> Iterator[Path]:
+    """Give a local folder for files that are to appear in `out` together; it goes, and what was made for nothing."""
+    if storage.is_uri(out):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    target = Path(out).absolute()
+    made = [folder for folder in (target, *target.parents) if not folder.exists()]
+    storage.make_directory(out)
+    storage.sweep(out)  # what a killed separation left
+    staging = target / f".separation.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    try:
+        staging.mkdir()
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        for empty in made:
+            with contextlib.suppress(OSError):  # there is something in it
+                empty.rmdir()
+
+
+def _publish(folder: Path, out: str, wavs: Sequence[str], earlier: Sequence[str]) -> None:
+    """Move a finished separation to its place; whenever it is killed, the next one knows the files as its own."""
+    owned = {*wavs, *(storage.name(f) for f in earlier)}
+    begun = {"unfinished": True, "objects": [{"name": w.removesuffix(".wav")} for w in sorted(owned - {_WAVS[-1]})]}
+    storage.write_text(storage.join(out, _REPORT), json.dumps(begun | {"rest": _WAVS[-1]}) + "\n")
+    for name in (*wavs, _MAP):
+        _place(folder / name, storage.join(out, name))
+    for file in earlier:
+        if storage.name(file) not in wavs:
+            storage.delete_file(file)
+    _place(folder / _REPORT, storage.join(out, _REPORT))
+
+
+def _place(file: Path, target: str) -> None:
+    if not storage.is_uri(target):
+        file.replace(target)
+        return
+    with pa.memory_map(str(file)) as f:
+        storage.write_bytes(target, f.read_buffer())
 
 
 @contextlib.contextmanager
@@ -83,47 +283,50 @@ def _progress() -> Iterator[Step]:
             bar.update(int(100 * done) - bar.n)
             if bar.disable and time.monotonic() - said > _SAY_EVERY_S:
                 said = time.monotonic()
-                print(f"{stage}: {done:.0%}", file=sys.stderr)
+                complain(f"{stage}: {done:.0%}")
 
         yield step
 
 
 def _earlier_files(out: str) -> list[str]:
-    """List an earlier separation's WAVs in the folder, whole or not; ValueError for others, or no folder."""
-    if storage.exists(out) and not storage.is_directory(out):
-        raise ValueError(f"--out {out} is a file; give a folder")
-    ours: set[str] = set()
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-        earlier = json.loads(storage.read_bytes(storage.join(out, _REPORT)))
-        ours = {f"{n}.wav" for n in (*(o["name"] for o in earlier["objects"]), REST)}
-    files = storage.list_files(out)
-    found = [path for path in files if path.endswith(".wav")]
-    for path in found:
+    """List the WAVs of an earlier separation in a folder; ValueError for files there that are somebody else's."""
+    ours = _owned(out)
+    wavs = []
+    for path in storage.list_files(out):
         name = storage.name(path)
-        if name not in ours or name.removesuffix(".wav") not in (*OBJECT_NAMES, REST):
-            raise ValueError(f"{out} holds {name}, which no separation wrote; give an --out without other WAVs")
-    unfinished = {f"{n}.wav.part" for n in (*OBJECT_NAMES, REST)}  # what a killed separation left
-    return found + [path for path in files if storage.name(path) in unfinished]
+        if name.lower().endswith(".wav"):
+            wavs.append(path)
+        elif name not in (_REPORT, _MAP):
+            continue
+        if name not in ours:
+            raise ValueError(f"{out} holds {name}, which no separation wrote; give another --out")
+    return wavs
 
 
-def separate(video: str, model: str, out: str, objects: str | None, weights: str | None, track: int = 1) -> int:
-    """Run `avsep separate`."""
-    names = None
-    if objects is not None:
-        names = list(dict.fromkeys(n.strip() for n in objects.split(",") if n.strip()))
-        if not names:
-            raise ValueError(f"--objects {objects!r} names no object; the objects are {', '.join(OBJECT_NAMES)}")
-    report = separate_file(video, model, out, names, weights, track)
+def _owned(out: str) -> set[str]:
+    """Return the names of an earlier separation's files in a folder, as its report tells them."""
+    try:
+        report = json.loads(storage.read_bytes(storage.join(out, _REPORT)))
+        wavs = {f"{o['name']}.wav" for o in report["objects"]} | {report["rest"]}
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return set()
+    return {*wavs, _REPORT, _MAP} if wavs <= set(_WAVS) else set()
+
+
+def _tell(out: str, report: Mapping[str, Any]) -> None:
+    """Say what became of a file."""
     if report["labeller"]:
-        print(f"pictures: {report['labeller']}")
+        say(f"pictures: {report['labeller']}")
     if report["note"]:
-        print(f"note: {report['note']}")
-    for entry in report["objects"]:  # type: ignore[attr-defined]
+        say(f"note: {report['note']}")
+    for entry in report["objects"]:
         state = "silent" if entry["silent"] else f"{entry['sound_score']:.0%} of the sound"
-        print(f"{storage.join(out, entry['file'])}: {state}, from {entry['from']}")
-    for name in (str(report["rest"]), _REPORT):
-        print(storage.join(out, name))
-    return 0
+        sure = 1 - entry["confidence"] if entry["silent"] else entry["confidence"]
+        told = "" if entry["from"] == "given" else f", {sure:.0%} sure"
+        told += f"; {entry['doubt']}" if entry["doubt"] else ""
+        say(f"{storage.join(out, entry['file'])}: {state}, from {entry['from']}{told}")
+    for name in (report["rest"], _REPORT):
+        say(storage.join(out, name))
 
 
 def inspect(path: str) -> int:
@@ -139,26 +342,27 @@ def inspect(path: str) -> int:
             except pa.ArrowInvalid as error:
                 raise ValueError(f"{path} is no Parquet file, or a damaged one: {error}") from None
             metadata = file.schema_arrow.metadata or {}
-            print(f"{file.metadata.num_rows} rows in {file.metadata.num_row_groups} row groups")
+            say(f"{file.metadata.num_rows} rows in {file.metadata.num_row_groups} row groups")
             for field in file.schema_arrow:
-                print(f"  {field.name}: {field.type}")
+                say(f"  {field.name}: {field.type}")
             for key in (b"avsep.schema_version", b"avsep.digest", b"avsep.configuration"):
                 if key in metadata:
-                    print(f"{key.decode()}: {metadata[key].decode()}")
+                    say(f"{key.decode()}: {metadata[key].decode()}")
     elif storage.exists(storage.join(path, CONFIG_FILE)):
         model = Model.load(path)
-        print(json.dumps(asdict(model.config), indent=1))
-        print(f"network: {sum(p.numel() for p in model.network.parameters()):,} parameters")
+        say(json.dumps(asdict(model.config), indent=1))
+        say(describe_training(model.config))
+        say(f"network: {sum(p.numel() for p in model.network.parameters()):,} parameters")
         counts = model.dictionary.counts() if model.dictionary else None
-        print(f"dictionary: {dict(counts) if counts else 'none; pipelines.collect makes one'}")
+        say(f"dictionary: {dict(counts) if counts else 'none; pipelines.collect makes one'}")
     else:
         clips, rejections = shards.read_ids(path)
         commits = shards.read_commits(path)
         if not commits:
             raise ValueError(f"{path} is neither a model nor an extraction: it holds no {CONFIG_FILE} and no commits")
-        print(f"{len(clips)} clips and {len(rejections)} rejections in {len(commits)} commits")
+        say(f"{len(clips)} clips and {len(rejections)} rejections in {len(commits)} commits")
         for reason, count in Counter(r.reason for r in shards.read_rejections(path)).most_common():
-            print(f"  rejected, {reason}: {count}")
+            say(f"  rejected, {reason}: {count}")
     return 0
 
 
@@ -170,12 +374,12 @@ def label(video: str, weights: str | None, labeller: str | None) -> int:
         raise ValueError(f"{video} has no pictures")
     network = _labeller(labeller, weights)
     way = network.looking(ExtractionConfig.looks).way
-    print(f"pictures: {network.architecture}, looks: {way}")
+    say(f"pictures: {network.architecture}, looks: {way}")
     config = label_config(network.architecture, way)
     scores = config.scores(network.evidence(found, way))
     labels = config.choose(scores)
     for i in scores.argsort(descending=True).tolist()[:10]:
-        print(f"{scores[i]:.3f}  {OBJECT_NAMES[i]}{'  (label)' if labels[i] else ''}")
+        say(f"{scores[i]:.3f}  {OBJECT_NAMES[i]}{'  (label)' if labels[i] else ''}")
     return 0
 
 
@@ -192,13 +396,17 @@ def run(command: str, **arguments: Any) -> int:
     """Run a command with its arguments' values; a user's mistake is one line and status 2."""
     commands: dict[str, Callable[..., int]] = {"separate": separate, "inspect": inspect, "label": label}
     try:
-        return commands[command](**arguments)
-    except ClipError as error:
-        remedy = _REMEDIES.get(error.reason, "give another file, or copy it again")
-        mistake = f"{arguments['video']}: {error}; {remedy}"
-    except soundfile.LibsndfileError as error:  # of writing: what is read goes through ffmpeg
-        mistake = f"{arguments['out']} can't be written: {error} Is the disk full?"
-    except (LabellerUnavailable, OSError, ValueError) as error:
-        mistake = str(error)
-    print(f"avsep {command}: {mistake}", file=sys.stderr)
-    return 2
+        status = commands[command](**arguments)
+    except (ClipError, LabellerUnavailable, OSError, ValueError) as error:
+        complain(f"avsep {command}: {_mistake(error, arguments.get('video', ''))}")
+        return 2
+    return 2 if lost() and command != "separate" else status  # all that the others do is say
+
+
+def _mistake(error: Exception, file: str, out: str = "") -> str:
+    """Put an error into one line: the value, the rule and the remedy."""
+    if isinstance(error, ClipError):
+        return f"{file}: {error}; {_REMEDIES.get(error.reason, 'give another file, or copy it again')}"
+    if isinstance(error, soundfile.LibsndfileError):  # of writing: what is read goes through ffmpeg
+        return f"{out} can't be written: {error} Is the disk full?"
+    return str(error)

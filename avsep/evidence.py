@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 _LEAST_SHARE = 1e-4
@@ -55,6 +54,8 @@ def fit_sound(shares: Tensor, heard: Tensor, base: Evidence | None = None) -> Ev
     y = heard[:, usable].reshape(-1).numpy()
     if y.all() or not y.any():
         return base
+    from sklearn.linear_model import LogisticRegression  # takes seconds, and whoever separates needs none of it
+
     fit = LogisticRegression(C=10.0).fit(x, y)
     slope, offset = max(float(fit.coef_[0, 0]), 0.1), float(fit.intercept_[0])
     return Evidence(slope, offset, base.shown_when_heard, base.shown_when_silent)
@@ -119,5 +120,6 @@ def judge_labels(evidence: Evidence, shares: Tensor, labels: Tensor) -> LabelQua
     with_label = (heard.sum(0) + _DRAWN * pooled_with) / (labels.sum(0) + _DRAWN)
     without = silent.sum(0) / (~labels).sum(0).clamp_min(1)
     return LabelQuality(
-        tuple(with_label.clamp(_LEAST_WITH_LABEL, _WITH_LABEL).tolist()), tuple(without.clamp(_WITHOUT, _MOST_WITHOUT).tolist())
+        tuple(with_label.clamp(_LEAST_WITH_LABEL, _WITH_LABEL).tolist()),
+        tuple(without.clamp(_WITHOUT, _MOST_WITHOUT).tolist()),
     )

@@ -22,8 +22,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ffmpeg
-import imageio_ffmpeg
 import numpy as np
 from numpy.typing import NDArray
 
@@ -200,6 +198,8 @@ class _Taken:
 
 def ffmpeg_executable() -> str:
     """Return the system's ffmpeg, else the one that comes with imageio-ffmpeg."""
+    import imageio_ffmpeg
+
     return shutil.which("ffmpeg") or str(imageio_ffmpeg.get_ffmpeg_exe())
 
 
@@ -717,6 +717,8 @@ def _never_filled(length: float) -> bool:
 
 
 def _input(path: Path, limits: DecodeLimits, link: tuple[int, int] | None = None, **options: Any) -> Any:
+    import ffmpeg  # nobody needs it who has waveforms already
+
     part = "subfile,,start,{},end,{},,:".format(*link) if link else ""
     return ffmpeg.input(
         f"{part}file:{path.absolute()}",
@@ -904,6 +906,8 @@ class _FFmpeg:
         self._look = look
         self._path = path
         self._side, side = os.pipe()
+        import ffmpeg
+
         command = ffmpeg.merge_outputs(*outputs).global_args(
             "-hide_banner", "-nostdin", "-nostats", "-loglevel", "level+info", "-filter_threads", "1"
         )

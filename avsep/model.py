@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from types import NoneType
 from typing import Any
 
@@ -16,6 +16,7 @@ from avsep import storage
 from avsep.context import BasisContext
 from avsep.dictionary import BasisDictionary
 from avsep.evidence import Evidence
+from avsep.familiarity import Familiarity
 from avsep.looks import WAYS
 from avsep.miml import MIML
 from avsep.objects import IMAGENET_CLASSES, OBJECT_NAMES, object_scores, weak_labels
@@ -23,13 +24,14 @@ from avsep.stft import STFT
 
 FORMAT = 3
 _CONTEXT = "context."  # before the names of the context's weights, in the network's file
-CONFIG_FILE, NETWORK_FILE, DICTIONARY_FILE, LABELLER_FILE = (
+CONFIG_FILE, NETWORK_FILE, DICTIONARY_FILE, LABELLER_FILE, FAMILIARITY_FILE = (
     "config.json",
     "miml.safetensors",
     "dictionary.safetensors",
     "labeller.safetensors",
+    "familiarity.safetensors",
 )
-MODEL_FILES = (CONFIG_FILE, NETWORK_FILE, DICTIONARY_FILE, LABELLER_FILE)
+MODEL_FILES = (CONFIG_FILE, NETWORK_FILE, DICTIONARY_FILE, LABELLER_FILE, FAMILIARITY_FILE)
 _LATER = ("separation.fine_masks",)  # settings that a model of this format may lack: it gets their defaults
 _SHARE, _POWER, _SURELY = (0.0, 1.0), (0.0, 100.0), 1e-9
 _RANGES: dict[str, tuple[float, float]] = {  # of the configuration's numbers: beyond them no run ends well, or at all
@@ -217,6 +219,7 @@ class Model:
     network: MIML
     dictionary: BasisDictionary | None = None
     context: BasisContext | None = None
+    familiarity: Familiarity | None = None  # what sounds are compared with
 
     def save(self, directory: storage.AnyPath) -> None:
         """Write the model directory; files that this model has not are left alone."""
@@ -227,6 +230,8 @@ class Model:
         storage.write_bytes(storage.join(directory, NETWORK_FILE), safetensors.torch.save(weights))
         if self.dictionary is not None:
             self.dictionary.save(storage.join(directory, DICTIONARY_FILE))
+        if self.familiarity is not None:
+            self.familiarity.save(storage.join(directory, FAMILIARITY_FILE))
         storage.write_text(storage.join(directory, CONFIG_FILE), json.dumps(asdict(self.config), indent=1) + "\n")
 
     @classmethod
@@ -260,9 +265,53 @@ class Model:
                 for name, W in dictionary.bases.items():
                     if len(W) != config.stft.n_bins:
                         raise ValueError(f"{name} has bases of {len(W)} bins; the model works on {config.stft.n_bins}")
+            familiarity, path = None, storage.join(directory, FAMILIARITY_FILE)
+            if storage.exists(path):
+                familiarity = Familiarity.load(path)
         except (TypeError, KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
             raise _no_model(directory, storage.name(path), error) from None
-        return cls(config, network.eval(), dictionary, context.eval() if context else None)
+        return cls(config, network.eval(), dictionary, context.eval() if context else None, familiarity)
+
+
+def training_facts(config: ModelConfig) -> dict[str, Any]:
+    """Say what a model was trained on; a value that it doesn't hold is None.
+
+    `recipe`, `clips` of split train, `clips_by_label`, `sources` (clips by where they came from) and `about`.
+    """
+    told = config.training
+    return {
+        "recipe": config.recipe,
+        "clips": told.get("clips"),
+        "clips_by_label": told.get("clips_by_label"),
+        "sources": told.get("sources"),
+        "about": told.get("about"),
+    }
+
+
+def describe_training(config: ModelConfig) -> str:
+    """Say in a sentence which objects a model has learned, and from what.
+
+    >>> described = {"clips": 40, "clips_by_label": {"dog": 25, "violin": 21}, "sources": {"files": 40}}
+    >>> describe_training(ModelConfig(recipe="default", training=described))
+    'this model learned 2 objects from 40 clips (files; recipe default): dog 25, violin 21'
+    """
+    facts = training_facts(config)
+    origin = facts["about"] or ", ".join(facts["sources"] or ())
+    about = "; ".join(filter(None, (origin, config.recipe and f"recipe {config.recipe}")))
+    clips = "an untold number of" if facts["clips"] is None else f"{facts['clips']:,}"
+    counts = facts["clips_by_label"]
+    if counts is None:
+        return f"this model doesn't say what it was trained on{f' ({about})' if about else ''}"
+    objects = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    several = f"{len(counts)} object{'s' * (len(counts) != 1)} from {clips} clip{'s' * (clips != '1')}"
+    return f"this model learned {several}{f' ({about})' if about else ''}: {objects}"
+
+
+def add_training_facts(directory: storage.AnyPath, **facts: Any) -> None:
+    """Add to what a model directory says of its training; the rest of it stays as it is."""
+    config = ModelConfig.read(directory)
+    config = replace(config, training=config.training | facts)
+    storage.write_text(storage.join(directory, CONFIG_FILE), json.dumps(asdict(config), indent=1) + "\n")
 
 
 def _no_model(directory: storage.AnyPath, file: str, error: Exception) -> ValueError:

@@ -52,6 +52,12 @@ _TERMS = """<dl>{% for term, sentence in terms %}<dt>{{ term }}</dt><dd>{{ sente
 _SOUND = """<figure>{% if image %}<img alt="Spectrogram of {{ caption }}" src="{{ image }}">{% endif %}
 <audio controls preload="none" aria-label="{{ caption }}" src="{{ sound }}"></audio><figcaption>{{ caption }}</figcaption></figure>"""
 
+_PLAYERS = """<div style="display: flex; flex-wrap: wrap; gap: 1rem">
+{% if note %}<p style="width: 100%">{{ note }}</p>{% endif %}{% for f in figures %}<figure style="margin: 0; width: 20rem">
+<img style="width: 100%" alt="Spectrogram of {{ f.caption }}" src="{{ f.image }}">
+<audio style="width: 100%" controls preload="none" aria-label="{{ f.caption }}" src="{{ f.sound }}"></audio>
+<figcaption>{{ f.caption }}</figcaption></figure>{% endfor %}</div>"""
+
 _templates = jinja2.Environment(autoescape=True)
 
 
@@ -120,6 +126,26 @@ class Report:
     def html(self) -> str:
         """Return the page."""
         return _templates.from_string(_PAGE).render(title=self.title, blocks=self._blocks)
+
+
+def players(sounds: list[tuple[str, NDArray[np.float32], bytes]], sample_rate: int, note: str = "") -> str:
+    """Return HTML for a notebook's cell: for each sound a caption, a player of its waveform `(S,)` and its PNG."""
+    figures = [
+        {
+            "caption": caption,
+            "image": _data("image/png", png),
+            "sound": _data("audio/flac", flac(waveform, sample_rate)),
+        }
+        for caption, waveform, png in sounds
+    ]
+    return _templates.from_string(_PLAYERS).render(figures=figures, note=note)
+
+
+def flac(waveform: NDArray[np.float32], sample_rate: int) -> bytes:
+    """Encode a waveform `(S,)` of any sample rate as FLAC of 16 bits; samples beyond full scale are clipped."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.clip(waveform, -1, 1), sample_rate, format="FLAC", subtype="PCM_16")
+    return buffer.getvalue()
 
 
 def mp3(waveform: NDArray[np.float32], sample_rate: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from avsep import nmf, storage
+from avsep import media, nmf, storage
 from avsep.context import pair_features
+from avsep.familiarity import deserved, familiarity
 from avsep.media import LOUDEST
 from avsep.miml import basis_posteriors, energy_shares
 from avsep.model import Model, SeparationConfig
@@ -22,6 +24,7 @@ from avsep.stages import ExtractionConfig, Factors, factorize
 from avsep.stft import STFT
 
 REST = "_rest"
+_SHOWN_S = 60  # of a sound in a notebook
 _UNHEARD = "the model hardly hears it: it is taken to be there because it was named, so its sound is a guess"
 _UNSURE = "the model is not sure that it sounds"
 _FAINT = 1e-3  # of the loudest window: what a fainter one seems to hold doesn't count
@@ -122,9 +125,9 @@ class Window:
         return replace(self, factors=factors, relation=self.relation[:, :n_bases])
 
 
-@dataclass
+@dataclass(repr=False)
 class Separation:
-    """A separated waveform: `estimates` and `rest` add up to the mixture."""
+    """A separated waveform: `estimates` and `rest` add up to the mixture. In a notebook it shows players."""
 
     objects: tuple[str, ...]
     estimates: Tensor  # (J, S)
@@ -133,6 +136,38 @@ class Separation:
     confidence: dict[str, float]  # every object's probability of sounding, by sound and pictures
     silent: tuple[str, ...]  # asked for, but not heard: their estimates are zero
     first_window: Window
+    stft: STFT  # the model's
+
+    @property
+    def sample_rate(self) -> int:
+        """The waveforms' sample rate in Hz."""
+        return self.stft.sample_rate
+
+    def __repr__(self) -> str:
+        """Say in a line what was found.
+
+        >>> Separator.load("out/demo/model")("duet.mp4")           # doctest: +SKIP
+        <Separation of 10.0 s at 48000 Hz: violin 45 %, dog 9 %, cat silent; the rest>
+        """
+        found = ", ".join(self._caption(name) for name in self.objects) or "no object"
+        return f"<Separation of {len(self.rest) / self.sample_rate:.1f} s at {self.sample_rate} Hz: {found}; the rest>"
+
+    def _caption(self, name: str) -> str:
+        return f"{name} silent" if name in self.silent else f"{name} {100 * self.sound_scores[name]:.0f} %"
+
+    def _repr_html_(self) -> str:
+        """Show players and spectrograms of the sounds, of the first minute where they are longer."""
+        from avsep import plots
+        from avsep.report import players
+
+        mixture = (self.estimates.sum(0) + self.rest).numpy()
+        names = [*map(self._caption, self.objects), "the rest"]
+        sounds = [("mixture", mixture), *zip(names, [*self.estimates.numpy(), self.rest.numpy()], strict=True)]
+        shown = [(name, x[: _SHOWN_S * self.sample_rate]) for name, x in sounds]
+        top_hz = min(8000.0, self.sample_rate / 2)
+        figures = [plots.spectrogram(x, self.stft, top_hz=top_hz, beside=shown[0][1]) for _, x in shown]
+        note = "" if len(self.rest) <= len(shown[0][1]) else f"The first {_SHOWN_S} s of {repr(self)[1:-1]}"
+        return players([(*s, f) for s, f in zip(shown, figures, strict=True)], self.sample_rate, note)
 
 
 class Separator:
@@ -140,6 +175,7 @@ class Separator:
 
     >>> separator = Separator.load("out/demo/model")           # doctest: +SKIP
     >>> separation = separator(waveform, ["dog", "violin"])    # doctest: +SKIP
+    >>> separation = separator("duet.mp4")                     # doctest: +SKIP
     """
 
     def __init__(self, model: Model, separation: SeparationConfig | None = None) -> None:
@@ -207,9 +243,7 @@ class Separator:
         return refined[[*index, -1]] ** self.config.posterior_power
 
     @torch.inference_mode()
-    def masks(
-        self, waveform: Tensor, window: Window, objects: Sequence[int], least: Tensor | None = None
-    ) -> Tensor:
+    def masks(self, waveform: Tensor, window: Window, objects: Sequence[int], least: Tensor | None = None) -> Tensor:
         """Return the objects' masks and, last, the rest's, `(J + 1, F, N)` of `mask_stft`, summing to one."""
         W, H = window.factors.W, window.factors.H
         shares = self.shares(window, objects, least)
@@ -263,16 +297,19 @@ class Separator:
 
     def __call__(
         self,
-        waveform: NDArray[np.float32] | Tensor,
+        waveform: NDArray[np.float32] | Tensor | storage.AnyPath,
         objects: Sequence[str] | None = None,
         seen: Sequence[str] | None = None,
     ) -> Separation:
-        """Separate a mono waveform `(S,)` of any length.
+        """Separate a mono waveform `(S,)` of any length, or the sound of a file; its pictures aren't looked at.
 
         `objects` are there for certain, and never silent; else `seen` are what pictures show, and the sound may add
         to it or find it silent; without either it is what is heard. Raises ValueError for an
-        unknown object, or one named twice, and for a waveform that isn't `(S,)`, not finite, or above 1e10.
+        unknown object, or one named twice, and for a waveform that isn't `(S,)`, not finite, or above 1e10,
+        ClipError for a file without usable sound.
         """
+        if isinstance(waveform, (str, os.PathLike)):
+            waveform = self._read(os.fspath(waveform))
         mixture = torch.as_tensor(waveform, dtype=torch.float32).detach()
         if mixture.ndim != 1:
             raise ValueError(f"the waveform is {tuple(mixture.shape)}; (S,) is needed: average the channels")
@@ -290,7 +327,14 @@ class Separator:
             plan.confidence,
             plan.silent,
             plan.first_window,
+            self.stft,
         )
+
+    def _read(self, file: str) -> NDArray[np.float32]:
+        """Read a file's sound, or a URI's, `(S,)`."""
+        rate = self.stft.sample_rate
+        with storage.local_file(file) as path:
+            return np.concatenate(list(media.iter_audio(path, sample_rate=rate, block=1 << 20)))
 
     def plan(
         self,
@@ -298,8 +342,19 @@ class Separator:
         objects: Sequence[str] | None = None,
         seen: Sequence[str] | None = None,
     ) -> Plan:
-        """Listen to a whole sound, given in blocks `(S,)`, and decide what to separate from it."""
-        return Plan(self, blocks, self._indices(objects), self._indices(seen))
+        """Listen to a whole sound, given in blocks `(S,)`, and decide what to separate from it.
+
+        Its confidences are no higher than the model's training allows (`familiarity.deserved`).
+        """
+        plan = Plan(self, blocks, self._indices(objects), self._indices(seen))
+        names, told = self.model.config.objects, self.model.config.training
+        windows = ((w.factors.W, w.factors.H, basis_posteriors(w.relation[None])[0]) for w in plan.windows())
+        familiar = familiarity(self.model.familiarity, windows, len(names))
+        claimed = torch.tensor([plan.confidence[name] for name in names])
+        claimed = deserved(claimed, familiar, names, told.get("clips_by_label"))
+        plan.confidence = dict(zip(names, claimed.tolist(), strict=True))
+        plan.familiarity = dict(zip(names, familiar.tolist(), strict=True))
+        return plan
 
     def _indices(self, names: Sequence[str] | None) -> list[int] | None:
         if names is None:
@@ -320,6 +375,8 @@ class Plan:
     Memory stays constant whatever the length: the windows' factors wait in a temporary file
     (0.15 MB for ten seconds).
     """
+
+    familiarity: dict[str, float]  # how like the model's training the bases are that each object claims, in [0, 1]
 
     def __init__(
         self,
@@ -403,6 +460,12 @@ class Plan:
             self._file.flush()  # what it can't write, it would say at the next seek
         except OSError as error:
             raise storage.full_disk(error, tempfile.gettempdir(), storage.TEMPORARY_REMEDY) from None
+
+    def windows(self) -> Iterator[Window]:
+        """Give the windows again, in order, before anything is rendered."""
+        self._file.seek(0)
+        for _ in self.window_scores:
+            yield self._stored()
 
     def _stored(self) -> Window:
         W, H, relation, scores, scale = (torch.from_numpy(np.asarray(np.load(self._file))) for _ in range(5))

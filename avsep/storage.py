@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import errno
 import functools
+import http.client
 import os
 import re
 import secrets
@@ -13,8 +14,11 @@ import shutil
 import socket
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import fsspec
 import pyarrow as pa
@@ -28,6 +32,7 @@ TEMPORARY_REMEDY = "make room there, or let TMPDIR name a folder that has some"
 S3_ATTEMPTS = 8  # at a request that is refused, cut off or unanswered: half a minute and more
 _S3_CONNECT_S, _S3_SILENCE_S = 10.0, 30.0
 GS_PATIENCE_S = 180.0  # with a request that is refused or cut off; an unanswered one is given up after 120
+_WEB_SILENCE_S = 30.0  # of a web server
 _METADATA_S = 10.0  # a new pod's metadata server takes some seconds
 _GOOGLE = re.compile(r"google::cloud::Status\(\w+: (?:[^,]*, with a last message of )?(?P<cause>.*?) error_info=", re.S)
 _OPTION = re.compile(r"[?&](access_key|secret_key|session_token|endpoint_override|region|scheme)=")
@@ -51,9 +56,9 @@ def filesystem(path: AnyPath) -> tuple[pafs.FileSystem, str]:
     credentials. What follows the bucket is the key as it stands. Raises ValueError for a scheme
     that nobody knows, and for credentials in a URI; PermissionError without Google's credentials.
     """
-    path = os.fspath(path)
+    path = _given(path)
     if not is_uri(path):
-        return pafs.LocalFileSystem(), os.path.abspath(path)
+        return pafs.LocalFileSystem(), _utf8(os.path.abspath(path))
     _check_uri(path)
     if path.startswith("s3://"):
         inner = path.removeprefix("s3://").rstrip("/")
@@ -67,6 +72,22 @@ def filesystem(path: AnyPath) -> tuple[pafs.FileSystem, str]:
     except (ValueError, ImportError) as error:
         raise ValueError(f"can't open {path}: {error}; install the scheme's fsspec package") from None
     return pafs.PyFileSystem(pafs.FSSpecHandler(remote)), inner
+
+
+def _given(path: AnyPath) -> str:
+    """Return a path as text; ValueError for an empty one, which would mean the working folder or `/`."""
+    if not (text := os.fspath(path)).strip():
+        raise ValueError("a path is empty: give one (`.` is the working folder), or check the variable it came from")
+    return text
+
+
+def _utf8(path: str) -> str:
+    """Return a path; ValueError for one that isn't UTF-8, which pyarrow can't open."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{path!a}: its name isn't UTF-8; rename it") from None
+    return path
 
 
 def _check_uri(uri: str) -> None:
@@ -186,8 +207,11 @@ def redact(text: str) -> str:
 
 
 def resolve(path: str, relative_to: str) -> str:
-    """Make a local path absolute, from `relative_to` when it is relative; leave URIs alone."""
-    if is_uri(path):
+    """Make a local path absolute, from `relative_to` when it is relative; leave URIs alone.
+
+    Raises ValueError for an empty path.
+    """
+    if is_uri(_given(path)):
         _check_uri(path)
         return path
     if is_uri(relative_to):
@@ -196,8 +220,32 @@ def resolve(path: str, relative_to: str) -> str:
 
 
 def join(base: AnyPath, *parts: str) -> str:
-    """Join with slashes, which every URI and every supported system takes."""
-    return "/".join([os.fspath(base).rstrip("/") or "/", *parts])
+    """Join with slashes, which every URI and every supported system takes. Raises ValueError for an empty base."""
+    return "/".join([_given(base).rstrip("/"), *parts])
+
+
+def same(one: str, other: str) -> bool:
+    """Tell whether two paths lead to one file or folder: by links, other spellings, or case where that is ignored.
+
+    Neither has to be there.
+    """
+    (scheme, inner), (other_scheme, other_inner) = _place(one), _place(other)
+    if scheme or other_scheme:
+        return (scheme, inner) == (other_scheme, other_inner)
+    try:
+        return os.path.samefile(inner, other_inner)
+    except OSError:  # one of them isn't there
+        return os.path.realpath(inner) == os.path.realpath(other_inner)
+
+
+def _place(path: str) -> tuple[str, str]:
+    """Divide a path into its scheme, "" for local ones, and what follows, without opening anything."""
+    if not is_uri(_given(path)):
+        return "", path
+    scheme, _, inner = path.partition("://")
+    if scheme == "file":
+        return "", "/" + inner.lstrip("/")
+    return {"gcs": "gs"}.get(scheme, scheme), inner.strip("/")
 
 
 def parent(path: str) -> str:
@@ -258,6 +306,10 @@ def make_directory(path: AnyPath) -> None:
 
 def list_files(path: str) -> list[str]:
     """List the files directly in a directory, sorted, as paths of the same kind; [] when there is none."""
+    if not is_uri(_given(path)):  # where names need not be UTF-8, as pyarrow's must
+        with contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
+            return sorted(join(path, entry.name) for entry in entries if entry.is_file())
+        return []
     return sorted(join(path, i.base_name) for i in infos(path) if i.type == pafs.FileType.File)
 
 
@@ -345,7 +397,7 @@ def full_disk(error: OSError, path: AnyPath, remedy: str) -> OSError:
 
 
 def sweep(path: str, *, recursive: bool = False, older_s: float = ABANDONED_S) -> list[str]:
-    """Delete temporary files that killed writers left in a directory; return their names.
+    """Delete temporary files and folders that killed writers left in a directory; return their names.
 
     A writer is gone when it was a process of this machine that has ended, or when its file is
     older than `older_s`.
@@ -354,12 +406,15 @@ def sweep(path: str, *, recursive: bool = False, older_s: float = ABANDONED_S) -
     swept = []
     for found in infos(path, recursive=recursive):
         match = _TEMPORARY.fullmatch(found.base_name)
-        if match and found.type == pafs.FileType.File:
+        if match:
             here = match["before"].endswith(f".{socket.gethostname()}")
             ended = here and not os.path.exists(f"/proc/{match['pid']}")
             if ended or is_older(found, older_s):
                 with contextlib.suppress(FileNotFoundError):
-                    fs.delete_file(found.path)
+                    if found.type == pafs.FileType.Directory:
+                        fs.delete_dir(found.path)
+                    else:
+                        fs.delete_file(found.path)
                     swept.append(found.base_name)
     return swept
 
@@ -403,21 +458,74 @@ def move(source: str, target: str) -> None:
 
 @contextlib.contextmanager
 def local_file(path: str) -> Iterator[Path]:
-    """Give a path that programs such as ffmpeg can open; a URI is copied to a temporary file first."""
+    """Give a path that programs such as ffmpeg can open; a URI is copied to a temporary file first.
+
+    OSError says why a URI can't be read.
+    """
+    if not is_uri(_given(path)):
+        with _readable_name(Path(os.path.abspath(path))) as local:
+            yield local
+        return
+    if path.startswith("youtube:"):
+        raise ValueError(f"{path}: pipelines.extract downloads from YouTube; give a file here")
     fs, inner = filesystem(path)
     if isinstance(fs, pafs.LocalFileSystem):
         yield Path(inner)
         return
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder, f"copy{Path(inner).suffix}")
-        try:
-            with (
-                _opened(path),
-                _naming(copy, TEMPORARY_REMEDY),
-                fs.open_input_stream(inner) as stream,
-                copy.open("wb") as target,
-            ):
-                shutil.copyfileobj(stream, target, 1 << 20)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path} doesn't exist; check the path") from None
+        copy = Path(folder, f"copy{Path(re.split('[?#]', inner)[0]).suffix}")
+        with _naming(copy, TEMPORARY_REMEDY), _stream(path) as stream, copy.open("wb") as target:
+            shutil.copyfileobj(stream, target, 1 << 20)
         yield copy
+
+
+@contextlib.contextmanager
+def _readable_name(path: Path) -> Iterator[Path]:
+    """Give a file whose name isn't UTF-8 another one, by a link; libraries fail at the first."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder, f"file{path.suffix if path.suffix.isascii() else ''}")
+            link.symlink_to(path)
+            yield link
+        return
+    yield path
+
+
+@contextlib.contextmanager
+def _stream(uri: str) -> Iterator[BinaryIO]:
+    """Open a URI for reading once; OSError says whether it isn't there, or what else its server has against it."""
+    web = uri.startswith(("http://", "https://"))  # of which fsspec says 'not found', whatever goes wrong
+    try:
+        with _web_stream(uri) if web else _store_stream(uri) as stream:
+            yield stream
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{uri} doesn't exist; check the {'address' if web else 'path'}") from error
+    except urllib.error.HTTPError as error:
+        raise OSError(f"{uri} can't be read: HTTP status {error.code}, {error.reason}") from None
+    except urllib.error.URLError as error:
+        raise OSError(f"{uri} can't be reached: {error.reason}; check the address and the connection") from None
+    except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
+        why = str(error) or type(error).__name__
+        raise OSError(f"{uri} can't be read: {why}; check the address and the connection") from None
+
+
+@contextlib.contextmanager
+def _store_stream(uri: str) -> Iterator[BinaryIO]:
+    with _opened(uri) as (fs, inner), fs.open_input_stream(inner) as stream:
+        yield stream
+
+
+@contextlib.contextmanager
+def _web_stream(url: str) -> Iterator[BinaryIO]:
+    try:
+        answer = urllib.request.urlopen(url, timeout=_WEB_SILENCE_S)
+    except urllib.error.HTTPError as error:
+        if error.code in (404, 410):
+            raise FileNotFoundError(url) from None
+        raise
+    with answer:
+        yield answer
+        if answer.length:  # left to read
+            raise http.client.HTTPException(f"it was cut off {answer.length:,} bytes before its end")

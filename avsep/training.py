@@ -17,6 +17,7 @@ from avsep import parallel
 from avsep.evidence import LabelQuality
 from avsep.miml import MIML, basis_posteriors, energy_shares, multilabel_margin, partial_label_loss, target_loss
 
+
 def _partial_label(relation: Tensor, labels: Tensor, weight: Tensor, quality: LabelQuality | None) -> Tensor:
     if quality is None:
         return partial_label_loss(relation, labels, weight)

@@ -27,10 +27,16 @@ from avsep.stages import ExtractionConfig, Factors
 from avsep.vision import NO_DOWNLOAD, ImageLabeller, LabellerUnavailable
 
 MIXTURE = "_mixture"
+SUFFIXES = (  # of the files of a folder that are taken for videos and sounds, in small letters
+    *(".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".ts", ".webm"),
+    *(".wmv", ".aac", ".ac3", ".aif", ".aiff", ".amr", ".au", ".caf", ".flac", ".m4a", ".mka", ".mp2", ".mp3", ".oga"),
+    *(".ogg", ".opus", ".rf64", ".w64", ".wav", ".weba", ".wma", ".wv"),
+)
 _HELD_S = 60.0  # a file up to this long is decoded once and held; a longer one is read twice, in blocks
 _MAX_PICTURES = 60  # of a file that are labelled; a longer one is sampled evenly
 _BLOCK = 1 << 20  # samples read at a time
 _LOOK_S = 0.25  # between steps while other processes work
+_UNLIKE = 0.7  # familiarity below which an object's sound is said to be unlike the training
 _LISTENING, _SEPARATING = 0.7, 0.3  # shares of the time
 _LIMITS = media.DecodeLimits()
 
@@ -159,6 +165,7 @@ class VideoSeparator:
             seen if objects is None else None,
         )
         timings["listen_s"] = clock()
+        strange = unlike([name for name in plan.objects if plan.familiarity[name] < _UNLIKE])
 
         def rendered(blocks: Iterator[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
             done = 0
@@ -176,13 +183,14 @@ class VideoSeparator:
             "objects_from": origin,
             "note": note,
             "labeller": None if scores is None or isinstance(self.labeller, str) else self.labeller.architecture,
-            "unlearned": unknown,
+            "unlearned": "; ".join(filter(None, (unknown, strange))),
             "objects": [
                 {
                     "name": name,
                     "file": f"{name}.wav",
                     "from": origin if origin != "pictures" or name in (seen or ()) else "sound",
                     "confidence": plan.confidence[name],
+                    "familiarity": plan.familiarity[name],
                     "sound_score": plan.sound_scores[name],
                     "picture_score": None if scores is None else float(scores[OBJECT_NAMES.index(name)]),
                     "visible": None if seen is None else name in seen,
@@ -328,6 +336,13 @@ def _told(
 def unlearned(objects: Sequence[str]) -> str:
     """Say what a model's answer is worth about objects that no clip of its training had; "" for none."""
     return f"the model was trained on no clip of {', '.join(objects)}: it can't tell their sound" if objects else ""
+
+
+def unlike(objects: Sequence[str]) -> str:
+    """Say that a sound is unlike a model's training, as far as it was taken for some objects; "" for none."""
+    if not objects:
+        return ""
+    return f"the sound is unlike what the model was trained on: {', '.join(objects)} may be something else"
 
 
 def pictures(

@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import importlib
 import json
 import re
 import socket
+import sys
 import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -205,6 +208,38 @@ class ImageLabeller:
         safetensors.torch.save_file(state, path, metadata)
 
 
+@functools.cache
+def _torchvision() -> ModuleType:
+    """Import torchvision: only where there are pictures, and without torch's compiler.
+
+    torchvision imports that one, two seconds' work, for a question that only its detectors ask. A stand-in takes the
+    question, and imports the compiler when it is asked.
+    """
+    package, utils = "torch._dynamo", "torch._dynamo.utils"
+    if "torchvision" in sys.modules or package in sys.modules:
+        return importlib.import_module("torchvision")
+    stand_ins = {name: ModuleType(name) for name in (package, utils)}
+
+    def leave() -> None:
+        for name, module in stand_ins.items():
+            if sys.modules.get(name) is module:
+                del sys.modules[name]
+
+    def real(name: str) -> Any:
+        if name.startswith("__"):  # `inspect` looks through all modules
+            raise AttributeError(name)
+        leave()
+        return getattr(importlib.import_module(utils), name)
+
+    vars(stand_ins[utils])["is_compile_supported"] = lambda device: real("is_compile_supported")(device)
+    vars(stand_ins[utils])["__getattr__"] = real  # of a version that asks for more
+    sys.modules.update(stand_ins)
+    try:
+        return importlib.import_module("torchvision")
+    finally:
+        leave()
+
+
 def preprocessing_of(architecture: str) -> Preprocessing:
     """Return what an architecture's published weights expect of their input."""
     if architecture in _LITE:
@@ -219,10 +254,8 @@ def preprocessing_of(architecture: str) -> Preprocessing:
 
 def published_weights(architecture: str) -> Any:
     """Return torchvision's ImageNet weights (V1); LabellerUnavailable names an unknown architecture."""
-    import torchvision
-
     try:
-        return torchvision.models.get_model_weights(architecture)["IMAGENET1K_V1"]
+        return _torchvision().models.get_model_weights(architecture)["IMAGENET1K_V1"]
     except (ValueError, KeyError):
         raise LabellerUnavailable(
             f"{architecture!r} is no picture network with ImageNet weights: give {', '.join(lite.VARIANTS)}, "
@@ -243,9 +276,7 @@ def build_network(architecture: str, n_outputs: int) -> nn.Module:
     """Build an untrained classifier with `n_outputs` logits."""
     if architecture in lite.VARIANTS:
         return lite.EfficientNetLite(architecture, n_outputs)
-    import torchvision  # takes seconds, and isn't always needed
-
-    return torchvision.models.get_model(architecture, weights=None, num_classes=n_outputs)
+    return _torchvision().models.get_model(architecture, weights=None, num_classes=n_outputs)
 
 
 class _Cast(nn.Module):

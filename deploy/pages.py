@@ -23,6 +23,7 @@ PAGE = Path(__file__).resolve().parent / "PIPELINES.md"
 MODEL = {  # under model/
     "model/config.json": "everything needed to run: STFT, bases, objects, thresholds, labeller, versions",
     "model/miml.safetensors": "the network",
+    "?model/familiarity.safetensors": "bases of training clips, with which new sounds are compared",
     "?model/labeller.safetensors": "the picture network, when the clips' own was fine-tuned",
 }
 WRITES: dict[str, dict[str, str]] = {

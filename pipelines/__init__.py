@@ -6,6 +6,8 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from typing import Any
 
+from avsep.cli import Parser
+
 RECIPES = ("default", "paper", "audioset")  # their names; recipes.py has them
 UNUSABLE, INTERRUPTED = 2, 130  # exit statuses
 _QUICK_BYTES = 4 << 20  # of a table that is read twice
@@ -27,7 +29,7 @@ INPUTS = {
 
 def arguments_of(program: str, description: str | None, epilog: str, *, abbreviations: bool = True) -> ArgumentParser:
     """Begin a program's parser; without abbreviations what it doesn't know can go to another."""
-    return ArgumentParser(
+    return Parser(
         f"pipelines.{program}",
         description=description,
         epilog=epilog,

@@ -155,6 +155,7 @@ def plan(commits: Sequence[shards.Commit]) -> list[Work]:
 def run(arguments: argparse.Namespace, options: Any) -> int:
     """Audit a folder of clips."""
     execution.absolute(arguments, "clips", "out")
+    execution.keep_apart(arguments, "clips")
     clips, out = arguments.clips, arguments.out
     if not storage.exists(storage.join(clips, "commits")):
         fail(f"{clips} holds no commits/; give the folder that pipelines.extract wrote with --out")

@@ -242,6 +242,7 @@ def run_steps(out: Path, how: Sequence[str]) -> None:
         "--segments", segments, "--out", shards, "--weights", weights, *how,
     )  # fmt: skip
     step("python -m pipelines.train", train.main, "--clips", shards, "--out", str(out), *how)
+    add_training_facts(model, about="clips that the demo drew and rendered")
     step("python -m pipelines.collect", collect.main, "--model", model, "--clips", shards, *how)
     step(
         "python -m pipelines.train", train.main,

@@ -286,6 +286,8 @@ def why(clip: ClipResult) -> str:
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, write results.json and report.html."""
     execution.absolute(arguments, "model", "paper_model", "references", "out")
+    inputs = ("model", "paper_model", "segments", "references")
+    execution.keep_apart(arguments, *inputs, writes=("results.json", "report.html", "clips.csv"))
     protocol, out = arguments.protocol, arguments.out
     if protocol != "mixtures" and arguments.given != "objects":
         fail(f"--given {arguments.given}: with --protocol {protocol} the audible objects are told; leave --given out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import fnmatch
 import functools
 import glob
 import io
@@ -28,7 +29,7 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from avsep import storage
+from avsep import console, storage
 from pipelines import INTERRUPTED, UNUSABLE, missing_input
 
 DONE, SHORTFALL = 0, 1  # exit statuses, beside those of `pipelines`
@@ -49,6 +50,23 @@ def absolute(arguments: argparse.Namespace, *names: str) -> None:
     for name in names:
         if (path := getattr(arguments, name)) is not None:
             setattr(arguments, name, storage.resolve(path, "."))
+
+
+def keep_apart(arguments: argparse.Namespace, *inputs: str, writes: Sequence[str] = ()) -> None:
+    """Refuse an --out that is one of the inputs, or the folder of one that would be overwritten or deleted there.
+
+    `writes` are patterns of the names that the program writes to --out.
+    """
+    out = arguments.out
+    for name in inputs:
+        given = getattr(arguments, name)
+        flag = f"--{name.replace('_', '-')}"
+        for path in given if isinstance(given, list) else filter(None, [given]):
+            if storage.same(path, out):
+                fail(f"--out {out} is what {flag} names; give another folder")
+            written = any(fnmatch.fnmatch(storage.name(path.rstrip("/")).lower(), pattern) for pattern in writes)
+            if written and storage.same(storage.parent(path.rstrip("/")), out):
+                fail(f"--out {out} would overwrite {flag} {path}; give another folder")
 
 
 def run(
@@ -73,6 +91,7 @@ def guarded(main: Callable[[], int], program: str, after: str = "") -> int:
 
     `after` says how to go on after an interruption.
     """
+    console.prepare()
     log_as_asked()
     try:
         with interruptible():
@@ -869,7 +888,7 @@ def say(text: str, **fields: Any) -> None:
     if as_json():
         _write("info", text, fields)
     else:
-        print(text, flush=True)
+        console.say(text)
 
 
 def log(text: str, **fields: Any) -> None:
@@ -883,7 +902,7 @@ def complain(text: str) -> None:
     if as_json():
         _write("error", text, {})
     else:
-        print(text, file=sys.stderr)
+        console.complain(text)
 
 
 def as_json() -> bool:
@@ -921,7 +940,7 @@ def _write(level: str, text: str, fields: Mapping[str, Any]) -> None:
     now = time.time()
     at = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03d}Z"
     line = _redacted({"time": at, "level": level, "message": text, **fields})
-    print(json.dumps(line, ensure_ascii=False, default=str), file=sys.stderr, flush=True)
+    console.complain(json.dumps(line, ensure_ascii=False, default=str))
 
 
 def _redacted(value: Any) -> Any:

@@ -231,6 +231,8 @@ def decide(
 def run(arguments: argparse.Namespace) -> int:
     """Fine-tune, write the network, and say what it brought."""
     execution.absolute(arguments, "out", "clips", "model", "weights", "media")
+    writes = (LABELLER_FILE, _CHECKPOINT, _START, "history.json", "pictures")
+    execution.keep_apart(arguments, "segments", "clips", "model", "weights", "media", writes=writes)
     if arguments.epochs < 1:
         fail(f"--epochs {arguments.epochs}: at least one epoch is needed")
     if arguments.targets != "labels" and not (arguments.clips and arguments.model):

@@ -88,6 +88,7 @@ BATCH_ROWS = 10_000
 SHARD_ROWS = 500_000  # about 40 MB in memory
 ROW_GROUP_ROWS = 50_000
 SAMPLE_PERCENT = 2.0  # of the ids, to find the ranges of several shards
+_WRITES = ("segments.parquet", "segments-*-of-*.parquet", "statistics.json", "dead_letters.jsonl")
 STAGING = "_manifest_in_progress"
 
 
@@ -446,12 +447,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = execution.beam_options(others)
         out = storage.resolve(args.out, ".")
+        execution.keep_apart(args, "table", "audioset", "ontology", writes=_WRITES)
         if args.table:
             if args.ontology or args.own_node_only:
                 raise ValueError("--ontology and --own-node-only go with --audioset, not with --table")
             uris = [storage.resolve(args.table, ".")]
-            if storage.parent(uris[0]) == out and is_shard(storage.name(uris[0])):
-                raise ValueError(f"--out {args.out} would overwrite {args.table}; choose another folder")
             blocks, read = plan_table(uris[0])
         else:
             if not args.ontology and not args.own_node_only:
@@ -464,7 +464,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         storage.make_directory(out)
         storage.delete_folder(staging)
         storage.make_directory(staging)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, execution.UsageError) as error:
         complain(f"manifest: {_one_line(error)}")
         return 2
     say(f"reading {', '.join(map(storage.name, uris))} in {len(blocks)} blocks")

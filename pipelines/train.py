@@ -52,8 +52,18 @@ import numpy as np
 import torch
 
 from avsep import bags, evidence, parallel, plots, practice, shards, stages, storage, training
-from avsep.miml import MIML
-from avsep.model import LABELLER_FILE, MODEL_FILES, LabellerConfig, Model, ModelConfig, label_config, versions
+from avsep.familiarity import Familiarity
+from avsep.miml import MIML, basis_posteriors
+from avsep.model import (
+    LABELLER_FILE,
+    MODEL_FILES,
+    LabellerConfig,
+    Model,
+    ModelConfig,
+    describe_training,
+    label_config,
+    versions,
+)
 from avsep.objects import OBJECT_NAMES
 from avsep.records import SPLITS, ClipRecord, clips_from_table
 from avsep.stft import STFT
@@ -68,6 +78,7 @@ _SOLO_FILES = 200  # in which they are looked for
 _EVIDENCE_FILES = 20  # whose labels say how far labels can be believed; they are held in memory
 HISTORY_FILE = "history.json"
 _FEW_CLIPS = 200
+_COMPARED_CLIPS = 160  # whose bases go with the model
 _MAPS = 4  # relation maps drawn
 _VAL_MIXTURES = 64
 _MIXTURES_FILE, _VAL_MIXTURES_FILE = "practice.pt", "practice-val.pt"
@@ -250,6 +261,7 @@ def fit_on_ray(job: dict[str, Any]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train, write the model, and draw its figures."""
     execution.absolute(arguments, "clips", "out")
+    execution.keep_apart(arguments, "clips", writes=("model",))
     recipe = recipes.get(arguments.recipe)
     if arguments.epochs is not None and arguments.epochs < 1:
         fail(f"--epochs {arguments.epochs}: at least one epoch is needed")
@@ -326,6 +338,7 @@ def run(arguments: argparse.Namespace) -> int:
             rows = json.loads(storage.read_bytes(storage.join(out, HISTORY_FILE)))
             train_pass(runner, job | {"pass": 2, "earlier_rows": [r for r in rows if r["pass"] == 1]})
             learn_context(runner, job, practices)
+    remember_training(job, n_train)
     labeller = storage.join(arguments.clips, LABELLER_FILE)
     if storage.exists(labeller):  # the clips' own picture network goes with the model
         storage.write_bytes(storage.join(out, "model", LABELLER_FILE), storage.read_bytes(labeller))
@@ -468,6 +481,48 @@ def fit_context(
         learned = evidence.fit_pictures(learned, training.object_shares(model.network, clips), clips.labels)
     model.config = replace(model.config, context=True, evidence=learned)
     return model, figures
+
+
+def remember_training(job: dict[str, Any], n_clips: int) -> None:
+    """Add to the model what it was trained on, and bases of training clips, with which new sounds are compared."""
+    directory = storage.join(job["out"], "model")
+    model = Model.load(directory)
+    files = job["files"][:_SOLO_FILES]  # each is a random sample of the clips
+    records = itertools.islice(training_records(files, model.config), _COMPARED_CLIPS)
+    model.familiarity = Familiarity.learn(bases_of(model, record) for record in records)
+    model.config = replace(
+        model.config, training=model.config.training | {"clips": n_clips, "sources": count_sources(files)}
+    )
+    model.save(directory)
+    say(f"train: {describe_training(model.config)}")
+
+
+def training_records(files: Sequence[str], config: ModelConfig) -> Iterator[ClipRecord]:
+    """Read the training clips that have labels."""
+    for file in files:
+        for record in clips_from_table(shards.read_table(file)):
+            labels = bags.decide_labels(record.labels, record.image_logits, config.labels)
+            if record.split == "train" and labels is not None and labels.any():
+                yield record
+
+
+@torch.inference_mode()
+def bases_of(model: Model, record: ClipRecord) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a clip's factors and what the network makes of them: `(F, M)`, `(M, N)` and posteriors `(L + 1, M)`."""
+    W, H = (torch.from_numpy(x) for x in record.factors())
+    return W, H, basis_posteriors(model.network.relate(W, H)[None])[0]
+
+
+def count_sources(files: Sequence[str]) -> dict[str, int]:
+    """Count the training clips of some files by where they came from."""
+    counts: Counter[str] = Counter()
+    for file in files:
+        table = shards.read_table(file, ["split", "source"])
+        for split, source in zip(*(table.column(c).to_pylist() for c in ("split", "source")), strict=True):
+            web = source.startswith(("http://", "https://"))
+            kind = "YouTube" if source.startswith("youtube:") else "web addresses" if web else "files"
+            counts[kind] += split == "train"
+    return {kind: count for kind, count in counts.most_common() if count}
 
 
 def draw_figures(out: str, clips: str) -> None:

@@ -17,7 +17,20 @@ ROOT = Path(__file__).parent.parent
 
 # Each layer may import itself and those above it in this list (DESIGN.md).
 LAYERS = (
-    ("stft", "nmf", "nmf_amx", "nmf_code", "nmf_cpu", "nmf_gpu", "metrics", "objects", "parallel", "lite", "looks"),
+    (
+        "console",
+        "stft",
+        "nmf",
+        "nmf_amx",
+        "nmf_code",
+        "nmf_cpu",
+        "nmf_gpu",
+        "metrics",
+        "objects",
+        "parallel",
+        "lite",
+        "looks",
+    ),
     ("miml", "training", "evidence"),
     (
         "media",
@@ -37,6 +50,7 @@ LAYERS = (
     (
         "stages",
         "dictionary",
+        "familiarity",
         "model",
         "separation",
         "baselines",

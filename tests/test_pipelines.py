@@ -6,6 +6,8 @@ import hashlib
 import json
 import math
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -101,7 +103,8 @@ def test_every_segment_becomes_a_clip_with_its_given_labels(run, rendered):
 
 def test_model_directory_holds_what_the_contract_names(run):
     model = run / "run" / "model"
-    assert {p.name for p in model.iterdir()} <= {"config.json", "miml.safetensors", "dictionary.safetensors"}
+    files = {"config.json", "miml.safetensors", "dictionary.safetensors", "familiarity.safetensors"}
+    assert files - {"dictionary.safetensors"} <= {p.name for p in model.iterdir()} <= files
     config = json.loads((model / "config.json").read_text())
     assert (config["stft"]["n_fft"], config["n_bases"], config["recipe"]) == (4800, 25, "default")
     assert len(config["objects"]) == 23
@@ -363,10 +366,14 @@ def test_a_failed_separation_leaves_the_earlier_one_whole(run, rendered, tmp_pat
 
 
 def test_a_full_disk_is_told_in_one_line(run, rendered, tmp_path, capfd):
-    (tmp_path / "drum.wav.part").symlink_to("/dev/full")
     video = str(sorted((rendered / "clips").glob("*test*"))[0])
     command = ["separate", video, "--model", str(run / "run" / "model"), "--out", str(tmp_path)]
-    assert cli.main([*command, "--objects", "drum"]) == 2
+    most, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
+        assert cli.main([*command, "--objects", "drum"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
     assert f"avsep separate: {tmp_path} can't be written: " in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -384,11 +391,50 @@ def test_separate_says_what_its_model_never_heard(run, rendered, tmp_path):
         rows = [r for r in csv.DictReader(f) if r["split"] == "train"]
     labels = Counter(name for r in rows for name in r["labels"].split(";") if name != "none")
     model = str(run / "run" / "model")
-    assert Model.load(model).config.training["clips_by_label"] == labels
+    training = Model.load(model).config.training
+    assert training["clips_by_label"] == labels
+    assert (training["clips"], training["sources"]) == (sum(bool(r["labels"]) for r in rows), {"files": len(rows)})
     unknown = next(name for name in OBJECT_NAMES if name not in labels)
     report = commands.separate_file(str(rendered / rows[0]["source"]), model, str(tmp_path), [unknown], None)
     assert report["note"].startswith(f"the model was trained on no clip of {unknown}")
-    assert json.loads((tmp_path / "separation.json").read_text())["note"] == report["note"]
+    written = json.loads((tmp_path / "separation.json").read_text())
+    assert written["note"] == report["note"]
+    assert written["model"] == {
+        "path": model,
+        "recipe": "default",
+        "clips": training["clips"],
+        "clips_by_label": labels,
+        "sources": {"files": len(rows)},
+        "about": None,
+    }
+
+
+def test_a_model_is_not_sure_of_sounds_unlike_its_training(run, rendered, tmp_path, capfd):
+    """Neither are programs: what a model learned, and from how much, is printed and shown with its answers."""
+    model, rng, t = str(run / "run" / "model"), np.random.default_rng(1), np.arange(5 * RATE) / RATE
+    strange = {
+        "babble": synthetic.performance("babble", rng, 5.0),
+        "bell": synthetic.performance("bell", rng, 5.0),
+        "noise": 0.1 * rng.standard_normal(5 * RATE),
+        "sweep": 0.1 * np.sin(2 * np.pi * (50 * t + 800 * t**2)),
+    }
+    for name, sound in strange.items():
+        soundfile.write(tmp_path / f"{name}.wav", sound, RATE)
+    own = [str(p) for p in sorted((rendered / "clips").glob("*test*"))]
+    files = [*own, *(str(tmp_path / f"{name}.wav") for name in strange)]
+    assert cli.main(["separate", *files, "--model", model, "--out", str(tmp_path / "out")]) == 0
+    said = capfd.readouterr().out
+    assert re.search(r"this model learned 3 objects from \d clips \(files; recipe default\): drum \d, flute \d", said)
+    found = {p.parent.name: json.loads(p.read_text()) for p in (tmp_path / "out").glob("*/separation.json")}
+    for name in strange:
+        assert all(0.1 <= o["confidence"] <= 0.9 for o in found[name]["objects"])
+        assert all(f"{o['confidence']:.0%} sure" in said for o in found[name]["objects"] if not o["silent"])
+    assert min(o["familiarity"] for o in found["sweep"]["objects"]) < 0.3
+    assert "the sound is unlike what the model was trained on: " in found["sweep"]["note"]
+    heard = [o for p in own for o in found[Path(p).stem]["objects"] if not o["silent"]]
+    assert np.mean([o["familiarity"] for o in heard]) > 0.8
+    assert cli.main(["inspect", model]) == 0
+    assert "this model learned 3 objects from" in capfd.readouterr().out
 
 
 def test_separate_knows_its_own_after_a_failure(run, rendered, tmp_path):
@@ -397,8 +443,7 @@ def test_separate_knows_its_own_after_a_failure(run, rendered, tmp_path):
     (tmp_path / "relation_map.png").mkdir()
     assert cli.main(command) == 2
     (tmp_path / "relation_map.png").rmdir()
-    (tmp_path / "violin.wav.part").write_bytes(b"of one that was killed")
-    assert cli.main(command) == 0 and not list(tmp_path.glob("*.part"))
+    assert cli.main(command) == 0 and (tmp_path / "drum.wav").exists()
 
 
 def test_separate_leaves_foreign_wavs_alone(run, rendered, tmp_path):
@@ -467,6 +512,55 @@ def test_inspect_knows_models_extractions_and_shards(run, capsys):
     assert "14 clips and 0 rejections" in capsys.readouterr().out
     assert cli.main(["inspect", shards.clip_files(str(run / "clips"))[0]]) == 0
     assert "bases" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "named"),
+    [
+        (train, ["--clips", "A"], "--clips"),
+        (audit, ["--clips", "A"], "--clips"),
+        (evaluate, ["--model", "A", "--segments", "T", "--references", "R"], "--model"),
+        (evaluate, ["--model", "M", "--segments", "T", "--references", "A"], "--references"),
+        (evaluate, ["--model", "M", "--segments", "A/clips.csv", "--references", "R"], "--segments"),
+        (extract, ["--segments", "A"], "--segments"),
+        (extract, ["--segments", "T", "--media", "A"], "--media"),
+        (finetune, ["--segments", "T", "--clips", "A", "--model", "M"], "--clips"),
+        (finetune, ["--segments", "T", "--targets", "labels", "--weights", "A/labeller.safetensors"], "--weights"),
+        (manifest, ["--table", "A/segments.parquet"], "--table"),
+        (manifest, ["--audioset", "T", "--ontology", "A/statistics.json"], "--ontology"),
+    ],
+)
+def test_an_input_is_no_output(tmp_path, capfd, program, arguments, named):
+    """By whatever name: the output is a link to the folder of an input."""
+    for folder in ("A", "M", "R"):
+        (tmp_path / folder / "commits").mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text("{}")
+    table_of(tmp_path, [{"segment_id": "a", "source": "/a.wav", "split": "train"}])
+    for name in ("A/clips.csv", "T.csv", "A/segments.parquet"):
+        shutil.copy(tmp_path / "table.csv", tmp_path / name)
+    for name in ("A/labeller.safetensors", "A/statistics.json"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "A")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    known = {"T": "T.csv"}
+    words = [a if a.startswith("--") or a == "labels" else str(tmp_path / known.get(a, a)) for a in arguments]
+    assert program.main([*words, "--out", str(tmp_path / "link")]) == 2
+    complaint = capfd.readouterr().err
+    assert f"--out {tmp_path / 'link'} " in complaint and named in complaint and "give another folder" in complaint
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("program", [demo, manifest, extract, audit, train, finetune, collect, evaluate, serve])
+def test_no_argument_may_be_empty(program, capfd):
+    """An unset variable in quotes is no place, and no name."""
+    options = [a for a in program.parser()._actions if a.option_strings and a.nargs != 0 and a.type is None]
+    assert options
+    for action in options:
+        with pytest.raises(SystemExit) as stop:
+            program.parser().parse_args([action.option_strings[0], ""])
+        assert stop.value.code == 2
+        complaint = capfd.readouterr().err.splitlines()
+        assert len(complaint) == 1 and f"argument {action.option_strings[0]}: its value is empty" in complaint[0]
 
 
 def same_records(one: str, other: str) -> None:

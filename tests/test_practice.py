@@ -144,7 +144,9 @@ def test_a_teacher_says_whose_bases_are_from_pictures_and_sound():
     W = torch.zeros(F, 4)
     W[0, :2], W[1, 2], W[2, 3] = 1, 1, 1
     energy = torch.tensor([0.5, 0.2, 0.29, 0.0001])
-    targets = Teacher(network, BasisContext(), LabelQuality.good(L))(W, torch.rand(4, N), energy, torch.tensor([True, False, False, False]))
+    targets = Teacher(network, BasisContext(), LabelQuality.good(L))(
+        W, torch.rand(4, N), energy, torch.tensor([True, False, False, False])
+    )
     assert targets.shape == (L + 1, 4)
     torch.testing.assert_close(targets.sum(0), torch.ones(4))
     assert targets.argmax(0).tolist() == [0, 0, 1, L]

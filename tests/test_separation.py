@@ -1,8 +1,12 @@
+import base64
 import contextlib
 import copy
 import errno
+import io
 import json
 import math
+import subprocess
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +14,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
+import soundfile
 import torch
 
 from avsep.context import BasisContext
 from avsep.dictionary import BasisDictionary
 from avsep.miml import basis_posteriors
-from avsep.model import Model, ModelConfig, NetworkConfig, SeparationConfig
+from avsep.model import (
+    Model,
+    ModelConfig,
+    NetworkConfig,
+    SeparationConfig,
+    add_training_facts,
+    describe_training,
+)
 from avsep.objects import OBJECT_NAMES, object_index
+from avsep.records import ClipError
 from avsep.separation import Separator, at_least, basis_shares, ratio_masks, separate
 from avsep.stft import STFT
 
@@ -474,3 +487,55 @@ def test_each_setting_of_a_model_must_be_there_and_make_sense(tmp_path: Path) ->
             path.write_text(json.dumps(config))
             with pytest.raises(ValueError, match=rf"config.json: .*{last} (is|are) .*; copy the whole folder again"):
                 ModelConfig.read(str(tmp_path))
+
+
+def test_what_a_model_was_trained_on_is_kept_and_told(tmp_path: Path) -> None:
+    known = model()
+    known.config = replace(known.config, recipe="default", training={"seed": 3, "clips_by_label": {"dog": 1}})
+    assert describe_training(known.config) == (
+        "this model learned 1 object from an untold number of clips (recipe default): dog 1"
+    )
+    known.save(tmp_path)
+    add_training_facts(tmp_path, clips=1, about="drawn clips")
+    again = Model.load(tmp_path).config
+    assert again == replace(known.config, training=known.config.training | {"clips": 1, "about": "drawn clips"})
+    assert describe_training(again) == "this model learned 1 object from 1 clip (drawn clips; recipe default): dog 1"
+    assert "doesn't say what it was trained on" in describe_training(model().config)
+
+
+# ---------------------------------------------------------------------------------- files, and what a notebook shows
+
+
+def test_a_file_s_sound_is_separated_as_its_samples_are(tmp_path: Path) -> None:
+    sound = (tone(DOG, 3.0) / 4 + tone(VIOLIN, 3.0, 2.0) / 4).numpy()
+    soundfile.write(tmp_path / "duet.wav", sound, RATE, subtype="FLOAT")
+    separator = Separator(model())
+    expected = separator(sound, ["dog"])
+    for file in (tmp_path / "duet.wav", str(tmp_path / "duet.wav"), f"file://{tmp_path}/duet.wav"):
+        assert torch.allclose(separator(file, ["dog"]).estimates, expected.estimates, atol=1e-5)
+    with pytest.raises(ClipError, match="missing"):
+        separator(tmp_path / "nosuch.wav")
+
+
+def test_only_a_file_needs_ffmpeg() -> None:
+    program = (
+        "import sys, torch\nfrom avsep import Separator\nassert not {'ffmpeg', 'torchvision', 'sklearn', 'matplotlib'}"
+        " & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_a_separation_is_told_in_a_line_and_shown_with_players() -> None:
+    sound = tone(DOG, 3.0) / 4
+    found = Separator(model())(sound, ["dog"])
+    assert repr(found) == "<Separation of 3.0 s at 2000 Hz: dog 100 %; the rest>"
+    page = found._repr_html_()
+    assert page.count("<audio") == page.count("data:audio/flac;base64,") == page.count("data:image/png;base64,") == 3
+    assert [c.split("<")[0] for c in page.split("<figcaption>")[1:]] == ["mixture", "dog 100 %", "the rest"]
+    flac = base64.b64decode(page.split("data:audio/flac;base64,")[1].split('"')[0])
+    samples, rate = soundfile.read(io.BytesIO(flac))
+    assert rate == RATE and np.abs(samples - sound.numpy()).max() < 1e-3
+    silent = Separator(model())(torch.zeros(500), ["dog"])
+    assert "dog silent" in repr(silent) and "<audio" in silent._repr_html_()
+    long = replace(found, rest=torch.zeros(130_000), estimates=torch.zeros(1, 130_000))
+    assert "The first 60 s of Separation of 65.0 s" in long._repr_html_()

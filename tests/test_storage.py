@@ -1,9 +1,14 @@
 import contextlib
 import errno
+import http.server
 import itertools
 import os
 import pickle
+import re
 import resource
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -354,3 +359,107 @@ def test_a_full_disk_is_named_with_its_path_and_the_remedy(tmp_path: Path, memor
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.value.errno == errno.EFBIG and caught.value.filename == f"{tmp_path}/data"
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------ one file by several names
+
+
+def test_one_file_is_known_by_each_of_its_names(tmp_path: Path) -> None:
+    folder, file = tmp_path / "a", tmp_path / "a" / "x.wav"
+    folder.mkdir()
+    file.write_bytes(b"x")
+    (tmp_path / "b").symlink_to(folder)
+    (tmp_path / "link.wav").symlink_to(file)
+    os.link(file, tmp_path / "hard.wav")
+    for other in ("a/../a/x.wav", "b/x.wav", "link.wav", "hard.wav"):
+        assert storage.same(str(file), str(tmp_path / other)), other
+    assert storage.same(f"file://{file}", str(file)) and storage.same(str(tmp_path / "b"), f"{folder}/")
+    assert storage.same(str(tmp_path / "a" / "new"), str(tmp_path / "b" / "new"))  # neither is there yet
+    assert storage.same("s3://bucket/a/", "s3://bucket/a") and storage.same("gcs://bucket/a", "gs://bucket/a")
+    (tmp_path / "twin.wav").write_bytes(b"x")
+    for one, other in ((file, tmp_path / "twin.wav"), ("s3://a/b", "/a/b"), ("s3://a/b", "s3://a/B")):
+        assert not storage.same(str(one), str(other))
+
+
+@pytest.mark.parametrize("path", ["", " "])
+def test_an_empty_path_means_no_place(path: str) -> None:
+    """Neither the working folder, as for the file system, nor its root, as in a URI."""
+    for use in (storage.exists, storage.list_files, storage.filesystem, lambda p: storage.join(p, "x")):
+        with pytest.raises(ValueError, match="a path is empty: give one"):
+            use(path)
+    with pytest.raises(ValueError, match="a path is empty"):
+        storage.resolve(path, "/a")
+    with pytest.raises(ValueError, match="a path is empty"), storage.local_file(path):
+        pass
+    assert storage.join("/", "x") == "/x"
+
+
+def test_a_name_that_is_no_utf_8_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"udcff.*its name isn't UTF-8; rename it"):
+        storage.exists(str(tmp_path / "\udcff.wav"))
+
+
+def test_a_file_whose_name_is_no_utf_8_is_listed_and_read(tmp_path: Path) -> None:
+    file = tmp_path / "\udcff.wav"
+    file.write_bytes(b"sound")
+    assert storage.list_files(str(tmp_path)) == [str(file)]
+    with storage.local_file(str(file)) as path:
+        assert str(path).isascii() and path.suffix == ".wav" and path.read_bytes() == b"sound"
+    assert file.read_bytes() == b"sound"
+    assert storage.list_files(str(tmp_path / "nosuch")) == []
+
+
+# -------------------------------------------------------------------------------------------------------- the web
+
+
+class _Answers(http.server.BaseHTTPRequestHandler):
+    """Answers /NUMBER with that status, /cut with less than it promises, and all else with `sound`."""
+
+    def do_GET(self) -> None:
+        status = int(self.path[1:]) if self.path[1:].isdecimal() else 200
+        self.send_response(status)
+        self.send_header("Content-Length", "5000" if self.path == "/cut" else "5")
+        self.end_headers()
+        self.wfile.write(b"sound")
+
+    def log_message(self, *_: object) -> None:
+        return
+
+
+def test_what_a_web_server_says_is_told(tmp_path: Path) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Answers) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        with storage.local_file(f"{address}/a.mp4?b=c.d") as path:
+            assert path.read_bytes() == b"sound" and path.suffix == ".mp4"
+        messages = {
+            "/404": "doesn't exist; check the address",
+            "/403": "can't be read: HTTP status 403, Forbidden",
+            "/503": "can't be read: HTTP status 503, Service Unavailable",
+            "/cut": "it was cut off 4,995 bytes before its end; check the address and the connection",
+        }
+        for name, message in messages.items():
+            with pytest.raises(OSError, match=re.escape(address + name)) as caught, storage.local_file(address + name):
+                pass
+            assert message in str(caught.value)
+        server.shutdown()
+        thread.join()
+    with pytest.raises(OSError, match=r"can't be reached: .*Connection refused"), storage.local_file(address):
+        pass
+    with (
+        pytest.raises(ValueError, match=r"pipelines.extract downloads from YouTube"),
+        storage.local_file("youtube:abc"),
+    ):
+        pass
+
+
+def test_a_folder_that_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    host = socket.gethostname()
+    for pid in (ended.stdout.strip(), os.getpid()):
+        folder = tmp_path / f".separation.{host}.{pid}.0123abcd.tmp"
+        folder.mkdir()
+        (folder / "dog.wav").touch()
+    assert len(storage.sweep(str(tmp_path))) == 1
+    assert [p.name for p in tmp_path.iterdir()] == [f".separation.{host}.{os.getpid()}.0123abcd.tmp"]

@@ -160,7 +160,9 @@ def test_losses_leave_out_bases_that_are_not_there() -> None:
     top = relation[:, :, :4].amax(-1)
     by_hand = sum(max(0.0, 1 - float(top[1, 1] - top[1, i])) for i in (0, 2, 3)) / 4
     assert float(margin[1]) == pytest.approx(by_hand)
-    assert torch.equal(LOSSES["partial_label"](relation, labels, valid, None), partial_label_loss(relation, labels, valid))
+    assert torch.equal(
+        LOSSES["partial_label"](relation, labels, valid, None), partial_label_loss(relation, labels, valid)
+    )
 
 
 # ---------------------------------------------------------------------------------- warping

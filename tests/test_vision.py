@@ -1,5 +1,7 @@
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -288,3 +290,21 @@ def test_a_small_labeller_learns_colours() -> None:
     found = logits[:, [889, 420]].argmax(1).numpy()
     assert (found == targets).mean() > 0.9
     assert labeller.classes == (889, 420) and torch.isneginf(logits[:, 0]).all()
+
+
+@pytest.mark.slow
+def test_a_picture_network_needs_no_compiler_and_detectors_get_it_when_they_ask() -> None:
+    program = """
+import sys, torch
+from avsep.vision import build_network
+network = build_network("resnet18", 3).eval()
+with torch.inference_mode():
+    assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+assert not {m for m in sys.modules if m.startswith("torch._dynamo")}
+from torchvision.ops import roi_align
+assert roi_align(torch.ones(1, 1, 8, 8), [torch.tensor([[0.0, 0, 4, 4]])], 2).shape == (1, 1, 2, 2)
+assert roi_align.__globals__["is_compile_supported"]("cpu") in (True, False)
+import torch._dynamo
+assert torch._dynamo.utils.is_compile_supported and hasattr(torch, "compile")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
