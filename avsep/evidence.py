@@ -97,7 +97,8 @@ class LabelQuality:
 
     def presence(self, labels: Tensor) -> Tensor:
         """Return how likely each object sounds, boolean `(B, L)` labels → `(B, L)`."""
-        return torch.where(labels, *(torch.tensor(p, device=labels.device) for p in (self.with_label, self.without)))
+        with_label, without = (torch.tensor(p, device=labels.device) for p in (self.with_label, self.without))
+        return torch.where(labels, with_label, without)
 
     def missed(self) -> Tensor:
         """Return how far an object without its label explains a basis, beside one with it, `(L,)`."""

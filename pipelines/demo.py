@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from avsep import cli, evaluation, plots, stages, storage, synthetic, vision
-from avsep.model import LABELLER_FILE
+from avsep.model import LABELLER_FILE, add_training_facts
 from avsep.objects import OBJECTS
 from avsep.records import Segment, read_segments
 from avsep.report import Report

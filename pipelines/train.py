@@ -399,8 +399,8 @@ def make_mixtures(runner: execution.Runner, job: dict[str, Any], n_mixtures: int
     """Mix clips in which one object plays alone; return training clips' mixtures, and keep them and validation's."""
     out, config = job["out"], job["config"]
     files = job["files"][:_SOLO_FILES]  # each is a random sample of the clips
-    items = [(storage.join(out, "model"), f, job["quality"]) for f in files]
-    parts = execution.map_in_order(runner, solos_of_file, items)
+    looked_for = [(storage.join(out, "model"), f, job["quality"]) for f in files]
+    parts = execution.map_in_order(runner, solos_of_file, looked_for)
     made: dict[str, list[practice.Practice]] = {}
     for split, wanted in (("train", n_mixtures), ("val", min(_VAL_MIXTURES, n_mixtures))):
         solos = [s for part in parts for s in part[split]]
