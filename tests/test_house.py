@@ -240,7 +240,7 @@ SIGNATURES = {
 }
 FIELDS = {
     "Segment": "segment_id source start_s end_s split objects labels",
-    "Clip": "waveform sample_rate images",
+    "Clip": "waveform sample_rate images notes",
     "ClipRecord": "segment_id source start_s end_s split objects labels bases activations activation_scale "
     "basis_energy image_logits kl_divergence duration_s rms_db media_sha256 label_source",
     "Rejection": "segment_id stage reason transient attempts detail",
