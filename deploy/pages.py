@@ -60,7 +60,7 @@ WRITES: dict[str, dict[str, str]] = {
         "history.json": "figures, a row an epoch",
         "?start.safetensors": "what it started from",
         "?checkpoint.pt": "state after the latest epoch",
-        "?pictures/*.parquet": "the clips' pictures",
+        "?pictures-*/*.parquet": "the middles of the clips' pictures, as large as the network takes them",
         "?previous/*": "what `--replace` replaced; in `--model` the network that it had",
     },
     "collect": {

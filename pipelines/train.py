@@ -268,7 +268,9 @@ def run(arguments: argparse.Namespace) -> int:
     training_config = replace(recipe.training, epochs=arguments.epochs or recipe.training.epochs)
     out, files = arguments.out, shards.clip_files(arguments.clips)
     extracted = shards.read_configuration(arguments.clips)
-    labels = recipe.labels or label_config(extracted["labeller"], extracted["looks"])
+    labels = label_config(extracted["labeller"], extracted["looks"])
+    if recipe.labels:
+        labels = replace(recipe.labels, joined=labels.joined)  # that is how the clips' evidence is
     config = ModelConfig(
         stft=STFT(**extracted["stft"]),
         n_bases=extracted["n_bases"],
