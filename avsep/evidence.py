@@ -12,8 +12,9 @@ _LEAST_SHARE = 1e-4
 _WITH_LABEL, _WITHOUT = 0.92, 0.02  # how likely an object sounds, with good labels
 # A first network hears too little rather than too much: labels are never believed less than this, nor their lack less.
 _LEAST_WITH_LABEL, _MOST_WITHOUT = 0.8, 0.3
-_MISSED, _MOST_MISSED = 0.05, 0.3  # how far an object without a label explains a basis, beside one with it
+_MISSED, _MOST_MISSED = 0.05, 0.15  # how far an object without a label explains a basis, beside one with it
 _DRAWN = 20  # clips: an object of fewer labels is judged by the others, too
+_FEW = 100  # clips, of which a first network has learned too little to judge their labels
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ class LabelQuality:
 def judge_labels(evidence: Evidence, shares: Tensor, labels: Tensor) -> LabelQuality:
     """Estimate how good weak labels are from what a first network hears in the clips, without any truth.
 
-    The confidences of sound and label together say how often an object sounds with and without its label. Each
-    object's figures are drawn towards those of all, the more the fewer clips have its label.
+    The confidences of sound and label together say how often an object sounds with and without its label. Figures of
+    few clips are drawn towards those of all objects, and of good labels.
 
     Args:
         shares: `(n, L)` of the sound. labels: boolean `(n, L)`.
@@ -119,7 +120,7 @@ def judge_labels(evidence: Evidence, shares: Tensor, labels: Tensor) -> LabelQua
     heard, silent = p * labels, p * ~labels
     pooled_with = float(heard.sum() / labels.sum().clamp_min(1))
     with_label = (heard.sum(0) + _DRAWN * pooled_with) / (labels.sum(0) + _DRAWN)
-    without = silent.sum(0) / (~labels).sum(0).clamp_min(1)
+    without = (silent.sum(0) + _FEW * _WITHOUT) / ((~labels).sum(0) + _FEW)
     return LabelQuality(
         tuple(with_label.clamp(_LEAST_WITH_LABEL, _WITH_LABEL).tolist()),
         tuple(without.clamp(_WITHOUT, _MOST_WITHOUT).tolist()),

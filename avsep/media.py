@@ -107,6 +107,10 @@ class DecodeLimits:
     threads: int = 1  # ffmpeg's, a decoder
 
 
+class _TooManyPixels(ClipError):
+    """Pictures above the limit: that refuses the file, where pictures that fail are done without."""
+
+
 class _OtherHeader(Exception):
     """A file isn't as was assumed."""
 
@@ -278,7 +282,8 @@ def _take_each(request: _Request, listening: Listening, sound: bool, pictures: b
         if not taken.process.returncode or not info.has_video:
             return taken, ""
     except ClipError as error:
-        if error.transient or error.reason not in (Reason.TOO_LARGE, Reason.CRASHED_DECODER):
+        refused = error.transient or isinstance(error, _TooManyPixels)
+        if refused or error.reason not in (Reason.TOO_LARGE, Reason.CRASHED_DECODER):
             raise
     taken = _take(request, listening, pictures=False)
     if not taken.header.info.has_video:
@@ -343,7 +348,7 @@ def _check(request: _Request, header: _Header, track: int, sound: bool, pictures
         raise ClipError(Reason.NO_VIDEO, "no video stream")
     limit = request.limits.max_pixels
     if pictures and (info.width or 0) * (info.height or 0) > limit:
-        raise ClipError(Reason.TOO_LARGE, f"{info.width}x{info.height}; the limit is {limit} pixels")
+        raise _TooManyPixels(Reason.TOO_LARGE, f"{info.width}x{info.height}; the limit is {limit} pixels")
     end_s, longest_s = min(request.end_s, _or_inf(info.duration_s)), request.limits.max_duration_s
     too_long = math.isfinite(end_s) and end_s - request.start_s > longest_s  # says the header; is it true?
     if too_long and reaches(request.path, request.start_s + longest_s, limits=request.remaining()):
@@ -984,6 +989,8 @@ class _FFmpeg:
         self.log = log.decode(errors="replace")
         if self._header is None and self.returncode in _NOT_RUN:
             raise OSError(f"{ffmpeg_executable()} can't be run: {self.log.strip()[-200:]}")
+        if too_many := [line for line in self._errors() if "max pixel count" in line]:
+            raise _TooManyPixels(Reason.TOO_LARGE, too_many[0])
         if any("Cannot allocate memory" in line for line in self._errors()):
             raise ClipError(Reason.TOO_LARGE, "ffmpeg needs more memory than it may have")
         if self.returncode < 0:

@@ -781,7 +781,7 @@ def run(
     `process` is what is done to a shard's segments, `recipe` what is run in place of the named one.
     """
     execution.absolute(arguments, "out", "weights", "media")
-    execution.keep_apart(arguments, "segments", "media")
+    execution.keep_apart(arguments, "segments", *([] if arguments.until else ["media"]))
     out = arguments.out
     recipe = recipe or recipes.get(arguments.recipe)
     for reason in arguments.retry_rejected or ():

@@ -234,7 +234,7 @@ def test_a_damaged_model_is_named_by_each_program_that_loads_one(run, rendered, 
             capfd.readouterr()
             assert main() == 2
             (line,) = capfd.readouterr().err.splitlines()
-            assert line.startswith(f"{program}: {model} is no model of format 2: config.json: {reason}"), line
+            assert line.startswith(f"{program}: {model} is no model of format 3: config.json: {reason}"), line
 
     (damaged / "config.json").write_text(json.dumps(config))
     weights = (damaged / "miml.safetensors").read_bytes()
@@ -313,10 +313,10 @@ def test_separate_gives_wavs_that_add_up(run, rendered, tmp_path):
     assert [o["name"] for o in report["objects"]] == ["drum", "violin"]
     assert report["objects_from"] == "given"
 
-    # again into the same folder, told nothing: no picture network here, so the sound decides
+    # again into the same folder, told nothing: the clips had no picture network, so one looks that needs no download
     assert cli.main(command) == 0
     report = json.loads((out / "separation.json").read_text())
-    assert report["objects_from"] == "sound" and "--weights" in report["note"]
+    assert report["objects_from"] == "pictures" and report["labeller"] == "efficientnet_lite2"
     assert set(wavs(out)) == {o["name"] for o in report["objects"]} | {"_rest"}
     assert (out / "relation_map.png").read_bytes().startswith(b"\x89PNG")
 
@@ -463,7 +463,7 @@ def test_separate_leaves_foreign_wavs_alone(run, rendered, tmp_path):
         (["separate", "VIDEO", "--model", "MODEL", "--out", "OUT", "--objects", "kazoo"], ["kazoo", "violin"]),
         (["separate", "VIDEO", "--model", "MODEL", "--out", "OUT", "--objects", ","], ["--objects"]),
         (["inspect", "nowhere"], ["nowhere"]),
-        (["label", "VIDEO"], ["--weights"]),
+        (["label", "VIDEO", "--weights", "nowhere.pth"], ["nowhere.pth", "no such file"]),
     ],
 )
 def test_mistakes_get_one_line_and_status_2(run, rendered, tmp_path, capfd, arguments, words):

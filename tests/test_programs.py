@@ -36,9 +36,9 @@ ROOT = Path(__file__).parent.parent
         ("collect --model nowhere --clips x", "--model nowhere doesn't exist; give the model folder"),
         ("serve --model .", "--model . holds no config.json; give the model folder that pipelines.train wrote"),
         ("audit --clips . --out x", "--clips . holds no commits; give the folder that pipelines.extract wrote"),
-        ("manifest --table '' --out x", "--table is empty; give a table, .csv or .parquet"),
+        ("manifest --table '' --out x", "--table: its value is empty: give one"),
         ("demo --out header.csv", "--out header.csv is a file; give a folder"),
-        ("extract --segments header.csv --out x", "header.csv has no column 'segment_id'"),
+        ("extract --segments header.csv --out x", "header.csv has a column 'segment'; did you mean 'segment_id'?"),
         ("extract --segments row.csv --out x", "row.csv, row 2: start_s is 'late'"),
         ("evaluate --model . --segments row.csv --references . --out x", "--model . holds no config.json"),
         ("finetune --segments row.csv --out x --weights none.pth", "--weights none.pth doesn't exist; give a .pth"),
@@ -212,7 +212,7 @@ def test_ray_s_files_go_where_its_sockets_can_be(tmp_path, monkeypatch, capfd):
     assert execution.ray_folder() == "/tmp/ray" and capfd.readouterr().out == ""
     monkeypatch.setenv("TMPDIR", "/tmp")
     assert execution.ray_folder() == "/tmp/ray" and capfd.readouterr().out == ""
-    for folder, why in (("/tmp/" + 75 * "x", "38 characters too long for Ray's sockets"), ("/proc/none", "written to")):
+    for folder, why in (("/tmp/" + 75 * "x", "characters too long for Ray's sockets"), ("/proc/none", "written to")):
         monkeypatch.setenv("TMPDIR", folder)
         assert execution.ray_folder() == "/tmp/ray"
         said = capfd.readouterr().out
