@@ -103,8 +103,7 @@ class LabelQuality:
 
     def missed(self) -> Tensor:
         """Return how far an object without its label explains a basis, beside one with it, `(L,)`."""
-        ratio = torch.tensor(self.without) / torch.tensor(self.with_label)
-        return (ratio * _MISSED * _WITH_LABEL / _WITHOUT).clamp(_MISSED, _MOST_MISSED)
+        return (torch.tensor(self.without) * _MISSED / _WITHOUT).clamp(_MISSED, _MOST_MISSED)
 
 
 def judge_labels(evidence: Evidence, shares: Tensor, labels: Tensor) -> LabelQuality:
@@ -118,7 +117,7 @@ def judge_labels(evidence: Evidence, shares: Tensor, labels: Tensor) -> LabelQua
     """
     p = fit_pictures(evidence, shares, labels).confidence(shares, labels)
     heard, silent = p * labels, p * ~labels
-    pooled_with = float(heard.sum() / labels.sum().clamp_min(1))
+    pooled_with = (float(heard.sum()) + _FEW * _WITH_LABEL) / (float(labels.sum()) + _FEW)
     with_label = (heard.sum(0) + _DRAWN * pooled_with) / (labels.sum(0) + _DRAWN)
     without = (silent.sum(0) + _FEW * _WITHOUT) / ((~labels).sum(0) + _FEW)
     return LabelQuality(

@@ -286,7 +286,7 @@ def test_a_refused_training_leaves_the_earlier_model(run, tmp_path, rendered, ca
     again = ["--clips", str(run / "clips"), "--out", str(out), "--in-process"]
     assert train.main([*again, "--epochs", "1"]) == 2
     said = capfd.readouterr().err
-    assert "holds a training of 24 epochs; --resume goes on with it" in said and "--replace makes it anew" in said
+    assert "holds a training of 12 epochs; --resume goes on with it" in said and "--replace makes it anew" in said
     assert train.main([*again, "--resume", "--replace"]) == 2
     resume = ["--clips", str(run / "clips"), "--out", str(out), "--in-process", "--resume", "--recipe", "paper"]
     assert train.main(resume) == 2
