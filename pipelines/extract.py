@@ -577,6 +577,17 @@ def open_stages(config: stages.ExtractionConfig, architecture: str | None, weigh
     return stages.DeviceStages(config, labeller, device)
 
 
+def fit_pictures(config: stages.ExtractionConfig, labeller: ImageLabeller) -> stages.ExtractionConfig:
+    """Fit the way of looking to the picture network, and for one look at the middle the pictures' size, too.
+
+    The middle is then cut out of pictures of the very size that the network takes it from.
+    """
+    looking = labeller.looking(config.looks)
+    if looking.way != "centre":
+        return config
+    return replace(config, looks="centre", image_size=round(looking.size / looking.crop))
+
+
 def load_labeller(arguments: argparse.Namespace, recipe: recipes.Recipe, needed: bool) -> ImageLabeller | None:
     """Load the picture network; without weights go on when the labels are given, else stop."""
     try:
@@ -802,7 +813,7 @@ def run(
         labeller = load_labeller(arguments, recipe, needed=any(s.labels is None for s in segments))
     config = recipe.extraction
     if labeller:
-        config = replace(config, looks=labeller.way or config.looks)
+        config = fit_pictures(config, labeller)
         say(f"pictures: {labeller.architecture}, looks: {config.looks}")
     configuration = config.as_dict(*((labeller.sha256, labeller.architecture) if labeller else (None,)))
     digest = shards.configuration_digest(configuration)
