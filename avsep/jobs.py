@@ -252,8 +252,8 @@ class JobWorker:
         timings = {"queued_s": round(job["started"] - job["queued"], 3), **done.report["timings"]}
         timings["total_s"] = round(ended - job["queued"], 3)
         model = {"recipe": separate.separator.model.config.recipe, **separate.separator.model.config.versions}
-        blind = _BLIND if done.report["note"] and len(done.pictures) else ""
-        note = "; ".join(filter(None, (done.report.pop("unlearned"), blind)))
+        blind = _BLIND if done.report["labeller"] is None and len(done.pictures) else ""
+        note = "; ".join(filter(None, (done.report.pop("unlearned"), *done.notes, blind)))
         known = learned(separate.separator.model.config)
         result = {
             **done.report,

@@ -159,6 +159,15 @@ def test_a_client_that_does_not_wait_asks_again(server, video):
     check_problem(server.client.get(result["rest"]["wav"]), 404)
 
 
+def test_what_is_odd_about_a_file_is_told(server, video, tmp_path):
+    odd = tmp_path / "odd.mkv"
+    ffmpeg = [media.ffmpeg_executable(), "-y", "-loglevel", "error", "-i", str(video)]
+    opposite = ["-af", "pan=stereo|c0=c0|c1=-1*c0", "-c:a", "flac", "-c:v", "copy", str(odd)]
+    subprocess.run([*ffmpeg, *opposite], check=True)
+    note = server.post(odd, objects="dog,violin").json()["result"]["note"]
+    assert "left and right cancel each other" in note and "picture network" not in note
+
+
 def test_an_archive_holds_everything(server, sound):
     answer = server.post(sound, {"Accept": "application/zip"}, objects="dog")
     assert (answer.status_code, answer.headers["content-type"]) == (201, "application/zip")
