@@ -24,7 +24,7 @@ from PIL import Image
 
 from avsep import fetch, media, plots, storage
 from avsep.egress import EgressIdentity
-from avsep.model import CONFIG_FILE, LABELLER_FILE, MODEL_FILES, ModelConfig
+from avsep.model import CONFIG_FILE, LABELLER_FILE, MODEL_FILES, ModelConfig, training_facts
 from avsep.objects import OBJECT_NAMES
 from avsep.records import ClipError, Reason, Segment
 from avsep.results import FINISHED, UPLOAD, NoSuchJob, ResultStore, StoreFull
@@ -446,8 +446,7 @@ def check_model(config: ServiceConfig) -> None:
 
 def trained_on(config: ModelConfig) -> dict[str, Any]:
     """Say what a model learned from, as far as it says so itself."""
-    told = ("clips", "clips_by_label", "sources", "about")
-    return {name: config.training[name] for name in told if config.training.get(name) is not None}
+    return {name: fact for name, fact in training_facts(config).items() if name != "recipe" and fact is not None}
 
 
 def learned(config: ModelConfig) -> list[str]:
