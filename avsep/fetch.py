@@ -512,22 +512,25 @@ def _encode_each(
     limits: media.DecodeLimits,
 ) -> media._FFmpeg:
     """Encode an excerpt; where that fails, find out whether sound or pictures are at fault."""
-    rest = (start_s, length_s, target, options, limits)
+    rest, begins, wave = (start_s, length_s, target, options, limits), start_s, target.with_suffix(".wav")
     try:
-        process = _encode(sound, picture, *rest)
-    except media._Changed:  # a filter graph made anew would start from zero
-        rate = sound[1].info.sample_rate or 48_000
-        end_s = start_s + length_s
-        clip = media.decode(sound[0], start_s, end_s, sample_rate=rate, pictures=False, limits=limits)
-        wave = target.with_suffix(".wav")
-        soundfile.write(wave, clip.waveform, rate, subtype="FLOAT")
-        process = _encode((wave, media._probe(wave, limits)), picture, *rest, sound_start_s=0.0)
-        wave.unlink()
-    if process.returncode and picture is not None:
-        alone = _encode(sound, None, *rest)
-        if not alone.returncode:
-            raise ClipError(Reason.UNREADABLE, f"the pictures can't be used: {_fault(picture[0], *rest[:2], limits)}")
-        process = alone
+        try:
+            process = _encode(sound, picture, *rest)
+        except media._Changed:  # a filter graph made anew would start from zero
+            rate = sound[1].info.sample_rate or 48_000
+            end_s = start_s + length_s
+            clip = media.decode(sound[0], start_s, end_s, sample_rate=rate, pictures=False, limits=limits)
+            soundfile.write(wave, clip.waveform, rate, subtype="FLOAT")
+            sound, begins = (wave, media._probe(wave, limits)), 0.0
+            process = _encode(sound, picture, *rest, sound_start_s=begins)
+        if process.returncode and picture is not None:
+            alone = _encode(sound, None, *rest, sound_start_s=begins)
+            if not alone.returncode:
+                fault = _fault(picture[0], *rest[:2], limits)
+                raise ClipError(Reason.UNREADABLE, f"the pictures can't be used: {fault}")
+            process = alone
+    finally:
+        wave.unlink(missing_ok=True)
     if process.returncode:
         raise ClipError(Reason.UNREADABLE, process.last_words() or "nothing decodes")
     return process

@@ -24,7 +24,7 @@ from PIL import Image
 
 from avsep import fetch, media, plots, storage
 from avsep.egress import EgressIdentity
-from avsep.model import CONFIG_FILE, LABELLER_FILE, MODEL_FILES, ModelConfig
+from avsep.model import CONFIG_FILE, LABELLER_FILE, MODEL_FILES, ModelConfig, training_facts
 from avsep.objects import OBJECT_NAMES
 from avsep.records import ClipError, Reason, Segment
 from avsep.results import FINISHED, UPLOAD, NoSuchJob, ResultStore, StoreFull
@@ -252,8 +252,8 @@ class JobWorker:
         timings = {"queued_s": round(job["started"] - job["queued"], 3), **done.report["timings"]}
         timings["total_s"] = round(ended - job["queued"], 3)
         model = {"recipe": separate.separator.model.config.recipe, **separate.separator.model.config.versions}
-        blind = _BLIND if done.report["note"] and len(done.pictures) else ""
-        note = "; ".join(filter(None, (done.report.pop("unlearned"), blind)))
+        blind = _BLIND if done.report["labeller"] is None and len(done.pictures) else ""
+        note = "; ".join(filter(None, (done.report.pop("unlearned"), *done.notes, blind)))
         known = learned(separate.separator.model.config)
         result = {
             **done.report,
@@ -446,8 +446,7 @@ def check_model(config: ServiceConfig) -> None:
 
 def trained_on(config: ModelConfig) -> dict[str, Any]:
     """Say what a model learned from, as far as it says so itself."""
-    told = ("clips", "clips_by_label", "sources", "about")
-    return {name: config.training[name] for name in told if config.training.get(name) is not None}
+    return {name: fact for name, fact in training_facts(config).items() if name != "recipe" and fact is not None}
 
 
 def learned(config: ModelConfig) -> list[str]:

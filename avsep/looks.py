@@ -77,13 +77,15 @@ def boxes(way: str, n_images: int, height: int, width: int, crop: float = CENTRE
     strongest takes the softmax. Objects stay for seconds, so the tiles are dealt out over the pictures. Raises
     ValueError for an unknown way.
     """
+    if way not in WAYS:
+        raise ValueError(f"unknown way of looking {way!r}; the ways are {', '.join(WAYS)}")
+    if not n_images:  # and no height nor width either
+        return []
     if way == "centre":
         side = crop * min(height, width)
         return [[((1 - side / width) / 2, (1 - side / height) / 2, side / width, side / height)]] * n_images
-    if way != "tiles":
-        raise ValueError(f"unknown way of looking {way!r}; the ways are {', '.join(WAYS)}")
     tiles = _TILES if width >= height else tuple((y, x, h, w) for x, y, w, h in _TILES)
-    each = max(_TILES_A_PICTURE, -(-len(tiles) // max(1, n_images)))  # few pictures have them all
+    each = max(_TILES_A_PICTURE, -(-len(tiles) // n_images))  # few pictures have them all
     return [[tiles[k % len(tiles)] for k in range(i * each, (i + 1) * each)] for i in range(n_images)]
 
 

@@ -334,7 +334,8 @@ class Separator:
         """Read a file's sound, or a URI's, `(S,)`."""
         rate = self.stft.sample_rate
         with storage.local_file(file) as path:
-            return np.concatenate(list(media.iter_audio(path, sample_rate=rate, block=1 << 20)))
+            listening, _ = media.listen(path)
+            return np.concatenate(list(media.iter_audio(path, sample_rate=rate, block=1 << 20, listening=listening)))
 
     def plan(
         self,

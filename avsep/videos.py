@@ -61,7 +61,8 @@ class FileSeparation:
 
     report: dict[str, Any]  # for `separation.json`
     plan: Plan
-    pictures: NDArray[np.uint8]  # (n, size, size, 3)
+    pictures: NDArray[np.uint8]  # (n, height, width, 3)
+    notes: tuple[str, ...] = ()  # on the file itself
 
 
 @dataclass
@@ -208,7 +209,7 @@ class VideoSeparator:
             "bases": separator.config.bases,
             "timings": {name: round(seconds, 3) for name, seconds in timings.items()},
         }
-        return FileSeparation(report, plan, source.pictures)
+        return FileSeparation(report, plan, source.pictures, tuple(source.notes))
 
     def _picture_scores(
         self, pictures: NDArray[np.uint8], step: Step, others: _Elsewhere | None

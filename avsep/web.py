@@ -46,7 +46,7 @@ from avsep.answers import (
     SeparatedObject,
 )
 from avsep.jobs import TRACKS, ServiceConfig, as_failure
-from avsep.objects import OBJECT_NAMES, OBJECTS
+from avsep.objects import OBJECTS, find
 from avsep.results import UPLOAD, NoSuchJob, StoreFull
 from avsep.separation import REST
 from avsep.uploads import BadUpload, Uploads, client_of, receive_multipart
@@ -60,6 +60,7 @@ _MAX_WAIT_S = 60.0
 _FILE_CHUNK = 1 << 18
 _VORBIS_BLOCK = 4096  # libvorbis puts what it is given on the stack
 _PROBES = 4  # files whose headers are read together
+_LONGEST_NAME = 40  # of an object
 _USUAL_OBJECTS = 2  # of a file, where a client names none; room for more is kept once they are found
 VERSION = importlib.metadata.version("avsep")
 _JSON = "application/json"
@@ -396,10 +397,10 @@ def parse_options(fields: dict[str, list[str]], service: Service, has_file: bool
         options["url"] = url
     if "objects" in fields:
         names = [n.strip() for value in fields["objects"] for n in value.split(",")]
-        options["objects"] = list(dict.fromkeys(n for n in names if n))
-        for name in options["objects"]:
-            if name not in OBJECT_NAMES:
-                raise Problem(422, f"unknown object {name[:40]!r}; the objects are {', '.join(OBJECT_NAMES)}")
+        try:
+            options["objects"] = list(dict.fromkeys(find(n[:_LONGEST_NAME]) for n in names if n))
+        except ValueError as error:
+            raise Problem(422, str(error)) from None
         if not options["objects"]:
             raise Problem(422, "'objects' names none; leave it out to have them found")
     bases = fields.get("bases", [""])[0]

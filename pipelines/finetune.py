@@ -231,7 +231,7 @@ def decide(
 def run(arguments: argparse.Namespace) -> int:
     """Fine-tune, write the network, and say what it brought."""
     execution.absolute(arguments, "out", "clips", "model", "weights", "media")
-    writes = (LABELLER_FILE, _CHECKPOINT, _START, "history.json", "pictures")
+    writes = (LABELLER_FILE, _CHECKPOINT, _START, _HISTORY, "pictures-*")
     execution.keep_apart(arguments, "segments", "clips", "model", "weights", "media", writes=writes)
     if arguments.epochs < 1:
         fail(f"--epochs {arguments.epochs}: at least one epoch is needed")
@@ -367,7 +367,7 @@ def report(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    return execution.run(run, parser(), argv, "the same command begins anew, but the pictures are kept")
+    return execution.run(run, parser(), argv, "the same command with --replace begins anew, but the pictures are kept")
 
 
 if __name__ == "__main__":

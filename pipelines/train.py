@@ -300,7 +300,8 @@ def run(arguments: argparse.Namespace) -> int:
         counts = list(pool.map(lambda file: bags.count_clips(file, config.labels), files))
     by_split = Counter({split: sum(c[split] for c, _ in counts) for split in SPLITS})
     n_train, n_val = by_split["train"], by_split["val"]
-    if n_train < 1:
+    clips_by_label = {name: n for name in OBJECT_NAMES if (n := sum(c[name] for _, c in counts))}
+    if not clips_by_label:  # clips that show nothing teach no object
         fail(
             f"{arguments.clips} has no clip of split train with labels: give them in the table, or give "
             "pipelines.extract the --weights of a picture network, and extract to another folder"
@@ -316,7 +317,7 @@ def run(arguments: argparse.Namespace) -> int:
         "config": config,
         "training": training_config,
         "counts": [c["train"] for c, _ in counts],
-        "clips_by_label": {name: n for name in OBJECT_NAMES if (n := sum(c[name] for _, c in counts))},
+        "clips_by_label": clips_by_label,
         "n_bytes": n_train * config.n_bases * config.stft.n_bins * 2,
         "threads": min(2, os.cpu_count() or 1),
         "settings": settings,

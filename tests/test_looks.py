@@ -37,6 +37,14 @@ def test_tiles_of_a_high_picture_are_those_of_a_wide_one_mirrored() -> None:
     assert [[(y, x, h, w) for x, y, w, h in picture] for picture in wide] == high
 
 
+@pytest.mark.parametrize("way", looks.WAYS)
+def test_a_clip_without_pictures_has_no_looks(way: str) -> None:
+    """As decoding gives it, it has neither height nor width."""
+    views = Looking(way, 64)(np.zeros((0, 0, 0, 3), np.uint8))
+    assert views.crops.shape == (0, 64, 64, 3) and views.owners == () and views.n_images == 0
+    assert views.evidence(np.zeros((0, 1000), np.float32)).shape == (0, 1000)
+
+
 def test_an_unknown_way_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown way of looking 'corners'; the ways are centre, tiles"):
         boxes("corners", 1, 320, 320)

@@ -294,6 +294,14 @@ def test_a_refused_training_leaves_the_earlier_model(run, tmp_path, rendered, ca
     assert sorted(p.relative_to(out) for p in out.rglob("*") if p.is_file()) == before
 
 
+def test_clips_that_show_nothing_teach_nothing(rendered, tmp_path, capfd):
+    clip = {"segment_id": "t", "source": str(next((rendered / "clips").iterdir())), "split": "train", "labels": "none"}
+    clips = str(tmp_path / "clips")
+    assert extract.main(["--segments", table_of(tmp_path, [clip]), "--out", clips, "--in-process"]) == 0
+    assert train.main(["--clips", clips, "--out", str(tmp_path / "run"), "--in-process"]) == 2
+    assert "has no clip of split train with labels" in capfd.readouterr().err and not (tmp_path / "run").exists()
+
+
 def wavs(folder: Path) -> dict[str, np.ndarray]:
     return {p.stem: soundfile.read(p, dtype="float32")[0] for p in folder.glob("*.wav")}
 

@@ -515,6 +515,9 @@ def test_a_file_s_sound_is_separated_as_its_samples_are(tmp_path: Path) -> None:
         assert torch.allclose(separator(file, ["dog"]).estimates, expected.estimates, atol=1e-5)
     with pytest.raises(ClipError, match="missing"):
         separator(tmp_path / "nosuch.wav")
+    soundfile.write(tmp_path / "opposite.wav", np.stack([sound, -sound], 1), RATE, subtype="FLOAT")
+    heard = separator(tmp_path / "opposite.wav")  # half the difference of channels that cancel each other
+    assert torch.allclose(heard.estimates.sum(0) + heard.rest, torch.as_tensor(sound, dtype=torch.float32), atol=1e-4)
 
 
 def test_only_a_file_needs_ffmpeg() -> None:

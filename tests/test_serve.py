@@ -159,6 +159,17 @@ def test_a_client_that_does_not_wait_asks_again(server, video):
     check_problem(server.client.get(result["rest"]["wav"]), 404)
 
 
+def test_what_is_odd_about_a_file_is_told(server, video, tmp_path):
+    odd = tmp_path / "odd.mkv"
+    ffmpeg = [media.ffmpeg_executable(), "-y", "-loglevel", "error", "-i", str(video)]
+    opposite = ["-af", "pan=stereo|c0=c0|c1=-1*c0", "-c:a", "flac", "-c:v", "copy", str(odd)]
+    subprocess.run([*ffmpeg, *opposite], check=True)
+    result = server.post(odd, objects="Dogs, Fiddle").json()["result"]
+    assert [o["name"] for o in result["objects"]] == ["dog", "violin"]
+    note = result["note"]
+    assert "left and right cancel each other" in note and "picture network" not in note
+
+
 def test_an_archive_holds_everything(server, sound):
     answer = server.post(sound, {"Accept": "application/zip"}, objects="dog")
     assert (answer.status_code, answer.headers["content-type"]) == (201, "application/zip")
@@ -290,6 +301,7 @@ def test_examples_are_files_that_the_service_takes(tmp_path, model):
     ("fields", "status", "word"),
     [
         ({"objects": "kazoo"}, 422, "kazoo"),
+        ({"objects": "violine"}, 422, "did you mean violin?"),
         ({"objects": ", ,"}, 422, "objects"),
         ({"bases": "mine"}, 422, "mine"),
         ({"bases": "both"}, 422, "bases"),

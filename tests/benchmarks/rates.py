@@ -41,13 +41,13 @@ def sides(folder: Path, weights: str) -> dict[str, Callable[[], Any]]:
         training.train_epoch(network, clips.batches(_BATCH, 0), optimiser, recipe.training, 0)
 
     def read() -> None:
-        bags.bags_from_file(files[0], recipe.labels, "train")
+        bags.bags_from_file(files[0], labels, "train")
 
     def collect() -> None:
         for record in clips_from_table(shards.read_table(files[0])):
-            labels = bags.decide_labels(record.labels, None, recipe.labels)
-            if labels is not None:
-                candidate_bases(network.eval(), record, labels)
+            marks = bags.decide_labels(record.labels, None, labels)
+            if marks is not None:
+                candidate_bases(network.eval(), record, marks)
 
     stages = extraction.stage_sides(str(folder / "media" / "pictures.csv"), "resnet152", weights)
     return {**stages, "train": train, "read": read, "collect": collect}
