@@ -68,7 +68,8 @@ _CHUNK_BYTES = _PIPE_BYTES = 1 << 18
 _WIDEST = 3  # times the short side: of pictures wider or higher than that the middle is kept
 _PPM, _PPM_HEADER_BYTES = re.compile(rb"P6\n(\d+) (\d+)\n255\n"), 32
 _MAPPING = re.compile(rb"^\[info\] Stream mapping:", re.MULTILINE)  # follows the description of the input
-_NOT_RUN = (126, 127)  # setpriv's statuses when it can't run a program
+_NOT_RUN = (126, 127)  # setpriv's statuses when it can't run a program, and the loader's when it can't map one
+_NO_ROOM = re.compile(r"cannot allocate memory|failed to map segment", re.IGNORECASE)  # what they say of memory
 _NOISE = re.compile(
     "Error opening (in|out)put|Conversion failed|Terminating thread|Task finished|Nothing was written"
     "|Last message repeated|Could not open encoder|Error reinitializing filters|Failed to configure (in|out)put pad"
@@ -987,7 +988,10 @@ class _FFmpeg:
         except subprocess.TimeoutExpired:
             raise timeout from None
         self.log = log.decode(errors="replace")
-        if self._header is None and self.returncode in _NOT_RUN:
+        started = self._header is not None or self.returncode not in _NOT_RUN
+        if not started and _NO_ROOM.search(self.log):  # the limit was there before ffmpeg was loaded
+            raise ClipError(Reason.TOO_LARGE, "ffmpeg needs more memory than it may have")
+        if not started:
             raise OSError(f"{ffmpeg_executable()} can't be run: {self.log.strip()[-200:]}")
         if too_many := [line for line in self._errors() if "max pixel count" in line]:
             raise _TooManyPixels(Reason.TOO_LARGE, too_many[0])

@@ -499,8 +499,9 @@ def test_limits(movie: Path) -> None:
     assert reason(movie, limits=DecodeLimits(max_pixels=64 * 48 - 1)) == Reason.TOO_LARGE
     assert len(decode(movie, limits=DecodeLimits(max_pixels=64 * 48)).images) == 10
     assert reason(movie, limits=DecodeLimits(timeout_s=0.001)) == Reason.TIMEOUT
-    with pytest.raises(ClipError):
-        decode(movie, limits=DecodeLimits(max_memory_bytes=1 << 26))
+    for bits in (13, 19, 21, 26):  # some are too few to load ffmpeg's libraries, or ffmpeg itself
+        with pytest.raises(ClipError):
+            decode(movie, limits=DecodeLimits(max_memory_bytes=1 << bits))
     assert children(os.getpid()) == []
 
 
