@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from avsep import baselines, media, metrics, stages, storage, training
+from avsep import baselines, media, metrics, stages, storage
 from avsep.objects import OBJECT_NAMES
 from avsep.records import Segment
 from avsep.separation import REST, Separation, Separator, Window
@@ -380,4 +380,4 @@ def clip_map(clips: Sequence[ClipResult]) -> float:
     scored = [c for c in clips if c.sound_scores]
     labels = torch.tensor([[n in c.objects for n in OBJECT_NAMES] for c in scored])
     scores = torch.tensor([[c.sound_scores[n] for n in OBJECT_NAMES] for c in scored])
-    return training.mean_average_precision(labels, scores) if scored else float("nan")
+    return metrics.mean_average_precision(labels, scores) if scored else float("nan")

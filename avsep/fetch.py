@@ -39,9 +39,6 @@ from avsep.egress import EgressIdentity, Lease
 from avsep.records import ClipError, Reason, Segment
 
 _FPS = 30  # of the pictures in the store
-_SLACK_S = 1.0  # streams may end this much before the site or their header says
-_LEAD_S = 1.0  # decoded before an excerpt: decoders need a run-up after a seek …
-_UNINDEXED_LEAD_S = 12.0  # … and key frames may be this far apart
 _WAIT_S = 15.0  # between questions to the budget, at most
 _REPLY_BYTES = 1 << 20
 _STALE_S = 60.0  # a younger work folder may not be locked yet
@@ -74,6 +71,20 @@ class FetchOptions:
     max_height: int = 360  # pixels
     max_bytes: int = 1 << 30  # one stream, as downloaded
     work_folder: str | None = None  # for downloads in progress; None: the system's temporary folder
+    limits: media.DecodeLimits = field(default_factory=media.DecodeLimits)  # of cutting and checking
+
+    @property
+    def cutting(self) -> CutOptions:
+        """What cutting may use of it."""
+        return CutOptions(self.max_height, self.max_bytes, self.limits)
+
+
+@dataclass(frozen=True)
+class CutOptions:
+    """How an excerpt is written."""
+
+    max_height: int = 360  # pixels
+    max_bytes: int = 1 << 30
     limits: media.DecodeLimits = field(default_factory=media.DecodeLimits)  # of cutting and checking
 
 
@@ -193,7 +204,7 @@ def download(
         received = sum(file.stat().st_size for file in files)
         target = folder / "excerpt.mkv"
         try:
-            cut(files, segment.start_s, segment.end_s, target, options, said_s=said_s, deadline=deadline)
+            cut(files, segment.start_s, segment.end_s, target, options.cutting, said_s=said_s, deadline=deadline)
         except ClipError as error:  # it may have been the transfer's fault
             again = error.reason in (Reason.EMPTY, Reason.TRUNCATED, Reason.UNREADABLE)
             raise ClipError(error.reason, error.detail, transient=error.transient or again) from None
@@ -205,7 +216,7 @@ def download(
                 with contextlib.suppress(ClipError):
                     target.unlink(missing_ok=True)
                     late = max(deadline, time.monotonic() + options.limits.timeout_s)
-                    cut(files, sibling.start_s, sibling.end_s, target, options, said_s=said_s, deadline=late)
+                    cut(files, sibling.start_s, sibling.end_s, target, options.cutting, said_s=said_s, deadline=late)
                     storage.write_bytes(other, target.read_bytes(), exclusive=True)
     return FetchResult(path, identity.name, time.monotonic() - started, received, 1)
 
@@ -215,7 +226,7 @@ def cut(
     start_s: float,
     end_s: float | None,
     target: Path,
-    options: FetchOptions = FetchOptions(),
+    options: CutOptions = CutOptions(),
     *,
     said_s: float | None = None,
     deadline: float = math.inf,
@@ -233,17 +244,17 @@ def cut(
     picture = next(((f, h) for f, h in headers if h.info.has_video), None)
     if sound is None:
         raise ClipError(Reason.NO_AUDIO, "no audio stream")
-    sound_end_s = _or_inf(sound[1].info.duration_s)  # says the header
+    sound_end_s = media._or_inf(sound[1].info.duration_s)  # says the header
     if start_s >= sound_end_s and not media.reaches(sound[0], start_s, limits=limits):
-        if said_s is not None and start_s < said_s - _SLACK_S:
+        if said_s is not None and start_s < said_s - media._SLACK_S:
             raise ClipError(Reason.TRUNCATED, f"ends at {sound_end_s:.2f} s; the site says {said_s:g} s")
         raise ClipError(Reason.PAST_END, f"starts at {start_s:g} s; the media end at {sound_end_s:g} s")
     longest_s = start_s + limits.max_duration_s
-    too_long = math.inf > min(_or_inf(end_s), sound_end_s) > longest_s
+    too_long = math.inf > min(media._or_inf(end_s), sound_end_s) > longest_s
     if too_long and media.reaches(sound[0], longest_s, limits=limits):
         raise ClipError(Reason.TOO_LONG, f"more than {limits.max_duration_s:g} s")
-    length_s = min(_or_inf(end_s), longest_s + 1) - start_s
-    if picture is not None and start_s >= _or_inf(picture[1].info.duration_s):
+    length_s = min(media._or_inf(end_s), longest_s + 1) - start_s
+    if picture is not None and start_s >= media._or_inf(picture[1].info.duration_s):
         picture = None  # it ended before
     process = _encode_each(sound, picture, start_s, length_s, target, options, limits)
 
@@ -255,15 +266,15 @@ def cut(
             raise ClipError(Reason.TRUNCATED, f"nothing decodes from {start_s:g} s on") from None
         raise
     sound_s = len(clip.waveform) / clip.sample_rate
-    stop_s, wanted_s = start_s + sound_s, _or_inf(end_s)
-    if said_s and stop_s < min(wanted_s, said_s) - _SLACK_S:
+    stop_s, wanted_s = start_s + sound_s, media._or_inf(end_s)
+    if said_s and stop_s < min(wanted_s, said_s) - media._SLACK_S:
         short = f"sound ends {sound_s:.2f} s into an excerpt of {min(wanted_s, said_s) - start_s:.2f} s"
         raise ClipError(Reason.TRUNCATED, short)
     promised_s = min(wanted_s, sound_end_s)
-    if math.isfinite(promised_s) and stop_s < promised_s - _SLACK_S:
+    if math.isfinite(promised_s) and stop_s < promised_s - media._SLACK_S:
         media._judge(sound[0], process, sound[1].tracks[0].stream, stop_s, promised_s, limits)
     if picture is not None:
-        pictures_s = min(sound_s, _or_inf(picture[1].info.duration_s) - start_s)
+        pictures_s = min(sound_s, media._or_inf(picture[1].info.duration_s) - start_s)
         if _too_few(len(clip.images), pictures_s) and picture[1].picture is not None:  # their stream may be shorter
             ends_s = media._survey(picture[0], limits).ends_s
             pictures_s = min(pictures_s, ends_s.get(picture[1].picture, 0.0) - start_s)
@@ -273,7 +284,7 @@ def cut(
 
 
 def _too_few(n_images: int, length_s: float) -> bool:
-    return not n_images or n_images < media._n_pictures(length_s) - 1 - _SLACK_S
+    return not n_images or n_images < media._n_pictures(length_s) - 1 - media._SLACK_S
 
 
 def find_media(folder: str, segments: Iterable[Segment]) -> dict[str, str]:
@@ -313,13 +324,13 @@ def within(segment: Segment, path: str) -> Segment:
     """
     if path.endswith(f"/{_key(segment.segment_id)}"):
         return replace(segment, source=path, start_s=0.0, end_s=None)
-    length_s = _or_inf(segment.end_s) - segment.start_s
+    length_s = media._or_inf(segment.end_s) - segment.start_s
     try:
         with storage.local_file(path) as file:
             duration_s = media.probe(file).duration_s
     except FileNotFoundError:
         raise ClipError(Reason.MISSING, f"{path} doesn't exist") from None
-    if duration_s is not None and duration_s <= length_s + _SLACK_S and math.isfinite(length_s):
+    if duration_s is not None and duration_s <= length_s + media._SLACK_S and math.isfinite(length_s):
         return replace(segment, source=path, start_s=0.0, end_s=length_s)
     stem = os.path.splitext(storage.name(path))[0]
     video = segment.source.removeprefix("youtube:")
@@ -470,10 +481,6 @@ def _left(deadline: float, timeout_s: float) -> float:
     return left_s
 
 
-def _or_inf(seconds: float | None) -> float:
-    return math.inf if seconds is None else seconds
-
-
 def _need_yt_dlp() -> None:
     if importlib.util.find_spec("yt_dlp") is None:
         raise ModuleNotFoundError("fetching needs yt-dlp: pip install 'yt-dlp[default,deno]'")
@@ -508,7 +515,7 @@ def _encode_each(
     start_s: float,
     length_s: float,
     target: Path,
-    options: FetchOptions,
+    options: CutOptions,
     limits: media.DecodeLimits,
 ) -> media._FFmpeg:
     """Encode an excerpt; where that fails, find out whether sound or pictures are at fault."""
@@ -551,13 +558,13 @@ def _encode(
     start_s: float,
     length_s: float,
     target: Path,
-    options: FetchOptions,
+    options: CutOptions,
     limits: media.DecodeLimits,
     *,
     sound_start_s: float | None = None,
 ) -> media._FFmpeg:
     def opened(file: Path, header: media._Header, start_s: float) -> tuple[Any, float]:
-        seek_s = max(0.0, start_s - (_LEAD_S if header.indexed else _UNINDEXED_LEAD_S))
+        seek_s = max(0.0, start_s - (media._LEAD_S if header.indexed else media._UNINDEXED_LEAD_S))
         seek: dict[str, Any] = {"ss": f"{seek_s:.6f}", "noaccurate_seek": None} if seek_s else {}
         if header.info.has_video:
             seek |= {"max_pixels:v": limits.max_pixels, "reinit_filter:v": 0}

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from avsep import parallel, shards, storage, training
+from avsep.metrics import mean_average_precision
 from avsep.miml import basis_posteriors, energy_shares, partial_label_loss
 from avsep.model import LabelConfig, Model
 from avsep.objects import N_IMAGENET_CLASSES, OBJECTS, object_scores, weak_labels
@@ -262,6 +263,6 @@ def agreement(
     chosen = weak_labels(found, threshold, best_threshold)
     both, either = (chosen & labels).sum(1), (chosen | labels).sum(1)
     return {
-        "map": training.mean_average_precision(labels, found),
+        "map": mean_average_precision(labels, found),
         "agreement": float(torch.where(either > 0, both / either.clamp_min(1), 1.0).mean()),
     }

@@ -171,3 +171,14 @@ def _pair(reference: ArrayLike, estimate: ArrayLike) -> tuple[NDArray[np.float64
 def _mark_silence(value: NDArray, r: NDArray, e: NDArray) -> NDArray[np.float64]:
     value = np.where((e**2).mean(-1) > _SILENCE, value, -np.inf)
     return np.where((r**2).mean(-1) > _SILENCE, value, np.nan)
+
+
+def mean_average_precision(labels: ArrayLike, scores: ArrayLike) -> float:
+    """Return the mean over objects of average precision, `(B, L)` each; objects always or never there don't count."""
+    from sklearn.metrics import average_precision_score
+
+    there, scores = np.asarray(labels, bool), np.asarray(scores)
+    usable = there.any(0) & ~there.all(0)
+    if not usable.any():
+        return math.nan
+    return float(average_precision_score(there[:, usable], scores[:, usable], average="macro"))

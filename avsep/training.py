@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from avsep import parallel
 from avsep.evidence import LabelQuality
+from avsep.metrics import mean_average_precision
 from avsep.miml import MIML, basis_posteriors, energy_shares, multilabel_margin, partial_label_loss, target_loss
 
 
@@ -266,14 +266,6 @@ def object_shares(model: MIML, bags: Bags, batch_size: int = 64) -> Tensor:
         relation = model.relation(part.bases.float(), part.valid, part.statistics)
         shares.append(energy_shares(basis_posteriors(relation), part.basis_energy))
     return torch.cat(shares)
-
-
-def mean_average_precision(labels: Tensor, scores: Tensor) -> float:
-    """Return the mean over objects of average precision, `(B, L)` each; objects always or never there don't count."""
-    usable = labels.any(0) & ~labels.all(0)
-    if not usable.any():
-        return math.nan
-    return float(average_precision_score(labels[:, usable].numpy(), scores[:, usable].numpy(), average="macro"))
 
 
 def optimiser_for(model: MIML, config: TrainingConfig) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LRScheduler]:

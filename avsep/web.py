@@ -251,7 +251,12 @@ class Service:
                 upload = self.store.path(job_id) / UPLOAD
                 kind = request.headers.get("content-type", "")
                 fields = await receive_multipart(body, kind, upload, self.config.max_upload_bytes)
-                options = parse_options(fields, self, upload.exists())
+                options = parse_options(
+                    fields,
+                    has_file=upload.exists(),
+                    urls=self.config.allow_urls,
+                    dictionary=self.card()["dictionary"],
+                )
                 await self._reserve(job_id, options)
                 self.store.update(job_id, status="queued", options=options, queued=time.time())
             except BaseException:
@@ -377,7 +382,7 @@ def describe(job: dict[str, Any], ttl_s: float) -> Job:
     )
 
 
-def parse_options(fields: dict[str, list[str]], service: Service, has_file: bool) -> dict[str, Any]:
+def parse_options(fields: dict[str, list[str]], *, has_file: bool, urls: bool, dictionary: bool) -> dict[str, Any]:
     """Check a request's fields; Problem says what is wrong with them."""
     known = {"url", "objects", "bases"}
     for name, values in fields.items():
@@ -390,7 +395,7 @@ def parse_options(fields: dict[str, list[str]], service: Service, has_file: bool
     if has_file == bool(url):
         raise Problem(422, "send either a 'file' or a 'url'" if url else "send a video or sound as the field 'file'")
     if url:
-        if not service.config.allow_urls:
+        if not urls:
             raise Problem(403, "this service takes files only, no URLs")
         if not url.startswith(("http://", "https://", "youtube:")):
             raise Problem(422, "a 'url' is http://…, https://… or youtube:ID")
@@ -407,7 +412,7 @@ def parse_options(fields: dict[str, list[str]], service: Service, has_file: bool
     if bases:
         if bases not in ("own", "learned", "both"):
             raise Problem(422, f"'bases' is {bases[:40]!r}; it is own, learned or both")
-        if bases != "own" and not service.card()["dictionary"]:
+        if bases != "own" and not dictionary:
             raise Problem(422, "this model has learned no bases; leave 'bases' out")
         options["bases"] = bases
     return options

@@ -112,7 +112,7 @@ class Report:
     bad: list[tuple[int, int, BadLine]] = field(default_factory=list)  # file, block, line in it
 
 
-Reader = Callable[[Block], Iterator[pa.Table | TaggedOutput]]
+Reader = Callable[[Block], Iterator[pa.Table | Report]]
 
 
 def read_lines(block: Block) -> bytes:
@@ -130,7 +130,7 @@ def read_lines(block: Block) -> bytes:
     return b"".join(pieces)
 
 
-def read_audioset(block: Block, masks: dict[str, int]) -> Iterator[pa.Table | TaggedOutput]:
+def read_audioset(block: Block, masks: dict[str, int]) -> Iterator[pa.Table | Report]:
     """Read the segments of a block of AudioSet's CSV, and report."""
     lines = tables.plain_lines(read_lines(block), first=block.index == 0)
     rows, bad, n_lines = audioset.parse_rows(lines)
@@ -145,7 +145,7 @@ def is_eval(uri: str) -> bool:
     return "eval" in storage.name(uri).lower()
 
 
-def read_table(block: Block, layout: tables.Layout, groups: Sequence[int] | None) -> Iterator[pa.Table | TaggedOutput]:
+def read_table(block: Block, layout: tables.Layout, groups: Sequence[int] | None) -> Iterator[pa.Table | Report]:
     """Read the segments of a user's table, or of some row groups of a Parquet one, and report."""
     parts: list[pa.Table] = []
     batch: list[tuple[Segment, int, str]] = []
@@ -181,10 +181,10 @@ def read_table(block: Block, layout: tables.Layout, groups: Sequence[int] | None
 
 def _results(
     block: Block, tables: list[pa.Table], bad: list[BadLine], n_lines: int, counts: Counts
-) -> Iterator[pa.Table | TaggedOutput]:
+) -> Iterator[pa.Table | Report]:
     counts["dead_letters",] = len(bad)
     where = (block.file, block.index)
-    yield TaggedOutput("reports", Report(counts, {where: n_lines}, [(*where, line) for line in bad]))
+    yield Report(counts, {where: n_lines}, [(*where, line) for line in bad])
     for table in tables:
         if len(table):
             for column, value in zip(("file", "block"), where, strict=True):
@@ -277,6 +277,12 @@ def write_statistics(counts: Counts, path: str) -> None:
     storage.write_text(path, json.dumps(audioset.summarize(counts), indent=1) + "\n")
 
 
+def tagged(block: Block, read: Reader) -> Iterator[pa.Table | TaggedOutput]:
+    """Read a block; what it reports goes a way of its own."""
+    for found in read(block):
+        yield TaggedOutput("reports", found) if isinstance(found, Report) else found
+
+
 def build(
     pipeline: beam.Pipeline,
     blocks: list[Block],
@@ -293,7 +299,7 @@ def build(
         pipeline
         | "blocks" >> beam.Create(blocks)
         | "spread" >> beam.Reshuffle()
-        | "parse" >> beam.FlatMap(read).with_outputs("reports", main="segments")
+        | "parse" >> beam.FlatMap(tagged, read).with_outputs("reports", main="segments")
     )
     bounds = AsSingleton(
         parsed.segments
@@ -356,8 +362,10 @@ def line_blocks(uris: Sequence[str], block_bytes: int = BLOCK_BYTES) -> list[Blo
     return blocks
 
 
-def plan_audioset(uris: Sequence[str], ontology: str | None, own_node_only: bool) -> tuple[list[Block], Reader]:
-    """Check AudioSet's files → blocks and the function that reads one. Raises ValueError or OSError."""
+def plan_audioset(
+    uris: Sequence[str], ontology: str | None, own_node_only: bool
+) -> tuple[list[Block], Reader, list[str]]:
+    """Check AudioSet's files → blocks, the function that reads one, and what to note. Raises ValueError or OSError."""
     nodes: Any = []
     _check_exist([*uris, *([ontology] if ontology else [])])
     if ontology:
@@ -370,8 +378,9 @@ def plan_audioset(uris: Sequence[str], ontology: str | None, own_node_only: bool
     except ValueError as error:
         raise ValueError(f"{ontology} is not AudioSet's ontology: {error}; give its ontology.json") from None
     missing = [o.name for o in OBJECTS if o.mid not in {node["id"] for node in nodes}]
+    notes = []
     if missing and not own_node_only:
-        say(f"the ontology lacks {', '.join(missing)}: these are known by their own tag alone")
+        notes.append(f"the ontology lacks {', '.join(missing)}: these are known by their own tag alone")
     blocks = line_blocks(uris)
     for block in blocks:
         if block.index == 0:
@@ -385,27 +394,26 @@ def plan_audioset(uris: Sequence[str], ontology: str | None, own_node_only: bool
                     f"{block.uri} is none of AudioSet's CSV files: line {bad[0].line}: {bad[0].reason}; "
                     "a table of one's own goes with --table"
                 )
-    return blocks, lambda block: read_audioset(block, masks)
+    return blocks, lambda block: read_audioset(block, masks), notes
 
 
-def plan_table(uri: str) -> tuple[list[Block], Reader]:
-    """Check a user's table → blocks and the function that reads one. Raises ValueError or OSError."""
+def plan_table(uri: str) -> tuple[list[Block], Reader, list[str]]:
+    """Check a user's table → blocks, the function that reads one, and what to note. Raises ValueError or OSError."""
     if storage.is_directory(uri):
         raise ValueError(f"{uri} is a directory; give a table, .csv or .parquet")
     _check_exist([uri])
     layout = read_layout(uri)
-    for note in layout.notes:
-        say(note)
+    notes = list(layout.notes)
     if "split" not in layout.columns:
-        say("the table has no column 'split': every segment is in split train")
+        notes.append("the table has no column 'split': every segment is in split train")
     if "segment_id" not in layout.columns:
         _check_names(layout)
     if layout.separator:  # a quoted cell may hold line breaks, so it is read from one end to the other
-        return [Block(0, 0, uri, 0, 0)], lambda block: read_table(block, layout, None)
+        return [Block(0, 0, uri, 0, 0)], lambda block: read_table(block, layout, None), notes
     with storage.open_input(uri) as f:
         n_groups = pq.ParquetFile(f).num_row_groups
     groups = [Block(0, i, uri, i, i + 1) for i in range(n_groups)] or [Block(0, 0, uri, 0, 0)]
-    return groups, lambda block: read_table(block, layout, range(block.start, block.stop))
+    return groups, lambda block: read_table(block, layout, range(block.start, block.stop)), notes
 
 
 def _check_names(layout: tables.Layout) -> None:
@@ -452,18 +460,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.ontology or args.own_node_only:
                 raise ValueError("--ontology and --own-node-only go with --audioset, not with --table")
             uris = [storage.resolve(args.table, ".")]
-            blocks, read = plan_table(uris[0])
+            blocks, read, notes = plan_table(uris[0])
         else:
             if not args.ontology and not args.own_node_only:
                 raise ValueError("--audioset needs --ontology ontology.json (or --own-node-only to do without)")
             uris = list(dict.fromkeys(storage.resolve(uri, ".") for uri in args.audioset))
             ontology = storage.resolve(args.ontology, ".") if args.ontology else None
-            blocks, read = plan_audioset(uris, ontology, args.own_node_only)
+            blocks, read, notes = plan_audioset(uris, ontology, args.own_node_only)
         pipeline = beam.Pipeline(options=options)
         staging = storage.join(out, STAGING)
         storage.make_directory(out)
         storage.delete_folder(staging)
         storage.make_directory(staging)
+        for note in notes:
+            say(note)
     except (ValueError, OSError, ImportError, execution.UsageError) as error:
         complain(f"manifest: {_one_line(error)}")
         return 2

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from avsep import training
 from avsep.bags import TrainingClips, count_clips, decide_labels, load_bags
+from avsep.metrics import mean_average_precision
 from avsep.miml import MIML, partial_label_loss
 from avsep.model import LabelConfig
 from avsep.objects import multi_hot, object_index
@@ -25,7 +26,6 @@ from avsep.training import (
     TrainingConfig,
     assignment,
     batch_size_for,
-    mean_average_precision,
     optimiser_for,
     shuffled_batches,
     train_epoch,
