@@ -11,10 +11,9 @@ import io
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,17 +22,16 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from avsep import fetch, shards, storage
-from avsep.audioset import Counts, by_object, by_split, under
+from avsep import shards, storage
+from avsep.audioset import Counts
+from avsep.duplicates import BANDS, FRAMES, Pair, fingerprint, frame_s
 from avsep.model import LabelConfig, label_config
 from avsep.objects import OBJECT_NAMES
 from avsep.records import (
     REJECTION_SCHEMA,
     SCHEMA_VERSION,
-    SPLITS,
     ClipRecord,
     Rejection,
-    Segment,
     clip_schema,
     clips_from_table,
     validate,
@@ -42,16 +40,7 @@ from avsep.shards import Commit, DataFile
 
 DURATION_BINS_S = np.append(np.arange(0.0, 30.5, 0.5), math.inf)
 LEVEL_BINS_DB = np.arange(-80.0, 4.0, 2.0)
-NEAR = 0.89  # similarity from which two clips count as the same sound
-_BANDS, _FRAMES = 12, 50  # of a fingerprint
-_LOW_HZ, _HIGH_HZ = 100.0, 10_000.0
-_FRAME_S, _WINDOW_S = 0.2, 0.4
-_FLOOR = math.exp(-3)  # of the loudest band: what is below is silence
-_SHIFT = 4  # frames, at most
-_STILL = 0.05  # standard deviation over time of the log energy: below it nothing happens
-_SHORTEST_S = 3.0  # shorter clips are too alike to compare
 _EXAMPLES = 3  # ids that a finding names
-_PAIRS_A_GROUP = 1000
 
 FACTS_SCHEMA = pa.schema(
     [
@@ -61,7 +50,7 @@ FACTS_SCHEMA = pa.schema(
         ("start_s", pa.float64()),
         ("end_s", pa.float64()),
         ("media_sha256", pa.string()),
-        ("fingerprint", pa.binary(_BANDS * _FRAMES)),
+        ("fingerprint", pa.binary(BANDS * FRAMES)),
     ]
 )
 
@@ -73,18 +62,6 @@ class Finding:
     path: str  # under the extraction's folder
     kind: str  # commit, missing, hash, unreadable, schema, digest, ids, record, twice, orphan or temporary
     detail: str
-
-
-@dataclass(frozen=True, order=True)
-class Pair:
-    """Two clips of different splits that share something."""
-
-    kind: str  # exact: the same excerpt of the same bytes; near: the same sound; source: other excerpts of one source
-    one: str  # segment_id
-    one_split: str
-    other: str
-    other_split: str
-    similarity: float = 1.0
 
 
 @dataclass
@@ -404,245 +381,3 @@ def count_clip(record: ClipRecord, counts: Counts, config: LabelConfig) -> None:
 
 def _bin(value: float, edges: NDArray) -> int:
     return int(np.clip(np.searchsorted(edges, value, "right") - 1, 0, len(edges) - 2))
-
-
-# ----------------------------------------------------------------------------------- duplicates
-
-
-def frame_s(configuration: Mapping[str, Any]) -> float:
-    """Return the seconds from one STFT frame to the next; ValueError where the configuration doesn't say."""
-    try:
-        stft = configuration["stft"]
-        return stft["hop_length"] / stft["sample_rate"]
-    except (KeyError, TypeError):
-        raise ValueError("the configuration in it holds no stft") from None
-
-
-def fingerprint(record: ClipRecord, seconds_a_frame: float) -> NDArray[np.int8] | None:
-    """Draw a clip's sound coarsely: log energy in 12 bands every 0.2 s of its first 10 s, `(600,)` int8.
-
-    Neither gain nor coding nor NMF's random start change it much, since it comes from the product
-    of bases and activations and is measured against its own loudest band, then against its means.
-    None for clips under 3 s, and for those in which nothing happens: they are alike without being the same.
-    """
-    if record.duration_s < _SHORTEST_S or seconds_a_frame > _FRAME_S:
-        return None
-    W, H = record.bases.astype(np.float32), record.activations.astype(np.float32)
-    energy = _band_sums(W) @ H  # (bands, N)
-    level = np.log(energy / max(energy.max(), 1e-30) + _FLOOR)
-    step, window = (round(s / seconds_a_frame) for s in (_FRAME_S, _WINDOW_S))
-    starts = np.arange(0, level.shape[1] - window + 1, step)[:_FRAMES]
-    sums = np.concatenate([np.zeros((_BANDS, 1)), level.cumsum(1, dtype=np.float64)], 1)
-    level = (sums[:, starts + window] - sums[:, starts]) / window
-    if np.sqrt(np.var(level, axis=1).mean()) < _STILL:
-        return None
-    level = level - (level.mean(1, keepdims=True) + level.mean()) / 2  # how it sounds counts, how it moves more
-    drawn = np.zeros((_BANDS, _FRAMES), np.float32)
-    drawn[:, : len(starts)] = level
-    return np.round(drawn * (127 / np.abs(drawn).max())).astype(np.int8).reshape(-1)
-
-
-def _band_sums(W: NDArray[np.float32], highest_hz: float = 24_000.0) -> NDArray[np.float32]:
-    edges = np.geomspace(_LOW_HZ, _HIGH_HZ, _BANDS + 1) / highest_hz * (len(W) - 1)
-    starts = np.round(edges).astype(int)
-    return np.stack([W[a : max(b, a + 1)].sum(0) for a, b in pairwise(starts)])
-
-
-def _drawings(facts: pa.Table) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-    """Return (rows that have a fingerprint, their fingerprints `(n, bands, frames)`)."""
-    column = facts.column("fingerprint").combine_chunks()
-    rows = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
-    flat = np.frombuffer(b"".join(column.take(pa.array(rows)).to_pylist()), np.int8)
-    return rows, flat.reshape(len(rows), _BANDS, _FRAMES).astype(np.float32)
-
-
-def _unit(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    flat = x.reshape(len(x), -1)
-    return flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-9)
-
-
-def _moved(x: NDArray[np.float32], shift: int) -> NDArray[np.float32]:
-    moved = np.zeros_like(x)
-    moved[:, :, max(0, shift) : _FRAMES + min(0, shift)] = x[:, :, max(0, -shift) : _FRAMES - max(0, shift)]
-    return moved
-
-
-def near_duplicates(facts: pa.Table, held_out: pa.Table) -> list[Pair]:
-    """Find the clips of `held_out` (splits val and test) that sound like a clip of another split in `facts`.
-
-    Every pair is compared, at shifts of up to 0.8 s: the similarity is the correlation of the two
-    fingerprints. A pair of two held-out clips is found from one side.
-    """
-    pairs = []
-    rows, drawings = _drawings(facts)
-    held_rows, held = _drawings(held_out)
-    if not len(rows) or not len(held_rows):
-        return []
-    a = facts.select(["segment_id", "split", "media_sha256"]).to_pydict()
-    b = held_out.select(["segment_id", "split", "media_sha256"]).to_pydict()
-    here = _unit(drawings).T
-    best = np.full((len(held), here.shape[1]), -1.0, np.float32)
-    for shift in range(-_SHIFT, _SHIFT + 1):
-        moved = _moved(held, shift)
-        np.maximum(best, _unit(moved) @ here, out=best)
-        if shift < _SHIFT:  # and by half a frame
-            np.maximum(best, _unit(moved + _moved(held, shift + 1)) @ here, out=best)
-    for i, j in np.argwhere(best >= NEAR):
-        p, q = int(held_rows[i]), int(rows[j])
-        one, other = (b["split"][p], b["segment_id"][p]), (a["split"][q], a["segment_id"][q])
-        twice = other[0] in ("val", "test") and one < other  # met again from the other side
-        if one[0] != other[0] and not twice and b["media_sha256"][p] != a["media_sha256"][q]:
-            pairs.append(Pair("near", one[1], one[0], other[1], other[0], round(float(best[i, j]), 3)))
-    return pairs
-
-
-def shared_media(what: str, facts: Sequence[Mapping[str, Any]]) -> list[Pair]:
-    """Find pairs of clips in different splits among those of equal `sha256`, or equal `source`.
-
-    `exact`: the same excerpt (media in a store are one excerpt a file); `source`: others. Of a large
-    group the first thousand pairs come back.
-    """
-    found: list[Pair] = []
-    for n, one in enumerate(facts):
-        for other in facts[:n]:
-            same_bytes = one["media_sha256"] == other["media_sha256"]
-            if one["split"] == other["split"] or (what == "source" and same_bytes):  # these come by their bytes
-                continue
-            overlap = min(_end(one), _end(other)) > max(one["start_s"], other["start_s"])
-            remote = fetch.is_remote(Segment("", one["source"]))
-            a, b = sorted((one, other), key=lambda f: -SPLITS.index(f["split"]))
-            kind = "exact" if same_bytes and (remote or overlap) else "source"
-            found.append(Pair(kind, a["segment_id"], a["split"], b["segment_id"], b["split"]))
-            if len(found) == _PAIRS_A_GROUP:
-                return found
-    return found
-
-
-def _end(fact: Mapping[str, Any]) -> float:
-    return math.inf if fact["end_s"] is None else fact["end_s"]
-
-
-# --------------------------------------------------------------------------------------- card
-
-
-def summarize(report: Report, configuration: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Arrange a whole report for the card."""
-    counts = report.counts
-
-    def histogram(name: str, edges: NDArray) -> dict[str, Any]:
-        return {
-            "edges": [float(e) if math.isfinite(e) else None for e in edges],
-            "counts": [counts[name, str(i)] for i in range(len(edges) - 1)],
-        }
-
-    agreement: dict[str, Any] = {}
-    for source in ("pictures", "given"):
-        if counts["compared", source]:
-            agreement[source] = {"clips": counts["compared", source], "objects": {}}
-            for name in OBJECT_NAMES:
-                both, label, tag = (counts["agreement", source, name, o] for o in ("both", "label", "tag"))
-                if both + label + tag:
-                    agreement[source]["objects"][name] = {
-                        "both": both,
-                        "label_only": label,
-                        "tag_only": tag,
-                        "precision": both / (both + label) if both + label else None,
-                        "recall": both / (both + tag) if both + tag else None,
-                    }
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "configuration": configuration,
-        "clips": by_split(counts, "clips"),
-        "hours": {split: round(n / 3600, 2) for split, n in by_split(counts, "seconds").items()},
-        "rejections": dict(sorted(under(counts, "rejected").items(), key=lambda kv: -kv[1])),
-        "rejections_by_stage": under(counts, "rejected_at"),
-        "label_source": under(counts, "label_source"),
-        "unlabelled": by_split(counts, "unlabelled"),
-        "labelled_none": by_split(counts, "nothing"),
-        **by_object(counts),
-        "agreement": agreement,
-        "duration_s": histogram("duration", DURATION_BINS_S),
-        "rms_db": histogram("level", LEVEL_BINS_DB),
-        "duplicates": [asdict(p) for p in sorted(report.pairs)],
-        "damage": [asdict(f) for f in sorted(report.findings)],
-    }
-
-
-def markdown(card: Mapping[str, Any], title: str) -> str:
-    """Write the card for people; plots are named as `pipelines.audit` saves them."""
-    n_clips, n_rejected = sum(card["clips"].values()), sum(card["rejections"].values())
-    hours = sum(card["hours"].values())
-    lines = [f"# {title}", "", f"{n_clips:,} clips, {hours:,.2f} hours, and {n_rejected:,} rejected segments.", ""]
-
-    def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        rows = list(rows)
-        if rows:
-            lines.extend(["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)])
-            lines.extend("| " + " | ".join(_cell(c) for c in row) + " |" for row in rows)
-            lines.append("")
-
-    lines += ["## Integrity", ""]
-    if card["damage"]:
-        lines += [f"**{len(card['damage'])} findings.**", ""]
-        table(("file", "kind", "what"), ((f"`{f['path']}`", f["kind"], f["detail"]) for f in card["damage"]))
-    else:
-        lines += ["Every commit record, hash, schema and record is as it should be.", ""]
-    lines += ["## Splits", ""]
-    table(
-        ("split", "clips", "hours", "without a label", "of these, the table says none"),
-        ((s, card["clips"][s], card["hours"][s], card["unlabelled"][s], card["labelled_none"][s]) for s in SPLITS),
-    )
-    lines += ["## Objects", "", "Clips by weak label (what training takes), and by tag (`objects`).", ""]
-    table(
-        ("object", *(f"label, {s}" for s in SPLITS), *(f"tag, {s}" for s in SPLITS)),
-        (
-            (name, *(card["labels"][name][s] for s in SPLITS), *(card["objects"][name][s] for s in SPLITS))
-            for name in OBJECT_NAMES
-            if any(card["labels"][name].values()) or any(card["objects"][name].values())
-        ),
-    )
-    lines += ["![Labels that occur together](cooccurrence.png)", ""]
-    for source, found in card["agreement"].items():
-        what = {"pictures": "the pictures' labels", "given": "the given labels"}[source]
-        lines += [f"## Agreement of {what} with the tags", "", f"Over {found['clips']:,} clips that have both.", ""]
-        table(
-            ("object", "both", "label only", "tag only", "precision", "recall"),
-            (
-                (n, o["both"], o["label_only"], o["tag_only"], o["precision"], o["recall"])
-                for n, o in found["objects"].items()
-            ),
-        )
-    lines += ["## Duplicates across splits", ""]
-    kinds = Counter(p["kind"] for p in card["duplicates"])
-    said = {
-        "exact": "the same excerpt of the same file",
-        "near": f"the same sound (similarity from {NEAR:g})",
-        "source": "other excerpts of one source",
-    }
-    lines += [f"- {text}: {kinds[kind]:,}" for kind, text in said.items()]
-    lines.append("")
-    table(
-        ("kind", "clip", "split", "clip", "split", "similarity"),
-        (
-            (p["kind"], p["one"], p["one_split"], p["other"], p["other_split"], p["similarity"])
-            for p in card["duplicates"][:100]
-        ),
-    )
-    if len(card["duplicates"]) > 100:
-        lines += [f"… and {len(card['duplicates']) - 100:,} more in card.json.", ""]
-    lines += ["## Rejections", "", *([] if card["rejections"] else ["None.", ""])]
-    total = max(1, n_clips + n_rejected)
-    table(("reason", "segments", "share"), ((r, n, f"{n / total:.1%}") for r, n in card["rejections"].items()))
-    lines += ["## Level and duration", "", "![Level and duration](distributions.png)", ""]
-    if card["configuration"]:
-        written = json.dumps(card["configuration"], indent=1, sort_keys=True)
-        lines += ["## Configuration", "", "```json", written, "```", ""]
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return f"{value:.2f}"
-    return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|")

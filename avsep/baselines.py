@@ -11,9 +11,9 @@ from scipy.ndimage import median_filter
 from sklearn.cluster import KMeans
 from torch import Tensor
 
+from avsep.factors import Factors
 from avsep.metrics import si_sdr
 from avsep.separation import ratio_masks, separate
-from avsep.stages import Factors
 from avsep.stft import STFT
 
 

@@ -25,11 +25,11 @@ from tqdm import tqdm
 
 from avsep import shards, storage
 from avsep.console import complain, lost, say
+from avsep.factors import ExtractionConfig
 from avsep.model import CONFIG_FILE, Model, describe_training, label_config, training_facts
 from avsep.objects import OBJECT_NAMES, find
 from avsep.records import ClipError, Reason
 from avsep.separation import REST
-from avsep.stages import ExtractionConfig
 from avsep.videos import SUFFIXES, FileSeparation, Step, VideoSeparator, pictures
 from avsep.vision import DEFAULT_ARCHITECTURE, NO_DOWNLOAD, ImageLabeller, LabellerUnavailable
 

@@ -19,7 +19,7 @@ class BasisContext(nn.Module):
     bases m and n relate, says how far m should follow n. Mean-field updates
     `q = a·z + phi (p − 1/(J + 1))` start from z, the relation map's log posteriors of the present
     objects and, for the rest, of everything else: noise and objects that aren't there. It learns from
-    mixtures whose sources are known (`avsep.practice`), so it works for any set of objects.
+    mixtures whose sources are known (`avsep.learning.practice`), so it works for any set of objects.
 
     Args:
         hidden: width of phi's two layers.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import safetensors.torch
@@ -13,7 +14,9 @@ from torch import Tensor
 from avsep import storage
 from avsep.miml import MIML, basis_posteriors
 from avsep.objects import OBJECT_NAMES, object_index
-from avsep.records import ClipRecord
+
+if TYPE_CHECKING:
+    from avsep.records import ClipRecord
 
 
 def select_bases(posteriors: Tensor, objects: Tensor, threshold: float = 0.5) -> Tensor:

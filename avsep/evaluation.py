@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from avsep import baselines, media, metrics, stages, storage
+from avsep import baselines, factors, media, metrics, storage
 from avsep.objects import OBJECT_NAMES
 from avsep.records import Segment
 from avsep.separation import REST, Separation, Separator, Window
@@ -149,7 +149,7 @@ def mix_pair(one: Case, other: Case) -> Case:
 
 def add_noise(case: Case) -> Case:
     """Add white noise of the clip's own power, the same for the same clip."""
-    rng = np.random.default_rng(stages.seed_of(case.segment.segment_id))
+    rng = np.random.default_rng(factors.seed_of(case.segment.segment_id))
     noise = torch.from_numpy(rng.standard_normal(len(case.mixture)).astype(np.float32))
     noise *= case.mixture.square().mean().sqrt()
     return Case(case.segment, case.mixture + noise, case.names, case.references, case.rest + noise)
@@ -238,11 +238,11 @@ def separate_case(
     }
 
 
-def _once(factorize: Callable[[Tensor, int], stages.Factors]) -> Callable[[Tensor, int], stages.Factors]:
+def _once(factorize: Callable[[Tensor, int], factors.Factors]) -> Callable[[Tensor, int], factors.Factors]:
     """Keep the factors of windows, which several separators ask for."""
-    kept: dict[tuple[int, bytes], stages.Factors] = {}
+    kept: dict[tuple[int, bytes], factors.Factors] = {}
 
-    def factorize_once(waveform: Tensor, seed: int) -> stages.Factors:
+    def factorize_once(waveform: Tensor, seed: int) -> factors.Factors:
         key = seed, hashlib.sha256(waveform.numpy().tobytes()).digest()
         if key not in kept:
             kept[key] = factorize(waveform, seed)

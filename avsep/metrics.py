@@ -180,5 +180,5 @@ def mean_average_precision(labels: ArrayLike, scores: ArrayLike) -> float:
     there, scores = np.asarray(labels, bool), np.asarray(scores)
     usable = there.any(0) & ~there.all(0)
     if not usable.any():
-        return math.nan
+        return float("nan")
     return float(average_precision_score(there[:, usable], scores[:, usable], average="macro"))

@@ -13,14 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from avsep import media, nmf, storage
+from avsep import nmf, storage
 from avsep.context import pair_features
+from avsep.factors import ExtractionConfig, Factors, factorize
 from avsep.familiarity import deserved, familiarity
-from avsep.media import LOUDEST
+from avsep.limits import LOUDEST
 from avsep.miml import basis_posteriors, energy_shares
 from avsep.model import Model, SeparationConfig
 from avsep.objects import find, object_index
-from avsep.stages import ExtractionConfig, Factors, factorize
 from avsep.stft import STFT
 
 REST = "_rest"
@@ -332,6 +332,8 @@ class Separator:
 
     def _read(self, file: str) -> NDArray[np.float32]:
         """Read a file's sound, or a URI's, `(S,)`."""
+        from avsep import media  # nobody needs it who has waveforms
+
         rate = self.stft.sample_rate
         with storage.local_file(file) as path:
             listening, _ = media.listen(path)

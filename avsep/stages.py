@@ -7,54 +7,19 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from avsep import looks, media, nmf, storage
-from avsep.objects import IMAGENET_CLASSES
+from avsep import looks, media, storage
+from avsep.factors import CLIPS_IN_FLIGHT, ExtractionConfig, Factorize, Factors, factorize, factorize_clips, seed_of
 from avsep.records import Clip, ClipError, ClipRecord, Reason, Rejection, Segment
-from avsep.stft import STFT
 
 _SILENCE_DB = -80.0  # RMS below this, full scale = 0, is no sound
-_CLIPS_IN_FLIGHT = 4  # decoded clips that wait for their logits; also a labeller's batch
 
 Locate = Callable[[Segment], Segment]  # where a segment's media are: the same excerpt of another source
-Factorize = Callable[[Sequence[NDArray[np.float32]], Sequence[int]], Future]  # waveforms, seeds → future Factors
-
-
-@dataclass(frozen=True)
-class ExtractionConfig:
-    """Everything that decides a clip's record."""
-
-    stft: STFT = field(default_factory=STFT)
-    n_bases: int = 25  # M
-    n_iter: int = 200
-    image_size: int = 320  # pixels, the pictures' short side
-    looks: str = "tiles"  # where the picture network looks: a way of avsep.looks
-    limits: media.DecodeLimits = field(default_factory=media.DecodeLimits)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(F, M) of a record's bases."""
-        return self.stft.n_bins, self.n_bases
-
-    def as_dict(self, labeller_sha256: str | None, labeller: str | None = None) -> dict[str, Any]:
-        """Return what is stored with the data and hashed into its digest: no limit of time in it."""
-        return {
-            "stft": asdict(self.stft),
-            "n_bases": self.n_bases,
-            "n_iter": self.n_iter,
-            "image_size": self.image_size,
-            "looks": self.looks,
-            "imagenet_classes": IMAGENET_CLASSES,
-            "labeller": labeller,
-            "labeller_sha256": labeller_sha256,
-        }
 
 
 @dataclass(frozen=True)
@@ -106,6 +71,12 @@ def _with(detail: str, clip: Clip) -> str:
     return "; ".join((detail, *clip.notes))
 
 
+def rms_db(waveform: NDArray[np.float32]) -> float:
+    """Return the RMS level in dB, full scale = 0; −inf for silence."""
+    with np.errstate(divide="ignore"):
+        return float(10 * np.log10(np.mean(np.square(waveform, dtype=np.float64))))
+
+
 def middle_picture(source: str, start_s: float, end_s: float | None) -> NDArray[np.uint8] | None:
     """Decode one picture, `(height, width, 3)`, to show beside a figure; None when there is none to be had."""
     try:
@@ -116,68 +87,6 @@ def middle_picture(source: str, start_s: float, end_s: float | None) -> NDArray[
     except (ClipError, FileNotFoundError, ValueError):
         return None
     return images[0] if len(images) else None
-
-
-def rms_db(waveform: NDArray[np.float32]) -> float:
-    """Return the RMS level in dB, full scale = 0; −inf for silence."""
-    with np.errstate(divide="ignore"):
-        return float(10 * np.log10(np.mean(np.square(waveform, dtype=np.float64))))
-
-
-def seed_of(segment_id: str) -> int:
-    """Derive a clip's NMF start from its id, alike on every machine and in every batch."""
-    return int.from_bytes(hashlib.sha256(segment_id.encode()).digest()[:4], "big")
-
-
-@dataclass
-class Factors:
-    """A clip's factorisation `V ≈ W H`."""
-
-    W: Tensor  # (F, M), maximum one a column
-    H: Tensor  # (M, N)
-    kl_divergence: float
-
-    @property
-    def basis_energy(self) -> Tensor:
-        """Each basis's share of the clip's energy, `(M,)`, summing to one."""
-        energy = (self.W**2).sum(0) * (self.H**2).sum(1)
-        return energy / energy.sum().clamp_min(1e-30)
-
-
-def factorize(waveform: NDArray[np.float32] | Tensor, seed: int, config: ExtractionConfig) -> Factors:
-    """Factorise one waveform's magnitude spectrogram."""
-    V = config.stft(torch.as_tensor(waveform)).abs()
-    W, H = nmf.factorize(V, config.n_bases, n_iter=config.n_iter, seeds=seed)
-    return Factors(W, H, float(nmf.kl_divergence(V, W, H)))
-
-
-def factorize_clips(
-    waveforms: Sequence[NDArray[np.float32]], seeds: Sequence[int], config: ExtractionConfig, device: str
-) -> list[Factors]:
-    """Factorise several waveforms on a device, those of one length together; the factors are on the CPU."""
-    if len(waveforms) > 1:
-        try:
-            return _factorize_together(waveforms, seeds, config, device)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            return [f for w, s in zip(waveforms, seeds, strict=True) for f in factorize_clips([w], [s], config, device)]
-    return _factorize_together(waveforms, seeds, config, device)
-
-
-def _factorize_together(
-    waveforms: Sequence[NDArray[np.float32]], seeds: Sequence[int], config: ExtractionConfig, device: str
-) -> list[Factors]:
-    factors: dict[int, Factors] = {}
-    by_length: dict[int, list[int]] = {}
-    for i, waveform in enumerate(waveforms):
-        by_length.setdefault(len(waveform), []).append(i)
-    for rows in by_length.values():
-        V = config.stft(torch.from_numpy(np.stack([waveforms[i] for i in rows])).to(device)).abs()
-        W, H = nmf.factorize(V, config.n_bases, n_iter=config.n_iter, seeds=[seeds[i] for i in rows])
-        divergences = nmf.kl_divergence(V, W, H)
-        for row, i in enumerate(rows):
-            factors[i] = Factors(W[row].cpu(), H[row].cpu(), float(divergences[row]))
-    return [factors[i] for i in range(len(waveforms))]
 
 
 @dataclass
@@ -296,7 +205,7 @@ def extract_records(
     rejections: list[Rejection] = []
     seconds = {"fetch": 0.0, "decode": 0.0, "factorize": 0.0, "label": 0.0}
 
-    for group in _groups(segments, _CLIPS_IN_FLIGHT):
+    for group in _groups(segments, CLIPS_IN_FLIGHT):
         decoded: list[tuple[Segment, Decoded]] = []
         for segment in group:
             found, stage = segment, "fetch"

@@ -18,11 +18,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-import fsspec
-import pyarrow as pa
-import pyarrow.fs as pafs
+if TYPE_CHECKING:  # they take a second, which nobody needs who reads local files
+    import pyarrow as pa
+    import pyarrow.fs as pafs
+
 
 AnyPath = str | os.PathLike[str]  # a local path; URIs are str
 
@@ -56,6 +57,10 @@ def filesystem(path: AnyPath) -> tuple[pafs.FileSystem, str]:
     credentials. What follows the bucket is the key as it stands. Raises ValueError for a scheme
     that nobody knows, and for credentials in a URI; PermissionError without Google's credentials.
     """
+    import fsspec
+    import pyarrow as pa
+    import pyarrow.fs as pafs
+
     path = _given(path)
     if not is_uri(path):
         return pafs.LocalFileSystem(), _utf8(os.path.abspath(path))
@@ -116,11 +121,15 @@ def _s3_settings(bucket: str) -> tuple[str | None, str | None]:
 
 @functools.lru_cache
 def _region_of(bucket: str) -> str:
+    import pyarrow.fs as pafs
+
     return str(pafs.resolve_s3_region(bucket))
 
 
 @functools.lru_cache
 def _s3(endpoint: str | None, region: str | None) -> pafs.FileSystem:
+    import pyarrow.fs as pafs
+
     return pafs.S3FileSystem(
         endpoint_override=endpoint,
         region=region,
@@ -137,6 +146,8 @@ def _gs_emulator() -> str | None:
 
 @functools.lru_cache
 def _gs(emulator: str | None) -> pafs.FileSystem:
+    import pyarrow.fs as pafs
+
     patience = datetime.timedelta(seconds=GS_PATIENCE_S)
     if emulator:  # which pyarrow would ask with credentials
         scheme, _, host = emulator.rstrip("/").rpartition("://")
@@ -175,6 +186,8 @@ def _check_google_credentials() -> None:
 @contextlib.contextmanager
 def _opened(path: AnyPath) -> Iterator[tuple[pafs.FileSystem, str]]:
     """Give the file system of a path; an object store's errors then name path, cause and remedy."""
+    import pyarrow as pa
+
     fs, inner = filesystem(path)
     try:
         yield fs, inner
@@ -266,6 +279,8 @@ def info(path: AnyPath) -> pafs.FileInfo:
 
 def infos(path: AnyPath, *, recursive: bool = False) -> list[pafs.FileInfo]:
     """Return what `info` does of all that is in a directory; [] when there is none."""
+    import pyarrow.fs as pafs
+
     with _opened(path) as (fs, inner):
         found: list[pafs.FileInfo] = fs.get_file_info(
             pafs.FileSelector(inner, recursive=recursive, allow_not_found=True)
@@ -275,11 +290,15 @@ def infos(path: AnyPath, *, recursive: bool = False) -> list[pafs.FileInfo]:
 
 def exists(path: AnyPath) -> bool:
     """Tell whether a file or a directory is there."""
+    import pyarrow.fs as pafs
+
     return info(path).type != pafs.FileType.NotFound
 
 
 def is_directory(path: AnyPath) -> bool:
     """Tell whether it is a directory (on object stores: a prefix with files under it)."""
+    import pyarrow.fs as pafs
+
     return info(path).type == pafs.FileType.Directory
 
 
@@ -288,6 +307,8 @@ def make_directory(path: AnyPath) -> None:
 
     Raises OSError, with the remedy, where a file is in the way or nothing may be written.
     """
+    import pyarrow.fs as pafs
+
     fs, inner = filesystem(path)
     if isinstance(fs, pafs.LocalFileSystem):
         try:
@@ -306,6 +327,8 @@ def make_directory(path: AnyPath) -> None:
 
 def list_files(path: str) -> list[str]:
     """List the files directly in a directory, sorted, as paths of the same kind; [] when there is none."""
+    import pyarrow.fs as pafs
+
     if not is_uri(_given(path)):  # where names need not be UTF-8, as pyarrow's must
         with contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
             return sorted(join(path, entry.name) for entry in entries if entry.is_file())
@@ -316,6 +339,8 @@ def list_files(path: str) -> list[str]:
 @contextlib.contextmanager
 def open_input(path: str) -> Iterator[pa.NativeFile]:
     """Open a file for random reads."""
+    import pyarrow as pa
+
     with _opened(path) as (fs, inner):
         if fs.type_name == "gcs":  # whose files hold Python's lock while they wait, and hide why a read failed
             opened = pa.BufferReader(read_bytes(path))
@@ -351,6 +376,9 @@ def write_bytes(path: str, data: bytes | memoryview | pa.Buffer, *, exclusive: b
     With `exclusive`, an existing file wins: nothing is written and False comes back (object
     stores offer no such test here: the last writer wins there).
     """
+    import pyarrow as pa
+    import pyarrow.fs as pafs
+
     fs, inner = filesystem(path)
     if not isinstance(fs, pafs.LocalFileSystem):
         if exclusive and exists(path):
@@ -402,6 +430,8 @@ def sweep(path: str, *, recursive: bool = False, older_s: float = ABANDONED_S) -
     A writer is gone when it was a process of this machine that has ended, or when its file is
     older than `older_s`.
     """
+    import pyarrow.fs as pafs
+
     fs, _ = filesystem(path)
     swept = []
     for found in infos(path, recursive=recursive):
@@ -462,6 +492,8 @@ def local_file(path: str) -> Iterator[Path]:
 
     OSError says why a URI can't be read.
     """
+    import pyarrow.fs as pafs
+
     if not is_uri(_given(path)):
         with _readable_name(Path(os.path.abspath(path))) as local:
             yield local

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from avsep import media, storage
+from avsep.factors import ExtractionConfig, Factors
 from avsep.model import LABELLER_FILE, LabelConfig, label_config
 from avsep.objects import OBJECT_NAMES, find
 from avsep.records import ClipError, Reason
 from avsep.separation import REST, Plan, Separator
-from avsep.stages import ExtractionConfig, Factors
 from avsep.vision import NO_DOWNLOAD, ImageLabeller, LabellerUnavailable
 
 MIXTURE = "_mixture"

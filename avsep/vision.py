@@ -11,7 +11,6 @@ import re
 import socket
 import sys
 import urllib.parse
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -321,44 +320,3 @@ def _drawn_pictures(size: int) -> Tensor:
     """Two pictures of soft colour blots, the same always, `(2, size, size, 3)` uint8."""
     noise = torch.rand(2, 3, 14, 14, generator=torch.Generator().manual_seed(0))
     return (255 * nn.functional.interpolate(noise, size=size, mode="bilinear")).byte().permute(0, 2, 3, 1)
-
-
-def train_small_labeller(
-    images: NDArray[np.uint8],
-    targets: Sequence[int],
-    classes: Sequence[int],
-    *,
-    architecture: str = "shufflenet_v2_x0_5",
-    epochs: int = 6,
-    batch_size: int = 32,
-    seed: int = 0,
-) -> ImageLabeller:
-    """Train a classifier from scratch on single-object pictures, for data without ImageNet weights.
-
-    It is shown the middle of each picture, then and later.
-
-    Args:
-        images: `(n, height, width, 3)` uint8.
-        targets: for each picture, its position in `classes`.
-        classes: the ImageNet index of each output.
-    """
-    torch.manual_seed(seed)
-    network = build_network(architecture, len(classes)).train()
-    optimiser = torch.optim.AdamW(network.parameters(), 3e-3, weight_decay=1e-2)
-    steps = epochs * -(-len(images) // batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 6e-3, total_steps=steps)
-    pixels, labels, prepare = torch.as_tensor(images), torch.as_tensor(targets), preprocessing_of(architecture)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(pixels)).split(batch_size):
-            if len(rows) < 2:  # batch norm needs two
-                schedule.step()
-                continue
-            batch = prepare(pixels[rows])
-            if torch.rand(()) < 0.5:
-                batch = batch.flip(-1)
-            loss = nn.functional.cross_entropy(network(batch), labels[rows], label_smoothing=0.05)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-    return ImageLabeller(architecture, network.eval(), "", tuple(classes), way="centre")

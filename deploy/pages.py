@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from avsep import records
-from avsep.stages import ExtractionConfig
+from avsep.factors import ExtractionConfig
 
 PAGE = Path(__file__).resolve().parent / "PIPELINES.md"
 

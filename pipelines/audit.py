@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from pipelines import arguments_of, begin
+from pipelines import UNUSABLE, arguments_of, begin
 
 EPILOG = """\
 examples:
@@ -42,12 +42,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from avsep import audit, lock, plots, shards, storage
+from avsep import audit, datacard, duplicates, lock, plots, shards, storage
 from avsep.audit import FACTS_SCHEMA, Report
 from avsep.objects import OBJECT_NAMES
 from avsep.shards import DataFile
-from pipelines import execution
-from pipelines.execution import complain, fail, say
+from pipelines import cluster, console, runners
+from pipelines.console import complain, fail, say
 
 logging.disable(logging.WARNING)  # beam warns of cloud clients that nobody asked for
 import apache_beam as beam
@@ -61,7 +61,7 @@ Work = tuple[str, DataFile, str, frozenset[str]]  # kind, file, digest, ids of r
 
 def check(work: Work, clips: str) -> Iterator[pa.Table | TaggedOutput]:
     """Check one file: facts of its clips, and a report."""
-    execution.one_thread()
+    cluster.one_thread()
     report, facts = audit.check_file(clips, *work)
     yield TaggedOutput("reports", report)
     if len(facts):
@@ -88,12 +88,12 @@ def by_media(facts: pa.Table) -> Iterator[tuple[tuple[str, str], dict[str, Any]]
 def shared(keyed: tuple[tuple[str, str], Iterable[dict[str, Any]]]) -> Report:
     """Report pairs of clips in different splits that share a file or a source."""
     (what, _), facts = keyed
-    return Report(pairs=audit.shared_media(what, list(facts)))
+    return Report(pairs=duplicates.shared_media(what, list(facts)))
 
 
 def near(facts: pa.Table, others: pa.Table) -> Report:
     """Report held-out clips that sound like a clip of another split."""
-    return Report(pairs=audit.near_duplicates(facts, others))
+    return Report(pairs=duplicates.near_duplicates(facts, others))
 
 
 def write_report(report: Report, path: str) -> None:
@@ -110,7 +110,7 @@ def read_report(path: str) -> Report:
     """Read what `write_report` wrote."""
     raw = json.loads(storage.read_bytes(path))
     report = Report(
-        findings=[audit.Finding(**f) for f in raw["findings"]], pairs=[audit.Pair(**p) for p in raw["pairs"]]
+        findings=[audit.Finding(**f) for f in raw["findings"]], pairs=[duplicates.Pair(**p) for p in raw["pairs"]]
     )
     report.counts.update({tuple(key): n for *key, n in raw["counts"]})
     return report
@@ -154,8 +154,8 @@ def plan(commits: Sequence[shards.Commit]) -> list[Work]:
 
 def run(arguments: argparse.Namespace, options: Any) -> int:
     """Audit a folder of clips."""
-    execution.absolute(arguments, "clips", "out")
-    execution.keep_apart(arguments, "clips")
+    console.absolute(arguments, "clips", "out")
+    console.keep_apart(arguments, "clips")
     clips, out = arguments.clips, arguments.out
     if not storage.exists(storage.join(clips, "commits")):
         fail(f"{clips} holds no commits/; give the folder that pipelines.extract wrote with --out")
@@ -178,7 +178,7 @@ def run(arguments: argparse.Namespace, options: Any) -> int:
         configuration = shards.read_configuration(clips)
     except (ValueError, OSError, KeyError):
         configuration = None
-    card = audit.summarize(report, configuration)
+    card = datacard.summarize(report, configuration)
     write_card(card, out, storage.name(clips.rstrip("/")), writing)
     return tell(card, out)
 
@@ -195,7 +195,7 @@ def write_card(card: dict[str, Any], out: str, name: str, writing: bool) -> None
     storage.write_bytes(storage.join(out, "cooccurrence.png"), plots.cooccurrence(together, present))
     storage.write_bytes(storage.join(out, "distributions.png"), plots.histograms(panels))
     title = f"Data card: {name}" + (" (extraction still running)" if writing else "")
-    storage.write_text(storage.join(out, "card.md"), audit.markdown(card, title))
+    storage.write_text(storage.join(out, "card.md"), datacard.markdown(card, title))
     storage.write_text(storage.join(out, "card.json"), json.dumps(card, indent=1) + "\n")
 
 
@@ -210,18 +210,18 @@ def tell(card: dict[str, Any], out: str) -> int:
     for finding in card["damage"]:
         say(f"damaged: {finding['path']}: {finding['detail']}")
     say(f"written: {storage.join(out, 'card.md')}, card.json")
-    return execution.SHORTFALL if card["damage"] else execution.DONE
+    return console.SHORTFALL if card["damage"] else console.DONE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     try:
         arguments, others = parser().parse_known_args(argv)
-        options = execution.beam_options(others)
+        options = runners.beam_options(others)
     except ValueError as error:
         complain(f"pipelines.audit: {error}")
-        return execution.UNUSABLE
-    return execution.guarded(lambda: run(arguments, options), "pipelines.audit")
+        return UNUSABLE
+    return console.guarded(lambda: run(arguments, options), "pipelines.audit")
 
 
 if __name__ == "__main__":

@@ -28,17 +28,18 @@ if __name__ == "__main__":
     begin(parser())  # what follows takes seconds
 
 from avsep import shards
-from avsep.bags import decide_labels
 from avsep.dictionary import BasisDictionary, Candidate, candidate_bases
+from avsep.learning.bags import decide_labels
 from avsep.model import DICTIONARY_FILE, Model
 from avsep.records import clips_from_table
-from pipelines import execution
-from pipelines.execution import fail, say
+from pipelines import cluster, console, runners
+from pipelines.console import fail, say
+from pipelines.progress import Progress
 
 
 def candidates_of_file(model_dir: str, path: str) -> list[Candidate]:
     """Offer the bases of one file's training clips."""
-    execution.one_thread()
+    cluster.one_thread()
     model = Model.load(model_dir)
     candidates: list[Candidate] = []
     for record in clips_from_table(shards.read_table(path)):
@@ -52,16 +53,16 @@ def candidates_of_file(model_dir: str, path: str) -> list[Candidate]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Collect the dictionary."""
-    execution.absolute(arguments, "model", "clips")
+    console.absolute(arguments, "model", "clips")
     model = Model.load(arguments.model)
     what = f"--model {arguments.model} has a dictionary already"
-    execution.check_free(arguments.model, [DICTIONARY_FILE], what, arguments.replace)
+    console.check_free(arguments.model, [DICTIONARY_FILE], what, arguments.replace)
     files = shards.clip_files(arguments.clips)
     if (shape := shards.read_configuration(arguments.clips)["stft"]) != asdict(model.config.stft):
         fail(f"{arguments.clips} has STFT {shape}, the model {model.config.stft}: use the clips that it was trained on")
     with (
-        execution.session(arguments.in_process) as runner,
-        execution.Progress("collect", len(files), "files") as progress,
+        runners.session(arguments.in_process) as runner,
+        Progress("collect", len(files), "files") as progress,
     ):
 
         def gathered() -> Iterator[Candidate]:
@@ -72,17 +73,17 @@ def run(arguments: argparse.Namespace) -> int:
         model.dictionary = BasisDictionary.collect(gathered())
     if not model.dictionary.bases:
         say(f"no basis of {arguments.clips} is sure enough for a dictionary; train longer, or on more clips")
-        return execution.SHORTFALL
-    execution.put_aside(arguments.model, [DICTIONARY_FILE])
+        return console.SHORTFALL
+    console.put_aside(arguments.model, [DICTIONARY_FILE])
     model.save(arguments.model)
     counts = ", ".join(f"{name} {count}" for name, count in model.dictionary.counts().items())
     say(f"dictionary in {arguments.model}: {counts}")
-    return execution.DONE
+    return console.DONE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    return execution.run(run, parser(), argv)
+    return console.run(run, parser(), argv)
 
 
 if __name__ == "__main__":

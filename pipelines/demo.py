@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines import arguments_of, begin
+from pipelines import INTERRUPTED, UNUSABLE, arguments_of, begin
 
 EXAMPLES = """examples:
   python -m pipelines.demo
@@ -40,14 +40,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from avsep import cli, evaluation, plots, stages, storage, synthetic, vision
+from avsep import cli, evaluation, plots, stages, storage, synthetic
 from avsep.model import LABELLER_FILE, add_training_facts
 from avsep.objects import OBJECTS
 from avsep.records import Segment, read_segments
 from avsep.report import Report
 from avsep.separation import Separator
-from pipelines import collect, evaluate, execution, extract, manifest, train
-from pipelines.execution import fail, say
+from pipelines import cluster, collect, console, evaluate, extract, manifest, runners, train
+from pipelines.console import fail, say
+from pipelines.progress import Progress
 
 SEED = 1
 _LEAST_CLIPS = 8
@@ -65,7 +66,7 @@ _SHOWN = 3  # test clips in the report
 
 def render(folder: str, split: str, number: int, n_objects: int | None) -> Segment:
     """Render one clip and its references to files."""
-    execution.one_thread()
+    cluster.one_thread()
     return synthetic.write_scene(synthetic.render_scene(number, split, SEED, n_objects=n_objects), folder)
 
 
@@ -84,14 +85,14 @@ def draw_pictures(object_name: str | None, count: int, seed: int) -> NDArray[np.
 
 def train_labeller(path: str) -> float:
     """Train the picture network on drawn pictures and save it; return its accuracy on others."""
-    execution.one_thread()
+    cluster.one_thread()
     names: list[str | None] = [*synthetic.OBJECTS, None]
     index = {o.name: o.imagenet[0] for o in OBJECTS}
     classes = [index[n] if n else _EMPTY_SCENE for n in names]
     drawn = [draw_pictures(n, _PICTURES_A_CLASS + _HELD_OUT, SEED * 100 + i) for i, n in enumerate(names)]
     shown, kept = (np.concatenate([d[part] for d in drawn]) for part in (slice(_HELD_OUT, None), slice(_HELD_OUT)))
     targets = np.repeat(np.arange(len(names)), _PICTURES_A_CLASS)
-    labeller = vision.train_small_labeller(shown, targets.tolist(), classes)
+    labeller = synthetic.train_small_labeller(shown, targets.tolist(), classes)
     labeller.save(path)
     guesses = labeller(kept).argmax(1).reshape(len(names), _HELD_OUT)
     return float((guesses.numpy() == np.array(classes)[:, None]).mean())
@@ -103,7 +104,7 @@ def split_clips(n_clips: int) -> dict[str, int]:
     return {"train": n_clips - n_val - n_test, "val": n_val, "test": n_test}
 
 
-def prepare(runner: execution.Runner, folder: Path, n_clips: int, labeller: Path) -> float:
+def prepare(runner: runners.Runner, folder: Path, n_clips: int, labeller: Path) -> float:
     """Render all clips and the table that names them, and meanwhile train the picture network."""
     jobs: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [(train_labeller, (str(labeller),))]
     for split, count in split_clips(n_clips).items():
@@ -112,7 +113,7 @@ def prepare(runner: execution.Runner, folder: Path, n_clips: int, labeller: Path
             n_objects = None if split == "train" else 3 if number % 4 == 3 else 2
             jobs.append((render, (str(folder), split, number, n_objects)))
     segments, accuracy = [], 0.0
-    with execution.Progress("render", len(jobs) - 1, "clips") as progress:
+    with Progress("render", len(jobs) - 1, "clips") as progress:
         for result in runner.map(_call, jobs):
             if isinstance(result, Segment):
                 segments.append(result)
@@ -133,9 +134,9 @@ def step(title: str, main: Callable[[Sequence[str]], int], *arguments: str) -> N
     began = time.monotonic()
     status = main(arguments)
     say(f"({time.monotonic() - began:.0f} s)")
-    if status == execution.INTERRUPTED:
+    if status == INTERRUPTED:
         raise KeyboardInterrupt
-    if status == execution.UNUSABLE:
+    if status == UNUSABLE:
         fail(f"{title} failed; its message is above")
 
 
@@ -201,7 +202,7 @@ def run(arguments: argparse.Namespace) -> int:
     clear(out)
     if not arguments.in_process:
         say("starting Ray on this machine …")
-    with execution.session(arguments.in_process) as runner:
+    with runners.session(arguments.in_process) as runner:
         began = time.monotonic()
         if not arguments.in_process:
             say(f"({began - started:.0f} s)")
@@ -211,7 +212,7 @@ def run(arguments: argparse.Namespace) -> int:
         run_steps(out, ["--in-process"] if arguments.in_process else [])
     report = write_report(out, time.monotonic() - started, accuracy)
     say(f"\n{(time.monotonic() - started) / 60:.1f} minutes. The report: {report}")
-    return execution.DONE
+    return console.DONE
 
 
 def clear(out: Path) -> None:
@@ -262,7 +263,7 @@ def run_steps(out: Path, how: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    return execution.run(run, parser(), argv)
+    return console.run(run, parser(), argv)
 
 
 if __name__ == "__main__":

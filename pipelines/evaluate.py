@@ -80,8 +80,9 @@ from avsep.model import MODEL_FILES
 from avsep.records import ClipError, Segment, read_segments
 from avsep.report import Report
 from avsep.separation import Separator
-from pipelines import execution
-from pipelines.execution import fail, say
+from pipelines import cluster, console, runners
+from pipelines.console import fail, say
+from pipelines.progress import Progress
 
 BOUNDS = ("mixture", "oracle_assignment", "ideal_mask")
 BLIND = ("nmf_clustering", "harmonic_percussive")
@@ -116,12 +117,12 @@ class Job:
 
 
 def choose(
-    runner: execution.Runner, segments: Sequence[Segment], job: Job
+    runner: runners.Runner, segments: Sequence[Segment], job: Job
 ) -> tuple[list[tuple[Segment, ...]], list[str]]:
     """Return what a protocol measures, clips or pairs of them, and what is wrong with clips that can't be used."""
     if job.protocol == "mixtures":
         return [(s,) for s in segments], []
-    found = execution.map_in_order(runner, alone, [(job.references, s) for s in segments])
+    found = runners.map_in_order(runner, alone, [(job.references, s) for s in segments])
     errors = [error for _, error in found if error]
     singles = [(s, name) for s, (name, _) in zip(segments, found, strict=True) if name is not None]
     say(f"evaluate: one object sounds alone in {len(singles)} of {len(segments)} clips")
@@ -137,7 +138,7 @@ def choose(
 
 def evaluate_clip(job: Job, segments: Sequence[Segment]) -> ClipResult:
     """Run every separator on one clip, or pair of clips, and measure it."""
-    execution.one_thread()
+    cluster.one_thread()
     separator = Separator.load(job.model)
     try:
         case = build_case(segments, job.references, separator.stft.sample_rate, job.protocol)
@@ -229,7 +230,7 @@ def clip_section(job: Job, segments: Sequence[Segment], clip: ClipResult | None 
 
     On the map each basis's true owner is ringed.
     """
-    execution.one_thread()
+    cluster.one_thread()
     separator = Separator.load(job.model)
     stft, names = separator.stft, separator.model.config.objects
     case = build_case(segments, job.references, stft.sample_rate, job.protocol)
@@ -285,9 +286,9 @@ def why(clip: ClipResult) -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, write results.json and report.html."""
-    execution.absolute(arguments, "model", "paper_model", "references", "out")
+    console.absolute(arguments, "model", "paper_model", "references", "out")
     inputs = ("model", "paper_model", "segments", "references")
-    execution.keep_apart(arguments, *inputs, writes=("results.json", "report.html", "clips.csv"))
+    console.keep_apart(arguments, *inputs, writes=("results.json", "report.html", "clips.csv"))
     protocol, out = arguments.protocol, arguments.out
     if protocol != "mixtures" and arguments.given != "objects":
         fail(f"--given {arguments.given}: with --protocol {protocol} the audible objects are told; leave --given out")
@@ -308,12 +309,12 @@ def run(arguments: argparse.Namespace) -> int:
     check_free(out, source, arguments.replace)
     storage.make_directory(out)
     job = Job(arguments.model, arguments.paper_model, arguments.references, arguments.given, protocol)
-    with execution.session(arguments.in_process) as runner:
+    with runners.session(arguments.in_process) as runner:
         cases, errors = choose(runner, segments, job)
         if not cases:
             fail(f"--protocol {protocol}: {arguments.segments} has too few clips with one object alone; leave it out")
         clips = []
-        with execution.Progress("evaluate", len(cases), "clips") as progress:
+        with Progress("evaluate", len(cases), "clips") as progress:
             for clip in runner.map(evaluate_clip, ((job, c) for c in cases)):
                 clips.append(clip)
                 progress.add(1)
@@ -323,9 +324,9 @@ def run(arguments: argparse.Namespace) -> int:
             fail(f"no clip of split {arguments.split} could be measured; the first: {errors[0]}")
         worst = sorted(usable, key=lambda c: float(np.nanmean(bounded(c.figures["default"]["sdr"]))))[:_WORST]
         by_id = {" + ".join(s.segment_id for s in c): c for c in cases}
-        sections = execution.map_in_order(runner, clip_section, [(job, by_id[c.segment_id], c) for c in worst])
+        sections = runners.map_in_order(runner, clip_section, [(job, by_id[c.segment_id], c) for c in worst])
     results = summarise(usable) | {"protocol": protocol, "source": source}
-    execution.put_aside(out, RESULTS)
+    console.put_aside(out, RESULTS)
     storage.write_text(storage.join(out, "results.json"), json.dumps(_without_nan(results), indent=1))
     many = len(usable) != 1
     title = {
@@ -344,7 +345,7 @@ def run(arguments: argparse.Namespace) -> int:
     for error in errors:
         say(f"not measured: {error}")
     say(f"{storage.join(out, 'results.json')} and {storage.join(out, 'report.html')}")
-    return execution.SHORTFALL if errors else execution.DONE
+    return console.SHORTFALL if errors else console.DONE
 
 
 def provenance(arguments: argparse.Namespace, segments: Sequence[Segment]) -> dict[str, str]:
@@ -375,7 +376,7 @@ def check_free(out: str, source: dict[str, str], replace: bool) -> None:
     other = next((name for name, value in source.items() if there.get(name) != value), None)
     if other:
         what = f"--out {out} holds results of another {other.removeprefix('--')}; another --out leaves them alone"
-        execution.check_free(out, RESULTS, what, replace)
+        console.check_free(out, RESULTS, what, replace)
 
 
 def add_results(report: Report, results: dict[str, Any], given: str) -> None:
@@ -495,7 +496,7 @@ def _without_nan(value: Any) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    return execution.run(run, parser(), argv)
+    return console.run(run, parser(), argv)
 
 
 if __name__ == "__main__":

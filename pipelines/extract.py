@@ -10,13 +10,12 @@ import argparse
 import contextlib
 import functools
 import itertools
-import json
 import math
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -70,36 +69,31 @@ if __name__ == "__main__":
 
 import torch
 
-from avsep import audioset, fetch, lock, shards, stages, storage
-from avsep.egress import EgressBudget, IdentityStatus, Lease, identities
+from avsep import audioset, factors, fetching, lock, shards, stages, storage
+from avsep.fetching import identities
 from avsep.model import LABELLER_FILE
 from avsep.records import (
-    ClipError,
     ClipRecord,
     Reason,
     Rejection,
     Segment,
     clips_from_table,
-    definition,
     describe_sources,
     read_segments,
     segments_to_table,
 )
 from avsep.vision import NO_DOWNLOAD, ImageLabeller, LabellerUnavailable
-from pipelines import execution, recipes
-from pipelines.execution import fail, say
+from avsep.work import Changes, Work, find_changes, forget_media, plan_work
+from pipelines import cluster, console, recipes, runners
+from pipelines.console import fail, say
+from pipelines.downloads import FETCH_LOCK, FOLLOW_S, MediaStore, open_budget, open_store
+from pipelines.progress import Progress, duration
 
-FETCH_LOCK = "fetch.lock"  # in a media store, and in --out, while a run downloads
-EGRESS_FILE = "egress.json"  # in a media store: what each identity has spent
-_ASK_EVERY_S = 30.0
-_SAVE_EVERY_S = 5.0
-_FOLLOW_S = 20.0  # between looks at what another run has downloaded
 _SECONDS_A_CLIP, _SECONDS_OF_PICTURES = 1.2, 2.2  # of one worker without GPU, until it is measured
 _MEDIA_BYTES = 1_000_000  # an excerpt of 10 s
 _FRAMES_A_CLIP = 201
 _ACTORS_A_GPU = 2  # one moves data while the other computes
 _LEAST_CPU = 0.5  # that a task claims, however long it waits for a GPU: its process takes 0.8 GB
-_OUTDATED_IN_A_ROW = 20  # downloads that fail as if yt-dlp no longer understood YouTube
 
 
 Process = Callable[
@@ -108,7 +102,7 @@ Process = Callable[
 ]
 
 
-Caller = tuple[stages.Label | None, stages.Factorize | None]
+Caller = tuple[stages.Label | None, factors.Factorize | None]
 
 
 @dataclass(frozen=True)
@@ -116,32 +110,10 @@ class Job:
     """What the shards of one extraction have in common."""
 
     out: str
-    config: stages.ExtractionConfig
+    config: factors.ExtractionConfig
     configuration: dict[str, Any]  # stored with the data
     process: Process = stages.extract_records
     fetch_only: bool = False
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is left to do of one shard."""
-
-    shard: str
-    generation: int
-    segments: tuple[Segment, ...]
-    kept: tuple[Rejection, ...] = ()  # which stand
-    culprits: tuple[Rejection, ...] = ()  # which took their workers along, in this run
-    attempts: dict[str, int] = field(default_factory=dict)  # earlier ones, of segments that were rejected
-    relabelled: tuple[Segment, ...] = ()  # of clips whose sound and pictures stay as they are
-    replaced: tuple[shards.Commit, ...] = ()  # the shard's, where clips change: its next generation holds all of it
-    asked: dict[str, str] = field(default_factory=dict)  # of what is kept as rejected: id → definition
-    probe: bool = False  # only try whether the worker survives: commit nothing
-    apart: bool = False  # one segment after the other, which takes the least memory
-
-    @property
-    def n_segments(self) -> int:
-        """How many segments it deals with."""
-        return len(self.segments) + len(self.relabelled)
 
 
 @dataclass
@@ -160,13 +132,13 @@ def extract_shard(
     work: Work,
     label: stages.Label | None = None,
     store: MediaStore | None = None,
-    factorize: stages.Factorize | None = None,
+    factorize: factors.Factorize | None = None,
 ) -> Done:
     """Extract what is left of a shard and commit it.
 
     With `fetch_only` media are only brought into the store, and what can't be had is committed as rejected.
     """
-    execution.one_thread()
+    cluster.one_thread()
     rejections: list[Rejection] = []
     seconds: dict[str, float] = {}
     locate = store.locate if store else None
@@ -239,9 +211,7 @@ class Crashes:
     an object store may have failed for a moment; then the run stops.
     """
 
-    def __init__(
-        self, queue: execution.Queue, item: Callable[[Work], tuple[Any, ...]], progress: execution.Progress
-    ) -> None:
+    def __init__(self, queue: runners.Queue, item: Callable[[Work], tuple[Any, ...]], progress: Progress) -> None:
         self._queue, self._item, self._progress = queue, item, progress
         self._failed: Counter[str] = Counter()
         self._whole: dict[str, Work] = {}
@@ -251,7 +221,7 @@ class Crashes:
     def recover(self, item: tuple[Any, ...], error: Exception) -> None:
         """Deal with an item that failed, or raise."""
         work: Work = item[1]
-        if isinstance(error, execution.WorkerLost) and work.segments:
+        if isinstance(error, console.WorkerLost) and work.segments:
             self._progress.failed(work.shard, "worker_lost")
             if work.probe:
                 segment_id = work.segments[0].segment_id
@@ -296,8 +266,8 @@ class Crashes:
 def extract(
     works: Sequence[Work],
     job: Job,
-    runner: execution.Runner,
-    progress: execution.Progress,
+    runner: runners.Runner,
+    progress: Progress,
     *,
     callers: Sequence[Caller] = ((None, None),),
     store: MediaStore | None = None,
@@ -318,7 +288,7 @@ def extract(
         label, factorize = callers[next(numbers) % len(callers)]
         return job, work, label, store.of(work.segments) if store else None, factorize
 
-    queue = execution.Queue(map(item, works))
+    queue = runners.Queue(map(item, works))
     crashes = Crashes(queue, item, progress)
     elsewhere = any(factorize for _, factorize in callers)
     for done in runner.map(
@@ -355,10 +325,10 @@ def log_events(done: Done) -> None:
     shard = done.work.shard
     for event in done.events:
         text = f"{event['segment_id']} {event['event']} in {event['stage']}: {event['reason']}"
-        execution.log(text, shard=shard, **event)
+        console.log(text, shard=shard, **event)
     if not done.work.probe:
         n_rejected = done.rejected.total()
-        execution.log(
+        console.log(
             f"shard {shard}: {done.n_clips} clips, {n_rejected} rejections",
             event="shard_done",
             shard=shard,
@@ -367,187 +337,6 @@ def log_events(done: Done) -> None:
             rejected=n_rejected,
             seconds={stage: round(s, 3) for stage, s in done.seconds.items()},
         )
-
-
-@dataclass
-class MediaStore:
-    """Where remote segments' media are, and how missing ones get there."""
-
-    uri: str
-    known: dict[str, str]  # segment_id → path, as listed at the start
-    missing: set[str]  # remote segments that aren't there
-    siblings: dict[str, tuple[Segment, ...]]  # source → its missing segments, where there are several
-    budget: SharedBudget | None = None  # None: somebody else downloads
-    retried: list[dict[str, Any]] = field(default_factory=list)  # downloads that failed and were tried again
-    _asked: float = -math.inf
-
-    def of(self, segments: Sequence[Segment]) -> MediaStore:
-        """Return the part that a task with these segments needs."""
-        ids, sources = {s.segment_id for s in segments}, {s.source for s in segments}
-        return MediaStore(
-            self.uri,
-            {i: self.known[i] for i in ids & self.known.keys()},
-            ids & self.missing,
-            {s: self.siblings[s] for s in sources & self.siblings.keys()},
-            self.budget,
-        )
-
-    def locate(self, segment: Segment) -> Segment:
-        """Return the segment as it is in the store, fetched when it isn't there; ClipError says why it can't be."""
-        if not fetch.is_remote(segment):
-            return segment
-        path = self.known.get(segment.segment_id)
-        if path is None:
-            if self.budget is None:
-                raise ClipError(Reason.MISSING, f"not in {self.uri} yet", transient=True)
-
-            def tell(attempt: int, error: ClipError) -> None:
-                self.retried.append(
-                    {
-                        "event": "retried",
-                        "segment_id": segment.segment_id,
-                        "stage": "fetch",
-                        "reason": str(error.reason),
-                        "attempt": attempt,
-                        "detail": error.detail,
-                    }
-                )
-
-            siblings = self.siblings.get(segment.source, ())
-            path = fetch.fetch(segment, self.uri, self.budget, siblings=siblings, tell=tell).path
-        return fetch.within(segment, path)
-
-    def fetch_all(self, segments: Sequence[Segment]) -> list[Rejection]:
-        """Bring segments' media into the store; return those that can't be had."""
-        rejections = []
-        for s in segments:
-            try:
-                self.locate(s)
-            except ClipError as error:
-                rejections.append(Rejection(s.segment_id, "fetch", error.reason, error.transient, detail=error.detail))
-        return rejections
-
-    def settle(self, segments: Sequence[Segment], progress: execution.Progress) -> None:
-        """Take note that these segments are done with, and now and then show how downloads go."""
-        self.missing -= {s.segment_id for s in segments}
-        if self.budget is None or (self.missing and time.monotonic() - self._asked < _ASK_EVERY_S):
-            return
-        self._asked = time.monotonic()
-        left_s, identities = self.budget.outlook(len(self.missing))
-        progress.details["egress"] = {
-            "to_fetch": len(self.missing),
-            "seconds_left": round(left_s) if math.isfinite(left_s) else None,
-            "identities": [asdict(i) for i in identities],
-        }
-        progress.note = ""
-        if self.missing:
-            paused = sum(i.paused_s > 0 for i in identities)
-            resting = f", {paused} of {len(identities)} identities paused" if paused else ""
-            progress.note = f"{len(self.missing)} to fetch, {execution.duration(left_s)} at this rate{resting}"
-
-
-@dataclass
-class SharedBudget:
-    """An egress budget that all workers share: calls go to the one that holds it."""
-
-    call: Callable[..., Future]
-
-    def acquire(self, machine: str = "", source: str = "") -> Lease | float:
-        """Give a lease, or the seconds to wait; stop the run where YouTube has changed."""
-        outdated, answer = self.call("acquire", machine, source).result()
-        if outdated >= _OUTDATED_IN_A_ROW:
-            fail(f"{outdated} downloads in a row failed as if YouTube had changed: update yt-dlp, then run this again")
-        return answer
-
-    def report(self, lease: Lease, outcome: Reason | None) -> None:
-        """Take a lease's outcome, None for success."""
-        self.call("report", lease, outcome).result()
-
-    def outlook(self, downloads: int) -> tuple[float, list[IdentityStatus]]:
-        """Say how long so many downloads more will take at the present rate, and how the identities are."""
-        return self.call("seconds_left", downloads).result()[1], self.call("status").result()[1]
-
-
-class HeldBudget:
-    """The budget itself, behind one callable; what it has spent is kept beside the media store."""
-
-    def __init__(
-        self, proxies: Sequence[str], cookies: Sequence[str], per_hour: float, store: str, metrics: bool = False
-    ) -> None:
-        self.budget = EgressBudget(identities(proxies, cookies), per_hour=per_hour)
-        self.path = storage.join(store, EGRESS_FILE)
-        self._saved = self._shown = -math.inf
-        self._metrics = EgressMetrics() if metrics else None
-        with contextlib.suppress(FileNotFoundError):
-            self.budget.restore(json.loads(storage.read_bytes(self.path)))
-
-    def __call__(self, method: str, *arguments: Any) -> tuple[int, Any]:
-        """Call a method; the number of 'tool outdated' answers in a row comes with its result."""
-        result = getattr(self.budget, method)(*arguments)
-        paused = method == "report" and arguments[1] == Reason.EGRESS_BLOCKED
-        if paused or (isinstance(result, Lease) and time.monotonic() - self._saved > _SAVE_EVERY_S):
-            self._saved = time.monotonic()
-            storage.write_text(self.path, json.dumps(self.budget.state(), indent=1) + "\n")
-        if self._metrics:
-            if method == "report":
-                self._metrics.downloaded("ok" if arguments[1] is None else str(arguments[1]))
-            if paused or time.monotonic() - self._shown > _SAVE_EVERY_S:
-                self._shown = time.monotonic()
-                self._metrics.show(self.budget)
-        return self.budget.outdated_in_a_row, result
-
-
-class EgressMetrics:
-    """What an egress budget allows, among Ray's metrics; its holder shows it, so that pauses show, too."""
-
-    def __init__(self) -> None:
-        from ray.util.metrics import Counter, Gauge
-
-        self._downloads = Counter("avsep_egress_downloads", "downloads tried, by outcome", ("outcome",))
-        self._identities = Gauge("avsep_egress_identities", "egress identities, by state", ("state",))
-        self._allowance = Gauge("avsep_egress_allowance", "downloads that may start in the next hour")
-
-    def downloaded(self, outcome: str) -> None:
-        """Count a download."""
-        self._downloads.inc(1, {"outcome": outcome})
-
-    def show(self, budget: EgressBudget) -> None:
-        """Show where the identities stand; one on trial makes a download at a time until one succeeds."""
-        states = Counter("paused" if i.paused_s > 0 else "on_trial" if i.strikes else "active" for i in budget.status())
-        for state in ("active", "on_trial", "paused"):
-            self._identities.set(states[state], {"state": state})
-        self._allowance.set(budget.allowance())
-
-
-def open_store(uri: str, segments: Sequence[Segment]) -> MediaStore | None:
-    """List what the media store holds; None where no segment needs one."""
-    remote = [s for s in segments if fetch.is_remote(s)]
-    if not remote:
-        return None
-    known = fetch.find_media(uri, remote)
-    missing = {s.segment_id for s in remote if s.segment_id not in known}
-    by_source: dict[str, list[Segment]] = {}
-    for s in remote:
-        if s.segment_id in missing:
-            by_source.setdefault(s.source, []).append(s)
-    siblings = {source: tuple(several) for source, several in by_source.items() if len(several) > 1}
-    return MediaStore(uri, known, missing, siblings)
-
-
-def open_budget(arguments: argparse.Namespace, store: MediaStore, runner: execution.Runner) -> SharedBudget:
-    """Make ready for downloads: check the tools, start the budget, say how long it will take."""
-    try:
-        for note in fetch.check_tools():
-            say(f"note: {note}")
-    except ModuleNotFoundError as error:
-        fail(str(error))
-    n_identities = max(1, len(identities(arguments.proxies, arguments.cookies)))
-    left = execution.duration(3600 * len(store.missing) / (arguments.rate * n_identities))
-    say(f"{len(store.missing)} remote segments are to be fetched: {left} at the rate allowed")
-    storage.sweep(store.uri, recursive=True)
-    metrics = isinstance(runner, execution.OnRay)
-    make = functools.partial(HeldBudget, arguments.proxies, arguments.cookies, arguments.rate, store.uri, metrics)
-    return SharedBudget(runner.actors(make, 1, gpus=0)[0])
 
 
 @functools.lru_cache(maxsize=1)
@@ -570,14 +359,14 @@ class LabelHere:
         return future
 
 
-def open_stages(config: stages.ExtractionConfig, architecture: str | None, weights: str | None) -> stages.DeviceStages:
+def open_stages(config: factors.ExtractionConfig, architecture: str | None, weights: str | None) -> stages.DeviceStages:
     """Make the GPU's stages ready: what an actor holds."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     labeller = ImageLabeller.load(architecture, weights, device) if architecture else None
     return stages.DeviceStages(config, labeller, device)
 
 
-def fit_pictures(config: stages.ExtractionConfig, labeller: ImageLabeller) -> stages.ExtractionConfig:
+def fit_pictures(config: factors.ExtractionConfig, labeller: ImageLabeller) -> factors.ExtractionConfig:
     """Fit the way of looking to the picture network, and for one look at the middle the pictures' size, too.
 
     The middle is then cut out of pictures of the very size that the network takes it from.
@@ -601,48 +390,6 @@ def load_labeller(arguments: argparse.Namespace, recipe: recipes.Recipe, needed:
         return None
 
 
-@dataclass(frozen=True)
-class Changes:
-    """What differs between what was done and what is asked for now, as ids of segments."""
-
-    again: frozenset[str] = frozenset()  # clips to be decoded again, as far as their media differ
-    elsewhere: frozenset[str] = frozenset()  # of `again`: another source, or other times
-    relabelled: frozenset[str] = frozenset()  # clips whose split, objects or labels alone differ
-    rejected: frozenset[str] = frozenset()  # rejections to be tried again
-    touched: frozenset[str] = frozenset()  # of `again`: only the media file is newer than the clip
-
-    def lines(self) -> list[str]:
-        """Say it, a line each."""
-        lines = []
-        if changed := len(self.again - self.touched) + len(self.relabelled) + len(self.rejected):
-            only = f" ({len(self.relabelled)} only in split, objects or labels)" if self.relabelled else ""
-            lines.append(f"{changed} segments changed since they were extracted{only}: done again")
-        if self.touched:
-            lines.append(f"{len(self.touched)} media files are newer than their clips: done again if they differ")
-        return lines
-
-
-def find_changes(out: str, state: shards.State, segments: Sequence[Segment]) -> Changes:
-    """Compare segments, and the age of their media, with what was extracted."""
-    then = shards.changed_clips(out, state.commits, segments)
-    wanted = {s.segment_id: s for s in segments}
-    elsewhere = {i for i, old in then.items() if _excerpt(old) != _excerpt(wanted[i])}
-    touched = shards.newer_media(out, state.commits, [s for s in segments if s.segment_id not in elsewhere])
-    unlabelled = {i for i, old in then.items() if old.labels is not None and wanted[i].labels is None}
-    again = elsewhere | touched | shards.without_logits(out, state.commits, unlabelled)
-    return Changes(
-        frozenset(again),
-        frozenset(elsewhere),
-        frozenset(then.keys() - again),
-        frozenset(state.changed_rejections(segments)),
-        frozenset(touched - then.keys()),
-    )
-
-
-def _excerpt(segment: Segment) -> tuple[str, float, float | None]:
-    return segment.source, segment.start_s, segment.end_s
-
-
 def tell_changes(job: Job, state: shards.State, segments: Sequence[Segment]) -> Changes:
     """Find what changed since it was extracted, and say so; a fetch leaves changed clips to extraction."""
     if job.fetch_only:
@@ -658,75 +405,6 @@ def tell_changes(job: Job, state: shards.State, segments: Sequence[Segment]) -> 
     return changes
 
 
-def forget_media(media: str | None, segments: Sequence[Segment]) -> None:
-    """Delete what was downloaded for remote segments that ask for another excerpt now; users' own files stay."""
-    for s in segments:
-        if media and fetch.is_remote(s):
-            storage.delete_file(fetch.store_path(media, s.segment_id))
-
-
-def plan_work(
-    state: shards.State,
-    segments: Sequence[Segment],
-    retry_reasons: Sequence[str] | None = None,
-    changes: Changes = Changes(),
-) -> list[Work]:
-    """Say what is left to do. `retry_reasons` None retries nothing, an empty list every rejection.
-
-    Changed clips are done again where they are: in the next generation of their own shard, which replaces it.
-    """
-    rejections = state.rejections
-    retried = {
-        i
-        for i, r in rejections.items()
-        if i in changes.rejected or (retry_reasons is not None and (not retry_reasons or r.reason in retry_reasons))
-    }
-    done = state.clip_ids | (rejections.keys() - retried)
-    parts = {
-        shard.name: tuple(s for s in shard.segments if s.segment_id not in done) for shard in shards.plan(segments)
-    }
-    by_id = {s.segment_id: s for s in segments if s.segment_id in changes.again | changes.relabelled}
-    changed: dict[str, list[Segment]] = {}
-    for c in state.commits:
-        if found := [by_id[i] for i in c.clip_ids if i in by_id]:
-            changed.setdefault(c.shard, []).extend(found)
-    names = sorted({name for name, todo in parts.items() if todo} | changed.keys())
-    planner = _Planner(state, done, changes.again)
-    return [planner.work(name, parts.get(name, ()), changed.get(name, [])) for name in names]
-
-
-class _Planner:
-    """What the work on every shard needs to know of what is committed."""
-
-    def __init__(self, state: shards.State, done: Set[str], again: Set[str]) -> None:
-        self._rejections, self._done, self._again = state.rejections, done, again
-        self._commits: dict[str, list[shards.Commit]] = {}
-        self._rejected_in: dict[str, int] = {}  # the generation: a retry, perhaps in another shard, comes after it
-        for c in sorted(state.commits, key=lambda c: c.generation):
-            self._commits.setdefault(c.shard, []).append(c)
-            self._rejected_in |= dict.fromkeys(c.rejection_ids, c.generation)
-
-    def work(self, shard: str, todo: Sequence[Segment], changed: Sequence[Segment]) -> Work:
-        """Describe what is left of a shard."""
-        commits = self._commits.get(shard, [])
-        own = commits[-1].rejection_ids if commits else ()
-        kept = tuple(self._rejections[i] for i in own if i in self._done and i in self._rejections)
-        ids = [s.segment_id for s in todo]
-        attempts = {i: self._rejections[i].attempts for i in ids if i in self._rejections}
-        generations = [c.generation + 1 for c in commits] + [self._rejected_in[i] + 1 for i in attempts]
-        asked = {i: c.asked[i] for r in kept if (i := r.segment_id) for c in commits if i in c.asked}
-        return Work(
-            shard,
-            max(generations, default=0),
-            (*todo, *(s for s in changed if s.segment_id in self._again)),
-            kept,
-            attempts=attempts,
-            relabelled=tuple(s for s in changed if s.segment_id not in self._again),
-            replaced=tuple(commits) if changed else (),
-            asked=asked | {s.segment_id: definition(s) for s in (*todo, *changed)},
-        )
-
-
 def check_digest(state: shards.State, out: str, digest: str) -> None:
     """Refuse to mix clips of two configurations."""
     if stale := {c.digest for c in state.commits if c.clips} - {digest}:
@@ -738,7 +416,7 @@ def dry_run(
     segments: Sequence[Segment],
     state: shards.State,
     works: Sequence[Work],
-    config: stages.ExtractionConfig,
+    config: factors.ExtractionConfig,
     pictured: bool,
 ) -> None:
     """Say what there is to do and what it will cost: measured in earlier shards where there are any, else assumed."""
@@ -759,7 +437,7 @@ def dry_run(
         hours["downloads"] = len(store.missing) / (arguments.rate * n_identities)
         say(
             f"  fetch: {len(store.missing)} downloads at {arguments.rate:g} an hour and identity, "
-            f"{n_identities} of these: {execution.duration(3600 * hours['downloads'])}; media store about "
+            f"{n_identities} of these: {duration(3600 * hours['downloads'])}; media store about "
             f"{len(store.missing) * _MEDIA_BYTES / 1e9:,.1f} GB (assumed)"
         )
     if arguments.until:
@@ -773,7 +451,7 @@ def dry_run(
     say(
         f"  compute: {each_s:.2f} worker-seconds a segment ({measured}), "
         f"{len(todo) * each_s / 3600:,.1f} worker-hours: "
-        f"{execution.duration(3600 * hours['computing'])} on {n_cores} cores like these"
+        f"{duration(3600 * hours['computing'])} on {n_cores} cores like these"
     )
     n_bins, n_bases = config.shape
     each_bytes = 2 * n_bases * (n_bins + _FRAMES_A_CLIP) + pictured * 2 * 1000 * 10
@@ -791,8 +469,8 @@ def run(
 
     `process` is what is done to a shard's segments, `recipe` what is run in place of the named one.
     """
-    execution.absolute(arguments, "out", "weights", "media")
-    execution.keep_apart(arguments, "segments", *([] if arguments.until else ["media"]))
+    console.absolute(arguments, "out", "weights", "media")
+    console.keep_apart(arguments, "segments", *([] if arguments.until else ["media"]))
     out = arguments.out
     recipe = recipe or recipes.get(arguments.recipe)
     for reason in arguments.retry_rejected or ():
@@ -801,7 +479,7 @@ def run(
     segments = read_segments(arguments.segments, say)
     if not segments:
         fail(f"{arguments.segments} holds no segments")
-    if not arguments.media and (remote := sum(map(fetch.is_remote, segments))):
+    if not arguments.media and (remote := sum(map(fetching.is_remote, segments))):
         fail(f"{remote} segments must be downloaded; say with --media FOLDER where downloads are kept")
     if arguments.until and not arguments.media:
         fail("--until fetch: say with --media FOLDER where downloads are kept")
@@ -823,7 +501,7 @@ def run(
         check_digest(state, out, digest)
         works = plan_work(state, segments, arguments.retry_rejected, tell_changes(job, state, segments))
         dry_run(arguments, segments, state, works, config, labeller is not None)
-        return execution.DONE
+        return console.DONE
     storage.make_directory(out)
     name = FETCH_LOCK if arguments.until else shards.LOCK_FILE  # extraction may follow a fetch to the same folder
     with lock.Lock(storage.join(out, name), f"--out {out}", tell=say) as mine:
@@ -841,7 +519,7 @@ def run(
     if arguments.until:
         rejected = state.rejections.keys() & {s.segment_id for s in segments}
         say(f"fetched to {arguments.media}; {len(rejected)} of {len(segments)} segments can't be had")
-        return execution.DONE
+        return console.DONE
     status = _report(arguments, segments, state)
     for line in profile if arguments.profile else ():
         say(f"  {line}")
@@ -865,15 +543,15 @@ def _drive(
     rejected = Counter(str(r.reason) for i, r in state.rejections.items() if i in ours)
     status = storage.join(job.out, "fetch-status.json" if job.fetch_only else "status.json")
     with (
-        execution.session(arguments.in_process or not works) as runner,
-        execution.Progress(
+        runners.session(arguments.in_process or not works) as runner,
+        Progress(
             "fetch" if job.fetch_only else "extract",
             len(segments),
             "segments",
             done=len(segments) - todo,
             rejected=rejected,
             status=status,
-            metrics=isinstance(runner, execution.OnRay),
+            metrics=isinstance(runner, runners.OnRay),
         ) as progress,
     ):
         callers: list[Caller] = [(None, None)]
@@ -917,7 +595,7 @@ def _drive(
                 extract(works, job, runner, progress, callers=callers, store=store, locks=locks)
             if not following:
                 break
-            time.sleep(_FOLLOW_S)
+            time.sleep(FOLLOW_S)
             state = shards.read_state(job.out)
             if changes != Changes():
                 changes = find_changes(job.out, state, segments)
@@ -937,12 +615,12 @@ def _report(arguments: argparse.Namespace, segments: Sequence[Segment], state: s
     missing = len(segments) - len(clips) - sum(reasons.values())
     if missing:
         say(f"{missing} segments are in neither; run the same command again")
-    return execution.SHORTFALL if missing else execution.DONE
+    return console.SHORTFALL if missing else console.DONE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    return execution.run(run, parser(), argv, "the same command goes on from here")
+    return console.run(run, parser(), argv, "the same command goes on from here")
 
 
 if __name__ == "__main__":

@@ -57,15 +57,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avsep import fetch, finetuning, media, shards, storage
-from avsep.finetuning import FinetuningConfig
+from avsep import fetching, media, shards, storage
+from avsep.learning import finetuning
+from avsep.learning.finetuning import FinetuningConfig
 from avsep.looks import Looking
 from avsep.model import LABELLER_FILE, LabelConfig, LabellerConfig, Model
 from avsep.objects import multi_hot
 from avsep.records import ClipError, Segment, clips_from_table, read_segments
 from avsep.vision import DEFAULT_ARCHITECTURE, ImageLabeller, LabellerUnavailable
-from pipelines import execution
-from pipelines.execution import fail, say
+from pipelines import cluster, console, runners
+from pipelines.console import fail, say
+from pipelines.progress import Progress
 
 _SCRATCH_RATE = 3e-3  # learning rate from scratch
 _START, _CHECKPOINT, _HISTORY = "start.safetensors", "checkpoint.pt", "history.json"
@@ -73,12 +75,12 @@ _START, _CHECKPOINT, _HISTORY = "start.safetensors", "checkpoint.pt", "history.j
 
 def keep_pictures(path: str, looking: Looking, segments: Sequence[Segment], known: dict[str, str]) -> tuple[int, int]:
     """Write the middles of some segments' pictures to an album; return how many have any, and how many can't be had."""
-    execution.one_thread()
+    cluster.one_thread()
     clips, missing = [], 0
     for segment in segments:
         at = known.get(segment.segment_id)
         try:
-            s = fetch.within(segment, at) if at else segment
+            s = fetching.within(segment, at) if at else segment
             with storage.local_file(s.source) as file:
                 images = looking(media.decode(file, s.start_s, s.end_s).images).crops
         except (ClipError, FileNotFoundError, ValueError):
@@ -92,19 +94,19 @@ def keep_pictures(path: str, looking: Looking, segments: Sequence[Segment], know
 
 def shares_of_file(model_dir: str, path: str) -> dict[str, Tensor]:
     """Return each object's share of the sound of one shard's clips."""
-    execution.one_thread()
+    cluster.one_thread()
     return finetuning.sound_shares(Model.load(model_dir), clips_from_table(shards.read_table(path)))
 
 
 def score_file(weights: str, path: str) -> dict[str, Tensor]:
     """Score one album's clips with a picture network."""
-    execution.one_thread()
+    cluster.one_thread()
     with storage.local_file(weights) as file:
         return finetuning.score_album(ImageLabeller.load(weights=file), path)
 
 
 def gather(
-    runner: execution.Runner, function: Callable[..., dict[str, Tensor]], first: str, files: Sequence[str]
+    runner: runners.Runner, function: Callable[..., dict[str, Tensor]], first: str, files: Sequence[str]
 ) -> dict[str, Tensor]:
     """Map over files and join the results."""
     return {i: x for part in runner.map(function, ((first, f) for f in files)) for i, x in part.items()}
@@ -230,9 +232,9 @@ def decide(
 
 def run(arguments: argparse.Namespace) -> int:
     """Fine-tune, write the network, and say what it brought."""
-    execution.absolute(arguments, "out", "clips", "model", "weights", "media")
+    console.absolute(arguments, "out", "clips", "model", "weights", "media")
     writes = (LABELLER_FILE, _CHECKPOINT, _START, _HISTORY, "pictures-*")
-    execution.keep_apart(arguments, "segments", "clips", "model", "weights", "media", writes=writes)
+    console.keep_apart(arguments, "segments", "clips", "model", "weights", "media", writes=writes)
     if arguments.epochs < 1:
         fail(f"--epochs {arguments.epochs}: at least one epoch is needed")
     if arguments.targets != "labels" and not (arguments.clips and arguments.model):
@@ -246,12 +248,12 @@ def run(arguments: argparse.Namespace) -> int:
         fail(f"{arguments.segments} needs segments of split train, to learn from, and val, to choose by")
     out = arguments.out
     made = f"--out {out} holds a fine-tuned picture network; another --out leaves it alone"
-    execution.check_free(out, [LABELLER_FILE], made, arguments.replace)
+    console.check_free(out, [LABELLER_FILE], made, arguments.replace)
     labeller, learned = start(arguments)
     weights = storage.join(out, _START)
     save(labeller, weights)
-    with execution.session(arguments.in_process) as runner:
-        execution.put_aside(out, [LABELLER_FILE, _HISTORY, _CHECKPOINT])
+    with runners.session(arguments.in_process) as runner:
+        console.put_aside(out, [LABELLER_FILE, _HISTORY, _CHECKPOINT])
         files = album_files(runner, arguments, by_split, labeller.looking("centre"))
         clip_files = shards.clip_files(arguments.clips) if arguments.targets != "labels" else []
         shares = gather(runner, shares_of_file, arguments.model, clip_files)
@@ -283,10 +285,10 @@ def run(arguments: argparse.Namespace) -> int:
             "config": config,
             "threads": min(2, os.cpu_count() or 1),
         }
-        if isinstance(runner, execution.InProcess):
+        if isinstance(runner, runners.InProcess):
             fit(job)
         else:
-            execution.train_workers(fit_on_ray, job, out, runner)
+            runners.train_workers(fit_on_ray, job, out, runner)
         return report(runner, arguments, model, files["val"], truth, by_split["val"], before, known, thresholds)
 
 
@@ -297,13 +299,13 @@ def album_name(split: str, shard: shards.Shard) -> str:
 
 
 def album_files(
-    runner: execution.Runner, arguments: argparse.Namespace, by_split: dict[str, list[Segment]], looking: Looking
+    runner: runners.Runner, arguments: argparse.Namespace, by_split: dict[str, list[Segment]], looking: Looking
 ) -> dict[str, list[str]]:
     """Decode the pictures that aren't kept yet; return each split's albums."""
-    remote = [s for group in by_split.values() for s in group if fetch.is_remote(s)]
+    remote = [s for group in by_split.values() for s in group if fetching.is_remote(s)]
     if remote and not arguments.media:
         fail(f"{len(remote)} segments are remote; say with --media where pipelines.extract keeps downloads")
-    known = fetch.find_media(arguments.media, remote) if remote else {}
+    known = fetching.find_media(arguments.media, remote) if remote else {}
     files: dict[str, list[str]] = {}
     todo = []
     for split, segments in by_split.items():
@@ -321,7 +323,7 @@ def album_files(
                     )
                 )
     missing = 0
-    with execution.Progress("pictures", sum(len(t[2]) for t in todo), "clips") as progress:
+    with Progress("pictures", sum(len(t[2]) for t in todo), "clips") as progress:
         for count, lost in runner.map(keep_pictures, todo):
             missing += lost
             progress.add(count + lost)
@@ -331,7 +333,7 @@ def album_files(
 
 
 def report(
-    runner: execution.Runner,
+    runner: runners.Runner,
     arguments: argparse.Namespace,
     model: Model | None,
     files: Sequence[str],
@@ -345,7 +347,7 @@ def report(
     path = storage.join(arguments.out, LABELLER_FILE)
     if not storage.exists(path):
         say("finetune: no epoch was better on split val than the start, so nothing was written")
-        return execution.SHORTFALL
+        return console.SHORTFALL
     scores = gather(runner, score_file, path, files)
     after = measure(scores, truth, thresholds)
     say(f"split val against its labels: before {figures(before)}; after {figures(after)}")
@@ -355,7 +357,7 @@ def report(
         say(f"split val against what is audible: before {figures(was)}; after {figures(now)}")
     if model is not None:
         data = storage.read_bytes(path)
-        execution.put_aside(arguments.model, [LABELLER_FILE])
+        console.put_aside(arguments.model, [LABELLER_FILE])
         storage.write_bytes(storage.join(arguments.model, LABELLER_FILE), data)
         with storage.local_file(path) as file:
             labeller = ImageLabeller.load(weights=file)
@@ -364,12 +366,12 @@ def report(
         labels = replace(model.config.labels, threshold=own[0], best_threshold=own[1], joined=False)
         replace(model, config=replace(model.config, labeller=entry, labels=labels)).save(arguments.model)
     say(f"picture network in {path}" + (f" and in {arguments.model}" if model else ""))
-    return execution.DONE
+    return console.DONE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    return execution.run(run, parser(), argv, "the same command with --replace begins anew, but the pictures are kept")
+    return console.run(run, parser(), argv, "the same command with --replace begins anew, but the pictures are kept")
 
 
 if __name__ == "__main__":

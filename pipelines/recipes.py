@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from avsep.factors import ExtractionConfig
+from avsep.learning.training import TrainingConfig
 from avsep.model import LabelConfig, LabellerConfig, NetworkConfig, SeparationConfig
-from avsep.stages import ExtractionConfig
-from avsep.training import TrainingConfig
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The service: an HTTP API and a page that separate uploaded videos, on Ray Serve.
 
-One process takes requests (`avsep.web`), others each separate one job at a time (`avsep.jobs`);
+One process takes requests (`avsep.service.api`), others each separate one job at a time (`avsep.service.jobs`);
 they meet in the store of results. Environment variables set its limits: AVSEP_SERVE_TOKEN,
-AVSEP_SERVE_ALLOW_URLS, AVSEP_SERVE_MAX_UPLOAD_BYTES … (the fields of `avsep.jobs.ServiceConfig`).
+AVSEP_SERVE_ALLOW_URLS, AVSEP_SERVE_MAX_UPLOAD_BYTES … (the fields of `avsep.service.config.ServiceConfig`).
 """
 
 from __future__ import annotations
@@ -52,11 +52,14 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from avsep import jobs, stages
-from avsep.jobs import HotModel, JobWorker, ServiceConfig
+from avsep.factors import Factors, factorize_clips
+from avsep.service import connections, hotmodel
+from avsep.service.config import ENVIRONMENT, ServiceConfig, log
+from avsep.service.hotmodel import HotModel
+from avsep.service.jobs import JobWorker
 from avsep.vision import LabellerUnavailable
-from pipelines import execution
-from pipelines.execution import fail, say
+from pipelines import cluster, console, runners
+from pipelines.console import fail, say
 
 _LOST_AFTER = 3  # workers that died at one job
 _TAKEN = 2  # jobs that a replica has: one in work, and one that waits beside it
@@ -80,8 +83,8 @@ class Separating:
     """A Serve replica that separates: one job at a time, while the next one waits beside it."""
 
     def __init__(self, config: ServiceConfig, on_device: Any = None) -> None:
-        execution.log_as_asked()
-        execution.one_thread()
+        console.log_as_asked()
+        cluster.one_thread()
         self._on_device = on_device
         self._worker = JobWorker(config, None if on_device is None else self._ask)
 
@@ -118,11 +121,11 @@ class OnDevice:
     """The Serve replica that labels and factorises on a GPU, what several replicas ask for together."""
 
     def __init__(self, config: ServiceConfig) -> None:
-        execution.log_as_asked()
-        execution.one_thread()
+        console.log_as_asked()
+        cluster.one_thread()
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cpu":
-            jobs.log.warning("Ray gives a GPU, but torch finds none: it is done on the CPU")
+            log.warning("Ray gives a GPU, but torch finds none: it is done on the CPU")
         self._model = HotModel(config.model, config.weights, config.limits(), self.device)
         self.sizes: dict[str, Counter[int]] = {"label": Counter(), "factorize": Counter()}
         self._stages = {"label": self._together("label", self.label)}
@@ -172,12 +175,12 @@ class OnDevice:
 
     def factorize(self, requests: list[Any]) -> list[Any]:
         """Factorise each request's waveform with its seeds, those of one configuration together."""
-        found: dict[int, list[stages.Factors]] = {}
-        for config in {c for _, _, c in requests}:  # two where a model is being replaced
-            rows = [i for i, r in enumerate(requests) if r[2] == config]
+        found: dict[int, list[Factors]] = {}
+        for extraction in {c for _, _, c in requests}:  # two where a model is being replaced
+            rows = [i for i, r in enumerate(requests) if r[2] == extraction]
             waveforms = [requests[i][0] for i in rows for _ in requests[i][1]]
             seeds = [seed for i in rows for seed in requests[i][1]]
-            factors = iter(stages.factorize_clips(waveforms, seeds, config, self.device))
+            factors = iter(factorize_clips(waveforms, seeds, extraction, self.device))
             found |= {i: [next(factors) for _ in requests[i][1]] for i in rows}
         return [found[i] for i in range(len(requests))]
 
@@ -194,12 +197,13 @@ class Ingress:
     """The Serve replica that answers requests, which Serve's proxies bring."""
 
     def __init__(self, config: ServiceConfig, separating: Any) -> None:
-        execution.log_as_asked()
+        console.log_as_asked()
         self._config, self._separating = config, separating
 
     def __serve_build_asgi_app__(self) -> Any:
         """Build the application; Serve asks for it."""
-        from avsep.web import Service, make_app
+        from avsep.service.api import make_app
+        from avsep.service.service import Service
 
         return make_app(Service(self._config, self._run))
 
@@ -208,7 +212,7 @@ class Ingress:
         from ray import exceptions
         from ray.serve.exceptions import BackPressureError
 
-        from avsep.web import Busy, WorkerLost
+        from avsep.service.work import Busy, WorkerLost
 
         for _ in range(_LOST_AFTER):
             try:
@@ -225,8 +229,8 @@ class Listening(Ingress):
     """The same where one machine is all: it listens itself, so that no byte goes through a proxy."""
 
     async def __init__(self, config: ServiceConfig, separating: Any, port: int) -> None:  # type: ignore[misc]
-        from avsep import connections
-        from avsep.web import Service, make_app
+        from avsep.service.api import make_app
+        from avsep.service.service import Service
 
         super().__init__(config, separating)
         self._slots = asyncio.Semaphore(_TAKEN * replicas(config))
@@ -317,7 +321,7 @@ def results_folder(given: str, port: int) -> Iterator[str]:
     folder = Path(tempfile.gettempdir(), f"avsep-serve-{os.getuid()}-{port}")
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        fail(f"{folder} isn't ours; remove it or set {jobs.ENVIRONMENT}RESULTS to another folder")
+        fail(f"{folder} isn't ours; remove it or set {ENVIRONMENT}RESULTS to another folder")
     try:
         empty(folder)
         yield str(folder)
@@ -345,7 +349,7 @@ def start(config: ServiceConfig, port: int, results: str) -> None:
             logging_config={
                 "log_level": "WARNING",
                 "enable_access_log": False,
-                "encoding": "JSON" if execution.as_json() else "TEXT",
+                "encoding": "JSON" if console.as_json() else "TEXT",
             },
         )
     except (exceptions.RayError, RuntimeError) as error:
@@ -355,17 +359,17 @@ def start(config: ServiceConfig, port: int, results: str) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until interrupted."""
-    execution.absolute(arguments, "model")
+    console.absolute(arguments, "model")
     config = ServiceConfig.from_environment(os.environ, model=arguments.model)
     check_address(config.host, arguments.port)
     try:
-        jobs.check_model(config)  # a mistake is one line, before anything is started
+        hotmodel.check_model(config)  # a mistake is one line, before anything is started
     except LabellerUnavailable as error:
-        fail(f"the picture network of {config.model}, or {jobs.ENVIRONMENT}WEIGHTS: {error}")
+        fail(f"the picture network of {config.model}, or {ENVIRONMENT}WEIGHTS: {error}")
     with results_folder(config.results, arguments.port) as results:
         serve = serve_here if arguments.in_process else serve_on_ray
         serve(replace(config, results=results), arguments.port)
-    return execution.DONE
+    return console.DONE
 
 
 def check_address(host: str, port: int) -> None:
@@ -381,7 +385,7 @@ def check_address(host: str, port: int) -> None:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 fail(f"--port {port}: another program uses it; give a free one")
-            fail(f"{jobs.ENVIRONMENT}HOST={host}: {error.strerror}; give an IPv4 address of this machine, or 0.0.0.0")
+            fail(f"{ENVIRONMENT}HOST={host}: {error.strerror}; give an IPv4 address of this machine, or 0.0.0.0")
 
 
 def serve_on_ray(config: ServiceConfig, port: int) -> None:
@@ -389,7 +393,7 @@ def serve_on_ray(config: ServiceConfig, port: int) -> None:
     for name, value in _PATIENCE.items():
         os.environ.setdefault(name, value)
     say("starting Ray Serve on this machine …")
-    with execution.session():
+    with runners.session():
         start(config, port, config.results)
         wait_for_the_end(config, port)
         from ray import serve
@@ -399,11 +403,11 @@ def serve_on_ray(config: ServiceConfig, port: int) -> None:
 
 def serve_here(config: ServiceConfig, port: int) -> None:
     """Serve until interrupted, from this process alone: jobs are done in threads, one unless config.replicas says."""
-    from avsep import connections
-    from avsep.web import Service, make_app
+    from avsep.service.api import make_app
+    from avsep.service.service import Service
 
     spare_memory()
-    execution.one_thread()
+    cluster.one_thread()
     workers = [JobWorker(config) for _ in range(config.replicas or 1)]
     pool = ThreadPoolExecutor(len(workers))
 
@@ -454,7 +458,7 @@ def spare_memory() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    return execution.run(run, parser(), argv)
+    return console.run(run, parser(), argv)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import json
 import os
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -51,9 +50,18 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from avsep import bags, evidence, parallel, plots, practice, shards, stages, storage, training
+from avsep import evidence, plots, shards, stages, storage
 from avsep.familiarity import Familiarity
-from avsep.miml import MIML, basis_posteriors
+from avsep.learning import bags, practice, training
+from avsep.learning.run import (
+    HISTORY_FILE,
+    MIXTURES_FILE,
+    VAL_MIXTURES_FILE,
+    fit,
+    read_mixtures,
+    write_mixtures,
+)
+from avsep.miml import basis_posteriors
 from avsep.model import (
     LABELLER_FILE,
     MODEL_FILES,
@@ -67,158 +75,22 @@ from avsep.model import (
 from avsep.objects import OBJECT_NAMES
 from avsep.records import SPLITS, ClipRecord, clips_from_table
 from avsep.stft import STFT
-from pipelines import execution, recipes
-from pipelines.execution import fail, say
+from pipelines import cluster, console, recipes, runners
+from pipelines.console import fail, say
+from pipelines.progress import Progress
 
-_IN_MEMORY_BYTES = 4 << 30  # of bases that a worker without a GPU holds; more are read anew for every epoch
-_OF_GPU = 0.6  # of its free memory, for bases held there
 _READERS = 16  # files read at the same time to count their clips
 _SOLOS_AN_OBJECT = 100  # that practice mixtures draw from
 _SOLO_FILES = 200  # in which they are looked for
 _EVIDENCE_FILES = 20  # whose labels say how far labels can be believed; they are held in memory
-HISTORY_FILE = "history.json"
 _FEW_CLIPS = 200
 _COMPARED_CLIPS = 160  # whose bases go with the model
 _MAPS = 4  # relation maps drawn
 _VAL_MIXTURES = 64
-_MIXTURES_FILE, _VAL_MIXTURES_FILE = "practice.pt", "practice-val.pt"
 _MADE = (  # in OUT, by a training; the model's configuration comes first
-    *(f"model/{f}" for f in MODEL_FILES), HISTORY_FILE, "checkpoint.pt", "checkpoint-2.pt", _MIXTURES_FILE,
-    _VAL_MIXTURES_FILE,
+    *(f"model/{f}" for f in MODEL_FILES), HISTORY_FILE, "checkpoint.pt", "checkpoint-2.pt", MIXTURES_FILE,
+    VAL_MIXTURES_FILE,
 )  # fmt: skip
-
-
-def fit(job: dict[str, Any], report: Any = None) -> None:
-    """Train to the end of a pass from its checkpoint, if there is one: the body of one training worker.
-
-    Every worker reads its own files and takes its part of each batch; the first one validates and writes.
-    """
-    files, out = job["files"], job["out"]
-    config: ModelConfig = job["config"]
-    training_config: training.TrainingConfig = job["training"]
-    device = job.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(job["threads"])
-    torch.manual_seed(training_config.seed)
-    network = config.build().to(device)
-    parallel.share_batch_norm(network)
-    first = parallel.place()[0] == 0
-    optimiser, schedule = training.optimiser_for(network, training_config)
-    history = training.History()
-    best: dict[str, torch.Tensor] = {}
-    path = _checkpoint(out, job["pass"])
-    if storage.exists(path):
-        saved = torch.load(io.BytesIO(storage.read_bytes(path)), map_location=device, weights_only=True)
-        network.load_state_dict(saved["network"])
-        optimiser.load_state_dict(saved["optimiser"])
-        schedule.load_state_dict(saved["schedule"])
-        history.rows, best = saved["history"], saved["best"]
-        if first:  # what was killed between the two may not have got to it
-            _write_history(job, history)
-    teacher, mixtures, val_mixtures = None, None, None
-    if job["pass"] > 1:
-        taught = Model.load(storage.join(out, "model"))
-        teacher = practice.Teacher(taught.network, taught.context, job["quality"]) if taught.context else None
-        mixtures, val_mixtures = _read_mixtures(out, _MIXTURES_FILE), _read_mixtures(out, _VAL_MIXTURES_FILE)
-    val = bags.load_bags(files, config.labels, "val") if first else None
-    clips = bags.TrainingClips(
-        files, job["counts"], config.labels, teacher=teacher, mixtures=mixtures, held=fits(job["n_bytes"], device),
-        device=device,
-    )  # fmt: skip
-    batch_size = training.batch_size_for(sum(job["counts"]), training_config)
-    for epoch in range(len(history.rows), training_config.epochs):
-        started = time.monotonic()
-        seed = training_config.seed * 1_000_003 + epoch
-        torch.manual_seed(seed)  # noise, alike after a resume
-        batches = clips.batches(batch_size, seed)
-        row = training.train_epoch(network, batches, optimiser, training_config, epoch, job.get("quality"))
-        if val is not None:
-            pieces = (val.take(slice(i, i + 256)) for i in range(0, len(val), 256))
-            row |= training.validate(network, pieces, training_config, val_mixtures)
-        row |= {
-            "pass": job["pass"],
-            "epoch": epoch,
-            "learning_rate": float(schedule.get_last_lr()[0]),
-            "seconds": time.monotonic() - started,
-        }
-        schedule.step()
-        history.rows.append(row)
-        if history.best() == epoch:
-            best = {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
-        if first:
-            _save_checkpoint(path, job["settings"], network, optimiser, schedule, history, best)
-            _write_history(job, history)
-        if report:
-            report(row)
-    if first:
-        network.load_state_dict(best)
-        chosen = history.rows[history.best()] if history.rows else {}
-        told = {"chosen": chosen, "clips_by_label": job["clips_by_label"]}
-        if "quality" in job:
-            told["label_quality"] = asdict(job["quality"])
-        Model(replace(config, training=asdict(training_config) | told), network).save(storage.join(out, "model"))
-
-
-def fits(n_bytes: int, device: str) -> bool:
-    """Tell whether this worker's part of so many bytes of bases is to be held in memory, the GPU's where there is one.
-
-    It changes nothing but the time that an epoch takes.
-    """
-    free = _OF_GPU * torch.cuda.mem_get_info()[0] if device != "cpu" else _IN_MEMORY_BYTES
-    return n_bytes / parallel.place()[1] < free
-
-
-def _checkpoint(out: str, number: int) -> str:
-    return storage.join(out, "checkpoint.pt" if number == 1 else f"checkpoint-{number}.pt")
-
-
-def _read_mixtures(out: str, name: str) -> training.Bags | None:
-    path = storage.join(out, name)
-    if not storage.exists(path):
-        return None
-    return training.Bags(**torch.load(io.BytesIO(storage.read_bytes(path)), weights_only=True))
-
-
-def _write_mixtures(out: str, name: str, practices: Sequence[practice.Practice]) -> None:
-    buffer = io.BytesIO()
-    torch.save(vars(practice.as_bags(practices)), buffer)
-    storage.write_bytes(storage.join(out, name), buffer.getbuffer())
-
-
-@contextlib.contextmanager
-def following(out: str, epochs: int) -> Iterator[None]:
-    """Print each epoch's figures as the workers write them, wherever those run."""
-    path, said, ended = storage.join(out, HISTORY_FILE), 0, threading.Event()
-
-    def say_new() -> None:
-        nonlocal said
-        rows = json.loads(storage.read_bytes(path)) if storage.exists(path) else []
-        if (now := len(rows)) > said:
-            said = now
-            row = rows[-1]
-            keys = [k for k in ("val_loss", "val_map", "val_agreement", "val_assignment") if k in row]
-            figures = ", ".join(f"{k.removeprefix('val_')} {row[k]:.3f}" for k in keys)
-            seconds = sum(r["seconds"] for r in rows) / now
-            tail = f"; validation {figures}" if figures else ""
-            left = f"{(epochs - now) * seconds:.0f} s left"
-            say(f"train: epoch {now}/{epochs}, loss {row['train_loss']:.3f}{tail}; {seconds:.1f} s an epoch, {left}")
-
-    def watch() -> None:
-        while not ended.wait(2.0):
-            say_new()
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        say_new()
-
-
-def _write_history(job: dict[str, Any], history: training.History) -> None:
-    rows = [*job["earlier_rows"], *history.rows]
-    storage.write_text(storage.join(job["out"], HISTORY_FILE), json.dumps(rows, indent=1))
 
 
 def _check_resumable(path: str, settings: dict[str, Any]) -> None:
@@ -227,28 +99,6 @@ def _check_resumable(path: str, settings: dict[str, Any]) -> None:
     saved = torch.load(io.BytesIO(storage.read_bytes(path)), weights_only=True)["settings"]
     if saved != settings:
         fail(f"--resume: {path} has recipe {saved['recipe']!r} or other settings; give its --recipe, or another --out")
-
-
-def _save_checkpoint(
-    path: str,
-    settings: dict[str, Any],
-    network: MIML,
-    optimiser: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    history: training.History,
-    best: dict[str, torch.Tensor],
-) -> None:
-    buffer = io.BytesIO()
-    state = {
-        "network": network.state_dict(),
-        "optimiser": optimiser.state_dict(),
-        "schedule": schedule.state_dict(),
-        "history": history.rows,
-        "settings": settings,
-        "best": best,
-    }
-    torch.save(state, buffer)
-    storage.write_bytes(path, buffer.getbuffer())
 
 
 def fit_on_ray(job: dict[str, Any]) -> None:
@@ -260,8 +110,8 @@ def fit_on_ray(job: dict[str, Any]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, write the model, and draw its figures."""
-    execution.absolute(arguments, "clips", "out")
-    execution.keep_apart(arguments, "clips", writes=("model",))
+    console.absolute(arguments, "clips", "out")
+    console.keep_apart(arguments, "clips", writes=("model",))
     recipe = recipes.get(arguments.recipe)
     if arguments.epochs is not None and arguments.epochs < 1:
         fail(f"--epochs {arguments.epochs}: at least one epoch is needed")
@@ -327,9 +177,9 @@ def run(arguments: argparse.Namespace) -> int:
     storage.make_directory(out)
     passes = 2 if recipe.second_pass else 1
     with contextlib.ExitStack() as stack:
-        runner = stack.enter_context(execution.session(arguments.in_process))
+        runner = stack.enter_context(runners.session(arguments.in_process))
         if not arguments.resume:
-            execution.put_aside(out, _MADE)
+            console.put_aside(out, _MADE)
         stack.enter_context(following(out, passes * training_config.epochs))
         train_pass(runner, job)
         if recipe.practice:
@@ -347,7 +197,7 @@ def run(arguments: argparse.Namespace) -> int:
         storage.write_bytes(storage.join(out, "model", LABELLER_FILE), storage.read_bytes(labeller))
     draw_figures(out, arguments.clips)
     say(f"model in {storage.join(out, 'model')}")
-    return execution.DONE
+    return console.DONE
 
 
 def check_free(out: str, replace: bool) -> None:
@@ -357,7 +207,39 @@ def check_free(out: str, replace: bool) -> None:
         epochs = len(json.loads(storage.read_bytes(history)))
     what = f"--out {out} holds a training of {epochs} epoch{'s' * (epochs != 1)}"
     what = f"{what}; --resume goes on with it, another --out leaves it alone"
-    execution.check_free(out, _MADE, what, replace)
+    console.check_free(out, _MADE, what, replace)
+
+
+@contextlib.contextmanager
+def following(out: str, epochs: int) -> Iterator[None]:
+    """Print each epoch's figures as the workers write them, wherever those run."""
+    path, said, ended = storage.join(out, HISTORY_FILE), 0, threading.Event()
+
+    def say_new() -> None:
+        nonlocal said
+        rows = json.loads(storage.read_bytes(path)) if storage.exists(path) else []
+        if (now := len(rows)) > said:
+            said = now
+            row = rows[-1]
+            keys = [k for k in ("val_loss", "val_map", "val_agreement", "val_assignment") if k in row]
+            figures = ", ".join(f"{k.removeprefix('val_')} {row[k]:.3f}" for k in keys)
+            seconds = sum(r["seconds"] for r in rows) / now
+            tail = f"; validation {figures}" if figures else ""
+            left = f"{(epochs - now) * seconds:.0f} s left"
+            say(f"train: epoch {now}/{epochs}, loss {row['train_loss']:.3f}{tail}; {seconds:.1f} s an epoch, {left}")
+
+    def watch() -> None:
+        while not ended.wait(2.0):
+            say_new()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        say_new()
 
 
 def left_out(clips: str, counts: Counter[str]) -> str:
@@ -368,15 +250,15 @@ def left_out(clips: str, counts: Counter[str]) -> str:
     return f"; left out: {', '.join(parts)}" if parts else ""
 
 
-def train_pass(runner: execution.Runner, job: dict[str, Any]) -> None:
+def train_pass(runner: runners.Runner, job: dict[str, Any]) -> None:
     """Train the network over all epochs."""
-    if isinstance(runner, execution.InProcess):
+    if isinstance(runner, runners.InProcess):
         fit(job)
     else:
-        execution.train_workers(fit_on_ray, job, job["out"], runner)
+        runners.train_workers(fit_on_ray, job, job["out"], runner)
 
 
-def judge(runner: execution.Runner, job: dict[str, Any]) -> evidence.LabelQuality:
+def judge(runner: runners.Runner, job: dict[str, Any]) -> evidence.LabelQuality:
     """Estimate how good the labels are from what the first pass's network hears."""
     files = job["files"][:_EVIDENCE_FILES]
     item = (storage.join(job["out"], "model"), files)
@@ -387,7 +269,7 @@ def judge(runner: execution.Runner, job: dict[str, Any]) -> evidence.LabelQualit
 
 def judge_files(model_dir: str, files: list[str]) -> tuple[evidence.LabelQuality, float]:
     """Judge the labels of some files' training clips; return with it what share of the sounding objects they name."""
-    execution.one_thread()
+    cluster.one_thread()
     model = Model.load(model_dir)
     clips = bags.load_bags(files, model.config.labels, "train")
     if clips is None:
@@ -398,12 +280,12 @@ def judge_files(model_dir: str, files: list[str]) -> tuple[evidence.LabelQuality
     return quality, float((likely * clips.labels).sum() / likely.sum())
 
 
-def make_mixtures(runner: execution.Runner, job: dict[str, Any], n_mixtures: int) -> list[practice.Practice]:
+def make_mixtures(runner: runners.Runner, job: dict[str, Any], n_mixtures: int) -> list[practice.Practice]:
     """Mix clips in which one object plays alone; return training clips' mixtures, and keep them and validation's."""
     out, config = job["out"], job["config"]
     files = job["files"][:_SOLO_FILES]  # each is a random sample of the clips
     looked_for = [(storage.join(out, "model"), f, job["quality"]) for f in files]
-    parts = execution.map_in_order(runner, solos_of_file, looked_for)
+    parts = runners.map_in_order(runner, solos_of_file, looked_for)
     made: dict[str, list[practice.Practice]] = {}
     for split, wanted in (("train", n_mixtures), ("val", min(_VAL_MIXTURES, n_mixtures))):
         solos = [s for part in parts for s in part[split]]
@@ -415,7 +297,7 @@ def make_mixtures(runner: execution.Runner, job: dict[str, Any], n_mixtures: int
         shape = (len(config.objects), config.stft.n_bins, config.n_bases, n_frames)
         shared = runner.share(kept)
         items = [(shared, *shape, range(i, min(i + 10, wanted))) for i in range(0, wanted, 10)]
-        with execution.Progress(f"practise ({split})", wanted, "mixtures") as progress:
+        with Progress(f"practise ({split})", wanted, "mixtures") as progress:
             done: dict[int, list[practice.Practice]] = {}
             for first, mixtures in runner.map(mix_batch, items):
                 done[first] = mixtures
@@ -427,13 +309,13 @@ def make_mixtures(runner: execution.Runner, job: dict[str, Any], n_mixtures: int
     if "val" not in made:  # its clips hold no solos: the last mixtures of training clips stand in
         kept_back = max(1, len(made["train"]) // 10)
         made["train"], made["val"] = made["train"][:-kept_back], made["train"][-kept_back:]
-    for split, name in (("train", _MIXTURES_FILE), ("val", _VAL_MIXTURES_FILE)):
-        _write_mixtures(out, name, made[split])
+    for split, name in (("train", MIXTURES_FILE), ("val", VAL_MIXTURES_FILE)):
+        write_mixtures(out, name, made[split])
     return made["train"]
 
 
 def learn_context(
-    runner: execution.Runner, job: dict[str, Any], practices: list[practice.Practice], epochs: int = 40
+    runner: runners.Runner, job: dict[str, Any], practices: list[practice.Practice], epochs: int = 40
 ) -> None:
     """Learn on practice mixtures which bases belong together, and add it to the model."""
     directory = storage.join(job["out"], "model")
@@ -452,7 +334,7 @@ def learn_context(
 
 def solos_of_file(model_dir: str, path: str, quality: evidence.LabelQuality) -> dict[str, list[practice.Solo]]:
     """Find one file's clips, by split, in which an object plays alone."""
-    execution.one_thread()
+    cluster.one_thread()
     model = Model.load(model_dir)
     solos: dict[str, list[practice.Solo]] = {"train": [], "val": []}
     for record in clips_from_table(shards.read_table(path)):
@@ -467,7 +349,7 @@ def mix_batch(
     solos: list[practice.Solo], n_objects: int, n_bins: int, n_bases: int, n_frames: int, seeds: range
 ) -> tuple[int, list[practice.Practice]]:
     """Make some practice mixtures."""
-    execution.one_thread()
+    cluster.one_thread()
     return seeds[0], [practice.mix_solos(solos, n_objects, n_bins, n_bases, n_frames, seed) for seed in seeds]
 
 
@@ -475,9 +357,9 @@ def fit_context(
     out: str, model: Model, practices: list[practice.Practice], files: list[str], epochs: int, seed: int
 ) -> tuple[Model, dict[str, float]]:
     """Train the context, and learn how far to believe sound and pictures, in one worker."""
-    execution.one_thread()
+    cluster.one_thread()
     model.context, figures = practice.train_context(model.network, practices, epochs=epochs, seed=seed)
-    mixtures = _read_mixtures(out, _VAL_MIXTURES_FILE) or practice.as_bags(practices)
+    mixtures = read_mixtures(out, VAL_MIXTURES_FILE) or practice.as_bags(practices)
     learned = evidence.fit_sound(training.object_shares(model.network, mixtures), mixtures.labels)
     clips = bags.load_bags(files, model.config.labels, "train")
     if clips is not None:
@@ -546,7 +428,7 @@ def draw_figures(out: str, clips: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    return execution.run(run, parser(), argv, "the same command with --resume goes on from the last epoch")
+    return console.run(run, parser(), argv, "the same command with --resume goes on from the last epoch")
 
 
 if __name__ == "__main__":

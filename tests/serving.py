@@ -24,11 +24,13 @@ import torch
 import uvicorn
 
 from avsep import media
-from avsep.jobs import JobWorker, ServiceConfig
 from avsep.model import Model, ModelConfig, NetworkConfig, SeparationConfig
 from avsep.objects import object_index
+from avsep.service.api import make_app
+from avsep.service.config import ServiceConfig
+from avsep.service.jobs import JobWorker
+from avsep.service.service import Service
 from avsep.stft import STFT
-from avsep.web import Service, make_app
 
 RATE = 8000
 PITCH = {"dog": 200, "violin": 900}  # Hz
@@ -191,7 +193,7 @@ import os, sys, time
 from ray import serve
 from pipelines import execution
 from pipelines.serve import build
-os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "avsep.connections.guard_serve_proxy"
+os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "avsep.service.connections.guard_serve_proxy"
 with execution.session():
     serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[4])})
     serve.run(build({"model": sys.argv[2]}), name="avsep", route_prefix="/")

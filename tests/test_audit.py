@@ -14,12 +14,13 @@ import pytest
 import soundfile
 import torch
 
-from avsep import audit, media, shards, stages, synthetic
+from avsep import audit, duplicates, media, shards, stages, synthetic
+from avsep.factors import ExtractionConfig, Factors, factorize, seed_of
 from avsep.model import label_config
 from avsep.records import Rejection, Segment, clips_from_table, clips_to_table
 from pipelines import audit as program
 
-CONFIG = stages.ExtractionConfig(n_bases=12, n_iter=40)
+CONFIG = ExtractionConfig(n_bases=12, n_iter=40)
 CONFIGURATION = CONFIG.as_dict(None)
 
 
@@ -36,7 +37,7 @@ def record_of(sound: np.ndarray, segment: Segment, picture: int | None = None):
     folder.mkdir(exist_ok=True)
     soundfile.write(segment.source, sound, 48_000, subtype="PCM_16")
     decoded = stages.decode(replace(segment, labels=()), CONFIG)
-    factors = stages.factorize(decoded.clip.waveform, stages.seed_of(segment.segment_id), CONFIG)
+    factors = factorize(decoded.clip.waveform, seed_of(segment.segment_id), CONFIG)
     return stages.to_record(segment, decoded, factors, None if picture is None else logits(picture), 48_000)
 
 
@@ -378,10 +379,10 @@ def test_fingerprints_tell_the_same_sound_from_its_likes():
     """Twelve performances, two an object: each is nearest to its own noisy, quieter self."""
 
     def drawn(sound: np.ndarray, name: str) -> np.ndarray:
-        factors = stages.factorize(torch.from_numpy(sound.astype(np.float32)), stages.seed_of(name), CONFIG)
+        factors = factorize(torch.from_numpy(sound.astype(np.float32)), seed_of(name), CONFIG)
         decoded = stages.Decoded(stages.Clip(sound.astype(np.float32), 48_000, np.empty((0, 8, 8, 3), np.uint8)), "")
         record = stages.to_record(Segment(name, "x"), decoded, factors, None, 48_000)
-        print_ = audit.fingerprint(record, 0.05)
+        print_ = duplicates.fingerprint(record, 0.05)
         assert print_ is not None and print_.shape == (600,)
         return print_ / np.linalg.norm(print_.astype(float))
 
@@ -390,8 +391,8 @@ def test_fingerprints_tell_the_same_sound_from_its_likes():
     clean = np.stack([drawn(s, f"a{i}") for i, s in enumerate(sounds)])
     noisy = np.stack([drawn(s / 3 + 3e-4 * rng.standard_normal(len(s)), f"b{i}") for i, s in enumerate(sounds)])
     similarity = noisy @ clean.T
-    assert np.diag(similarity).min() > audit.NEAR
-    assert (similarity - 2 * np.eye(12)).max() < audit.NEAR
+    assert np.diag(similarity).min() > duplicates.NEAR
+    assert (similarity - 2 * np.eye(12)).max() < duplicates.NEAR
 
 
 def test_labels_follow_from_the_evidence_as_it_was_gathered():
@@ -399,7 +400,7 @@ def test_labels_follow_from_the_evidence_as_it_was_gathered():
     row = np.full((1, 1000), np.log(1e-5), np.float32)
     row[0, [151, 889]] = np.log([0.9, 0.35])
     waveform = np.zeros(4800, np.float32)
-    factors = stages.Factors(torch.ones(2401, 1), torch.ones(1, 3), 0.0)
+    factors = Factors(torch.ones(2401, 1), torch.ones(1, 3), 0.0)
     decoded = stages.Decoded(stages.Clip(waveform, 48_000, np.empty((0, 8, 8, 3), np.uint8)), "")
     record = stages.to_record(Segment("x", "x"), decoded, factors, row, 48_000)
     assert audit.seen_labels(record, label_config(None, "tiles")) == ("dog", "violin")
@@ -411,10 +412,10 @@ def test_clips_without_events_or_too_short_have_no_fingerprint():
     t = np.arange(8 * 48_000) / 48_000
     hum = np.sin(2 * np.pi * 100 * t).astype(np.float32)
     for sound in (hum, performance("drum", 0)[: 2 * 48_000].astype(np.float32)):
-        factors = stages.factorize(sound, 0, CONFIG)
+        factors = factorize(sound, 0, CONFIG)
         decoded = stages.Decoded(stages.Clip(sound, 48_000, np.empty((0, 8, 8, 3), np.uint8)), "")
         record = stages.to_record(Segment("x", "x"), decoded, factors, None, 48_000)
-        assert audit.fingerprint(record, 0.05) is None
+        assert duplicates.fingerprint(record, 0.05) is None
 
 
 @pytest.mark.parametrize("arguments", [[], ["--clips", "nowhere", "--out", "x"], ["--clips", ".", "--out", "x", "--k"]])

@@ -18,7 +18,7 @@ from cluster import ENVIRONMENT, descendants, free_port
 from test_cluster import table_of
 
 from avsep import shards
-from pipelines import execution, extract
+from pipelines import extract, runners
 
 ROOT = Path(__file__).parent.parent
 IDLE_S = 10
@@ -137,10 +137,10 @@ def growing(folder: Path, name: str, version: str) -> Iterator[Growing]:
 
 def one_gpu(command: list[str]) -> None:
     """Extraction, to which a GPU without CUDA is of no use; then a program that takes both halves of it."""
-    with execution.session() as runner:
+    with runners.session() as runner:
         assert extract.main(command) == 2
         assert len(runner.gpus()) == 1
-        for half in runner.actors(execution.NoCuda, 2, gpus=0.5):
+        for half in runner.actors(runners.NoCuda, 2, gpus=0.5):
             half().result()
 
 

@@ -11,9 +11,9 @@ from avsep.baselines import (
     mixture_as_estimate,
     oracle_assignment,
 )
+from avsep.factors import Factors
 from avsep.metrics import si_sdr
 from avsep.nmf import factorize
-from avsep.stages import Factors
 from avsep.stft import STFT
 
 RATE = 8000

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from avsep import connections
+from avsep.service import connections
 
 MANY = 40_000_000  # more than any socket's buffers
 

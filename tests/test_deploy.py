@@ -19,7 +19,7 @@ import yaml
 from cluster import ENVIRONMENT
 from kubernetes_validate.utils import schema_contents
 
-from pipelines import execution
+from pipelines import console, runners
 
 ROOT = Path(__file__).parent.parent
 KUBERAY = ROOT / "deploy" / "kuberay"
@@ -322,7 +322,7 @@ def wait_for(folder: str, number: int, count: int) -> int:
 
 def four_at_once(folder: str) -> None:
     """A program that starts on a cluster without workers."""
-    with execution.session() as runner:
+    with runners.session() as runner:
         assert runner.n_workers == 1
         print("started", flush=True)
         assert list(runner.map(wait_for, [(folder, i, 4) for i in range(4)])) == [4] * 4
@@ -355,7 +355,7 @@ def test_numbers_in_the_environment_are_checked(monkeypatch: pytest.MonkeyPatch)
         with monkeypatch.context() as wrong:
             wrong.setenv(name, "two")
             with (
-                pytest.raises(execution.UsageError, match=f"{name}=two: it must be a whole number"),
-                execution.session(),
+                pytest.raises(console.UsageError, match=f"{name}=two: it must be a whole number"),
+                runners.session(),
             ):
                 pass

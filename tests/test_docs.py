@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from avsep import cli, jobs
+from avsep import cli
+from avsep.service import config
 from deploy import cost, pages
 
 ROOT = Path(__file__).parent.parent
@@ -163,7 +164,7 @@ def test_every_argument_named_alone_exists(path: Path) -> None:
 def test_every_variable_named_is_read_by_something() -> None:
     code = "".join(p.read_text() for folder in ("avsep", "pipelines", "tests") for p in (ROOT / folder).glob("*.py"))
     read = set(re.findall(r"[\"'](AVSEP_[A-Z_]+)[\"']", code))
-    read |= {f"AVSEP_SERVE_{f.name.upper()}" for f in dataclasses.fields(jobs.ServiceConfig)}
+    read |= {f"AVSEP_SERVE_{f.name.upper()}" for f in dataclasses.fields(config.ServiceConfig)}
     named = {name for path in TEXTS if path.suffix != ".py" for name in re.findall(r"AVSEP_[A-Z_]+", path.read_text())}
     assert len(named) > 8 and not named - read
 
@@ -202,7 +203,8 @@ def test_texts_with_commands_are_among_those_read() -> None:
 
 def test_the_programs_page_is_current() -> None:
     assert pages.PAGE.read_text() == pages.page(), "run python deploy/pages.py"
-    programs = {p.stem for p in (ROOT / "pipelines").glob("*.py")} - {"__init__", "execution", "recipes"}
+    shared = {"__init__", "recipes", "console", "cluster", "progress", "runners", "downloads"}
+    programs = {p.stem for p in (ROOT / "pipelines").glob("*.py")} - shared
     assert set(pages.WRITES) == programs
 
 

@@ -20,10 +20,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import extraction_driver as simulation
 
-from avsep import fetch, shards, stages, storage
+from avsep import factors, fetching, shards, stages, storage, work
 from avsep.audit import check_commits
 from avsep.records import ClipRecord, Rejection, Segment
-from pipelines import execution, extract
+from pipelines import console, downloads, extract, runners
+from pipelines.progress import Progress
 
 RATE = 48_000
 N = 12  # two shards
@@ -70,19 +71,19 @@ def test_segments_too_large_together_are_done_one_after_the_other(tmp_path, enou
     def process(segments, *_):
         asked.update(s.segment_id for s in segments)
         if len(segments) > 1 or (not enough and asked["s3"] == 3):  # when it is done, after it was tried alone
-            raise execution.WorkerLost("out of memory")
+            raise console.WorkerLost("out of memory")
         return [], [Rejection(s.segment_id, "decode", "silent", False) for s in segments], {"decode": 1.0}
 
     segments = [Segment(f"s{i}", f"{i}.wav", 0.0, 1.0, "train", labels=("dog",)) for i in range(4)]
-    job, progress = extract.Job(str(tmp_path), stages.ExtractionConfig(), {}, process), execution.Progress("x", 4, "s")
-    works = extract.plan_work(shards.read_state(str(tmp_path)), segments)
+    job, progress = extract.Job(str(tmp_path), factors.ExtractionConfig(), {}, process), Progress("x", 4, "s")
+    works = work.plan_work(shards.read_state(str(tmp_path)), segments)
     if enough:
-        extract.extract(works, job, execution.InProcess(), progress)
+        extract.extract(works, job, runners.InProcess(), progress)
         (commit,) = shards.read_commits(str(tmp_path))
         assert sorted(commit.rejection_ids) == [s.segment_id for s in segments] and commit.timings_s == {"decode": 4.0}
     else:
-        with pytest.raises(execution.UsageError, match="with its 4 segments, though with none of them alone; give"):
-            extract.extract(works, job, execution.InProcess(), progress)
+        with pytest.raises(console.UsageError, match="with its 4 segments, though with none of them alone; give"):
+            extract.extract(works, job, runners.InProcess(), progress)
         assert shards.read_ids(str(tmp_path)) == ([], [])
 
 
@@ -92,7 +93,7 @@ def test_a_retry_in_another_shard_supersedes(tmp_path):
 
     def reject(ids, reason, retry=None):
         segments = [Segment(i, f"{i}.wav", 0.0, 1.0, "train", labels=("dog",)) for i in ids]
-        for w in extract.plan_work(shards.read_state(out), segments, retry):
+        for w in work.plan_work(shards.read_state(out), segments, retry):
             new = [
                 Rejection(s.segment_id, "decode", reason, True, w.attempts.get(s.segment_id, 0) + 1) for s in w.segments
             ]
@@ -281,11 +282,11 @@ def test_a_changed_download_is_fetched_anew_and_a_user_s_own_file_stays(tmp_path
     store = str(tmp_path)
     segment = Segment("v", "youtube:aaaaaaaaaaa", 0, 10)
     mine = tmp_path / "v.mkv"
-    downloaded = Path(fetch.store_path(store, "v"))
+    downloaded = Path(fetching.store_path(store, "v"))
     downloaded.parent.mkdir()
     for path in (mine, downloaded):
         path.write_text("x")
-    extract.forget_media(store, [segment, Segment("w", "w.mp4")])
+    work.forget_media(store, [segment, Segment("w", "w.mp4")])
     assert mine.exists() and not downloaded.exists()
 
 
@@ -418,7 +419,7 @@ def test_a_segment_that_kills_its_worker_is_found_and_costs_itself_alone(sounds,
 def test_the_status_file_says_where_a_run_stands(tmp_path, capsys):
     path = tmp_path / "status.json"
     seen = []
-    with execution.Progress("extract", 100, "segments", done=10, rejected={"removed": 2}, status=str(path)) as progress:
+    with Progress("extract", 100, "segments", done=10, rejected={"removed": 2}, status=str(path)) as progress:
         seen.append(json.loads(path.read_text()))
         progress.in_flight = 16
         for _ in range(3):
@@ -437,8 +438,8 @@ def test_the_status_file_says_where_a_run_stands(tmp_path, capsys):
 
 def test_the_rate_forgets_what_is_longer_ago_than_an_hour(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(execution.time, "monotonic", lambda: clock[0])
-    progress = execution.Progress("extract", 10**6, "segments")
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    progress = Progress("extract", 10**6, "segments")
     for _ in range(100):  # fast for 100 minutes …
         clock[0] += 60
         progress.add(600)
@@ -469,7 +470,7 @@ def test_a_dry_run_says_what_there_is_to_do_and_what_it_costs(sounds, tmp_path, 
 
 def test_tasks_are_given_what_they_need_and_no_more():
     """190,000 known files must not travel with each of 750 tasks."""
-    store = extract.MediaStore("m", {f"{i}": f"m/{i}" for i in range(1000)}, {"x", "y"}, {})
+    store = downloads.MediaStore("m", {f"{i}": f"m/{i}" for i in range(1000)}, {"x", "y"}, {})
     part = store.of([Segment("7", "youtube:a"), Segment("x", "youtube:b")])
     assert part.known == {"7": "m/7"} and part.missing == {"x"}
 

@@ -25,20 +25,24 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from avsep import fetch as fetch_module
 from avsep import media
-from avsep.egress import EgressBudget, EgressIdentity, Lease, TokenBucket, identities
-from avsep.fetch import (
+from avsep.fetching import (
+    EgressBudget,
+    EgressIdentity,
     FetchOptions,
     FetchResult,
+    Lease,
+    TokenBucket,
     check_tools,
     classify,
-    cut,
     fetch,
     find_media,
+    identities,
     store_path,
     within,
+    ytdlp,
 )
+from avsep.media import cut
 from avsep.records import ClipError, Reason, Segment, validate
 
 pytest.importorskip("yt_dlp")
@@ -575,8 +579,8 @@ def test_a_killed_child_is_one_failed_attempt(server: Server, store: str, option
 
 WORKER = """
 import sys
-from avsep.egress import EgressBudget
-from avsep.fetch import FetchOptions, fetch
+from avsep.fetching import EgressBudget
+from avsep.fetching import FetchOptions, fetch
 from avsep.records import Segment
 url, store, work = sys.argv[1:]
 fetch(Segment("a", url, 2, 4), store, EgressBudget(), FetchOptions(work_folder=work))
@@ -596,7 +600,7 @@ def test_a_killed_worker_leaves_nothing(
     assert not list(Path(store).rglob("*"))
     work = Path(str(options.work_folder)) / f"avsep-fetch-{os.getuid()}"
     (left,) = work.iterdir()  # which the next fetch clears away
-    monkeypatch.setattr(fetch_module, "_STALE_S", -1.0)
+    monkeypatch.setattr(ytdlp, "_STALE_S", -1.0)
     failure(segment(server.url("404/film.mp4")), store, options)
     assert not left.exists() and not list(work.iterdir())
 

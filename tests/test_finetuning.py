@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from avsep import finetuning, media, shards, synthetic, vision
-from avsep.finetuning import FinetuningConfig
+from avsep import media, shards, synthetic, vision
+from avsep.learning import finetuning
+from avsep.learning.finetuning import FinetuningConfig
 from avsep.looks import Looking
 from avsep.miml import MIML, partial_label_loss
 from avsep.model import Model, ModelConfig
@@ -127,7 +128,7 @@ def test_a_weak_start_learns_from_labels_of_whole_clips(albums) -> None:
     index = {o.name: o.imagenet[0] for o in OBJECTS}
     classes = [*(index[n] for n in NAMES), finetuning.BACKGROUND]
     pixels = np.stack([np.asarray(d) for d in drawn])
-    labeller = vision.train_small_labeller(pixels, np.repeat(range(4), 4).tolist(), classes, epochs=3, batch_size=8)
+    labeller = synthetic.train_small_labeller(pixels, np.repeat(range(4), 4).tolist(), classes, epochs=3, batch_size=8)
     before = finetuning.agreement(finetuning.score_album(labeller, albums["val"][0]), albums["val"][1])
 
     config = FinetuningConfig(epochs=10, batch_clips=6, learning_rate=3e-3)

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from avsep.learning.bags import Bags, shuffled_batches
+from avsep.learning.training import assignment, optimiser_for, train_epoch, validate
 from avsep.miml import MIML, activation_statistics
 from avsep.synthetic import planted_bases
-from avsep.training import Bags, assignment, optimiser_for, shuffled_batches, train_epoch, validate
 from pipelines import recipes
 
 FILE = Path(__file__).with_name("golden.json")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from avsep import records, shards, stages
+from avsep.factors import ExtractionConfig, factorize, factorize_clips
 from pipelines import extract
 
 
@@ -16,20 +17,20 @@ def clip(seconds: float, seed: int) -> np.ndarray:
 
 def test_clips_factorised_together_are_those_factorised_alone():
     """In any batch, with clips of other lengths: the same factors up to rounding."""
-    config = stages.ExtractionConfig(n_bases=4, n_iter=20)
+    config = ExtractionConfig(n_bases=4, n_iter=20)
     waveforms = [clip(1.0, 0), clip(0.7, 1), clip(1.0, 2)]
-    together = stages.factorize_clips(waveforms, [5, 6, 7], config, "cpu")
+    together = factorize_clips(waveforms, [5, 6, 7], config, "cpu")
     for waveform, seed, factors in zip(waveforms, (5, 6, 7), together, strict=True):
-        alone = stages.factorize(waveform, seed, config)
+        alone = factorize(waveform, seed, config)
         np.testing.assert_allclose(factors.W, alone.W, atol=1e-3)
         assert factors.H.shape == alone.H.shape
         assert factors.kl_divergence == pytest.approx(alone.kl_divergence, rel=1e-3)
-    assert stages.factorize_clips([], [], config, "cpu") == []
+    assert factorize_clips([], [], config, "cpu") == []
 
 
 def test_records_are_the_same_wherever_clips_are_factorised(rendered):
     segments = records.read_segments(str(rendered / "segments.csv"))[:3]
-    config = stages.ExtractionConfig(n_iter=10)
+    config = ExtractionConfig(n_iter=10)
 
     def later(*arguments) -> Future:
         future: Future = Future()
@@ -50,14 +51,14 @@ def test_one_gpu_serves_the_stages_of_every_task(rendered, tmp_path, monkeypatch
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     import ray
 
-    from pipelines import execution
+    from pipelines import runners
 
     claims = []
     options = ["--segments", str(rendered / "segments.csv"), "--out"]
     assert extract.main([*options, str(tmp_path / "here"), "--in-process"]) == 0
     ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
     try:
-        kept = execution.OnRay.actors
+        kept = runners.OnRay.actors
 
         def actors(self, make, count, *, gpus):
             claims.append((count, gpus))
@@ -67,8 +68,8 @@ def test_one_gpu_serves_the_stages_of_every_task(rendered, tmp_path, monkeypatch
             assert ray.available_resources().get("GPU", 0) == 0  # both together take the whole of it
             return made
 
-        monkeypatch.setattr(execution.OnRay, "actors", actors)
-        monkeypatch.setattr(execution.OnRay, "n_gpus", 1)  # which has no CUDA: a CPU takes its place
+        monkeypatch.setattr(runners.OnRay, "actors", actors)
+        monkeypatch.setattr(runners.OnRay, "n_gpus", 1)  # which has no CUDA: a CPU takes its place
         assert extract.main([*options, str(tmp_path / "there")]) == 0
     finally:
         ray.shutdown()

@@ -10,69 +10,31 @@ from pathlib import Path
 import pytest
 
 import avsep
-from avsep.finetuning import FinetuningConfig
+from avsep.learning.finetuning import FinetuningConfig
 from pipelines import RECIPES, finetune, recipes
 
 ROOT = Path(__file__).parent.parent
 
-# Each layer may import itself and those above it in this list (DESIGN.md).
-LAYERS = (
-    (
-        "console",
-        "stft",
-        "nmf",
-        "nmf_amx",
-        "nmf_code",
-        "nmf_cpu",
-        "nmf_gpu",
-        "metrics",
-        "objects",
-        "parallel",
-        "lite",
-        "looks",
-    ),
-    ("miml", "training", "evidence"),
-    (
-        "media",
-        "fetch",
-        "egress",
-        "storage",
-        "tables",
-        "vision",
-        "records",
-        "shards",
-        "lock",
-        "results",
-        "uploads",
-        "connections",
-        "answers",
-    ),
-    (
-        "stages",
-        "dictionary",
-        "familiarity",
-        "model",
-        "separation",
-        "baselines",
-        "synthetic",
-        "plots",
-        "report",
-        "audioset",
-        "audit",
-        "bags",
-        "context",
-        "practice",
-        "finetuning",
-    ),
-    ("videos", "evaluation"),
-    ("jobs",),
-    ("commands", "web"),
-    ("cli",),
+# From the ground up: a room (a folder) or a flat file may import those of its line, and of the lines above (DESIGN.md).
+FLOORS = (
+    "stft nmf objects metrics miml context evidence lite looks limits console",
+    "storage tables records lock factors dictionary familiarity",
+    "media",
+    "model separation baselines plots report",
+    "fetching vision shards work manifest audioset synthetic",
+    "stages learning",
+    "videos evaluation audit duplicates datacard",
+    "service commands",
+    "cli",
 )
-LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}
-MODULES = sorted(p.stem for p in (ROOT / "avsep").glob("*.py") if p.stem != "__init__")
+FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
+FILES = sorted(
+    p.relative_to(ROOT / "avsep") for p in (ROOT / "avsep").rglob("*.py") if p.parts[-2:] != ("avsep", "__init__.py")
+)
+MODULES = [".".join(f.with_suffix("").parts).removesuffix(".__init__") for f in FILES]
+ROOMS = sorted({m.split(".")[0] for m in MODULES})
 PIPELINES = sorted(p.stem for p in (ROOT / "pipelines").glob("*.py") if p.stem != "__init__")
-SHARED = {"recipes", "execution"}  # what pipelines may import of pipelines
+SHARED = {"recipes", "console", "cluster", "progress", "runners", "downloads"}  # what pipelines may import of pipelines
 
 # Every flag of every command. A new one needs a reason, and a line here.
 FLAGS = {
@@ -118,10 +80,15 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+def path_of(module: str) -> Path:
+    path = ROOT / "avsep" / Path(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
 def own_imports(module: str) -> set[str]:
-    """The modules of avsep that one of them imports."""
-    names = {name.split(".")[1] for name in imports(ROOT / "avsep" / f"{module}.py") if name.startswith("avsep.")}
-    return names & set(MODULES)
+    """The modules of avsep that one of them imports, a room's for what is in its `__init__`."""
+    names = {name.removeprefix("avsep.") for name in imports(path_of(module)) if name.startswith("avsep.")}
+    return names & set(MODULES) - {module}
 
 
 def test_the_walk_sees_every_kind_of_import(tmp_path: Path) -> None:
@@ -137,29 +104,58 @@ def test_the_walk_sees_every_kind_of_import(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------- import rules
 
 
-def test_every_module_has_its_layer() -> None:
-    """A new module needs a place in LAYERS; DESIGN.md says which layers there are."""
-    assert set(MODULES) <= set(LAYER_OF)
+def test_every_room_has_its_floor() -> None:
+    """A new one needs a place in FLOORS; DESIGN.md says which floors there are."""
+    assert set(ROOMS) == set(FLOOR_OF)
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_run_one_way(module: str) -> None:
-    above = {m for m in own_imports(module) if LAYER_OF[m] > LAYER_OF[module]}
+    floor = FLOOR_OF[module.split(".")[0]]
+    above = {m for m in own_imports(module) if FLOOR_OF[m.split(".")[0]] > floor}
     assert not above, f"avsep.{module} imports {sorted(above)}, which may import it"
 
 
 def test_no_imports_in_a_circle() -> None:
     done: list[str] = []
-    left = {m: own_imports(m) - {m} for m in MODULES}
+    inside = {m: own_imports(m) - ({m.split(".")[0]} if "." in m else set()) for m in MODULES}
+    left = {m: {n for n in needs if n.split(".")[0] != m or "." not in n} for m, needs in inside.items()}
     while ready := sorted(m for m, needs in left.items() if needs <= set(done)):
         done += ready
         left = {m: needs for m, needs in left.items() if m not in ready}
     assert not left
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_private_names_stay_in_their_module(module: str) -> None:
+    tree = ast.parse(path_of(module).read_text())
+    mine = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    imported = {
+        alias.name
+        for n in ast.walk(tree)
+        if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("avsep")
+        for alias in n.names
+        if alias.name.startswith("_")
+    }
+    modules = {
+        alias.asname or alias.name
+        for n in ast.walk(tree)
+        if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("avsep")
+        for alias in n.names
+        if alias.name in {m.split(".")[-1] for m in MODULES}
+    }
+    reached = {
+        f"{n.value.id}.{n.attr}"
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
+        if n.value.id in modules & mine and n.attr.startswith("_") and not n.attr.startswith("__")
+    }
+    assert not imported | reached
+
+
 @pytest.mark.parametrize("module", ["__init__", *MODULES])
 def test_avsep_knows_no_scheduler_and_no_pipeline(module: str) -> None:
-    roots = {name.split(".")[0] for name in imports(ROOT / "avsep" / f"{module}.py")}
+    roots = {name.split(".")[0] for name in imports(path_of(module))}
     assert not roots & {"ray", "apache_beam", "pipelines", "deploy", "tests"}
 
 
@@ -172,16 +168,16 @@ def test_pipelines_do_not_import_each_other(pipeline: str) -> None:
 
 
 def test_only_the_cli_parses_arguments_in_avsep() -> None:
-    assert [m for m in MODULES if "argparse" in imports(ROOT / "avsep" / f"{m}.py")] == ["cli"]
+    assert [m for m in MODULES if "argparse" in imports(path_of(m))] == ["cli"]
 
 
 PROGRAMS = ["-m avsep.cli", *(f"-m pipelines.{p}" for p in PIPELINES if p not in SHARED)]
-LIGHT = ["-c 'import avsep.connections'", *(f"{p} {word}" for p in PROGRAMS for word in ("--help", "--nosuch"))]
+LIGHT = ["-c 'import avsep.service.connections'", *(f"{p} {word}" for p in PROGRAMS for word in ("--help", "--nosuch"))]
 
 
 @pytest.mark.parametrize("command", LIGHT)
 def test_help_and_mistakes_do_not_wait_for_what_takes_seconds_to_import(command: str) -> None:
-    """Nor do Serve's proxies, which import avsep.connections alone."""
+    """Nor do Serve's proxies, which import avsep.service.connections alone."""
     run = [sys.executable, "-X", "importtime", *shlex.split(command)]
     done = subprocess.run(run, capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.returncode == (2 if "--nosuch" in command else 0), done.stderr[-2000:]
@@ -208,7 +204,7 @@ def test_parsers_know_names_and_defaults_before_these_are_there() -> None:
 
 def test_no_drawer_for_odds_and_ends() -> None:
     odd = {"utils", "util", "helpers", "common", "misc", "config"}
-    assert not odd & (set(MODULES) | set(PIPELINES))
+    assert not odd & ({m.split(".")[-1] for m in MODULES if m != "service.config"} | set(PIPELINES))
     assert not [d for d in ("avsep", "pipelines", ".") for name in odd if (ROOT / d / name).is_dir()]
 
 
@@ -350,5 +346,5 @@ def test_the_readme_s_tree_names_real_files_and_every_module() -> None:
     trees = [tree_paths(b) for b in blocks if "stft.py" in b and "avsep/" in b]
     assert len(trees) == 1, "one code block of the README shows the tree"
     assert not [p for p in trees[0] if not (ROOT / p).exists()]
-    modules = {f"avsep/{m}.py" for m in MODULES} | {f"pipelines/{p}.py" for p in PIPELINES}
+    modules = {f"avsep/{f}" for f in FILES if f.name != "__init__.py"} | {f"pipelines/{p}.py" for p in PIPELINES}
     assert not modules - set(trees[0]), "README.md's tree lacks these"

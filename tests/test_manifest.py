@@ -21,6 +21,7 @@ import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from avsep import audioset
+from avsep import manifest as segments_of
 from avsep.objects import OBJECTS
 from avsep.records import Segment, read_segments
 from pipelines import manifest
@@ -180,8 +181,8 @@ def test_each_line_is_in_exactly_one_block(tmp_path: Path, text: str) -> None:
     path = tmp_path / "lines"
     path.write_bytes(text.encode())
     for size in range(1, len(text) + 2):
-        blocks = manifest.line_blocks([str(path)], size)
-        parts = [part for block in blocks if (part := manifest.read_lines(block))]
+        blocks = segments_of.line_blocks([str(path)], size)
+        parts = [part for block in blocks if (part := segments_of.read_lines(block))]
         assert b"".join(parts) == text.encode()
         assert all(part.endswith(b"\n") for part in parts[:-1])
 
@@ -190,12 +191,12 @@ def test_ranges_of_ids_hold_everything_once_in_order() -> None:
     ids = [f"clip_{n:05d}" for n in range(20_000)]
     random.Random(0).shuffle(ids)
     table = pa.table({"segment_id": ids})
-    bounds = manifest.shard_bounds(manifest.sample_ids(table), 4000)
-    parts = dict(manifest.into_ranges(table, bounds))
+    bounds = segments_of.shard_bounds(segments_of.sample_ids(table), 4000)
+    parts = dict(segments_of.into_ranges(table, bounds))
     assert len(parts) == len(bounds) + 1 == 5
     assert [s for i in sorted(parts) for s in sorted(parts[i]["segment_id"].to_pylist())] == sorted(ids)
     assert max(map(len, parts.values())) < 6000
-    assert manifest.shard_bounds((0, []), 4000) == []
+    assert segments_of.shard_bounds((0, []), 4000) == []
 
 
 # --- AudioSet's files, through Beam
@@ -319,20 +320,20 @@ def in_pieces(files: tuple[list[Path], Path], tmp_path_factory: pytest.TempPathF
     """The same files in hundreds of small blocks, shuffled, and several shards."""
     folder = tmp_path_factory.mktemp("pieces")
     masks = audioset.object_masks(ontology())
-    blocks = manifest.line_blocks([str(path) for path in files[0]], 1500)
+    blocks = segments_of.line_blocks([str(path) for path in files[0]], 1500)
     random.Random(5).shuffle(blocks)
     staging = folder / "staging"
     with beam.Pipeline(options=PipelineOptions(["--runner=FnApiRunner"])) as pipeline:
         manifest.build(
             pipeline,
             blocks,
-            lambda block: manifest.read_audioset(block, masks),
+            lambda block: segments_of.read_audioset(block, masks),
             [str(path) for path in files[0]],
             str(staging),
             repeats_are_bad=False,
             shard_rows=100,
         )
-    manifest.commit(str(staging), str(folder))
+    segments_of.commit(str(staging), str(folder))
     return folder
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from avsep import media, stages, videos
+from avsep import factors, media, stages, videos
 from avsep.media import DecodeLimits, decode, iter_audio, probe
 from avsep.records import ClipError, Reason, Segment
 
@@ -866,7 +866,7 @@ def test_a_rejection_says_why_nothing_is_heard_or_seen(make: Make, whole: Path, 
     odd = tmp_path / "odd.mp4"
     run_ffmpeg("-i", whole, "-c", "copy", "-bsf:v", "h264_metadata=matrix_coefficients=14", odd)
     with pytest.raises(ClipError, match=r"silent: .*; audio track 1 is silent; the file's others are 2"):
-        stages.decode(Segment("a", str(silent), labels=("violin",)), stages.ExtractionConfig())
+        stages.decode(Segment("a", str(silent), labels=("violin",)), factors.ExtractionConfig())
     with pytest.raises(ClipError, match=r"no_video: .*; the pictures can't be used: Impossible to convert"):
-        stages.decode(Segment("a", str(odd)), stages.ExtractionConfig())
-    assert len(stages.decode(Segment("a", str(odd), labels=("violin",)), stages.ExtractionConfig()).clip.waveform)
+        stages.decode(Segment("a", str(odd)), factors.ExtractionConfig())
+    assert len(stages.decode(Segment("a", str(odd), labels=("violin",)), factors.ExtractionConfig()).clip.waveform)

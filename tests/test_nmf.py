@@ -6,8 +6,7 @@ import pytest
 import torch
 from sklearn.decomposition import NMF
 
-from avsep import nmf, nmf_amx, nmf_cpu
-from avsep.nmf import factorize, infer_activations, kl_divergence
+from avsep.nmf import amx, cpu, factorize, infer_activations, kl, kl_divergence
 from avsep.stft import STFT
 from avsep.synthetic import planted_bases
 
@@ -17,16 +16,16 @@ ROUNDING = {"matrix units": 2**-15, "vector units": 1e-5, "torch": 1e-5}  # of a
 @pytest.fixture(params=list(ROUNDING), autouse=True)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test runs on each compiled kernel, whatever the shape, and on plain torch."""
-    kernel = {"matrix units": nmf_amx.load, "vector units": nmf_cpu.load, "torch": lambda: None}[request.param]()
+    kernel = {"matrix units": amx.load, "vector units": cpu.load, "torch": lambda: None}[request.param]()
     if kernel is None and request.param != "torch":
         pytest.skip(f"this processor has no {request.param}")
-    others = nmf_cpu.load()
+    others = cpu.load()
 
     def choose(n_bins: int, n_frames: int, n_bases: int) -> object:
-        few = n_bases <= nmf_amx.MAX_BASES
+        few = n_bases <= amx.MAX_BASES
         return kernel if few or request.param != "matrix units" else others
 
-    monkeypatch.setattr(nmf, "_cpu_kernel", choose)
+    monkeypatch.setattr(kl, "_cpu_kernel", choose)
     return request.param
 
 
@@ -267,7 +266,7 @@ def test_kl_divergence_is_its_formula_with_its_limits() -> None:
 def test_rows_are_walked_in_blocks_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     V = uniform(2, 70, 15)
     whole = factorize(V, 3, n_iter=10)
-    monkeypatch.setattr(nmf, "_CPU_BLOCK", 32)  # two blocks and a shorter one
+    monkeypatch.setattr(kl, "_CPU_BLOCK", 32)  # two blocks and a shorter one
     pieces = factorize(V, 3, n_iter=10)
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(whole, pieces, strict=True))
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from avsep import nmf, nmf_amx, nmf_code, nmf_cpu
+from avsep import nmf
+from avsep.nmf import amx, code, cpu, kl
 from avsep.stft import STFT
 from avsep.synthetic import SceneConfig, render_scene
 
-pytestmark = pytest.mark.skipif(nmf_cpu.load() is None, reason="no compiled kernel for this processor")
+pytestmark = pytest.mark.skipif(cpu.load() is None, reason="no compiled kernel for this processor")
 
 
 def uniform(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -28,20 +29,20 @@ def sounding(number: int) -> torch.Tensor:
 
 
 @functools.cache
-def kernels() -> list[nmf_cpu.Kernel | nmf_amx.Kernel]:
+def kernels() -> list[cpu.Kernel | amx.Kernel]:
     """The kernels of every instruction set that this processor has."""
-    best = nmf_cpu.load()
+    best = cpu.load()
     if best is None:
         return []
-    on_vectors = [nmf_cpu.Kernel(t, nmf_cpu.build(t)) for t in {best.tile, nmf_cpu.AVX2}]
-    on_matrices = nmf_amx.load()
+    on_vectors = [cpu.Kernel(t, cpu.build(t)) for t in {best.tile, cpu.AVX2}]
+    on_matrices = amx.load()
     return [*on_vectors, on_matrices] if on_matrices else list(on_vectors)
 
 
-def problems(V: torch.Tensor, W: torch.Tensor, H: torch.Tensor) -> list[nmf_code.Problem]:
+def problems(V: torch.Tensor, W: torch.Tensor, H: torch.Tensor) -> list[code.Problem]:
     """One for each kernel that takes so many bases."""
-    few = len(H) <= nmf_amx.MAX_BASES
-    return [k.problem(V, W, H) for k in kernels() if few or not isinstance(k, nmf_amx.Kernel)]
+    few = len(H) <= amx.MAX_BASES
+    return [k.problem(V, W, H) for k in kernels() if few or not isinstance(k, amx.Kernel)]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +55,7 @@ def test_the_kernel_does_what_torch_does(n_bins: int, n_frames: int, n_bases: in
     V[:, 0] = 0
     W0, H0 = uniform(n_bins, n_bases, seed=1) + 0.1, uniform(n_bases, n_frames, seed=2) + 0.1
     W, H = W0[None].clone(), H0[None].clone()
-    torch_measured = nmf._Blocks(V[None], W, H).run(3, measure=True)
+    torch_measured = kl._Blocks(V[None], W, H).run(3, measure=True)
     for problem, held, before in zip(*(problems(V, W0, H0) for _ in range(3)), strict=True):
         measured = problem.run(3, measure=True)
         assert all(
@@ -63,7 +64,7 @@ def test_the_kernel_does_what_torch_does(n_bins: int, n_frames: int, n_bases: in
         held.run(3, update_bases=False)
         assert torch.equal(held.factors()[0], W0)
         expected = H0[None].clone()
-        nmf._Blocks(V[None], W0[None], expected).run(3, update_bases=False)
+        kl._Blocks(V[None], W0[None], expected).run(3, update_bases=False)
         assert torch.allclose(held.factors()[1], expected[0], rtol=1e-4, atol=1e-7)
         # measured before the last half-iteration, so it lies above the end and below the end but one
         before.run(2)
@@ -71,27 +72,27 @@ def test_the_kernel_does_what_torch_does(n_bins: int, n_frames: int, n_bases: in
         assert float(torch_measured) * (1 - 1e-4) <= float(measured) <= above * (1 + 1e-4) + 1e-4
 
 
-@pytest.mark.skipif(nmf_amx.load() is None, reason="no matrix units")
+@pytest.mark.skipif(amx.load() is None, reason="no matrix units")
 def test_matrix_units_are_as_exact_as_float32() -> None:
     """200 iterations end as near to float64's factors as those of the vector units do."""
     V, n_bases = sounding(3), 25
-    W0, H0 = (x[0] for x in nmf._start(V[None], n_bases, 0))
+    W0, H0 = (x[0] for x in kl._start(V[None], n_bases, 0))
     W, H, V_64 = W0.double(), H0.double(), V.double()
     for _ in range(200):
         W *= (V_64 / (W @ H).clamp_min(1e-20)) @ H.T / H.sum(1)
         H *= W.T @ (V_64 / (W @ H).clamp_min(1e-20)) / W.sum(0)[:, None]
-    exact = nmf._normalise(W.float(), H.float())
+    exact = kl._normalise(W.float(), H.float())
 
-    def distance(problem: nmf_code.Problem) -> float:
+    def distance(problem: code.Problem) -> float:
         problem.run(200)
-        found = nmf._normalise(*problem.factors())
+        found = kl._normalise(*problem.factors())
         return max(float((a - b).square().mean().sqrt() / b.max()) for a, b in zip(found, exact, strict=True))
 
     *on_vectors, on_matrices = (distance(p) for p in problems(V, W0, H0))
     assert on_matrices < 5 * max(on_vectors) + 1e-6
 
 
-@pytest.mark.skipif(nmf_amx.load() is None, reason="no matrix units")
+@pytest.mark.skipif(amx.load() is None, reason="no matrix units")
 def test_others_use_the_matrix_units_in_turns() -> None:
     """torch multiplies bfloat16 on the same units, in the same thread."""
     V, a, b = sounding(6), uniform(300, 500).bfloat16(), uniform(500, 200).bfloat16()
@@ -105,7 +106,7 @@ def test_others_use_the_matrix_units_in_turns() -> None:
 def test_both_paths_end_at_the_same_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
     V = sounding(5)
     found = [float(nmf.kl_divergence(V, *nmf.factorize(V, m, n_iter=200, seeds=1))) for m in (8, 25)]
-    monkeypatch.setattr(nmf, "_cpu_kernel", lambda *_: None)
+    monkeypatch.setattr(kl, "_cpu_kernel", lambda *_: None)
     in_torch = [float(nmf.kl_divergence(V, *nmf.factorize(V, m, n_iter=200, seeds=1))) for m in (8, 25)]
     assert found == pytest.approx(in_torch, rel=1e-4)
 
@@ -122,33 +123,33 @@ def test_clips_in_several_threads_are_the_same_clips() -> None:
 
 
 @pytest.fixture
-def builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[nmf_cpu.Tile]:
+def builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[cpu.Tile]:
     """An empty cache in tmp_path, and the list of what is compiled for want of it."""
-    compiled: list[nmf_cpu.Tile] = []
-    build = nmf_cpu.build
+    compiled: list[cpu.Tile] = []
+    build = cpu.build
 
-    def counted(tile: nmf_cpu.Tile) -> bytes:
+    def counted(tile: cpu.Tile) -> bytes:
         compiled.append(tile)
         return build(tile)
 
-    monkeypatch.setattr(nmf_cpu, "build", counted)
+    monkeypatch.setattr(cpu, "build", counted)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return compiled
 
 
-def test_compiled_code_is_kept_and_a_damaged_file_is_not_run(tmp_path: Path, builds: list[nmf_cpu.Tile]) -> None:
-    code = nmf_cpu._machine_code(nmf_cpu.AVX2)
-    assert nmf_cpu._machine_code(nmf_cpu.AVX2) == code and len(builds) == 1
+def test_compiled_code_is_kept_and_a_damaged_file_is_not_run(tmp_path: Path, builds: list[cpu.Tile]) -> None:
+    code = cpu._machine_code(cpu.AVX2)
+    assert cpu._machine_code(cpu.AVX2) == code and len(builds) == 1
     (kept,) = (tmp_path / "avsep").iterdir()
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600
     kept.write_bytes(kept.read_bytes()[:-100])
-    assert nmf_cpu._machine_code(nmf_cpu.AVX2) == code and len(builds) == 2
-    assert nmf_cpu._machine_code(nmf_cpu.AVX2) == code and len(builds) == 2
+    assert cpu._machine_code(cpu.AVX2) == code and len(builds) == 2
+    assert cpu._machine_code(cpu.AVX2) == code and len(builds) == 2
 
 
-def test_writers_at_the_same_time_leave_one_whole_file(tmp_path: Path, builds: list[nmf_cpu.Tile]) -> None:
+def test_writers_at_the_same_time_leave_one_whole_file(tmp_path: Path, builds: list[cpu.Tile]) -> None:
     with ThreadPoolExecutor(4) as pool:
-        codes = list(pool.map(nmf_cpu._machine_code, [nmf_cpu.AVX2] * 4))
+        codes = list(pool.map(cpu._machine_code, [cpu.AVX2] * 4))
     assert len(set(codes)) == 1 and len(list((tmp_path / "avsep").iterdir())) == 1
 
 
@@ -156,7 +157,7 @@ def test_no_place_to_keep_it_is_no_error(tmp_path: Path, builds: list, monkeypat
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert (
-        nmf_cpu.Kernel(nmf_cpu.AVX2, nmf_cpu._machine_code(nmf_cpu.AVX2))
+        cpu.Kernel(cpu.AVX2, cpu._machine_code(cpu.AVX2))
         .problem(uniform(9, 8), uniform(9, 2), uniform(2, 8))
         .run(1, measure=True)
         .isfinite()
@@ -167,31 +168,31 @@ def test_without_a_home_folder_it_is_compiled_anew(builds: list, monkeypatch: py
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr("os.getuid", lambda: 54_321)  # nobody's
-    assert nmf_cpu._machine_code(nmf_cpu.AVX2) and len(builds) == 1
+    assert cpu._machine_code(cpu.AVX2) and len(builds) == 1
 
 
-@pytest.mark.skipif(nmf_amx.load() is None, reason="no matrix units")
+@pytest.mark.skipif(amx.load() is None, reason="no matrix units")
 def test_matrix_units_that_may_not_be_used_are_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nmf_amx, "_permitted", lambda: False)
-    assert nmf_amx.load.__wrapped__() is None
+    monkeypatch.setattr(amx, "_permitted", lambda: False)
+    assert amx.load.__wrapped__() is None
 
 
-@pytest.mark.skipif(nmf_amx.load() is None, reason="no matrix units")
+@pytest.mark.skipif(amx.load() is None, reason="no matrix units")
 @pytest.mark.parametrize("first", ["matrix units", "small signal stack"])
 def test_matrix_units_and_small_signal_stacks_exclude_each_other(first: str) -> None:
     """Whichever comes second is refused, and says so; faulthandler's own stack is large enough."""
     code = """if True:
         import ctypes, faulthandler, sys, threading
-        from avsep import nmf_amx
+        from avsep.nmf import amx
         faulthandler.enable()
         memory = ctypes.create_string_buffer(4096)
         stack = (ctypes.c_void_p * 3)(ctypes.addressof(memory), 0, len(memory))
         loaded, refused = [], []
         def work():
             if sys.argv[1] == "matrix units":
-                loaded.append(nmf_amx.load() is not None)
+                loaded.append(amx.load() is not None)
             refused.append(ctypes.CDLL(None).sigaltstack(stack, None) != 0)
-            loaded.append(nmf_amx.load() is not None)
+            loaded.append(amx.load() is not None)
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
@@ -204,4 +205,4 @@ def test_matrix_units_and_small_signal_stacks_exclude_each_other(first: str) -> 
 def test_without_llvmlite_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llvmlite", None)
     monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
-    assert nmf_cpu.load.__wrapped__() is None
+    assert cpu.load.__wrapped__() is None

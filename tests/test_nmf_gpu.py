@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 CHECK = """
 import torch
-from avsep import nmf, nmf_gpu
+from avsep.nmf import gpu, kl
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 for n_bins, n_frames, n_bases in ((130, 70, 5), (65, 3, 20), (1, 1, 1), (70, 66, 100)):
@@ -20,9 +20,9 @@ for n_bins, n_frames, n_bases in ((130, 70, 5), (65, 3, 20), (1, 1, 1), (70, 66,
     V[0, :, 0] = 0
     for update_bases in (True, False):
         expected = W.clone(), H.clone()
-        nmf._Blocks(V, *expected).run(2, update_bases=update_bases)
+        kl._Blocks(V, *expected).run(2, update_bases=update_bases)
         found = W.to(device, copy=True), H.to(device, copy=True)
-        nmf_gpu.iterate(V.to(device), *found, 2, update_bases=update_bases)
+        gpu.iterate(V.to(device), *found, 2, update_bases=update_bases)
         for a, b in zip(found, expected):
             assert torch.allclose(a.cpu(), b, rtol=1e-4, atol=1e-6), (n_bins, n_frames, n_bases, update_bases)
 print("alike")

@@ -20,17 +20,19 @@ import torch
 from cluster import ENVIRONMENT, descendants
 from torch import Tensor, distributed, multiprocessing
 
-from avsep import objects, parallel, shards
-from avsep.bags import TrainingClips, count_clips, load_bags
+from avsep import objects, shards
+from avsep.factors import ExtractionConfig
+from avsep.learning import parallel, run
+from avsep.learning.bags import Bags, TrainingClips, count_clips, load_bags
+from avsep.learning.training import optimiser_for, train_epoch
 from avsep.miml import MIML, activation_statistics
 from avsep.model import LabelConfig
 from avsep.records import ClipRecord
-from avsep.stages import ExtractionConfig
 from avsep.stft import STFT
 from avsep.synthetic import planted_bases
-from avsep.training import Bags, optimiser_for, train_epoch
 from pipelines import recipes
-from pipelines import train as pipeline
+from pipelines import train as training_program
+from pipelines.train import main
 
 STFT_CONFIG = STFT(sample_rate=8000, n_fft=94, hop_length=47)  # F = 48, as the planted bases have
 EPOCHS, N_BASES = 3, 6
@@ -171,7 +173,7 @@ def test_several_workers_end_where_one_does(workers, files, number):
 
 def test_each_worker_reads_its_own_files_once(files, monkeypatch):
     """All files are somebody's, the parts are alike in size, and what is held isn't read again."""
-    from avsep import bags
+    from avsep.learning import bags
 
     counts = [count_clips(f, LabelConfig())[0]["train"] for f in files]
     read: list[str] = []
@@ -199,7 +201,7 @@ def test_each_worker_reads_its_own_files_once(files, monkeypatch):
 
 
 def fit(rank: int, job: dict[str, Any]) -> None:
-    pipeline.fit(job)
+    run.fit(job)
 
 
 @pytest.mark.slow
@@ -209,7 +211,7 @@ def test_the_second_pass_of_two_workers_ends_where_that_of_one_does(tmp_path, mo
     recipe = replace(recipes.default(), practice=20)
     monkeypatch.setitem(recipes.RECIPES, "default", lambda: recipe)
     jobs: list[dict[str, Any]] = []
-    kept = pipeline.train_pass
+    kept = training_program.train_pass
 
     def train_pass(runner, job):
         if job["pass"] == 2:
@@ -217,9 +219,9 @@ def test_the_second_pass_of_two_workers_ends_where_that_of_one_does(tmp_path, mo
             jobs.append(job | {"out": str(tmp_path / "two")})
         kept(runner, job)
 
-    monkeypatch.setattr(pipeline, "train_pass", train_pass)
+    monkeypatch.setattr(training_program, "train_pass", train_pass)
     command = ["--clips", str(tmp_path / "clips"), "--out", str(tmp_path / "one"), "--epochs", "10", "--in-process"]
-    assert pipeline.main(command) == 0
+    assert main(command) == 0
     (job,) = jobs
     in_processes(fit, 2, tmp_path, job)
     rows = [
@@ -261,7 +263,7 @@ def test_training_goes_on_without_a_node_that_is_gone_for_good(tmp_path, monkeyp
     """A worker on each of two nodes, then one on the node that is left: each epoch once, the losses of one worker."""
     write_clips(tmp_path / "clips", 60, 12, objects_a_clip=1)
     command = ["--clips", str(tmp_path / "clips"), "--epochs", "12", "--recipe", "audioset"]  # one pass
-    assert pipeline.main([*command, "--out", str(tmp_path / "here"), "--in-process"]) == 0
+    assert main([*command, "--out", str(tmp_path / "here"), "--in-process"]) == 0
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     from ray.cluster_utils import Cluster

@@ -26,7 +26,7 @@ from avsep.model import Model
 from avsep.objects import IMAGENET_CLASSES, OBJECT_NAMES, object_index, object_scores, weak_labels
 from avsep.vision import ImageLabeller, build_network
 from deploy import cost, pages
-from pipelines import audit, collect, demo, evaluate, extract, finetune, manifest, serve, train
+from pipelines import audit, collect, demo, downloads, evaluate, extract, finetune, manifest, serve, train
 
 RATE = 48_000
 
@@ -825,7 +825,7 @@ def test_extraction_follows_a_fetch_live(rendered, web, tmp_path, monkeypatch, c
     wait_for((tmp_path / "media" / "fetch.lock").exists, fetching)
     assert extract.main([*arguments, "--until", "fetch"]) == 2  # it is at it
     assert "in use by process" in capfd.readouterr().err
-    monkeypatch.setattr(extract, "_FOLLOW_S", 1.0)
+    monkeypatch.setattr(downloads, "FOLLOW_S", 1.0)
     assert extract.main(arguments) == 0
     assert "another run downloads" in capfd.readouterr().out
     assert fetching.wait(timeout=60) == 0

@@ -8,8 +8,8 @@ import torch
 
 from avsep.context import N_PAIR_FEATURES, BasisContext, pair_features
 from avsep.evidence import LabelQuality
+from avsep.learning.practice import Practice, Solo, Teacher, as_bags, find_solo, mix_solos, source_shares, train_context
 from avsep.miml import MIML, N_STATISTICS, basis_posteriors
-from avsep.practice import Practice, Solo, Teacher, as_bags, find_solo, mix_solos, source_shares, train_context
 from avsep.records import ClipRecord
 
 F, N, L = 61, 80, 4

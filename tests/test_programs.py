@@ -18,7 +18,7 @@ from serving import PITCH, free_port, wait, write_model, write_sound
 import pipelines
 from avsep import storage
 from avsep.report import Report
-from pipelines import collect, demo, evaluate, execution, serve, train
+from pipelines import cluster, collect, console, demo, evaluate, runners, serve, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -93,7 +93,7 @@ def test_an_interruption_at_work_is_one_line_that_says_how_to_go_on(number, capf
         time.sleep(10)
         return 0
 
-    assert execution.guarded(work, "pipelines.x", "--resume goes on") == 130
+    assert console.guarded(work, "pipelines.x", "--resume goes on") == 130
     assert capfd.readouterr().err == "pipelines.x: interrupted; --resume goes on\n"
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
@@ -106,19 +106,19 @@ def test_ray_s_own_answer_to_sigterm_is_an_interruption(monkeypatch):
 
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(KeyboardInterrupt):
-        execution.init_ray("local")
+        cluster.init_ray("local")
 
 
 def test_workers_that_die_are_one_line(capfd):
     def work() -> int:
-        raise execution.WorkerLost("killed by the system's lack of memory.")
+        raise console.WorkerLost("killed by the system's lack of memory.")
 
-    assert execution.guarded(work, "pipelines.x") == 2
+    assert console.guarded(work, "pipelines.x") == 2
     assert capfd.readouterr().err.endswith("lack of memory. Run fewer at once, such as AVSEP_CPUS=1\n")
 
 
 def test_a_step_of_the_demo_that_ends_early_ends_the_demo(capfd):
-    for status, error in ((130, KeyboardInterrupt), (2, execution.UsageError)):
+    for status, error in ((130, KeyboardInterrupt), (2, console.UsageError)):
         with pytest.raises(error):
             demo.step("x", lambda _, status=status: status)
     demo.step("x", lambda _: 1)
@@ -140,19 +140,19 @@ def test_what_is_replaced_is_kept_and_of_two_the_later(tmp_path, memory_folder, 
         folder = storage.join(out, "previous")
         return {f: storage.read_bytes(p) for f in files if storage.exists(p := storage.join(folder, f))}
 
-    execution.check_free(out, files, "it holds x", replace=False)
+    console.check_free(out, files, "it holds x", replace=False)
     write("first", *files)
-    with pytest.raises(execution.UsageError, match=r"it holds x; --replace makes it anew and keeps the last one in .*"):
-        execution.check_free(out, files, "it holds x", replace=False)
-    execution.check_free(out, files, "it holds x", replace=True)
-    execution.put_aside(out, files)
+    with pytest.raises(console.UsageError, match=r"it holds x; --replace makes it anew and keeps the last one in .*"):
+        console.check_free(out, files, "it holds x", replace=False)
+    console.check_free(out, files, "it holds x", replace=True)
+    console.put_aside(out, files)
     assert not any(storage.exists(storage.join(out, f)) for f in files)
     assert kept() == dict.fromkeys(files, b"first")
     write("unfinished", "history.json")  # without the first of the files: what was kept is better
-    execution.put_aside(out, files)
+    console.put_aside(out, files)
     assert not storage.exists(storage.join(out, "history.json")) and kept() == dict.fromkeys(files, b"first")
     write("second", "model/config.json", "history.json")
-    execution.put_aside(out, files)
+    console.put_aside(out, files)
     assert kept() == {"model/config.json": b"second", "history.json": b"second"}
 
 
@@ -160,7 +160,7 @@ def test_a_training_is_not_written_over_unless_it_is_said(tmp_path):
     train.check_free(str(tmp_path), replace=False)
     (tmp_path / "history.json").write_text(json.dumps([{}] * 7))
     (tmp_path / "checkpoint.pt").touch()  # unfinished, too
-    with pytest.raises(execution.UsageError, match="holds a training of 7 epochs; --resume goes on with it"):
+    with pytest.raises(console.UsageError, match="holds a training of 7 epochs; --resume goes on with it"):
         train.check_free(str(tmp_path), replace=False)
     train.check_free(str(tmp_path), replace=True)
 
@@ -182,17 +182,17 @@ def test_results_of_something_else_are_not_written_over_unless_it_is_said(tmp_pa
         (["--model", one, "--given", "none"], "given"),
     ):
         source = provenance(*arguments)
-        with pytest.raises(execution.UsageError, match=f"holds results of another {word}; .*--replace"):
+        with pytest.raises(console.UsageError, match=f"holds results of another {word}; .*--replace"):
             evaluate.check_free(f"{tmp_path}/out", source, replace=False)
         evaluate.check_free(f"{tmp_path}/out", source, replace=True)
     storage.write_text(f"{tmp_path}/out/results.json", "[]")
-    with pytest.raises(execution.UsageError):
+    with pytest.raises(console.UsageError):
         evaluate.check_free(f"{tmp_path}/out", first, replace=False)
 
 
 def test_the_demo_leaves_files_alone_that_it_did_not_make_and_replaces_its_own(tmp_path, capfd):
     (tmp_path / "report.html").write_text("mine")
-    with pytest.raises(execution.UsageError, match=r"holds report\.html, which no demo made"):
+    with pytest.raises(console.UsageError, match=r"holds report\.html, which no demo made"):
         demo.clear(tmp_path)
     (tmp_path / "report.html").rename(tmp_path / "mine.html")
     demo.clear(tmp_path)
@@ -209,12 +209,12 @@ def test_the_demo_leaves_files_alone_that_it_did_not_make_and_replaces_its_own(t
 def test_ray_s_files_go_where_its_sockets_can_be(tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.delenv("TMPDIR", raising=False)
-    assert execution.ray_folder() == "/tmp/ray" and capfd.readouterr().out == ""
+    assert cluster.ray_folder() == "/tmp/ray" and capfd.readouterr().out == ""
     monkeypatch.setenv("TMPDIR", "/tmp")
-    assert execution.ray_folder() == "/tmp/ray" and capfd.readouterr().out == ""
+    assert cluster.ray_folder() == "/tmp/ray" and capfd.readouterr().out == ""
     for folder, why in (("/tmp/" + 75 * "x", "characters too long for Ray's sockets"), ("/proc/none", "written to")):
         monkeypatch.setenv("TMPDIR", folder)
-        assert execution.ray_folder() == "/tmp/ray"
+        assert cluster.ray_folder() == "/tmp/ray"
         said = capfd.readouterr().out
         assert said.startswith(f"note: TMPDIR={folder} ") and why in said and said.endswith("go to /tmp/ray\n")
     assert not Path("/tmp/" + 75 * "x").exists()
@@ -234,12 +234,12 @@ work with you to fix it. Check failed: status.has_value() Timed out waiting for 
 def test_a_raylet_s_last_words_are_quoted(tmp_path):
     log = tmp_path / "raylet.out"
     log.write_text(RAYLET)
-    assert execution._last_words(str(log)) == (
+    assert cluster._last_words(str(log)) == (
         ": Check failed: status.has_value() Timed out waiting for file /tmp/ray/metrics_agent_port_84"
         " in NodeManager::WaitForDashboardAgentPorts"
     )
     log.write_text(RAYLET.splitlines()[0])
-    assert execution._last_words(str(log)) == ""
+    assert cluster._last_words(str(log)) == ""
 
 
 def test_no_workers_are_refused(monkeypatch):
@@ -247,26 +247,26 @@ def test_no_workers_are_refused(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("AVSEP_CPUS", "0")
     rule = "AVSEP_CPUS=0: it must be a whole number from 1 up"
-    with pytest.raises(execution.UsageError, match=rule), execution.session():
+    with pytest.raises(console.UsageError, match=rule), runners.session():
         pass
 
 
 def test_what_a_failed_start_left_is_ended():
-    before = execution._children()
+    before = cluster._children()
     stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE) as process:
         assert process.stdout and process.stdout.readline()
-        assert execution._children() - before == {process.pid}
-        execution._end({process.pid})
+        assert cluster._children() - before == {process.pid}
+        cluster._end({process.pid})
         assert not Path(f"/proc/{process.pid}").exists()
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:{port}", "nonsense", "http://head:8265"])
 def test_a_cluster_that_doesn_t_answer_is_one_line_with_a_remedy(address, monkeypatch):
-    monkeypatch.setattr(execution, "_HEAD_S", 0.0)
+    monkeypatch.setattr(cluster, "_HEAD_S", 0.0)
     monkeypatch.setenv("RAY_ADDRESS", address := address.format(port=free_port()))
     remedy = "; give HEAD:6379 of a cluster, or unset it to run on this machine"
-    with pytest.raises(execution.UsageError, match=f"RAY_ADDRESS={address}: .*{remedy}"), execution.session():
+    with pytest.raises(console.UsageError, match=f"RAY_ADDRESS={address}: .*{remedy}"), runners.session():
         pass
 
 
@@ -306,7 +306,7 @@ def test_where_nobody_can_listen_is_told_with_the_remedy():
             ("127.0.0.1", taken.getsockname()[1], "another program uses it; give a free one"),
             ("192.0.2.77", free_port(), "AVSEP_SERVE_HOST=192.0.2.77: .*; give an IPv4 address of this machine"),
         ):
-            with pytest.raises(execution.UsageError, match=words):
+            with pytest.raises(console.UsageError, match=words):
                 serve.check_address(host, port)
 
 

@@ -37,13 +37,16 @@ from serving import (
     write_video,
 )
 
-from avsep import answers, jobs, media, stages, web
+from avsep import media
 from avsep.dictionary import BasisDictionary
-from avsep.jobs import JobWorker, OutOfTime, ServiceConfig, as_failure, fail
+from avsep.factors import ExtractionConfig, factorize
 from avsep.records import ClipError, Reason
-from avsep.results import NoSuchJob, ResultStore, StoreFull
 from avsep.separation import Separator
-from avsep.uploads import BadUpload, download, public_addresses
+from avsep.service import answers, jobs, service
+from avsep.service.config import ServiceConfig
+from avsep.service.jobs import JobWorker, OutOfTime, as_failure, fail
+from avsep.service.results import NoSuchJob, ResultStore, StoreFull
+from avsep.service.uploads import BadUpload, download, public_addresses
 from avsep.videos import VideoSeparator
 from pipelines import serve
 
@@ -639,7 +642,7 @@ def test_what_is_reserved_counts_as_used(tmp_path):
 
 
 def test_more_objects_than_there_is_room_for_end_the_work(tmp_path, model, sound, monkeypatch):
-    monkeypatch.setattr(web, "_USUAL_OBJECTS", 0)
+    monkeypatch.setattr(service, "_USUAL_OBJECTS", 0)
     with serving(tmp_path, model, results_bytes=700_000) as server:  # 2 sounds fit, 4 are found
         check_problem(server.post(sound), 507, "room")
         check_problem(server.post(sound, objects="dog,violin"), 507, "room")
@@ -802,11 +805,11 @@ def test_a_deleted_job_s_folder_is_not_made_again(tmp_path, model, sound, monkey
     monkeypatch.setattr(jobs, "_STEP_S", 1e9)  # nobody looks whether the job is still there
     config = ServiceConfig(model, str(tmp_path))
 
-    def elsewhere(_: str, waveform: np.ndarray, seeds: Sequence[int], config: stages.ExtractionConfig) -> Future:
+    def elsewhere(_: str, waveform: np.ndarray, seeds: Sequence[int], config: ExtractionConfig) -> Future:
         with contextlib.suppress(NoSuchJob):
             store.delete(job)
         future: Future = Future()
-        future.set_result([stages.factorize(waveform, seed, config) for seed in seeds])
+        future.set_result([factorize(waveform, seed, config) for seed in seeds])
         return future
 
     worker = JobWorker(config, elsewhere)
@@ -884,8 +887,8 @@ def test_a_request_that_a_device_can_t_do_spoils_no_other(model):
     first, second, third = serve.each(serve.OnDevice(ServiceConfig(model)).factorize, requests)
     assert isinstance(second, ValueError)
     for factors, seed in zip(first, range(3), strict=True):
-        torch.testing.assert_close(factors.W, stages.factorize(waveform, seed, config).W)
-    torch.testing.assert_close(third[0].H, stages.factorize(waveform[:9000], 7, config).H)
+        torch.testing.assert_close(factors.W, factorize(waveform, seed, config).W)
+    torch.testing.assert_close(third[0].H, factorize(waveform[:9000], 7, config).H)
 
 
 def test_a_wait_for_a_device_ends_with_the_work(model, sound, tmp_path):

@@ -33,11 +33,12 @@ from serving import (
     write_video,
 )
 
-from avsep import connections, vision
-from avsep.jobs import ServiceConfig
+from avsep import vision
 from avsep.model import LABELLER_FILE
 from avsep.objects import OBJECTS, object_index
-from pipelines import execution, serve
+from avsep.service.config import ServiceConfig
+from avsep.service.connections import HEAD_S
+from pipelines import runners, serve
 
 pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(800)]
 
@@ -108,7 +109,7 @@ def headers_have_a_deadline(service: RayService) -> None:
             with contextlib.suppress(TimeoutError):
                 raw.sendall(b"X: y\r\n")
                 answer = raw.recv(1000)
-            assert time.monotonic() - started < 2 * connections.HEAD_S
+            assert time.monotonic() - started < 2 * HEAD_S
     assert answer.startswith(b"HTTP/1.1 408 ")
 
 
@@ -250,7 +251,7 @@ def test_a_device_s_answers_are_the_ordinary_ones(tmp_path, monkeypatch):
     monkeypatch.setenv("AVSEP_GPUS", "1")
     monkeypatch.setenv("AVSEP_SERVE_REPLICAS", "3")
     port = free_port()
-    with execution.session(), httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=200) as client:
+    with runners.session(), httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=200) as client:
         serve.start(ServiceConfig(str(model)), port, str(tmp_path / "served"))
         try:
             for seed in (1, 2):

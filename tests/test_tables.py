@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from avsep import manifest as segments_of
 from avsep import tables
 from avsep.records import Segment, read_segments
 from pipelines import manifest
@@ -215,14 +216,14 @@ def test_audioset_s_files_are_read_whatever_their_line_ends(
     rows = [COMMENT] * comment + [AUDIOSET.format(i) for i in ("aaaaaaaaaaa", "-bbbbbbbbbb")]
     path = tmp_path / "x.csv"
     path.write_bytes(mark + (end.join([*rows, "broken"]) + end).encode())
-    blocks = manifest.line_blocks([str(path)], 40)
-    parsed = [manifest.read_audioset(block, {"/m/01yrx": 1}) for block in blocks]
+    blocks = segments_of.line_blocks([str(path)], 40)
+    parsed = [segments_of.read_audioset(block, {"/m/01yrx": 1}) for block in blocks]
     segments, bad = [], []
     for part in (p for generator in parsed for p in generator):
         if isinstance(part, pa.Table):
             segments += part["segment_id"].to_pylist()
         else:
-            bad += [line.text for _, _, line in part.value.bad]
+            bad += [line.text for _, _, line in part.bad]
     assert sorted(segments) == ["-bbbbbbbbbb_0", "aaaaaaaaaaa_0"] and bad == ["broken"]
 
 

@@ -10,8 +10,19 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from avsep import training
-from avsep.bags import TrainingClips, count_clips, decide_labels, load_bags
+from avsep.learning import training
+from avsep.learning.bags import Bags, TrainingClips, count_clips, decide_labels, load_bags, shuffled_batches
+from avsep.learning.training import (
+    LOSSES,
+    History,
+    TrainingConfig,
+    assignment,
+    batch_size_for,
+    optimiser_for,
+    train_epoch,
+    validate,
+    warp_frequencies,
+)
 from avsep.metrics import mean_average_precision
 from avsep.miml import MIML, partial_label_loss
 from avsep.model import LabelConfig
@@ -19,19 +30,6 @@ from avsep.objects import multi_hot, object_index
 from avsep.records import ClipRecord
 from avsep.shards import clip_files, write_shard
 from avsep.synthetic import planted_bases
-from avsep.training import (
-    LOSSES,
-    Bags,
-    History,
-    TrainingConfig,
-    assignment,
-    batch_size_for,
-    optimiser_for,
-    shuffled_batches,
-    train_epoch,
-    validate,
-    warp_frequencies,
-)
 
 LABELLED = LabelConfig(unlabelled=False)  # clips with labels alone
 F, M = 12, 3

@@ -11,7 +11,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from avsep import lite, storage, vision
+from avsep import lite, storage, synthetic, vision
 from avsep.objects import object_index, object_scores
 from avsep.vision import ImageLabeller, LabellerUnavailable, Preprocessing, build_network
 
@@ -285,7 +285,7 @@ def test_a_small_labeller_learns_colours() -> None:
     targets = rng.integers(0, 2, 48)
     images = rng.integers(0, 60, (48, 32, 32, 3)).astype(np.uint8)
     images[np.arange(48), ..., targets] += 180  # red or green
-    labeller = vision.train_small_labeller(images, targets.tolist(), (889, 420), epochs=10, batch_size=8)
+    labeller = synthetic.train_small_labeller(images, targets.tolist(), (889, 420), epochs=10, batch_size=8)
     logits = labeller(images)
     found = logits[:, [889, 420]].argmax(1).numpy()
     assert (found == targets).mean() > 0.9

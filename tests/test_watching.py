@@ -22,11 +22,12 @@ import yaml
 from cluster import free_port
 from test_extraction import table
 
-from avsep import jobs, shards, stages
-from avsep.jobs import ServiceConfig
+from avsep import shards, stages
+from avsep.service import config, hotmodel
+from avsep.service.config import ServiceConfig
+from avsep.service.service import Service
 from avsep.videos import FileLimits
-from avsep.web import Service
-from pipelines import audit, execution, extract
+from pipelines import audit, console, extract, runners
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 DASHBOARD = json.loads((DEPLOY / "grafana" / "avsep.json").read_text())
@@ -112,7 +113,7 @@ def test_what_a_run_survives_is_logged_with_its_shard(broken, tmp_path, capsys, 
 def test_secrets_are_cut_out_and_the_line_stays_json(capsys, monkeypatch):
     monkeypatch.setenv("AVSEP_LOG", "json")
     text = 'no "https://host/y?token=s3cr3t": 403\nby http://me:s3/cr3t@proxy:80'
-    execution.say(text, detail=["ftp://me:s3cr3t@host/x"], attempts=3)
+    console.say(text, detail=["ftp://me:s3cr3t@host/x"], attempts=3)
     line = json.loads(capsys.readouterr().err)
     assert line["message"] == 'no "https://host/y?…": 403\nby http://…@proxy:80' and line["attempts"] == 3
     assert line["detail"] == ["ftp://…@host/x"]
@@ -122,15 +123,15 @@ def test_logs_of_the_service_are_objects_without_secrets(capsys, monkeypatch):
     monkeypatch.setenv("AVSEP_LOG", "json")
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    execution.log_as_asked()
-    execution.log_as_asked()  # each replica does
+    console.log_as_asked()
+    console.log_as_asked()  # each replica does
     try:
         raise RuntimeError("https://u:pass@h/x?a=1&X-Amz-Signature=0123&b=2 failed")
     except RuntimeError:
-        jobs.log.exception("job %s", "abc")
+        config.log.exception("job %s", "abc")
     (line,) = capsys.readouterr().err.splitlines()
     told = json.loads(line)
-    assert (told["level"], told["logger"], told["message"]) == ("error", "avsep.jobs", "job abc")
+    assert (told["level"], told["logger"], told["message"]) == ("error", "avsep.service", "job abc")
     assert "RuntimeError: https://…@h/x?a=1&…&b=2 failed" in told["exception"]
 
 
@@ -334,8 +335,8 @@ def test_a_run_exports_what_dashboard_and_alerts_name(tmp_path, monkeypatch, cap
             raise OSError("the store doesn't answer")
         return stages.extract_records(*arguments)
 
-    with web_server(tmp_path / "www", refuse=1) as port, execution.session() as runner:
-        assert isinstance(runner, execution.OnRay)
+    with web_server(tmp_path / "www", refuse=1) as port, runners.session() as runner:
+        assert isinstance(runner, runners.OnRay)
         import ray
 
         rows = [f"s{i},http://127.0.0.1:{port}/{i if i < 3 else 'gone'}.wav,drum" for i in range(4)]
@@ -396,7 +397,7 @@ def test_a_model_behind_a_link_is_rolled_back_by_turning_the_link(tmp_path):
     link = tmp_path / "model"
     link.symlink_to("new")
     time.sleep(1.1)  # a model is taken up when its files are a second old
-    model = jobs.HotModel(str(link), None, FileLimits())
+    model = hotmodel.HotModel(str(link), None, FileLimits())
     assert model().separator.model.config.recipe == "new"
     (tmp_path / "link").symlink_to("old")
     (tmp_path / "link").rename(link)

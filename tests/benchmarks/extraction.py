@@ -25,9 +25,10 @@ import numpy as np
 import torch
 
 from avsep import media, records, stages, synthetic
+from avsep.factors import factorize
 from avsep.records import Segment, read_segments
 from avsep.vision import ImageLabeller, Preprocessing, build_network
-from pipelines import execution, extract, recipes
+from pipelines import extract, recipes, runners
 from tests.benchmarks import measure
 
 
@@ -93,13 +94,13 @@ def stage_sides(table: str, architecture: str, weights: str | None) -> dict[str,
     config = recipes.default().extraction
     segment = read_segments(table)[0]
     decoded = stages.decode(segment, config)
-    factors = stages.factorize(decoded.clip.waveform, 0, config)
+    factors = factorize(decoded.clip.waveform, 0, config)
     labeller = ImageLabeller.load(architecture, weights) if weights else None
     views = labeller.looking(config.looks)(decoded.clip.images) if labeller else None
     logits = views.evidence(labeller(views.crops)).numpy() if labeller and views else None
     found: dict[str, Callable[[], Any]] = {
         "decode": functools.partial(stages.decode, segment, config),
-        "factorize": functools.partial(stages.factorize, decoded.clip.waveform, 0, config),
+        "factorize": functools.partial(factorize, decoded.clip.waveform, 0, config),
         "record": functools.partial(stages.to_record, segment, decoded, factors, logits, config.stft.sample_rate),
     }
     if labeller and views:
@@ -145,7 +146,7 @@ def one(
     recipes.RECIPES["default"] = lambda: recipe
     os.environ["TORCH_HOME"] = str(folder / "none")  # no weights there: given labels go without pictures
     os.environ["https_proxy"] = os.environ["http_proxy"] = "http://127.0.0.1:9"
-    with execution.session(), peak_memory() as peak:
+    with runners.session(), peak_memory() as peak:
         extract.main(["--segments", table, "--out", str(folder / f"warm-{kind}"), *options])  # workers start and load
         started = time.perf_counter()
         out = str(folder / f"out-{kind}")

@@ -28,8 +28,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from avsep import shards
+from avsep.factors import ExtractionConfig
 from avsep.records import ClipRecord, Rejection, Segment, segments_to_table
-from avsep.stages import ExtractionConfig
 from avsep.stft import STFT
 from pipelines import extract, recipes
 

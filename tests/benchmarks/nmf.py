@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from avsep import nmf, nmf_amx, nmf_cpu
+from avsep import nmf
+from avsep.nmf import amx, cpu, kl
 from avsep.stft import STFT
 from avsep.synthetic import SceneConfig, render_scene
 from tests.benchmarks import measure
@@ -28,7 +29,7 @@ def sides(n_bases: int, n_iter: int, quick: bool = False) -> dict[str, Callable[
     """Every implementation, ready to run; each returns its (W, H)."""
     warnings.simplefilter("ignore")
     V = spectrogram()
-    W0, H0 = (x[0] for x in nmf._start(V.unsqueeze(0), n_bases, 0))
+    W0, H0 = (x[0] for x in kl._start(V.unsqueeze(0), n_bases, 0))
     v, w0, h0 = (x.numpy() for x in (V, W0, H0))
 
     def ours(accelerated: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,11 +37,11 @@ def sides(n_bases: int, n_iter: int, quick: bool = False) -> dict[str, Callable[
 
     def in_blocks() -> tuple[torch.Tensor, torch.Tensor]:
         W, H = W0[None].clone(), H0[None].clone()
-        nmf._Blocks(V[None], W, H).run(n_iter)
+        kl._Blocks(V[None], W, H).run(n_iter)
         return W[0], H[0]
 
     def on_vector_units() -> tuple[torch.Tensor, torch.Tensor]:
-        kernel = nmf_cpu.load()
+        kernel = cpu.load()
         assert kernel is not None
         problem = kernel.problem(V, W0, H0)
         problem.run(n_iter)
@@ -68,7 +69,7 @@ def sides(n_bases: int, n_iter: int, quick: bool = False) -> dict[str, Callable[
         "numpy": plain_numpy,
         "scikit-learn float32": functools.partial(scikit_learn, v, w0, h0, n_iter, np.float32),
     }
-    if nmf_amx.load():
+    if amx.load():
         found["avsep without matrix units"] = on_vector_units
     if not quick:
         found["scikit-learn float64"] = functools.partial(scikit_learn, v, w0, h0, n_iter, np.float64)
@@ -157,7 +158,7 @@ def main() -> None:
     p.add_argument("--quick", action="store_true", help="without the slow peers")
     arguments = p.parse_args()
     make = functools.partial(sides, arguments.bases, arguments.iterations, arguments.quick)
-    kernel = nmf._cpu_kernel(*spectrogram().shape, arguments.bases)
+    kernel = kl._cpu_kernel(*spectrogram().shape, arguments.bases)
     print(
         f"kernel: {type(kernel).__module__ if kernel else 'torch'}; M = {arguments.bases}, {arguments.iterations} its"
     )

@@ -13,10 +13,10 @@ from collections import defaultdict
 import numpy as np
 
 from avsep import media, storage
+from avsep.factors import ExtractionConfig
 from avsep.model import label_config
 from avsep.objects import OBJECT_NAMES
 from avsep.records import read_segments
-from avsep.stages import ExtractionConfig
 from avsep.vision import ImageLabeller
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from avsep import bags, shards, training
+from avsep import shards
 from avsep.dictionary import candidate_bases
+from avsep.learning import bags, training
 from avsep.model import LabelConfig, ModelConfig
 from avsep.records import clips_from_table
 from pipelines import recipes

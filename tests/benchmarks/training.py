@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from avsep import shards, training
-from avsep.bags import load_bags
+from avsep import shards
+from avsep.learning import bags, training
+from avsep.learning.bags import load_bags
 from avsep.model import LabelConfig, ModelConfig
 from avsep.objects import OBJECT_NAMES
 from avsep.records import ClipRecord
@@ -72,10 +73,10 @@ def sides(folder: Path, batch_size: int) -> dict[str, Callable[[], Any]]:
     ours, theirs = network(), network()
     held = load_bags(files, LabelConfig(), "train")
 
-    def epoch(bags: training.Bags | None = None) -> None:
+    def epoch(bags: bags.Bags | None = None) -> None:
         bags = bags or load_bags(files, LabelConfig(), "train")
         assert bags is not None
-        training.train_epoch(ours[0], training.shuffled_batches(bags, batch_size, 0), ours[1], ours[2], 0)
+        training.train_epoch(ours[0], bags.shuffled_batches(bags, batch_size, 0), ours[1], ours[2], 0)
 
     class Clips(torch.utils.data.Dataset):
         def __init__(self) -> None:
@@ -109,7 +110,7 @@ def on_gpu(folder: Path, epochs: int, batch_size: int) -> float:
     model, optimiser, config = network("cuda")
     bags = bags.to("cuda")
     for number in range(epochs):
-        training.train_epoch(model, training.shuffled_batches(bags, batch_size, number), optimiser, config, number)
+        training.train_epoch(model, bags.shuffled_batches(bags, batch_size, number), optimiser, config, number)
     torch.cuda.synchronize()
     return time.perf_counter() - started
 

@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from avsep import nmf_code, nmf_cpu
-from avsep.nmf_code import FLOOR, TINY, Emitter, zeros
+from avsep.nmf import code, cpu
+from avsep.nmf.code import FLOOR, TINY, Emitter, zeros
 
 MAX_BASES = 31  # the 32nd is a constant that keeps WH above zero
 _TILE = 256  # numbers of 32 bits
@@ -52,7 +52,7 @@ class Kernel:
     """
 
     def __init__(self, machine_code: bytes) -> None:
-        self.code = nmf_code.Code(machine_code, nmf_cpu.AVX512)
+        self.code = code.Code(machine_code, cpu.AVX512)
         self.run = self.code.function("run", ctypes.c_double, *[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 6)
 
     def problem(self, V: Tensor, W: Tensor, H: Tensor) -> Problem:
@@ -60,7 +60,7 @@ class Kernel:
         return Problem(self, V, W, H)
 
 
-class Problem(nmf_code.Problem):
+class Problem(code.Problem):
     """One clip's factorisation under way, in the kernel's layout."""
 
     def __init__(self, kernel: Kernel, V: Tensor, W: Tensor, H: Tensor) -> None:
@@ -95,7 +95,7 @@ class Problem(nmf_code.Problem):
 @functools.cache
 def load() -> Kernel | None:
     """Return this CPU's kernel; None where it has no matrix units, or they may not be used."""
-    if nmf_cpu.load() is None or sys.platform != "linux":
+    if cpu.load() is None or sys.platform != "linux":
         return None
     try:
         import llvmlite.binding as llvm
@@ -103,7 +103,7 @@ def load() -> Kernel | None:
         features = llvm.get_host_cpu_features()
         if not all(features.get(name) for name in ("amx-tile", "amx-bf16", "avx512bw")) or not _permitted():
             return None
-        return Kernel(nmf_code.cached(__file__, nmf_cpu.AVX512, build))
+        return Kernel(code.cached(__file__, cpu.AVX512, build))
     except (ImportError, OSError, RuntimeError, AttributeError):
         return None
 
@@ -131,7 +131,7 @@ class _Updates(Emitter):
     """Writes the updates."""
 
     def __init__(self) -> None:
-        super().__init__(nmf_cpu.AVX512)
+        super().__init__(cpu.AVX512)
         self.void = self.ir.VoidType()
         self.transposed = self._transpose()
         self.functions = {

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from avsep import parallel
 from avsep.evidence import LabelQuality
+from avsep.learning import parallel
+from avsep.learning.bags import Bags, moved_to
 from avsep.metrics import mean_average_precision
 from avsep.miml import MIML, basis_posteriors, energy_shares, multilabel_margin, partial_label_loss, target_loss
 
@@ -48,64 +48,6 @@ class TrainingConfig:
 
 
 @dataclass
-class Bags:
-    """Clips as the network sees them."""
-
-    segment_ids: list[str]
-    bases: Tensor  # (B, M, F), float16 until a batch needs them
-    valid: Tensor  # boolean (B, M): bases with energy
-    basis_energy: Tensor  # (B, M)
-    labels: Tensor  # boolean (B, L): weak labels
-    statistics: Tensor | None = None  # (B, M, 15): how each basis moves
-    targets: Tensor | None = None  # (B, L + 1, M): how much of each basis is whose, noise last, where that is known
-    share: Share | None = None  # where several workers hold a part each: what this one knows of the whole
-
-    def __len__(self) -> int:
-        return len(self.segment_ids)
-
-    def take(self, rows: Tensor | slice) -> Bags:
-        """Select clips that are held here."""
-        ids = self.segment_ids[rows] if isinstance(rows, slice) else [self.segment_ids[i] for i in rows.tolist()]
-        tensors: dict[str, Any] = {n: None if (t := getattr(self, n)) is None else t[rows] for n in _TENSORS}
-        return Bags(ids, **tensors)
-
-    def take_of_whole(self, clips: Tensor) -> Bags:
-        """Select clips of the whole, of which each worker gets those that it holds."""
-        if self.share is None:
-            return self.take(clips)
-        held = self.share.rows[clips]
-        here = held >= 0
-        rows = torch.where(here, here.cumsum(0) - 1, -1)
-        return replace(self.take(held[here]), share=Share(rows, self.share.n_valid[clips]))
-
-    def to(self, device: torch.device | str) -> Bags:
-        """Move the tensors to a device."""
-        tensors: dict[str, Any] = {n: _on(device, getattr(self, n)) for n in _TENSORS}
-        return Bags(self.segment_ids, **tensors, share=self.share)
-
-    @staticmethod
-    def join(parts: Sequence[Bags]) -> Bags:
-        """Put bags one after the other; what one of them lacks, the whole lacks."""
-        columns = {n: [getattr(p, n) for p in parts] for n in _TENSORS}
-        whole: dict[str, Any] = {n: None if any(t is None for t in c) else torch.cat(c) for n, c in columns.items()}
-        return Bags([i for p in parts for i in p.segment_ids], **whole)
-
-
-@dataclass
-class Share:
-    """The whole of which a worker holds a part: B clips in an order that all workers agree on."""
-
-    rows: Tensor  # (B,): the worker's row of each clip, −1 where another holds it
-    n_valid: Tensor  # (B,): each clip's bases with energy
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-_TENSORS = ("bases", "valid", "basis_energy", "labels", "statistics", "targets")
-
-
-@dataclass
 class History:
     """One row of figures an epoch."""
 
@@ -126,20 +68,6 @@ def batch_size_for(n_clips: int, config: TrainingConfig) -> int:
     """
     wanted = config.batch_size or (256 if n_clips >= 5000 else max(8, min(64, n_clips // 8)))
     return max(1, min(wanted, n_clips))
-
-
-def shuffled_batches(bags: Bags, batch_size: int, seed: int) -> Iterator[Bags]:
-    """Yield batches of a random order; none is dropped, and a last one too small for batch norm joins its neighbour.
-
-    Of bags that workers share each gets its part of the same batches, which may be empty.
-    """
-    n_clips = len(bags.share or bags)
-    order = torch.randperm(n_clips, generator=torch.Generator().manual_seed(seed))
-    batches = list(order.split(batch_size))
-    if len(batches) > 1 and len(batches[-1]) < batch_size // 4:
-        batches[-2:] = [torch.cat(batches[-2:])]
-    for clips in batches:
-        yield bags.take_of_whole(clips)
 
 
 def warp_frequencies(bases: Tensor, factors: Tensor) -> Tensor:
@@ -189,7 +117,7 @@ def train_epoch(
             bases = warp_frequencies(bases.reshape(-1, n_bins), factors.to(device)).reshape(bases.shape)
         weight = batch.basis_energy.to(device).sqrt()
         with torch.autocast(device.type, torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext():
-            relation = model.relation(bases, batch.valid.to(device), _on(device, batch.statistics))
+            relation = model.relation(bases, batch.valid.to(device), moved_to(device, batch.statistics))
         relation = relation.float()  # losses in bfloat16 end elsewhere
         losses = LOSSES[config.loss](relation, batch.labels.to(device), weight, quality)
         if batch.targets is not None:
@@ -200,10 +128,6 @@ def train_epoch(
         optimiser.step()
         total += losses.detach().sum()  # stays on the device: nothing waits for it
     return {"train_loss": float(parallel.add_up(total)) / max(count, 1)}
-
-
-def _on(device: torch.device | str, tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)
 
 
 @torch.inference_mode()
@@ -223,7 +147,7 @@ def validate(
     losses, scores, targets, agreements = [], [], [], []
     for batch in batches:
         valid, labels = batch.valid.to(device), batch.labels.to(device)
-        relation = model.relation(batch.bases.to(device).float(), valid, _on(device, batch.statistics))
+        relation = model.relation(batch.bases.to(device).float(), valid, moved_to(device, batch.statistics))
         weight = batch.basis_energy.to(device).sqrt()
         losses.append(LOSSES[config.loss](relation, labels, weight, None))
         if config.loss == "partial_label":
@@ -248,7 +172,7 @@ def assignment(model: MIML, mixtures: Bags) -> float:
     """Return the share of energy (square root) in bases that the relation map gives to their true owner."""
     assert mixtures.targets is not None
     device = next(model.parameters()).device
-    statistics = _on(device, mixtures.statistics)
+    statistics = moved_to(device, mixtures.statistics)
     relation = model.relation(mixtures.bases.to(device).float(), mixtures.valid.to(device), statistics).cpu()
     guess = relation.masked_fill(~mixtures.labels.unsqueeze(2), -torch.inf).argmax(1)
     owner = mixtures.targets.argmax(1)

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from avsep import nmf_code
-from avsep.nmf_code import FLOOR, TINY, Emitter, Instructions, zeros
+from avsep.nmf import code
+from avsep.nmf.code import FLOOR, TINY, Emitter, Instructions, zeros
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Kernel:
     """
 
     def __init__(self, tile: Tile, machine_code: bytes) -> None:
-        self.tile, self.code = tile, nmf_code.Code(machine_code, tile)
+        self.tile, self.code = tile, code.Code(machine_code, tile)
         self.run = self.code.function("run", ctypes.c_double, *[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 8)
 
     def problem(self, V: Tensor, W: Tensor, H: Tensor) -> Problem:
@@ -59,7 +59,7 @@ class Kernel:
         return Problem(self, V, W, H)
 
 
-class Problem(nmf_code.Problem):
+class Problem(code.Problem):
     """One clip's factorisation under way, in the kernel's layout."""
 
     def __init__(self, kernel: Kernel, V: Tensor, W: Tensor, H: Tensor) -> None:
@@ -134,7 +134,7 @@ _NEEDS = ((AVX512, ("avx512f", "avx512dq", "avx512vl")), (AVX2, ("avx2", "fma"))
 
 
 def _machine_code(tile: Tile) -> bytes:
-    return nmf_code.cached(__file__, tile, lambda: build(tile))
+    return code.cached(__file__, tile, lambda: build(tile))
 
 
 def build(tile: Tile) -> bytes:

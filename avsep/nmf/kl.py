@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from avsep import nmf_amx, nmf_code, nmf_cpu
-from avsep.nmf_code import FLOOR, TINY
+from avsep.nmf import amx, code, cpu
+from avsep.nmf.code import FLOOR, TINY
 
 _CPU_BLOCK = 128  # rows of V whose V/(WH) stays in a core's cache between the two updates
 
@@ -209,7 +209,7 @@ def _update(V: Tensor, W: Tensor, H: Tensor, n_iter: int, *, update_bases: bool,
             _accelerate(problem, n_iter)
         else:
             problem.run(n_iter, update_bases=update_bases)
-        if isinstance(problem, nmf_code.Problem):
+        if isinstance(problem, code.Problem):
             for old, new in zip((w[0], h[0]), problem.factors(), strict=True):
                 old.copy_(new)
 
@@ -223,17 +223,17 @@ def _update(V: Tensor, W: Tensor, H: Tensor, n_iter: int, *, update_bases: bool,
             list(pool.map(update_clips, clips))
 
 
-def _cpu_kernel(n_bins: int, n_frames: int, n_bases: int) -> nmf_amx.Kernel | nmf_cpu.Kernel | None:
+def _cpu_kernel(n_bins: int, n_frames: int, n_bases: int) -> amx.Kernel | cpu.Kernel | None:
     """Return this CPU's fastest kernel for a shape: matrix units always work on 32 bases, 128 bins and 32 frames."""
-    fills_them = 16 <= n_bases <= nmf_amx.MAX_BASES and n_bins >= 512 and n_frames >= 48
-    return (nmf_amx.load() if fills_them else None) or nmf_cpu.load()
+    fills_them = 16 <= n_bases <= amx.MAX_BASES and n_bins >= 512 and n_frames >= 48
+    return (amx.load() if fills_them else None) or cpu.load()
 
 
 _WORTH_ACCELERATING = 50  # iterations
 _LONGEST_STEP = 8.0  # longer ones reach other, often worse, minima
 
 
-def _accelerate(problem: _Blocks | nmf_code.Problem, n_iter: int) -> None:
+def _accelerate(problem: _Blocks | code.Problem, n_iter: int) -> None:
     """Reach the divergence of `n_iter` iterations in little more than half of them.
 
     After a fifth of them, done as ever (the basin of the minimum is chosen there), pairs of
@@ -266,7 +266,7 @@ def _accelerate(problem: _Blocks | nmf_code.Problem, n_iter: int) -> None:
 def _gpu_kernel() -> ModuleType | None:
     """Return the Triton kernel's module; None where there is no Triton."""
     try:
-        return importlib.import_module("avsep.nmf_gpu")
+        return importlib.import_module("avsep.nmf.gpu")
     except ImportError:
         return None
 

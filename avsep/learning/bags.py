@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,13 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from avsep import parallel, shards
-from avsep.miml import activation_statistics
+from avsep import shards
+from avsep.learning import parallel
+from avsep.miml import (
+    activation_statistics,
+)
 from avsep.model import LabelConfig
 from avsep.objects import N_IMAGENET_CLASSES, OBJECT_NAMES, multi_hot
-from avsep.training import Bags, Share, shuffled_batches
 
 # a clip's W (F, M), H (M, N), shares of energy (M,) and labels (L,) → whose its bases are, (L + 1, M)
 Teacher = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -209,3 +211,80 @@ class TrainingClips:
 
 def _join(parts: Sequence[Bags]) -> Bags:
     return Bags.join([p.to(parts[0].bases.device) for p in parts])
+
+
+@dataclass
+class Bags:
+    """Clips as the network sees them."""
+
+    segment_ids: list[str]
+    bases: Tensor  # (B, M, F), float16 until a batch needs them
+    valid: Tensor  # boolean (B, M): bases with energy
+    basis_energy: Tensor  # (B, M)
+    labels: Tensor  # boolean (B, L): weak labels
+    statistics: Tensor | None = None  # (B, M, 15): how each basis moves
+    targets: Tensor | None = None  # (B, L + 1, M): how much of each basis is whose, noise last, where that is known
+    share: Share | None = None  # where several workers hold a part each: what this one knows of the whole
+
+    def __len__(self) -> int:
+        return len(self.segment_ids)
+
+    def take(self, rows: Tensor | slice) -> Bags:
+        """Select clips that are held here."""
+        ids = self.segment_ids[rows] if isinstance(rows, slice) else [self.segment_ids[i] for i in rows.tolist()]
+        tensors: dict[str, Any] = {n: None if (t := getattr(self, n)) is None else t[rows] for n in _TENSORS}
+        return Bags(ids, **tensors)
+
+    def take_of_whole(self, clips: Tensor) -> Bags:
+        """Select clips of the whole, of which each worker gets those that it holds."""
+        if self.share is None:
+            return self.take(clips)
+        held = self.share.rows[clips]
+        here = held >= 0
+        rows = torch.where(here, here.cumsum(0) - 1, -1)
+        return replace(self.take(held[here]), share=Share(rows, self.share.n_valid[clips]))
+
+    def to(self, device: torch.device | str) -> Bags:
+        """Move the tensors to a device."""
+        tensors: dict[str, Any] = {n: moved_to(device, getattr(self, n)) for n in _TENSORS}
+        return Bags(self.segment_ids, **tensors, share=self.share)
+
+    @staticmethod
+    def join(parts: Sequence[Bags]) -> Bags:
+        """Put bags one after the other; what one of them lacks, the whole lacks."""
+        columns = {n: [getattr(p, n) for p in parts] for n in _TENSORS}
+        whole: dict[str, Any] = {n: None if any(t is None for t in c) else torch.cat(c) for n, c in columns.items()}
+        return Bags([i for p in parts for i in p.segment_ids], **whole)
+
+
+@dataclass
+class Share:
+    """The whole of which a worker holds a part: B clips in an order that all workers agree on."""
+
+    rows: Tensor  # (B,): the worker's row of each clip, −1 where another holds it
+    n_valid: Tensor  # (B,): each clip's bases with energy
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+_TENSORS = ("bases", "valid", "basis_energy", "labels", "statistics", "targets")
+
+
+def shuffled_batches(bags: Bags, batch_size: int, seed: int) -> Iterator[Bags]:
+    """Yield batches of a random order; none is dropped, and a last one too small for batch norm joins its neighbour.
+
+    Of bags that workers share each gets its part of the same batches, which may be empty.
+    """
+    n_clips = len(bags.share or bags)
+    order = torch.randperm(n_clips, generator=torch.Generator().manual_seed(seed))
+    batches = list(order.split(batch_size))
+    if len(batches) > 1 and len(batches[-1]) < batch_size // 4:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    for clips in batches:
+        yield bags.take_of_whole(clips)
+
+
+def moved_to(device: torch.device | str, tensor: Tensor | None) -> Tensor | None:
+    """Return the bags on another device."""
+    return None if tensor is None else tensor.to(device)

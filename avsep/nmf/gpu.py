@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from avsep.nmf_code import FLOOR, TINY
+from avsep.nmf.code import FLOOR, TINY
 
 MAX_BASES = 128  # more don't fit into a block's registers
 

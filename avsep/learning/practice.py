@@ -15,9 +15,10 @@ from torch import Tensor
 from avsep import nmf
 from avsep.context import TOP_SHARE, BasisContext, pair_features
 from avsep.evidence import LabelQuality
+from avsep.learning.bags import Bags
+from avsep.learning.training import warp_frequencies
 from avsep.miml import MIML, activation_statistics, basis_posteriors, energy_shares
 from avsep.records import ClipRecord
-from avsep.training import Bags, warp_frequencies
 
 _NOISE = 0.1  # how likely noise is, beside a visible object
 _HEARD = 0.15  # share of the sound from which an unseen object is taken for present

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from avsep import parallel, shards, storage, training
+from avsep import shards, storage
+from avsep.learning import parallel
 from avsep.metrics import mean_average_precision
 from avsep.miml import basis_posteriors, energy_shares, partial_label_loss
 from avsep.model import LabelConfig, Model

@@ -1,0 +1,146 @@
+"""The data card: what is in a dataset."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from numpy.typing import NDArray
+
+from avsep.audioset import by_object, by_split, under
+from avsep.audit import DURATION_BINS_S, LEVEL_BINS_DB, Report
+from avsep.duplicates import NEAR
+from avsep.objects import OBJECT_NAMES
+from avsep.records import (
+    SCHEMA_VERSION,
+    SPLITS,
+)
+
+# --------------------------------------------------------------------------------------- card
+
+
+def summarize(report: Report, configuration: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Arrange a whole report for the card."""
+    counts = report.counts
+
+    def histogram(name: str, edges: NDArray) -> dict[str, Any]:
+        return {
+            "edges": [float(e) if math.isfinite(e) else None for e in edges],
+            "counts": [counts[name, str(i)] for i in range(len(edges) - 1)],
+        }
+
+    agreement: dict[str, Any] = {}
+    for source in ("pictures", "given"):
+        if counts["compared", source]:
+            agreement[source] = {"clips": counts["compared", source], "objects": {}}
+            for name in OBJECT_NAMES:
+                both, label, tag = (counts["agreement", source, name, o] for o in ("both", "label", "tag"))
+                if both + label + tag:
+                    agreement[source]["objects"][name] = {
+                        "both": both,
+                        "label_only": label,
+                        "tag_only": tag,
+                        "precision": both / (both + label) if both + label else None,
+                        "recall": both / (both + tag) if both + tag else None,
+                    }
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "configuration": configuration,
+        "clips": by_split(counts, "clips"),
+        "hours": {split: round(n / 3600, 2) for split, n in by_split(counts, "seconds").items()},
+        "rejections": dict(sorted(under(counts, "rejected").items(), key=lambda kv: -kv[1])),
+        "rejections_by_stage": under(counts, "rejected_at"),
+        "label_source": under(counts, "label_source"),
+        "unlabelled": by_split(counts, "unlabelled"),
+        "labelled_none": by_split(counts, "nothing"),
+        **by_object(counts),
+        "agreement": agreement,
+        "duration_s": histogram("duration", DURATION_BINS_S),
+        "rms_db": histogram("level", LEVEL_BINS_DB),
+        "duplicates": [asdict(p) for p in sorted(report.pairs)],
+        "damage": [asdict(f) for f in sorted(report.findings)],
+    }
+
+
+def markdown(card: Mapping[str, Any], title: str) -> str:
+    """Write the card for people; plots are named as `pipelines.audit` saves them."""
+    n_clips, n_rejected = sum(card["clips"].values()), sum(card["rejections"].values())
+    hours = sum(card["hours"].values())
+    lines = [f"# {title}", "", f"{n_clips:,} clips, {hours:,.2f} hours, and {n_rejected:,} rejected segments.", ""]
+
+    def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        rows = list(rows)
+        if rows:
+            lines.extend(["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)])
+            lines.extend("| " + " | ".join(_cell(c) for c in row) + " |" for row in rows)
+            lines.append("")
+
+    lines += ["## Integrity", ""]
+    if card["damage"]:
+        lines += [f"**{len(card['damage'])} findings.**", ""]
+        table(("file", "kind", "what"), ((f"`{f['path']}`", f["kind"], f["detail"]) for f in card["damage"]))
+    else:
+        lines += ["Every commit record, hash, schema and record is as it should be.", ""]
+    lines += ["## Splits", ""]
+    table(
+        ("split", "clips", "hours", "without a label", "of these, the table says none"),
+        ((s, card["clips"][s], card["hours"][s], card["unlabelled"][s], card["labelled_none"][s]) for s in SPLITS),
+    )
+    lines += ["## Objects", "", "Clips by weak label (what training takes), and by tag (`objects`).", ""]
+    table(
+        ("object", *(f"label, {s}" for s in SPLITS), *(f"tag, {s}" for s in SPLITS)),
+        (
+            (name, *(card["labels"][name][s] for s in SPLITS), *(card["objects"][name][s] for s in SPLITS))
+            for name in OBJECT_NAMES
+            if any(card["labels"][name].values()) or any(card["objects"][name].values())
+        ),
+    )
+    lines += ["![Labels that occur together](cooccurrence.png)", ""]
+    for source, found in card["agreement"].items():
+        what = {"pictures": "the pictures' labels", "given": "the given labels"}[source]
+        lines += [f"## Agreement of {what} with the tags", "", f"Over {found['clips']:,} clips that have both.", ""]
+        table(
+            ("object", "both", "label only", "tag only", "precision", "recall"),
+            (
+                (n, o["both"], o["label_only"], o["tag_only"], o["precision"], o["recall"])
+                for n, o in found["objects"].items()
+            ),
+        )
+    lines += ["## Duplicates across splits", ""]
+    kinds = Counter(p["kind"] for p in card["duplicates"])
+    said = {
+        "exact": "the same excerpt of the same file",
+        "near": f"the same sound (similarity from {NEAR:g})",
+        "source": "other excerpts of one source",
+    }
+    lines += [f"- {text}: {kinds[kind]:,}" for kind, text in said.items()]
+    lines.append("")
+    table(
+        ("kind", "clip", "split", "clip", "split", "similarity"),
+        (
+            (p["kind"], p["one"], p["one_split"], p["other"], p["other_split"], p["similarity"])
+            for p in card["duplicates"][:100]
+        ),
+    )
+    if len(card["duplicates"]) > 100:
+        lines += [f"… and {len(card['duplicates']) - 100:,} more in card.json.", ""]
+    lines += ["## Rejections", "", *([] if card["rejections"] else ["None.", ""])]
+    total = max(1, n_clips + n_rejected)
+    table(("reason", "segments", "share"), ((r, n, f"{n / total:.1%}") for r, n in card["rejections"].items()))
+    lines += ["## Level and duration", "", "![Level and duration](distributions.png)", ""]
+    if card["configuration"]:
+        written = json.dumps(card["configuration"], indent=1, sort_keys=True)
+        lines += ["## Configuration", "", "```json", written, "```", ""]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|")

@@ -1,0 +1,113 @@
+"""Where a segment's media are: at their source, in the media store, or in a user's folder."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+
+import pyarrow.fs as pafs
+
+from avsep import media, storage
+from avsep.records import ClipError, Reason, Segment
+
+_YOUTUBE_ID = re.compile(r"[0-9A-Za-z_-]{11}")
+_SUFFIXES = (  # of owned files, pictures and sound before sound alone
+    *(".mkv", ".mp4", ".webm", ".m4v", ".mov", ".avi", ".flv", ".ts"),
+    *(".flac", ".wav", ".m4a", ".opus", ".ogg", ".mp3", ".aac"),
+)
+
+
+def is_remote(segment: Segment) -> bool:
+    """Tell whether a segment's source has to be fetched: `youtube:ID`, `http://…`, `https://…`."""
+    return segment.source.startswith(("youtube:", "http://", "https://"))
+
+
+def store_path(store: str, segment_id: str) -> str:
+    """Return where a segment's excerpt lives: `STORE/ab/SEGMENT_ID.mkv`, ab from the id's hash."""
+    return storage.join(store, _key(segment_id))
+
+
+def _key(segment_id: str) -> str:
+    return f"{hashlib.sha256(segment_id.encode()).hexdigest()[:2]}/{segment_id}.mkv"
+
+
+def find_media(folder: str, segments: Iterable[Segment]) -> dict[str, str]:
+    """Find the remote segments whose media are in a folder or its subfolders → {segment_id: path}.
+
+    Taken are the store's own files, and files that users own under common names: the segment's
+    id; YTID with the excerpt's start, or start and end, in milliseconds, seconds or seconds padded
+    to six digits; YTID alone; each also with AudioSet's `Y` in front. `within` says which part of
+    such a file is the segment. The folder is listed once.
+    """
+    wanted: dict[str, list[tuple[int, Segment]]] = {}
+    for segment in segments:
+        if is_remote(segment):
+            for rank, name in enumerate(names_of(segment)):
+                wanted.setdefault(name, []).append((rank, segment))
+    found: dict[str, tuple[int, int, str]] = {}
+    _, inner = storage.filesystem(folder)
+    for info in storage.infos(folder, recursive=True):
+        stem, suffix = os.path.splitext(info.base_name)
+        if stem not in wanted or suffix.lower() not in _SUFFIXES or info.type != pafs.FileType.File:
+            continue
+        path = storage.join(folder, info.path[len(inner.rstrip("/")) :].lstrip("/"))
+        for rank, segment in wanted[stem]:
+            if path == store_path(folder, segment.segment_id):
+                rank = -1
+            here = (rank, _SUFFIXES.index(suffix.lower()), path)
+            found[segment.segment_id] = min(found.get(segment.segment_id, here), here)
+    return {segment_id: path for segment_id, (_, _, path) in found.items()}
+
+
+def within(segment: Segment, path: str) -> Segment:
+    """Return the segment with `path` as its source and its times as they are in that file.
+
+    A file that isn't longer than the segment (1 s over is let pass) is the excerpt, and so is a
+    longer one that is named by the excerpt's start; a longer one named by YTID alone is the whole
+    video. Raises ClipError when the file can't be read.
+    """
+    if path.endswith(f"/{_key(segment.segment_id)}"):
+        return replace(segment, source=path, start_s=0.0, end_s=None)
+    length_s = media.or_inf(segment.end_s) - segment.start_s
+    try:
+        with storage.local_file(path) as file:
+            duration_s = media.probe(file).duration_s
+    except FileNotFoundError:
+        raise ClipError(Reason.MISSING, f"{path} doesn't exist") from None
+    if duration_s is not None and duration_s <= length_s + media.SLACK_S and math.isfinite(length_s):
+        return replace(segment, source=path, start_s=0.0, end_s=length_s)
+    stem = os.path.splitext(storage.name(path))[0]
+    video = segment.source.removeprefix("youtube:")
+    if stem in (video, f"Y{video}") or not math.isfinite(length_s):
+        return replace(segment, source=path)
+    return replace(segment, source=path, start_s=0.0, end_s=length_s)
+
+
+def names_of(segment: Segment) -> list[str]:
+    """List the names that a segment's file may have, without suffix, best first."""
+    names = [segment.segment_id]
+    if segment.source.startswith("youtube:"):
+        video = segment.source.removeprefix("youtube:")
+        times = [segment.start_s] if segment.end_s is None else [segment.start_s, segment.end_s]
+        forms = [[f"{1000 * t:.0f}" for t in times], [f"{t:.3f}" for t in times]]
+        if all(t.is_integer() for t in map(float, times)):
+            forms += [[f"{t:06.0f}" for t in times], [f"{t:.0f}" for t in times]]
+        endings = ["_" + "_".join(written) for form in forms for written in (form, form[:1])]
+        names += [f"{y}{video}{ending}" for ending in [*endings, ""] for y in ("", "Y")]
+    return list(dict.fromkeys(names))
+
+
+def url_of(source: str) -> str:
+    """Return a source's web address; ValueError where it has none."""
+    if source.startswith(("http://", "https://")):
+        return source
+    if not source.startswith("youtube:"):
+        raise ValueError(f"{source} is not to be fetched: youtube:ID, http:// and https:// are")
+    video = source.removeprefix("youtube:")
+    if not _YOUTUBE_ID.fullmatch(video):
+        raise ClipError(Reason.REMOVED, f"{video!r} is no YouTube id: 11 letters, digits, _ or -")
+    return f"https://www.youtube.com/watch?v={video}"

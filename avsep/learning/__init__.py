@@ -1,0 +1,5 @@
+"""From clip shards to a trained network.
+
+From the ground up: `parallel`, `bags`, `training`, `practice`, `finetuning`, `run`. Import the files
+themselves: what one step needs loads no other's libraries.
+"""

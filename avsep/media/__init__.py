@@ -1,0 +1,28 @@
+"""The ffmpeg edge: media files in, arrays out, bounded in time and memory.
+
+From the ground up: `ffmpeg` (the supervised child), `faults`, `excerpt`, `sound`, `decode`, `cut`.
+"""
+
+from avsep.limits import DecodeLimits
+from avsep.media.ffmpeg import Listening, MediaInfo, die_with_parent, ffmpeg_executable, or_inf, probe
+from avsep.media.faults import SLACK_S, reaches
+from avsep.media.sound import iter_audio, listen
+from avsep.media.decode import decode
+from avsep.media.cut import CutOptions, cut
+
+__all__ = [
+    "SLACK_S",
+    "CutOptions",
+    "DecodeLimits",
+    "Listening",
+    "MediaInfo",
+    "cut",
+    "decode",
+    "die_with_parent",
+    "ffmpeg_executable",
+    "iter_audio",
+    "listen",
+    "or_inf",
+    "probe",
+    "reaches",
+]

@@ -1,0 +1,80 @@
+"""Results as ZIP and in other sound formats, as they are sent."""
+
+from __future__ import annotations
+
+import io
+import secrets
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import soundfile
+
+from avsep.service.jobs import as_failure
+
+_FILE_CHUNK = 1 << 18
+_VORBIS_BLOCK = 4096  # libvorbis puts what it is given on the stack
+
+
+def converted(path: Path, kind: str) -> Path | bytes:
+    """Convert a WAV once; on a full disk for this once, in memory."""
+    target = path.with_suffix(f".{kind}")
+    if target.exists():
+        return target
+    part = target.with_suffix(f".{secrets.token_hex(4)}.part")  # others may be asking for it too
+    try:
+        _encode(path, part, kind)
+        part.replace(target)
+    except (OSError, soundfile.LibsndfileError) as error:
+        if not path.exists() or as_failure(error)["status"] != 507:
+            raise
+        memory = io.BytesIO()
+        _encode(path, memory, kind)
+        return memory.getvalue()
+    finally:
+        part.unlink(missing_ok=True)
+    return target
+
+
+def _encode(path: Path, target: Path | io.BytesIO, kind: str) -> None:
+    subtype, block = {"flac": ("PCM_24", _FILE_CHUNK), "ogg": ("VORBIS", _VORBIS_BLOCK)}[kind]
+    with (
+        soundfile.SoundFile(path) as source,
+        soundfile.SoundFile(target, "w", source.samplerate, source.channels, subtype, format=kind) as encoded,
+    ):
+        for samples in source.blocks(block, dtype="float32"):
+            encoded.write(samples)
+
+
+class _Outlet(io.RawIOBase):
+    """A stream that a ZIP is written to and read from in turns."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.data += data
+        return len(data)
+
+    def take(self) -> bytes:
+        data, self.data = bytes(self.data), bytearray()
+        return data
+
+
+def zip(files: dict[str, Path | bytes]) -> Iterator[bytes]:
+    """Write a ZIP as it is sent: nothing on disk, little in memory."""
+    outlet = _Outlet()
+    with zipfile.ZipFile(outlet, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in files.items():
+            with (
+                archive.open(name, "w", force_zip64=True) as member,
+                io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as source,
+            ):
+                while data := source.read(_FILE_CHUNK):
+                    member.write(data)
+                    yield outlet.take()
+    yield outlet.take()

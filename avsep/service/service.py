@@ -1,0 +1,236 @@
+"""The queue of separations and its metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import importlib.metadata
+import logging
+import shutil
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from fastapi import Request
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.concurrency import run_in_threadpool
+
+from avsep.service import hotmodel, jobs
+from avsep.service.config import ServiceConfig
+from avsep.service.jobs import as_failure
+from avsep.service.problems import Problem
+from avsep.service.requests import parse_options
+from avsep.service.results import UPLOAD, NoSuchJob, StoreFull
+from avsep.service.uploads import Uploads, client_of, receive_multipart
+from avsep.service.work import Busy, WorkerLost
+
+_SWEEP_S = 15.0
+_PROBES = 4  # files whose headers are read together
+_USUAL_OBJECTS = 2  # of a file, where a client names none; room for more is kept once they are found
+VERSION = importlib.metadata.version("avsep")
+log = logging.getLogger("avsep.service")
+
+
+# ------------------------------------------------------------------------------- the service
+
+
+class Metrics:
+    """What Prometheus is told."""
+
+    def __init__(self, service: Service) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "avsep_requests", "HTTP requests", ["method", "route", "status"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "avsep_request_seconds",
+            "HTTP requests' duration",
+            ["route"],
+            buckets=(0.01, 0.05, 0.2, 0.5, 1, 2, 5, 10, 30, 60),
+            registry=self.registry,
+        )
+        self.separations = Counter("avsep_separations", "Finished separations", ["outcome"], registry=self.registry)
+        self.stages = Histogram(
+            "avsep_stage_seconds",
+            "Stages of separations",
+            ["stage"],
+            buckets=(0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300),
+            registry=self.registry,
+        )
+        self.sound = Counter("avsep_sound_seconds", "Separated sound", registry=self.registry)
+        pending = Gauge("avsep_pending", "Unfinished separations", registry=self.registry)
+        pending.set_function(lambda: service.working)
+        uploads = Gauge("avsep_uploads", "Unfinished uploads", registry=self.registry)
+        uploads.set_function(lambda: len(service.uploads))
+        limit = Gauge("avsep_pending_limit", "How many are taken at once", registry=self.registry)
+        limit.set(service.config.max_pending)
+        stored = Gauge("avsep_stored_jobs", "Jobs in the store", ["status"], registry=self.registry)
+        bytes_ = Gauge("avsep_stored_bytes", "Bytes in the store", registry=self.registry)
+
+        def usage() -> None:
+            counts = service.store.usage()
+            bytes_.set(counts.pop("bytes"))
+            for status, count in counts.items():
+                stored.labels(status).set(count)
+
+        self.usage = usage
+
+    def expose(self) -> bytes:
+        """Return the text format."""
+        self.usage()
+        return generate_latest(self.registry)
+
+
+class Service:
+    """Jobs in progress, and the store they end in."""
+
+    def __init__(self, config: ServiceConfig, run: Callable[[str], Awaitable[None]]) -> None:
+        self.config, self.store, self._run = config, config.store(), run
+        self.working = 0  # jobs that wait or are done
+        self.uploads = Uploads(
+            config.max_uploads,
+            config.max_uploads_per_client,
+            config.min_upload_rate,
+            config.upload_grace_s,
+            config.max_upload_s,
+        )
+        self._probing, self._reserving = asyncio.Semaphore(_PROBES), asyncio.Lock()
+        self.metrics = Metrics(self)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._card: dict[str, Any] | None = None
+        with contextlib.suppress(OSError, ValueError):
+            self._card = hotmodel.model_card(config.model)
+        self._examples: list[Path] | None = None
+        self._examples_lock = asyncio.Lock()
+
+    def card(self) -> dict[str, Any]:
+        """Describe the model; as it last was while its directory holds none, as in training. Problem (503) before."""
+        try:
+            self._card = hotmodel.model_card(self.config.model)
+        except (OSError, ValueError) as error:
+            log.warning("the model can't be described: %s", error)
+            if self._card is None:
+                raise Problem(503, "the model can't be read now; try again later", "model") from None
+        return self._card
+
+    @property
+    def pending(self) -> int:
+        """Uploads and jobs in progress."""
+        return len(self.uploads) + self.working
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is too much work to begin another upload."""
+        return self.working >= self.config.max_pending
+
+    async def receive(self, request: Request) -> tuple[str, asyncio.Task[None]]:
+        """Make a job of a request's body and have it done, as `start` does; what raises leaves nothing behind."""
+        if self.busy:  # an upload that was begun before is taken all the same
+            raise Problem(503, f"{self.working} separations are in progress, no more are taken now", "busy")
+        client = client_of(request.client.host if request.client else "")
+        async with self.uploads.take(client, request.stream()) as body:
+            job_id = self.store.create()
+            try:
+                n_bytes = int(request.headers.get("content-length", self.config.max_upload_bytes))
+                await run_in_threadpool(self.store.reserve, job_id, n_bytes)
+                upload = self.store.path(job_id) / UPLOAD
+                kind = request.headers.get("content-type", "")
+                fields = await receive_multipart(body, kind, upload, self.config.max_upload_bytes)
+                options = parse_options(
+                    fields,
+                    has_file=upload.exists(),
+                    urls=self.config.allow_urls,
+                    dictionary=self.card()["dictionary"],
+                )
+                await self._reserve(job_id, options)
+                self.store.update(job_id, status="queued", options=options, queued=time.time())
+            except BaseException:
+                with contextlib.suppress(NoSuchJob):
+                    self.store.delete(job_id)
+                raise
+            return job_id, self.start(job_id)
+
+    async def _reserve(self, job_id: str, options: dict[str, Any]) -> None:
+        """Keep the room that a job will need, as far as that is known before it is begun."""
+        n_tracks = len(options.get("objects", range(_USUAL_OBJECTS))) + 2  # with the rest and the mixture
+        if "url" not in options:
+            async with self._probing:
+                await run_in_threadpool(jobs.measure, self.config, self.store, job_id)
+        async with self._reserving:
+            try:
+                if "url" in options:
+                    await run_in_threadpool(self.store.reserve, job_id, self.config.max_upload_bytes)
+                else:
+                    await run_in_threadpool(jobs.reserve, self.config, self.store, job_id, n_tracks)
+            except StoreFull:
+                self.store.delete(job_id)  # before the next one asks
+                raise
+
+    def start(self, job_id: str) -> asyncio.Task[None]:
+        """Have a job done; the task ends when its state says how it ended."""
+        self.working += 1
+        # in a context of its own: the request may be cancelled, and the job still be wanted
+        task = asyncio.get_running_loop().create_task(self._do(job_id), context=contextvars.Context())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _do(self, job_id: str) -> None:
+        failure = None
+        try:
+            await asyncio.wait_for(self._run(job_id), self.config.max_work_s + 30)
+        except Busy:
+            failure = {"status": 503, "reason": "busy", "detail": "too many separations wait; try again later"}
+        except WorkerLost:
+            failure = {"status": 503, "reason": "worker_lost", "detail": "the work was lost; try again later"}
+        except TimeoutError:
+            failure = as_failure(jobs.OutOfTime())
+        except Exception as error:
+            log.exception("job %s", job_id)
+            failure = as_failure(error)
+        finally:
+            self.working -= 1
+        with contextlib.suppress(NoSuchJob, OSError):
+            if failure is not None and self.store.job(job_id)["status"] not in ("done", "failed"):
+                jobs.fail(self.store, job_id, failure)
+            self._count(self.store.job(job_id))
+
+    def _count(self, job: dict[str, Any]) -> None:
+        self.metrics.separations.labels(job["error"]["reason"] if "error" in job else job["status"]).inc()
+        if "result" in job:
+            self.metrics.sound.inc(job["result"]["duration_s"])
+            for stage, seconds in job["result"]["timings"].items():
+                self.metrics.stages.labels(stage.removesuffix("_s")).observe(seconds)
+
+    async def sweep_forever(self) -> None:
+        """Let results expire."""
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            with contextlib.suppress(Exception):
+                await run_in_threadpool(self.store.sweep)
+
+    async def examples(self) -> dict[str, Path]:
+        """Return the files that the page offers; without a folder of them two are rendered at first need."""
+        async with self._examples_lock:
+            if self._examples is None:
+                folder = Path(self.config.examples or Path(self.store.root, "examples"))
+                if self.config.examples is None:
+                    await run_in_threadpool(render_examples, folder)
+                self._examples = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+        return {p.stem: p for p in self._examples}
+
+
+def render_examples(folder: Path) -> None:
+    """Render two clips, a duet and a trio, with drawn pictures."""
+    from avsep import synthetic
+
+    folder.mkdir(exist_ok=True)
+    for number, n_objects in enumerate((2, 3)):
+        scene = synthetic.render_scene(number, "test", 11, synthetic.SceneConfig(), n_objects)
+        work = folder / ".work"
+        segment = synthetic.write_scene(scene, work)
+        name = "-and-".join(n.replace("_", "-") for n in scene.plan.audible)
+        (work / segment.source).rename(folder / f"{name}.mp4")
+        shutil.rmtree(work)
