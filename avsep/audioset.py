@@ -1,4 +1,4 @@
-"""AudioSet's files: rows and ontology in; segments of the 23 objects, and their statistics, out.
+"""AudioSet's files: rows and ontology in; segments of a vocabulary's objects, and their statistics, out.
 
 Everything works on blocks of whole lines as Arrow tables: two million rows one by one take minutes.
 """
@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from avsep.objects import OBJECT_NAMES, OBJECTS
+from avsep.objects import AUDIOSET_23, Vocabulary
 from avsep.records import SCHEMA_VERSION, SEGMENT_SCHEMA, SPLITS
 
 VAL_PERCENT = 4
@@ -136,40 +136,47 @@ def descendants(children: Mapping[str, Sequence[str]], mid: str) -> set[str]:
     return found
 
 
-def object_masks(ontology: Any, *, own_node_only: bool = False) -> dict[str, int]:
-    """Map each mid that means one of the 23 objects to a bit mask over them (bit l: object l).
+def object_masks(ontology: Any, *, own_node_only: bool = False, vocabulary: Vocabulary = AUDIOSET_23) -> dict[str, int]:
+    """Map each mid that means one of the objects to a bit mask over them (bit l: object l).
 
     `ontology` is AudioSet's `ontology.json`, loaded: nodes with `id` and `child_ids`. An object
-    whose node it lacks is known by that node's mid alone. Raises ValueError for anything else.
+    whose node it lacks is known by that node's mid alone, one without
+    nodes not at all. Raises ValueError for anything else.
     """
     try:
         children = {node["id"]: list(node["child_ids"]) for node in ontology}
     except (TypeError, KeyError):
         raise ValueError("no list of nodes with `id` and `child_ids`") from None
-    if not own_node_only and not any(o.mid in children for o in OBJECTS):
-        raise ValueError(f"it has none of the objects' nodes ({OBJECTS[0].mid} {OBJECTS[0].name}, …)")
+    nodes = [(o.name, mid) for o in vocabulary for mid in o.audioset]
+    if not nodes:
+        raise ValueError(f"{vocabulary}: none has an AudioSet node; give some in the column audioset of --objects")
+    if not own_node_only and not any(mid in children for _, mid in nodes):
+        raise ValueError(f"it has none of the objects' nodes ({nodes[0][1]} {nodes[0][0]}, …)")
     masks: dict[str, int] = {}
-    for index, o in enumerate(OBJECTS):
-        for mid in {o.mid} if own_node_only else descendants(children, o.mid):
-            masks[mid] = masks.get(mid, 0) | 1 << index
+    for name, node in nodes:
+        for mid in {node} if own_node_only else descendants(children, node):
+            masks[mid] = masks.get(mid, 0) | 1 << vocabulary.index(name)
     return masks
 
 
-def select_segments(rows: pa.Table, masks: Mapping[str, int], split: str | None) -> pa.Table:
+def select_segments(
+    rows: pa.Table, masks: Mapping[str, int], split: str | None, vocabulary: Vocabulary = AUDIOSET_23
+) -> pa.Table:
     """Keep rows with a tag in `masks` → SEGMENT_SCHEMA and `line`; a `split` of None is `hash_split`."""
-    mids, bits = list(masks), np.array([*masks.values(), 0], np.int32)
+    mids = list(masks)
+    bits = np.array([[mask >> i & 1 for i in range(len(vocabulary))] for mask in (*masks.values(), 0)], bool)
     tags = rows["tags"].combine_chunks()
     indices = pc.index_in(tags.flatten(), pa.array(mids, pa.string())).fill_null(len(mids))
     starts = np.asarray(tags.offsets)[:-1]
-    hot = np.bitwise_or.reduceat(bits[np.asarray(indices)], starts) if len(rows) else np.zeros(0, np.int32)
-    rows, hot = rows.filter(pa.array(hot != 0)), hot[hot != 0]
+    present = np.logical_or.reduceat(bits[np.asarray(indices)], starts) if len(rows) else bits[:0]
+    any_there = present.any(1)
+    rows, present = rows.filter(pa.array(any_there)), present[any_there]
 
     start_ms = np.round(np.asarray(rows["start_s"]) * 1000).astype(np.int64)
     ytid = rows["ytid"].combine_chunks()
     segment_id = pc.binary_join_element_wise(ytid, pa.array(start_ms).cast(pa.string()), "_")
-    present = (hot[:, None] >> np.arange(len(OBJECTS)) & 1).astype(bool)
     ends = np.concatenate([[0], present.sum(1).cumsum()])
-    names = pa.array(OBJECT_NAMES).take(pa.array(present.nonzero()[1]))
+    names = pa.array(vocabulary.names).take(pa.array(present.nonzero()[1]))
     columns = {
         "segment_id": segment_id,
         "source": pc.binary_join_element_wise("youtube", ytid, ":"),
@@ -219,7 +226,7 @@ def deduplicate(rows: pa.Table) -> tuple[pa.Table, pa.Table, NDArray[np.bool_]]:
 Counts = Counter[tuple[str, ...]]
 
 
-def count_segments(segments: pa.Table) -> Counts:
+def count_segments(segments: pa.Table, vocabulary: Vocabulary = AUDIOSET_23) -> Counts:
     """Count segments (SEGMENT_SCHEMA) by split, object and pair of objects."""
     counts: Counts = Counter()
     length_s = np.asarray(pc.subtract(segments["end_s"], segments["start_s"]).fill_null(math.inf))
@@ -232,20 +239,20 @@ def count_segments(segments: pa.Table) -> Counts:
         counts["unlabelled", split] = labels.null_count
         counts["nothing", split] = pc.sum(pc.equal(pc.list_value_length(labels), 0)).as_py() or 0
         for column in ("objects", "labels"):
-            n_clips = _present(segments[column].filter(pa.array(here))).sum(0)
-            for name, n in zip(OBJECT_NAMES, n_clips.tolist(), strict=True):
+            n_clips = _present(segments[column].filter(pa.array(here)), vocabulary).sum(0)
+            for name, n in zip(vocabulary.names, n_clips.tolist(), strict=True):
                 counts[column, name, split] = n
-    present = _present(segments["objects"])
+    present = _present(segments["objects"], vocabulary)
     together = np.triu(present.T @ present, 1)
     for a, b in np.argwhere(together).tolist():
-        counts["together", OBJECT_NAMES[a], OBJECT_NAMES[b]] = int(together[a, b])
+        counts["together", vocabulary.names[a], vocabulary.names[b]] = int(together[a, b])
     return counts
 
 
-def _present(names: pa.ChunkedArray) -> NDArray[np.int64]:
+def _present(names: pa.ChunkedArray, vocabulary: Vocabulary) -> NDArray[np.int64]:
     """Turn lists of objects into `(n, L)` zeros and ones."""
-    present = np.zeros((len(names), len(OBJECTS)), np.int64)
-    indices = pc.index_in(pc.list_flatten(names), pa.array(OBJECT_NAMES))
+    present = np.zeros((len(names), len(vocabulary)), np.int64)
+    indices = pc.index_in(pc.list_flatten(names), pa.array(vocabulary.names))
     present[np.asarray(pc.list_parent_indices(names)), np.asarray(indices)] = 1
     return present
 
@@ -268,16 +275,16 @@ def by_split(counts: Counts, *head: str) -> dict[str, int]:
     return {split: counts[*head, split] for split in SPLITS}
 
 
-def by_object(counts: Counts) -> dict[str, Any]:
+def by_object(counts: Counts, vocabulary: Vocabulary) -> dict[str, Any]:
     """Arrange how often each object is known to sound, is a weak label, and meets each other."""
     return {
-        "objects": {name: by_split(counts, "objects", name) for name in OBJECT_NAMES},
-        "labels": {name: by_split(counts, "labels", name) for name in OBJECT_NAMES},
-        "cooccurrence": {name: pairs for name in OBJECT_NAMES if (pairs := under(counts, "together", name))},
+        "objects": {name: by_split(counts, "objects", name) for name in vocabulary.names},
+        "labels": {name: by_split(counts, "labels", name) for name in vocabulary.names},
+        "cooccurrence": {name: pairs for name in vocabulary.names if (pairs := under(counts, "together", name))},
     }
 
 
-def summarize(counts: Counts) -> dict[str, Any]:
+def summarize(counts: Counts, vocabulary: Vocabulary = AUDIOSET_23) -> dict[str, Any]:
     """Arrange the counts for `statistics.json`.
 
     Raises AssertionError unless rows in = kept + dropped + dead letters: a row went missing.
@@ -294,18 +301,18 @@ def summarize(counts: Counts) -> dict[str, Any]:
         "dead_letters": n_dead,
         "files": files,
         "comment_lines": sum(under(counts, "comments").values()),
-        **summarize_segments(counts),
+        **summarize_segments(counts, vocabulary),
     }
 
 
-def summarize_segments(counts: Counts) -> dict[str, Any]:
+def summarize_segments(counts: Counts, vocabulary: Vocabulary = AUDIOSET_23) -> dict[str, Any]:
     """Arrange what `count_segments` counts; `without_labels` are left to the pictures, `labelled_none` show nothing."""
     return {
         "splits": by_split(counts, "segments"),
         "shorter_than_10_s": by_split(counts, "shorter_than_10_s"),
         "without_labels": by_split(counts, "unlabelled"),
         "labelled_none": by_split(counts, "nothing"),
-        **by_object(counts),
+        **by_object(counts, vocabulary),
     }
 
 

@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from avsep import shards, storage
 from avsep.audioset import Counts
 from avsep.duplicates import BANDS, FRAMES, Pair, fingerprint, frame_s
-from avsep.model import LabelConfig, label_config
-from avsep.objects import OBJECT_NAMES
+from avsep.factors import DataConfig
+from avsep.model import Labelling, label_config
+from avsep.objects import AUDIOSET_23, Vocabulary
 from avsep.records import (
     REJECTION_SCHEMA,
     SCHEMA_VERSION,
@@ -286,13 +287,14 @@ def _check_clips(parquet: pq.ParquetFile, file: DataFile) -> tuple[list[Finding]
     facts: list[dict[str, Any]] = []
     findings: list[Finding] = []
     ids: list[str] = []
-    configuration = json.loads((parquet.schema_arrow.metadata or {})[b"avsep.configuration"])
-    labels = label_config(configuration["labeller"], configuration["looks"])
-    seconds_a_frame = frame_s(configuration)
+    made_with = DataConfig.from_dict(json.loads((parquet.schema_arrow.metadata or {})[b"avsep.configuration"]))
+    vocabulary = made_with.vocabulary
+    labels = Labelling(label_config(made_with.labeller, made_with.extraction.looks), vocabulary)
+    seconds_a_frame = frame_s(made_with.extraction.stft)
     for group in range(parquet.num_row_groups):
         records = clips_from_table(parquet.read_row_group(group))
         ids += [r.segment_id for r in records]
-        findings += _check_records(file, records)
+        findings += _check_records(file, records, vocabulary=vocabulary)
         if not findings:
             for record in records:
                 count_clip(record, counts, labels)
@@ -304,7 +306,10 @@ def _check_clips(parquet: pq.ParquetFile, file: DataFile) -> tuple[list[Finding]
 
 
 def _check_records(
-    file: DataFile, records: Sequence[ClipRecord | Rejection], ids: Sequence[str] | None = None
+    file: DataFile,
+    records: Sequence[ClipRecord | Rejection],
+    ids: Sequence[str] | None = None,
+    vocabulary: Vocabulary = AUDIOSET_23,
 ) -> Iterator[Finding]:
     if ids is not None and list(ids) != list(file.ids):
         wrong = sorted(set(ids) ^ set(file.ids)) or ["their order, or repeats"]
@@ -312,7 +317,7 @@ def _check_records(
     broken: dict[str, list[str]] = defaultdict(list)
     for record in records:
         try:
-            validate(record)
+            validate(record, vocabulary)
             if isinstance(record, ClipRecord):
                 _validate_measures(record)
         except ValueError as error:
@@ -339,22 +344,22 @@ def _validate_measures(record: ClipRecord) -> None:
 # -------------------------------------------------------------------------------------- counts
 
 
-def chosen_labels(record: ClipRecord, labels: LabelConfig) -> tuple[str, ...] | None:
+def chosen_labels(record: ClipRecord, labels: Labelling) -> tuple[str, ...] | None:
     """Return the weak labels that training takes: given ones, else the pictures'; None without either."""
     if record.labels is not None:
         return record.labels
     return seen_labels(record, labels)
 
 
-def seen_labels(record: ClipRecord, labels: LabelConfig) -> tuple[str, ...] | None:
+def seen_labels(record: ClipRecord, labels: Labelling) -> tuple[str, ...] | None:
     """Return what the pictures show; None without logits."""
     if record.image_logits is None or not len(record.image_logits):
         return None
     hot = labels.choose(labels.scores(torch.from_numpy(record.image_logits.astype(np.float32))))
-    return tuple(name for name, on in zip(OBJECT_NAMES, hot.tolist(), strict=True) if on)
+    return tuple(name for name, on in zip(labels.vocabulary.names, hot.tolist(), strict=True) if on)
 
 
-def count_clip(record: ClipRecord, counts: Counts, config: LabelConfig) -> None:
+def count_clip(record: ClipRecord, counts: Counts, config: Labelling) -> None:
     """Count one clip in every table of the card; `config` says how labels follow from the pictures."""
     counts["clips", record.split] += 1
     counts["label_source", record.label_source] += 1

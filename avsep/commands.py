@@ -26,7 +26,7 @@ from tqdm import tqdm
 from avsep import shards, storage
 from avsep.console import complain, lost, say
 from avsep.factors import ExtractionConfig
-from avsep.model import CONFIG_FILE, Model, describe_training, label_config, training_facts
+from avsep.model import CONFIG_FILE, Labelling, Model, describe_training, label_config, training_facts
 from avsep.objects import OBJECT_NAMES, find
 from avsep.records import ClipError, Reason
 from avsep.separation import REST
@@ -222,10 +222,10 @@ def _relation_map(done: FileSeparation) -> bytes:
     """Draw the first window's relation map beside a picture from the file's middle."""
     from avsep import plots  # half a second, needed only at the end
 
-    window = done.plan.first_window.first(done.plan.separator.model.config.n_bases)
+    window = done.plan.first_window.first(done.plan.separator.extraction.n_bases)
     picture = done.pictures[len(done.pictures) // 2] if len(done.pictures) else None
     relation, energy = window.relation.numpy(), window.factors.basis_energy.numpy()
-    return plots.relation_map(relation, OBJECT_NAMES, energy, picture, done.plan.objects)
+    return plots.relation_map(relation, done.plan.separator.model.config.objects, energy, picture, done.plan.objects)
 
 
 @contextlib.contextmanager
@@ -376,7 +376,7 @@ def label(video: str, weights: str | None, labeller: str | None) -> int:
     way = network.looking(ExtractionConfig.looks).way
     say(f"pictures: {network.architecture}, looks: {way}")
     config = label_config(network.architecture, way)
-    scores = config.scores(network.evidence(found, way))
+    scores = Labelling(config).scores(network.evidence(found, way))
     labels = config.choose(scores)
     for i in scores.argsort(descending=True).tolist()[:10]:
         say(f"{scores[i]:.3f}  {OBJECT_NAMES[i]}{'  (label)' if labels[i] else ''}")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from avsep.audioset import by_object, by_split, under
 from avsep.audit import DURATION_BINS_S, LEVEL_BINS_DB, Report
 from avsep.duplicates import NEAR
-from avsep.objects import OBJECT_NAMES
+from avsep.objects import AUDIOSET_23, Vocabulary
 from avsep.records import (
     SCHEMA_VERSION,
     SPLITS,
@@ -26,6 +26,7 @@ from avsep.records import (
 def summarize(report: Report, configuration: Mapping[str, Any] | None) -> dict[str, Any]:
     """Arrange a whole report for the card."""
     counts = report.counts
+    vocabulary = Vocabulary.from_list(configuration["vocabulary"]) if configuration else AUDIOSET_23
 
     def histogram(name: str, edges: NDArray) -> dict[str, Any]:
         return {
@@ -37,7 +38,7 @@ def summarize(report: Report, configuration: Mapping[str, Any] | None) -> dict[s
     for source in ("pictures", "given"):
         if counts["compared", source]:
             agreement[source] = {"clips": counts["compared", source], "objects": {}}
-            for name in OBJECT_NAMES:
+            for name in vocabulary.names:
                 both, label, tag = (counts["agreement", source, name, o] for o in ("both", "label", "tag"))
                 if both + label + tag:
                     agreement[source]["objects"][name] = {
@@ -57,7 +58,7 @@ def summarize(report: Report, configuration: Mapping[str, Any] | None) -> dict[s
         "label_source": under(counts, "label_source"),
         "unlabelled": by_split(counts, "unlabelled"),
         "labelled_none": by_split(counts, "nothing"),
-        **by_object(counts),
+        **by_object(counts, vocabulary),
         "agreement": agreement,
         "duration_s": histogram("duration", DURATION_BINS_S),
         "rms_db": histogram("level", LEVEL_BINS_DB),
@@ -95,7 +96,7 @@ def markdown(card: Mapping[str, Any], title: str) -> str:
         ("object", *(f"label, {s}" for s in SPLITS), *(f"tag, {s}" for s in SPLITS)),
         (
             (name, *(card["labels"][name][s] for s in SPLITS), *(card["objects"][name][s] for s in SPLITS))
-            for name in OBJECT_NAMES
+            for name in card["objects"]
             if any(card["labels"][name].values()) or any(card["objects"][name].values())
         ),
     )

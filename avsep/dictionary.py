@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from avsep import storage
 from avsep.miml import MIML, basis_posteriors
-from avsep.objects import OBJECT_NAMES, object_index
 
 if TYPE_CHECKING:
     from avsep.records import ClipRecord
@@ -75,8 +74,8 @@ class BasisDictionary:
     bases: dict[str, Tensor]
 
     @classmethod
-    def collect(cls, candidates: Iterable[Candidate], per_object: int = 200) -> BasisDictionary:
-        """Keep the `per_object` best candidates of each object; the candidates' order means nothing."""
+    def collect(cls, candidates: Iterable[Candidate], objects: Sequence[str], per_object: int = 200) -> BasisDictionary:
+        """Keep the `per_object` best candidates of each of the `objects`; the candidates' order means nothing."""
         best: dict[int, list[Candidate]] = {}
         for candidate in candidates:
             kept = best.setdefault(candidate.object_index, [])
@@ -85,7 +84,7 @@ class BasisDictionary:
                 best[candidate.object_index] = _best(kept, per_object)
         return cls(
             {
-                OBJECT_NAMES[i]: torch.from_numpy(
+                objects[i]: torch.from_numpy(
                     np.stack([c.basis for c in _best(best[i], per_object)], 1).astype(np.float32)
                 )
                 for i in sorted(best)
@@ -103,10 +102,9 @@ class BasisDictionary:
 
     @classmethod
     def load(cls, path: str) -> BasisDictionary:
-        """Read what `save` wrote; ValueError for anything but finite, non-negative bases `(F, D)` of known objects."""
+        """Read what `save` wrote; ValueError for anything but finite, non-negative bases `(F, D)`."""
         bases = {n: W.float() for n, W in safetensors.torch.load(storage.read_bytes(path)).items()}
         for name, W in bases.items():
-            object_index(name)
             if W.ndim != 2 or not W.numel():
                 raise ValueError(f"{name} is {tuple(W.shape)}; it must be (F, D ≥ 1)")
             if not (W.isfinite() & (W >= 0)).all():

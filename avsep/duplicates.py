@@ -18,6 +18,7 @@ from avsep.records import (
     ClipRecord,
     Segment,
 )
+from avsep.stft import STFT
 
 NEAR = 0.89  # similarity from which two clips count as the same sound
 BANDS, FRAMES = 12, 50  # of a fingerprint
@@ -45,13 +46,9 @@ class Pair:
 # ----------------------------------------------------------------------------------- duplicates
 
 
-def frame_s(configuration: Mapping[str, Any]) -> float:
-    """Return the seconds from one STFT frame to the next; ValueError where the configuration doesn't say."""
-    try:
-        stft = configuration["stft"]
-        return stft["hop_length"] / stft["sample_rate"]
-    except (KeyError, TypeError):
-        raise ValueError("the configuration in it holds no stft") from None
+def frame_s(stft: STFT) -> float:
+    """Return the seconds from one STFT frame to the next."""
+    return stft.hop_length / stft.sample_rate
 
 
 def fingerprint(record: ClipRecord, seconds_a_frame: float) -> NDArray[np.int8] | None:

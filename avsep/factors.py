@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from avsep import nmf
 from avsep.limits import DecodeLimits
-from avsep.objects import IMAGENET_CLASSES
+from avsep.looks import WAYS
+from avsep.objects import AUDIOSET_23, Vocabulary
 from avsep.stft import STFT
 
 CLIPS_IN_FLIGHT = 4  # decoded clips that wait for their logits; also a labeller's batch
@@ -33,23 +34,50 @@ class ExtractionConfig:
     looks: str = "tiles"  # where the picture network looks: a way of avsep.looks
     limits: DecodeLimits = field(default_factory=DecodeLimits)
 
+    def __post_init__(self) -> None:
+        if self.looks not in WAYS:
+            raise ValueError(f"looks is {self.looks!r}; it is one of {', '.join(WAYS)}")
+
     @property
     def shape(self) -> tuple[int, int]:
         """(F, M) of a record's bases."""
         return self.stft.n_bins, self.n_bases
 
-    def as_dict(self, labeller_sha256: str | None, labeller: str | None = None) -> dict[str, Any]:
-        """Return what is stored with the data and hashed into its digest: no limit of time in it."""
+    def as_dict(self) -> dict[str, Any]:
+        """Return what is stored with clips and models: all but the limits, which decide no record."""
+        return {f.name: asdict(self)[f.name] for f in fields(self) if f.name != "limits"}
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> ExtractionConfig:
+        """Read what `as_dict` gave; TypeError or ValueError where it isn't that."""
+        if missing := {f.name for f in fields(cls)} - {"limits"} - set(raw):
+            raise ValueError(f"the extraction's configuration lacks {', '.join(sorted(missing))}")
+        return cls(**{**raw, "stft": STFT(**raw["stft"])})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What a folder of clips was made with: stored in each of its shards, and hashed into their digest."""
+
+    extraction: ExtractionConfig
+    vocabulary: Vocabulary = AUDIOSET_23
+    labeller: str | None = None  # the picture network's architecture; None: no pictures were labelled
+    labeller_sha256: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what JSON holds of it."""
         return {
-            "stft": asdict(self.stft),
-            "n_bases": self.n_bases,
-            "n_iter": self.n_iter,
-            "image_size": self.image_size,
-            "looks": self.looks,
-            "imagenet_classes": IMAGENET_CLASSES,
-            "labeller": labeller,
-            "labeller_sha256": labeller_sha256,
+            "extraction": self.extraction.as_dict(),
+            "vocabulary": self.vocabulary.as_list(),
+            "labeller": self.labeller,
+            "labeller_sha256": self.labeller_sha256,
         }
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> DataConfig:
+        """Read what `as_dict` gave."""
+        vocabulary = Vocabulary.from_list(raw["vocabulary"])
+        return cls(ExtractionConfig.from_dict(raw["extraction"]), vocabulary, raw["labeller"], raw["labeller_sha256"])
 
 
 def seed_of(segment_id: str) -> int:

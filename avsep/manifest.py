@@ -17,14 +17,16 @@ import pyarrow.parquet as pq
 
 from avsep import audioset, storage, tables
 from avsep.audioset import BadLine, Counts
-from avsep.objects import OBJECTS
+from avsep.objects import AUDIOSET_23, Vocabulary
 from avsep.records import (
     SEGMENT_SCHEMA,
     Segment,
     file_id,
     read_layout,
+    read_vocabulary,
     segment_from_row,
     segments_to_table,
+    with_vocabulary,
 )
 
 BLOCK_BYTES = 8 << 20
@@ -59,6 +61,16 @@ class Report:
 Reader = Callable[[Block], Iterator[pa.Table | Report]]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How a pass reads its input."""
+
+    blocks: list[Block]
+    read: Reader
+    notes: list[str]  # what there is to say of it
+    vocabulary: Vocabulary
+
+
 def read_lines(block: Block) -> bytes:
     """Read the lines that begin in the block; each line of a file is in exactly one of its blocks."""
     before = min(block.start, 1)  # a line begins at `start` if the byte before it ends one
@@ -74,11 +86,13 @@ def read_lines(block: Block) -> bytes:
     return b"".join(pieces)
 
 
-def read_audioset(block: Block, masks: dict[str, int]) -> Iterator[pa.Table | Report]:
+def read_audioset(
+    block: Block, masks: dict[str, int], vocabulary: Vocabulary = AUDIOSET_23
+) -> Iterator[pa.Table | Report]:
     """Read the segments of a block of AudioSet's CSV, and report."""
     lines = tables.plain_lines(read_lines(block), first=block.index == 0)
     rows, bad, n_lines = audioset.parse_rows(lines)
-    segments = audioset.select_segments(rows, masks, "test" if is_eval(block.uri) else None)
+    segments = audioset.select_segments(rows, masks, "test" if is_eval(block.uri) else None, vocabulary)
     n_dropped = len(rows) - len(segments)
     counts: Counts = Counter({("rows", block.uri): len(rows) + len(bad), ("dropped", "no_object"): n_dropped})
     yield from with_report(block, [segments], bad, n_lines, counts)
@@ -89,7 +103,9 @@ def is_eval(uri: str) -> bool:
     return "eval" in storage.name(uri).lower()
 
 
-def read_table(block: Block, layout: tables.Layout, groups: Sequence[int] | None) -> Iterator[pa.Table | Report]:
+def read_table(
+    block: Block, layout: tables.Layout, groups: Sequence[int] | None, vocabulary: Vocabulary
+) -> Iterator[pa.Table | Report]:
     """Read the segments of a user's table, or of some row groups of a Parquet one, and report."""
     parts: list[pa.Table] = []
     batch: list[tuple[Segment, int, str]] = []
@@ -112,7 +128,8 @@ def read_table(block: Block, layout: tables.Layout, groups: Sequence[int] | None
         try:
             if row.problem:
                 raise ValueError(row.problem)
-            batch.append((segment_from_row(row.cells, relative_to=folder), row.line, row.text))
+            segment = segment_from_row(row.cells, relative_to=folder, vocabulary=vocabulary)
+            batch.append((segment, row.line, row.text))
         except ValueError as error:
             bad.append(BadLine(row.line, str(error), row.text))
         if len(batch) == BATCH_ROWS:
@@ -135,6 +152,17 @@ def with_report(
             for column, value in zip(("file", "block"), where, strict=True):
                 table = table.append_column(column, pa.array(np.full(len(table), value, np.int32)))
             yield table
+
+
+def read_objects(uri: str) -> Vocabulary:
+    """Read a vocabulary of a user's own, JSON or CSV (`objects.Vocabulary.parse`).
+
+    Raises ValueError naming the file, the object and the rule; OSError.
+    """
+    try:
+        return Vocabulary.parse(storage.read_bytes(uri).decode())
+    except ValueError as error:  # of its bytes, too
+        raise ValueError(f"--objects {uri}: {error}") from None
 
 
 def sample_ids(segments: pa.Table) -> tuple[int, list[str]]:
@@ -169,7 +197,12 @@ def into_ranges(segments: pa.Table, bounds: list[str]) -> Iterator[tuple[int, pa
 
 
 def write_shard(
-    keyed: tuple[int, Iterable[pa.Table]], bounds: list[str], folder: str, *, repeats_are_bad: bool
+    keyed: tuple[int, Iterable[pa.Table]],
+    bounds: list[str],
+    folder: str,
+    *,
+    repeats_are_bad: bool,
+    vocabulary: Vocabulary,
 ) -> Report:
     """Write a range of segments, sorted and each once; report them and the repeats."""
     index, tables = keyed
@@ -177,8 +210,8 @@ def write_shard(
     n_shards = len(bounds) + 1
     name = "segments.parquet" if n_shards == 1 else f"segments-{index:05d}-of-{n_shards:05d}.parquet"
     segments = segments.select(SEGMENT_SCHEMA.names)
-    write_segments(storage.join(folder, name), segments)
-    report = Report(audioset.count_segments(segments))
+    write_segments(storage.join(folder, name), segments, vocabulary)
+    report = Report(audioset.count_segments(segments, vocabulary))
     if repeats_are_bad:
         report.counts["dead_letters",] = len(repeats)
         for row in repeats.select(["segment_id", "file", "block", "line", "text"]).to_pylist():
@@ -190,10 +223,10 @@ def write_shard(
     return report
 
 
-def write_segments(uri: str, segments: pa.Table) -> None:
-    """Write a table of SEGMENT_SCHEMA as one Parquet file, atomically."""
+def write_segments(uri: str, segments: pa.Table, vocabulary: Vocabulary) -> None:
+    """Write a table of SEGMENT_SCHEMA with its vocabulary as one Parquet file, atomically."""
     sink = pa.BufferOutputStream()
-    pq.write_table(segments, sink, row_group_size=ROW_GROUP_ROWS)
+    pq.write_table(with_vocabulary(segments, vocabulary), sink, row_group_size=ROW_GROUP_ROWS)
     storage.write_bytes(uri, sink.getvalue())
 
 
@@ -217,17 +250,17 @@ def write_dead_letters(reports: Iterable[Report], uris: list[str], path: str) ->
     storage.write_text(path, "".join(letters))
 
 
-def write_statistics(counts: Counts, path: str) -> None:
+def write_statistics(counts: Counts, path: str, vocabulary: Vocabulary) -> None:
     """Write the counts as JSON."""
-    storage.write_text(path, json.dumps(audioset.summarize(counts), indent=1) + "\n")
+    storage.write_text(path, json.dumps(audioset.summarize(counts, vocabulary), indent=1) + "\n")
 
 
-def commit(staging: str, out: str) -> list[str]:
+def commit(staging: str, out: str, vocabulary: Vocabulary = AUDIOSET_23) -> list[str]:
     """Move finished files to their place, the statistics last; drop what an earlier run left there."""
     files = {storage.name(f) for f in storage.list_files(staging)}
     segments = sorted(f for f in files if f.endswith(".parquet"))
     if not segments:
-        write_segments(storage.join(staging, "segments.parquet"), SEGMENT_SCHEMA.empty_table())
+        write_segments(storage.join(staging, "segments.parquet"), SEGMENT_SCHEMA.empty_table(), vocabulary)
         segments = ["segments.parquet"]
     storage.delete_file(storage.join(out, "statistics.json"))
     for name in segments:
@@ -257,9 +290,9 @@ def line_blocks(uris: Sequence[str], block_bytes: int = BLOCK_BYTES) -> list[Blo
 
 
 def plan_audioset(
-    uris: Sequence[str], ontology: str | None, own_node_only: bool
-) -> tuple[list[Block], Reader, list[str]]:
-    """Check AudioSet's files → blocks, the function that reads one, and what to note. Raises ValueError or OSError."""
+    uris: Sequence[str], ontology: str | None, own_node_only: bool, vocabulary: Vocabulary = AUDIOSET_23
+) -> Plan:
+    """Check AudioSet's files → how to read them. Raises ValueError or OSError."""
     nodes: Any = []
     _check_exist([*uris, *([ontology] if ontology else [])])
     if ontology:
@@ -268,10 +301,11 @@ def plan_audioset(
         except ValueError as error:
             raise ValueError(f"{ontology} is no JSON ({error}); give AudioSet's ontology.json") from None
     try:
-        masks = audioset.object_masks(nodes, own_node_only=own_node_only)
+        masks = audioset.object_masks(nodes, own_node_only=own_node_only, vocabulary=vocabulary)
     except ValueError as error:
         raise ValueError(f"{ontology} is not AudioSet's ontology: {error}; give its ontology.json") from None
-    missing = [o.name for o in OBJECTS if o.mid not in {node["id"] for node in nodes}]
+    ids = {node["id"] for node in nodes}
+    missing = [o.name for o in vocabulary if not ids & set(o.audioset)]
     notes = []
     if missing and not own_node_only:
         notes.append(f"the ontology lacks {', '.join(missing)}: these are known by their own tag alone")
@@ -288,14 +322,15 @@ def plan_audioset(
                     f"{block.uri} is none of AudioSet's CSV files: line {bad[0].line}: {bad[0].reason}; "
                     "a table of one's own goes with --table"
                 )
-    return blocks, lambda block: read_audioset(block, masks), notes
+    return Plan(blocks, lambda block: read_audioset(block, masks, vocabulary), notes, vocabulary)
 
 
-def plan_table(uri: str) -> tuple[list[Block], Reader, list[str]]:
-    """Check a user's table → blocks, the function that reads one, and what to note. Raises ValueError or OSError."""
+def plan_table(uri: str, vocabulary: Vocabulary | None = None) -> Plan:
+    """Check a user's table → how to read them. Raises ValueError or OSError."""
     if storage.is_directory(uri):
         raise ValueError(f"{uri} is a directory; give a table, .csv or .parquet")
     _check_exist([uri])
+    own = vocabulary or read_vocabulary(uri)
     layout = read_layout(uri)
     notes = list(layout.notes)
     if "split" not in layout.columns:
@@ -303,11 +338,11 @@ def plan_table(uri: str) -> tuple[list[Block], Reader, list[str]]:
     if "segment_id" not in layout.columns:
         _check_names(layout)
     if layout.separator:  # a quoted cell may hold line breaks, so it is read from one end to the other
-        return [Block(0, 0, uri, 0, 0)], lambda block: read_table(block, layout, None), notes
+        return Plan([Block(0, 0, uri, 0, 0)], lambda block: read_table(block, layout, None, own), notes, own)
     with storage.open_input(uri) as f:
         n_groups = pq.ParquetFile(f).num_row_groups
     groups = [Block(0, i, uri, i, i + 1) for i in range(n_groups)] or [Block(0, 0, uri, 0, 0)]
-    return groups, lambda block: read_table(block, layout, range(block.start, block.stop)), notes
+    return Plan(groups, lambda block: read_table(block, layout, range(block.start, block.stop), own), notes, own)
 
 
 def _check_names(layout: tables.Layout) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import operator
+from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from types import NoneType
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -16,13 +18,13 @@ from avsep import storage
 from avsep.context import BasisContext
 from avsep.dictionary import BasisDictionary
 from avsep.evidence import Evidence
+from avsep.factors import ExtractionConfig
 from avsep.familiarity import Familiarity
-from avsep.looks import WAYS
 from avsep.miml import MIML
-from avsep.objects import IMAGENET_CLASSES, OBJECT_NAMES, object_scores, weak_labels
+from avsep.objects import AUDIOSET_23, CLASSES, N_IMAGENET_CLASSES, Vocabulary, weak_labels
 from avsep.stft import STFT
 
-FORMAT = 3
+FORMAT = 4
 _CONTEXT = "context."  # before the names of the context's weights, in the network's file
 CONFIG_FILE, NETWORK_FILE, DICTIONARY_FILE, LABELLER_FILE, FAMILIARITY_FILE = (
     "config.json",
@@ -35,11 +37,11 @@ MODEL_FILES = (CONFIG_FILE, NETWORK_FILE, DICTIONARY_FILE, LABELLER_FILE, FAMILI
 _LATER = ("separation.fine_masks",)  # settings that a model of this format may lack: it gets their defaults
 _SHARE, _POWER, _SURELY = (0.0, 1.0), (0.0, 100.0), 1e-9
 _RANGES: dict[str, tuple[float, float]] = {  # of the configuration's numbers: beyond them no run ends well, or at all
-    "stft.sample_rate": (1, 1_000_000),
-    "stft.n_fft": (2, 1 << 20),
-    "n_bases": (1, 1000),
-    "n_iter": (1, 100_000),
-    "image_size": (1, 10_000),
+    "extraction.stft.sample_rate": (1, 1_000_000),
+    "extraction.stft.n_fft": (2, 1 << 20),
+    "extraction.n_bases": (1, 1000),
+    "extraction.n_iter": (1, 100_000),
+    "extraction.image_size": (1, 10_000),
     "network.n_subconcepts": (1, 1000),
     "network.hidden": (1, 100_000),
     "network.linear_bins": (1, 1 << 20),
@@ -112,17 +114,13 @@ class LabelConfig:
 
     threshold: float = 0.3
     best_threshold: float = 0.05
-    classes: str = "everyday"  # which ImageNet classes show an object: a name in objects.IMAGENET_CLASSES
+    classes: str = "everyday"  # which ImageNet classes show an object: one of objects.CLASSES
     joined: bool = False  # the evidence is of several looks per picture, which nothing normalises again
     unlabelled: bool = True  # clips without any label take part in training, too: they teach noise and absence
 
     def __post_init__(self) -> None:
-        if self.classes not in IMAGENET_CLASSES:
-            raise ValueError(f"labels.classes is {self.classes!r}; it is one of {', '.join(IMAGENET_CLASSES)}")
-
-    def scores(self, image_logits: Tensor) -> Tensor:
-        """Score each object in a clip's evidence, `(…, n_images, 1000)` → `(…, L)`."""
-        return object_scores(image_logits, self.classes, joined=self.joined)
+        if self.classes not in CLASSES:
+            raise ValueError(f"labels.classes is {self.classes!r}; it is one of {', '.join(CLASSES)}")
 
     def choose(self, scores: Tensor) -> Tensor:
         """Return the labels, boolean `(…, L)`."""
@@ -131,6 +129,35 @@ class LabelConfig:
     def takes(self, marks: Tensor | None, split: str) -> bool:
         """Say whether a clip of such labels, boolean `(L,)`, is used; None: nobody looked."""
         return marks is not None and (bool(marks.any()) or (self.unlabelled and split == "train"))
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """A clip's weak labels: the given ones, else those that follow from its pictures."""
+
+    config: LabelConfig = field(default_factory=LabelConfig)
+    vocabulary: Vocabulary = AUDIOSET_23
+
+    def scores(self, image_logits: Tensor) -> Tensor:
+        """Score each object in a clip's evidence, `(…, n_images, 1000)` → `(…, L)`."""
+        return self.vocabulary.scores(image_logits, self.config.classes, joined=self.config.joined)
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """Return the labels, boolean `(…, L)`."""
+        return self.config.choose(scores)
+
+    def decide(self, given: Sequence[str] | None, image_logits: Any) -> Tensor | None:
+        """Return a clip's labels, boolean `(L,)`; None where none are given and nobody looked at its pictures."""
+        if given is not None:
+            return self.vocabulary.multi_hot(given)
+        if image_logits is None:
+            return None
+        logits = torch.from_numpy(np.array(image_logits, np.float32)).reshape(-1, N_IMAGENET_CLASSES)
+        return self.choose(self.scores(logits))
+
+    def takes(self, marks: Tensor | None, split: str) -> bool:
+        """Say whether a clip of such labels, boolean `(L,)`, is used; see `LabelConfig.takes`."""
+        return self.config.takes(marks, split)
 
 
 # Thresholds by network and way of looking, calibrated on photos (.github/LOG.md); then by the way alone.
@@ -154,25 +181,17 @@ class LabellerConfig:
 
     architecture: str = "resnet152"
     sha256: str | None = None
-    looks: str = "tiles"  # the way of looking
-
-    def __post_init__(self) -> None:
-        if self.looks not in WAYS:
-            raise ValueError(f"labeller.looks is {self.looks!r}; it is one of {', '.join(WAYS)}")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """`config.json`: whatever reads a model takes its settings from here, not from flags.
 
-    Raises ValueError for a number that no run can work with, and for other objects than this version's.
+    Raises ValueError for a number that no run can work with.
     """
 
-    stft: STFT = field(default_factory=STFT)
-    n_bases: int = 25
-    n_iter: int = 200
-    image_size: int = 320
-    objects: tuple[str, ...] = OBJECT_NAMES
+    vocabulary: Vocabulary = AUDIOSET_23
+    extraction: ExtractionConfig = field(default_factory=ExtractionConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     labels: LabelConfig = field(default_factory=LabelConfig)
     labeller: LabellerConfig = field(default_factory=LabellerConfig)
@@ -185,15 +204,33 @@ class ModelConfig:
     format: int = FORMAT
 
     def __post_init__(self) -> None:
-        if self.objects != OBJECT_NAMES:
-            raise ValueError(
-                f"objects are {len(self.objects)}, {', '.join(map(str, self.objects))[:80]}…; "
-                f"they must be the {len(OBJECT_NAMES)} of avsep/objects.py, in that order"
-            )
         for name, (least, most) in _RANGES.items():
             value = operator.attrgetter(name)(self)
             if value is not None and not least <= value <= most:  # NaN fails, too
                 raise ValueError(f"{name} is {value}; it must lie in {least}…{most}")
+
+    @property
+    def objects(self) -> tuple[str, ...]:
+        """The objects' names, in the order of the L axis."""
+        return self.vocabulary.names
+
+    @property
+    def stft(self) -> STFT:
+        """The STFT that the model works on."""
+        return self.extraction.stft
+
+    @property
+    def labelling(self) -> Labelling:
+        """How a clip's weak labels are decided."""
+        return Labelling(self.labels, self.vocabulary)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `config.json` holds."""
+        return asdict(self) | {"vocabulary": self.vocabulary.as_list(), "extraction": self.extraction.as_dict()}
+
+    def write(self, directory: storage.AnyPath) -> None:
+        """Write a model directory's `config.json`."""
+        storage.write_text(storage.join(directory, CONFIG_FILE), json.dumps(self.as_dict(), indent=1) + "\n")
 
     @classmethod
     def read(cls, directory: storage.AnyPath) -> ModelConfig:
@@ -234,7 +271,7 @@ class Model:
             self.dictionary.save(storage.join(directory, DICTIONARY_FILE))
         if self.familiarity is not None:
             self.familiarity.save(storage.join(directory, FAMILIARITY_FILE))
-        storage.write_text(storage.join(directory, CONFIG_FILE), json.dumps(asdict(self.config), indent=1) + "\n")
+        self.config.write(directory)
 
     @classmethod
     def load(cls, directory: storage.AnyPath) -> Model:
@@ -265,6 +302,7 @@ class Model:
             if storage.exists(path):
                 dictionary = BasisDictionary.load(path)
                 for name, W in dictionary.bases.items():
+                    config.vocabulary.index(name)
                     if len(W) != config.stft.n_bins:
                         raise ValueError(f"{name} has bases of {len(W)} bins; the model works on {config.stft.n_bins}")
             familiarity, path = None, storage.join(directory, FAMILIARITY_FILE)
@@ -312,8 +350,7 @@ def describe_training(config: ModelConfig) -> str:
 def add_training_facts(directory: storage.AnyPath, **facts: Any) -> None:
     """Add to what a model directory says of its training; the rest of it stays as it is."""
     config = ModelConfig.read(directory)
-    config = replace(config, training=config.training | facts)
-    storage.write_text(storage.join(directory, CONFIG_FILE), json.dumps(asdict(config), indent=1) + "\n")
+    replace(config, training=config.training | facts).write(directory)
 
 
 def _no_model(directory: storage.AnyPath, file: str, error: Exception) -> ValueError:
@@ -329,7 +366,6 @@ def _parse(raw: Any) -> ModelConfig:
     if isinstance(raw, dict) and raw.get("format") != FORMAT:
         raise ValueError(f"its format is {raw.get('format')!r}")
     nested: dict[str, Any] = {
-        "stft": STFT,
         "network": NetworkConfig,
         "labels": LabelConfig,
         "labeller": LabellerConfig,
@@ -337,17 +373,22 @@ def _parse(raw: Any) -> ModelConfig:
         "evidence": Evidence,
     }
     _check_fields("it", ModelConfig, raw)
+    _check_fields("extraction", ExtractionConfig, raw["extraction"], without=("limits",))
+    _check_fields("extraction.stft", STFT, raw["extraction"]["stft"])
     for name, kind in nested.items():
         _check_fields(name, kind, raw[name])
-    return ModelConfig(**raw | {k: kind(**raw[k]) for k, kind in nested.items()} | {"objects": tuple(raw["objects"])})
+    values: dict[str, Any] = {k: kind(**raw[k]) for k, kind in nested.items()}
+    values["extraction"] = ExtractionConfig.from_dict(raw["extraction"])
+    values["vocabulary"] = Vocabulary.from_list(raw["vocabulary"])
+    return ModelConfig(**raw | values)
 
 
-def _check_fields(name: str, kind: Any, raw: Any) -> None:
+def _check_fields(name: str, kind: Any, raw: Any, without: Sequence[str] = ()) -> None:
     """Raise ValueError unless `raw` holds a dataclass's fields, all of them and of their defaults' kinds."""
     if not isinstance(raw, dict):
         raise ValueError(f"{name} is {raw!r}; it must be an object of fields")
     prefix = "" if kind is ModelConfig else f"{name}."
-    names = {f.name for f in fields(kind)}
+    names = {f.name for f in fields(kind)} - set(without)
     for missing in sorted(names - set(raw)):
         if prefix + missing not in _LATER:
             raise ValueError(f"{prefix}{missing} is missing")
@@ -367,7 +408,7 @@ def _check_type(name: str, value: Any, of: Field[Any]) -> None:
         "str": str,
         "int | None": (int, NoneType),
         "str | None": (str, NoneType),
-        "tuple[str, ...]": list,
+        "Vocabulary": list,
     }
     kind = kinds.get(str(of.type), dict)  # annotations are text
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):

@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from avsep import storage, tables
-from avsep.objects import N_IMAGENET_CLASSES, OBJECT_NAMES, find
+from avsep.objects import AUDIOSET_23, N_IMAGENET_CLASSES, Vocabulary
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+_VOCABULARY = b"avsep.vocabulary"  # in the metadata of tables of segments
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {name: name for name in SPLITS} | {
     **dict.fromkeys(("training",), "train"),
@@ -220,7 +222,7 @@ def clips_from_table(table: pa.Table) -> list[ClipRecord]:
     return records
 
 
-def validate(record: Segment | ClipRecord | Rejection) -> None:
+def validate(record: Segment | ClipRecord | Rejection, vocabulary: Vocabulary = AUDIOSET_23) -> None:
     """Raise ValueError naming the field, the value and the rule when a record breaks its contract."""
     name = f"{type(record).__name__} {record.segment_id!r}"
 
@@ -248,8 +250,10 @@ def validate(record: Segment | ClipRecord | Rejection) -> None:
         f"end_s is {record.end_s}; it must come after start_s = {record.start_s}",
     )
     for column in ("objects", "labels"):
-        unknown = set(getattr(record, column) or ()) - set(OBJECT_NAMES)
-        require(not unknown, f"{column} holds {sorted(unknown, key=str)}; the objects are {', '.join(OBJECT_NAMES)}")
+        unknown = set(getattr(record, column) or ()) - set(vocabulary.names)
+        require(
+            not unknown, f"{column} holds {sorted(unknown, key=str)}; the objects are {', '.join(vocabulary.names)}"
+        )
     if isinstance(record, ClipRecord):
         peaks = record.bases.max(0)
         require(
@@ -279,6 +283,55 @@ def definition(asked: Segment | ClipRecord) -> str:
     return hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:12]
 
 
+def with_vocabulary(table: pa.Table, vocabulary: Vocabulary) -> pa.Table:
+    """Return a table of segments that says which vocabulary they are written with."""
+    said = {_VOCABULARY: json.dumps(vocabulary.as_list()).encode()}
+    return table.replace_schema_metadata({**(table.schema.metadata or {}), **said})
+
+
+def read_vocabulary(uri: storage.AnyPath, default: Vocabulary = AUDIOSET_23) -> Vocabulary:
+    """Return the vocabulary that segments are written with; a table that says none has the default.
+
+    Raises ValueError where files of one folder have several, FileNotFoundError for no table.
+    """
+    found = {_vocabulary_in(file, default) for file in _segment_files(uri)}
+    if len(found) > 1:
+        raise ValueError(f"{uri} mixes segments of {' and '.join(sorted(map(str, found)))}; write its manifest anew")
+    return found.pop()
+
+
+def check_vocabularies(first: str, vocabulary: Vocabulary, second: str, other: Vocabulary) -> None:
+    """Raise ValueError, naming both, where two things that go together have different vocabularies."""
+    if vocabulary != other:
+        differing = sorted(set(vocabulary.names) ^ set(other.names))
+        what = f"; only one has {', '.join(differing[:5])}" if differing else "; their order or classes differ"
+        raise ValueError(f"{first} has {vocabulary}, {second} {other}{what}: use what was made with one vocabulary")
+
+
+def _vocabulary_in(file: str, default: Vocabulary) -> Vocabulary:
+    if tables.table_kind(file) != "parquet":
+        return default
+    try:
+        with storage.open_input(file) as f:
+            said = (pq.read_schema(f).metadata or {}).get(_VOCABULARY)
+    except pa.ArrowInvalid:
+        return default  # whoever reads its rows says that it's no table
+    return default if said is None else Vocabulary.from_list(json.loads(said))
+
+
+def _segment_files(uri: storage.AnyPath) -> list[str]:
+    """Return the table, or the files of a manifest's folder."""
+    uri = os.fspath(uri)
+    if not storage.exists(uri):
+        raise FileNotFoundError(f"{uri} doesn't exist; a table (.csv, .parquet) or a manifest's folder is needed")
+    if not storage.is_directory(uri):
+        return [uri]
+    files = [f for f in storage.list_files(uri) if f.endswith(".parquet") and storage.name(f).startswith("segments")]
+    if not files:
+        raise FileNotFoundError(f"{uri} holds no segments*.parquet; run pipelines.manifest first")
+    return files
+
+
 def segments_to_table(segments: Iterable[Segment]) -> pa.Table:
     """Turn segments into an Arrow table of SEGMENT_SCHEMA."""
     return pa.Table.from_pylist([asdict(s) for s in segments], schema=SEGMENT_SCHEMA)
@@ -289,27 +342,21 @@ def rejections_to_table(rejections: Iterable[Rejection]) -> pa.Table:
     return pa.Table.from_pylist([asdict(r) for r in rejections], schema=REJECTION_SCHEMA)
 
 
-def read_segments(uri: storage.AnyPath, tell: Callable[[str], None] | None = None) -> list[Segment]:
+def read_segments(
+    uri: storage.AnyPath, tell: Callable[[str], None] | None = None, vocabulary: Vocabulary = AUDIOSET_23
+) -> list[Segment]:
     """Read segments from a CSV or Parquet table, or from a folder that `pipelines.manifest` wrote.
 
     Relative sources become absolute, relative to the table. `tell` gets what there is to say of how a
-    table was read, such as columns that were left aside. Raises ValueError for a broken row
+    table was read, such as columns that were left aside. Objects are those of the vocabulary that the
+    files say, else of `vocabulary`. Raises ValueError for a broken row
     (with its number), a duplicated id, a missing column or a file that is no table,
     FileNotFoundError for no table.
     """
-    uri = os.fspath(uri)
-    if not storage.exists(uri):
-        raise FileNotFoundError(f"{uri} doesn't exist; a table (.csv, .parquet) or a manifest's folder is needed")
-    files = [uri]
-    if storage.is_directory(uri):
-        files = [
-            f for f in storage.list_files(uri) if f.endswith(".parquet") and storage.name(f).startswith("segments")
-        ]
-        if not files:
-            raise FileNotFoundError(f"{uri} holds no segments*.parquet; run pipelines.manifest first")
+    vocabulary = read_vocabulary(uri, vocabulary)
     segments: list[Segment] = []
     seen: dict[str, tuple[str, int]] = {}
-    for file in files:
+    for file in _segment_files(uri):
         layout = read_layout(file)
         notes, n_comments = list(layout.notes), 0
         for row in tables.read_rows(layout, texts=False):
@@ -319,7 +366,7 @@ def read_segments(uri: storage.AnyPath, tell: Callable[[str], None] | None = Non
             try:
                 if row.problem:
                     raise ValueError(row.problem)
-                segments.append(segment_from_row(row.cells, relative_to=storage.parent(file)))
+                segments.append(segment_from_row(row.cells, relative_to=storage.parent(file), vocabulary=vocabulary))
             except ValueError as error:
                 raise ValueError(f"{file}, row {row.line}: {error}") from None
             segment_id, where = segments[-1].segment_id, (file, row.line)
@@ -356,7 +403,7 @@ def read_layout(uri: str) -> tables.Layout:
     return replace(layout, notes=(*layout.notes, note))
 
 
-def segment_from_row(row: Mapping[str, Any], *, relative_to: str) -> Segment:
+def segment_from_row(row: Mapping[str, Any], *, relative_to: str, vocabulary: Vocabulary = AUDIOSET_23) -> Segment:
     """Build a validated segment from a table's row: text cells (CSV) or typed ones (Parquet).
 
     In text cells objects are separated by `;` (or commas or bars); a missing column or an empty cell
@@ -376,10 +423,10 @@ def segment_from_row(row: Mapping[str, Any], *, relative_to: str) -> Segment:
         start_s=_seconds(row, "start_s") or 0.0,
         end_s=_seconds(row, "end_s"),
         split=_SPLIT_NAMES.get(split.casefold(), split),
-        objects=_names(row, "objects"),
-        labels=_names(row, "labels"),
+        objects=_names(row, "objects", vocabulary),
+        labels=_names(row, "labels", vocabulary),
     )
-    validate(segment)
+    validate(segment, vocabulary)
     return segment
 
 
@@ -431,20 +478,20 @@ def _seconds(row: Mapping[str, Any], column: str) -> float | None:
     raise ValueError(f"{column} is {value!r}; it must be a number of seconds")
 
 
-def _names(row: Mapping[str, Any], column: str) -> tuple[str, ...] | None:
+def _names(row: Mapping[str, Any], column: str, vocabulary: Vocabulary) -> tuple[str, ...] | None:
     """Read a cell of object names, see `segment_from_row`."""
     value = row.get(column)
     if value is None:
         return None
     if isinstance(value, str):
-        return _names_in(value, column)
+        return _names_in(value, column, vocabulary)
     if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
         raise ValueError(f"{column} is {value!r}; it must be a list of object names")
-    return _found(tuple(value), column)
+    return _found(tuple(value), column, vocabulary)
 
 
 @functools.lru_cache(maxsize=4096)
-def _names_in(text: str, column: str) -> tuple[str, ...] | None:
+def _names_in(text: str, column: str, vocabulary: Vocabulary) -> tuple[str, ...] | None:
     if not text.strip():
         return None
     python = re.fullmatch(r"\s*\[(.*)\]\s*", text, re.DOTALL)  # a list as Python writes it
@@ -452,16 +499,16 @@ def _names_in(text: str, column: str) -> tuple[str, ...] | None:
     names = tuple(part for part in parts if part)
     if not names and not python:
         raise ValueError(f"{column} is {text!r}; name objects, or write none where there is none of them")
-    return _found(names, column)
+    return _found(names, column, vocabulary)
 
 
 @functools.lru_cache(maxsize=4096)
-def _found(names: tuple[str, ...], column: str) -> tuple[str, ...]:
+def _found(names: tuple[str, ...], column: str, vocabulary: Vocabulary) -> tuple[str, ...]:
     others = [name for name in names if name.strip().casefold() != "none"]
     if others and len(others) < len(names):
         raise ValueError(f"{column} holds none beside {', '.join(others)}; write either")
     try:
-        return tuple(dict.fromkeys(find(name) for name in others))
+        return tuple(dict.fromkeys(vocabulary.find(name) for name in others))
     except ValueError as error:
         raise ValueError(f"{column}: {error}") from None
 

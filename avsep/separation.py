@@ -15,12 +15,11 @@ from torch import Tensor
 
 from avsep import nmf, storage
 from avsep.context import pair_features
-from avsep.factors import ExtractionConfig, Factors, factorize
+from avsep.factors import Factors, factorize
 from avsep.familiarity import deserved, familiarity
 from avsep.limits import LOUDEST
 from avsep.miml import basis_posteriors, energy_shares
 from avsep.model import Model, SeparationConfig
-from avsep.objects import find, object_index
 from avsep.stft import STFT
 
 REST = "_rest"
@@ -184,7 +183,7 @@ class Separator:
         self.stft = model.config.stft
         fine = self.config.fine_masks and self.config.bases == "own" and self.config.assignment == "soft"
         self.mask_stft = _finer(self.stft) if fine else self.stft
-        self.extraction = ExtractionConfig(self.stft, model.config.n_bases, model.config.n_iter)
+        self.extraction = model.config.extraction
         self.factorize: Callable[[Tensor, int], Factors] = functools.partial(factorize, config=self.extraction)
         self.factorize_all: Callable[[Tensor, Sequence[int]], Sequence[Factors]] | None = None  # one by one
         if self.config.bases != "own" and model.dictionary is None:
@@ -232,7 +231,7 @@ class Separator:
         context = self.model.context
         if context is None or self.config.assignment == "threshold" or not len(objects):
             return basis_shares(window.relation, objects, self.config)
-        index, n_runs = list(objects), window.factors.W.shape[1] // self.model.config.n_bases
+        index, n_runs = list(objects), window.factors.W.shape[1] // self.extraction.n_bases
         present = torch.zeros(n_runs, len(self.model.config.objects), dtype=torch.bool)
         present[:, index] = True
         W, H = (torch.stack(x.chunk(n_runs)) for x in (window.factors.W.T, window.factors.H))  # only those of
@@ -273,7 +272,7 @@ class Separator:
         V = self.mask_stft(waveform).abs().T  # (N', F'): the activations are held fixed, as bases of the frames
         H = _resample(H, V.shape[0], self.mask_stft.hop_length / self.stft.hop_length)
         bins = _resample(W.T, V.shape[1], self.stft.n_fft / self.mask_stft.n_fft).clamp_min(1e-6)
-        runs = zip(H.split(self.model.config.n_bases), bins.split(self.model.config.n_bases), strict=True)
+        runs = zip(H.split(self.extraction.n_bases), bins.split(self.extraction.n_bases), strict=True)
         fitted = [nmf.infer_activations(V, h.T, H0=w, n_iter=_FINE_ITERATIONS) for h, w in runs]
         return torch.cat(fitted).T, H
 
@@ -364,10 +363,10 @@ class Separator:
             return None
         if isinstance(names, str):
             raise ValueError(f"objects are {names!r}; give a list of names")
-        own = [find(name) for name in names]
+        own = [self.model.config.vocabulary.find(name) for name in names]
         if len(set(own)) != len(own):
             raise ValueError(f"objects are {', '.join(names)}; name each once")
-        return [object_index(name) for name in own]
+        return [self.model.config.vocabulary.index(name) for name in own]
 
 
 class Plan:

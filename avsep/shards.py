@@ -33,6 +33,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from avsep import storage
+from avsep.objects import Vocabulary
 from avsep.records import (
     SCHEMA_VERSION,
     SEGMENT_SCHEMA,
@@ -139,7 +140,7 @@ def write_shard(
 
     Args:
         out: the extraction's folder or URI.
-        configuration: what the records were made with, stored in each file.
+        configuration: what the records were made with (`factors.DataConfig.as_dict`), stored in each file.
         shape: (F, M) of the bases.
         retried: those of the segments that were rejected before.
         replaces: clips and rejections are all of the shard's: earlier generations no longer count.
@@ -153,8 +154,9 @@ def write_shard(
     ids = [r.segment_id for r in everything]
     if len(set(ids)) != len(ids):
         raise ValueError(f"shard {shard}: a segment is there twice among {len(ids)}")
+    vocabulary = Vocabulary.from_list(configuration["vocabulary"])
     for record in everything:
-        validate(record)
+        validate(record, vocabulary)
     digest = configuration_digest(configuration)
     metadata = {
         b"avsep.schema_version": str(SCHEMA_VERSION).encode(),

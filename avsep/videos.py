@@ -20,8 +20,7 @@ from torch import Tensor
 
 from avsep import media, storage
 from avsep.factors import ExtractionConfig, Factors
-from avsep.model import LABELLER_FILE, LabelConfig, label_config
-from avsep.objects import OBJECT_NAMES, find
+from avsep.model import LABELLER_FILE, Labelling, label_config
 from avsep.records import ClipError, Reason
 from avsep.separation import REST, Plan, Separator
 from avsep.vision import NO_DOWNLOAD, ImageLabeller, LabellerUnavailable
@@ -104,13 +103,14 @@ class VideoSeparator:
             return str(error)
 
     @property
-    def labels(self) -> LabelConfig:
+    def labels(self) -> Labelling:
         """How labels follow from what the picture network says: as for the model's clips, unless it is another one."""
         config = self.separator.model.config
         if isinstance(self.labeller, str) or self.labeller.sha256 == config.labeller.sha256:
-            return config.labels
-        way = self.labeller.looking(config.labeller.looks).way
-        return label_config(self.labeller.architecture, way, config.labels.classes)
+            return config.labelling
+        way = self.labeller.looking(config.extraction.looks).way
+        own = label_config(self.labeller.architecture, way, config.labels.classes)
+        return Labelling(own, config.vocabulary)
 
     def __call__(
         self,
@@ -139,7 +139,7 @@ class VideoSeparator:
         separator = self.separator
         if bases is not None and bases != separator.config.bases:
             separator = Separator(separator.model, replace(separator.config, bases=bases))
-        objects = None if objects is None else [find(name) for name in objects]
+        objects = None if objects is None else [separator.model.config.vocabulary.find(name) for name in objects]
         others = None if elsewhere is None else _Elsewhere(elsewhere, step)
         if others is not None:
             step = others.tell
@@ -148,16 +148,16 @@ class VideoSeparator:
         timings, clock = {}, _Clock()
         step("decoding", 0.0)
         rate = separator.stft.sample_rate
-        source = _Source(video, rate, separator.model.config.image_size, self.limits, step, track)
+        source = _Source(video, rate, separator.extraction.image_size, self.limits, step, track)
         timings["decode_s"] = clock()
         scores, note = self._picture_scores(source.pictures, step, others)
         note = "; ".join(filter(None, (*source.notes, note)))
-        learned = separator.model.config.training.get("clips_by_label", OBJECT_NAMES)
+        learned = separator.model.config.training.get("clips_by_label", separator.model.config.objects)
         unknown = unlearned([name for name in objects or () if name not in learned])
         seen = None
         if scores is not None:
             marks = self.labels.choose(scores)
-            seen = [OBJECT_NAMES[i] for i in marks.nonzero().flatten().tolist()]
+            seen = [separator.model.config.objects[i] for i in marks.nonzero().flatten().tolist()]
         timings["look_s"] = clock()
         total = source.n_samples
         plan = separator.plan(
@@ -193,7 +193,9 @@ class VideoSeparator:
                     "confidence": plan.confidence[name],
                     "familiarity": plan.familiarity[name],
                     "sound_score": plan.sound_scores[name],
-                    "picture_score": None if scores is None else float(scores[OBJECT_NAMES.index(name)]),
+                    "picture_score": None
+                    if scores is None
+                    else float(scores[separator.model.config.vocabulary.index(name)]),
                     "visible": None if seen is None else name in seen,
                     "silent": name in plan.silent,
                     "doubt": plan.doubts.get(name, ""),
@@ -220,7 +222,7 @@ class VideoSeparator:
         if isinstance(self.labeller, str):
             return None, self.labeller
         step("looking", 0.0)
-        views = self.labeller.looking(self.separator.model.config.labeller.looks)(pictures)
+        views = self.labeller.looking(self.separator.extraction.looks)(pictures)
         logits = self.labeller(views.crops) if others is None else others.label(self.labeller, views.crops)
         return self.labels.scores(views.evidence(logits)), ""
 

@@ -44,7 +44,6 @@ import pyarrow.compute as pc
 
 from avsep import audit, datacard, duplicates, lock, plots, shards, storage
 from avsep.audit import FACTS_SCHEMA, Report
-from avsep.objects import OBJECT_NAMES
 from avsep.shards import DataFile
 from pipelines import cluster, console, runners
 from pipelines.console import complain, fail, say
@@ -185,7 +184,7 @@ def run(arguments: argparse.Namespace, options: Any) -> int:
 
 def write_card(card: dict[str, Any], out: str, name: str, writing: bool) -> None:
     """Write the card: JSON, Markdown and plots."""
-    present = [n for n in OBJECT_NAMES if n in card["cooccurrence"]]
+    present = list(card["cooccurrence"])
     together = np.array([[card["cooccurrence"][a].get(b, 0) for b in present] for a in present], float)
     together = together.reshape(len(present), len(present))
     panels = [

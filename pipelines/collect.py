@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 
 from pipelines import arguments_of, begin
 
@@ -29,9 +28,9 @@ if __name__ == "__main__":
 
 from avsep import shards
 from avsep.dictionary import BasisDictionary, Candidate, candidate_bases
-from avsep.learning.bags import decide_labels
+from avsep.factors import DataConfig
 from avsep.model import DICTIONARY_FILE, Model
-from avsep.records import clips_from_table
+from avsep.records import check_vocabularies, clips_from_table
 from pipelines import cluster, console, runners
 from pipelines.console import fail, say
 from pipelines.progress import Progress
@@ -45,7 +44,7 @@ def candidates_of_file(model_dir: str, path: str) -> list[Candidate]:
     for record in clips_from_table(shards.read_table(path)):
         if record.split != "train":
             continue
-        labels = decide_labels(record.labels, record.image_logits, model.config.labels)
+        labels = model.config.labelling.decide(record.labels, record.image_logits)
         if labels is not None and labels.any():
             candidates += candidate_bases(model.network, record, labels)
     return candidates
@@ -58,8 +57,13 @@ def run(arguments: argparse.Namespace) -> int:
     what = f"--model {arguments.model} has a dictionary already"
     console.check_free(arguments.model, [DICTIONARY_FILE], what, arguments.replace)
     files = shards.clip_files(arguments.clips)
-    if (shape := shards.read_configuration(arguments.clips)["stft"]) != asdict(model.config.stft):
-        fail(f"{arguments.clips} has STFT {shape}, the model {model.config.stft}: use the clips that it was trained on")
+    clips = DataConfig.from_dict(shards.read_configuration(arguments.clips))
+    if clips.extraction.stft != model.config.stft:
+        fail(
+            f"{arguments.clips} has {clips.extraction.stft}, the model {model.config.stft}: "
+            "use the clips that it was trained on"
+        )
+    check_vocabularies(f"--clips {arguments.clips}", clips.vocabulary, "the model", model.config.vocabulary)
     with (
         runners.session(arguments.in_process) as runner,
         Progress("collect", len(files), "files") as progress,
@@ -70,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
                 progress.add(1)
                 yield from part
 
-        model.dictionary = BasisDictionary.collect(gathered())
+        model.dictionary = BasisDictionary.collect(gathered(), model.config.objects)
     if not model.dictionary.bases:
         say(f"no basis of {arguments.clips} is sure enough for a dictionary; train longer, or on more clips")
         return console.SHORTFALL

@@ -70,6 +70,7 @@ if __name__ == "__main__":
 import torch
 
 from avsep import audioset, factors, fetching, lock, shards, stages, storage
+from avsep.factors import DataConfig
 from avsep.fetching import identities
 from avsep.model import LABELLER_FILE
 from avsep.records import (
@@ -80,6 +81,7 @@ from avsep.records import (
     clips_from_table,
     describe_sources,
     read_segments,
+    read_vocabulary,
     segments_to_table,
 )
 from avsep.vision import NO_DOWNLOAD, ImageLabeller, LabellerUnavailable
@@ -423,8 +425,9 @@ def dry_run(
     todo = [s for w in works for s in w.segments]
     n = sum(w.n_segments for w in works)
     say(f"{len(segments)} segments: {len(segments) - n} done, {n} to do in {len(works)} shards")
-    counted = audioset.count_segments(segments_to_table(segments))
-    for line in audioset.describe_segments(audioset.summarize_segments(counted)):
+    vocabulary = read_vocabulary(arguments.segments)
+    counted = audioset.count_segments(segments_to_table(segments), vocabulary)
+    for line in audioset.describe_segments(audioset.summarize_segments(counted, vocabulary)):
         say(f"  {line}")
     if line := describe_sources(s.source for s in segments):
         say(f"  {line}")
@@ -493,7 +496,9 @@ def run(
     if labeller:
         config = fit_pictures(config, labeller)
         say(f"pictures: {labeller.architecture}, looks: {config.looks}")
-    configuration = config.as_dict(*((labeller.sha256, labeller.architecture) if labeller else (None,)))
+    vocabulary = read_vocabulary(arguments.segments)
+    made_with = DataConfig(config, vocabulary, *((labeller.architecture, labeller.sha256) if labeller else ()))
+    configuration = made_with.as_dict()
     digest = shards.configuration_digest(configuration)
     job = Job(out, config, configuration, process, fetch_only=bool(arguments.until))
     if arguments.dry_run:

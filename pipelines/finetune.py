@@ -361,10 +361,13 @@ def report(
         storage.write_bytes(storage.join(arguments.model, LABELLER_FILE), data)
         with storage.local_file(path) as file:
             labeller = ImageLabeller.load(weights=file)
-        entry = LabellerConfig(labeller.architecture, labeller.sha256, "centre")
+        entry = LabellerConfig(labeller.architecture, labeller.sha256)
+        extraction = replace(model.config.extraction, looks="centre")
         own = thresholds.threshold, thresholds.best_threshold  # the other settings of labels stay the model's
         labels = replace(model.config.labels, threshold=own[0], best_threshold=own[1], joined=False)
-        replace(model, config=replace(model.config, labeller=entry, labels=labels)).save(arguments.model)
+        replace(model, config=replace(model.config, labeller=entry, labels=labels, extraction=extraction)).save(
+            arguments.model
+        )
     say(f"picture network in {path}" + (f" and in {arguments.model}" if model else ""))
     return console.DONE
 

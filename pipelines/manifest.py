@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     sources.add_argument("--audioset", nargs="+", metavar="CSV", help="AudioSet's segment files")
     p.add_argument("--ontology", metavar="JSON", help="AudioSet's ontology.json")
     p.add_argument("--own-node-only", action="store_true", help="don't count the ontology's descendants")
+    p.add_argument("--objects", metavar="FILE", help="a vocabulary of your own, JSON or CSV (default: the 23 objects)")
     p.add_argument("--out", required=True, metavar="DIR", help="where to write; a manifest there is replaced")
     return p
 
@@ -67,6 +68,7 @@ from avsep.manifest import (
     one_line,
     plan_audioset,
     plan_table,
+    read_objects,
     read_statistics,
     report_lines,
     sample_ids,
@@ -76,6 +78,7 @@ from avsep.manifest import (
     write_shard,
     write_statistics,
 )
+from avsep.objects import AUDIOSET_23, Vocabulary
 from avsep.records import (
     comment_note,
     describe_sources,
@@ -104,6 +107,7 @@ def build(
     folder: str,
     *,
     repeats_are_bad: bool,
+    vocabulary: Vocabulary = AUDIOSET_23,
     shard_rows: int = SHARD_ROWS,
 ) -> None:
     """Lay out the whole pass from blocks of `uris` to the files in `folder`."""
@@ -124,14 +128,14 @@ def build(
         parsed.segments
         | "ranges" >> beam.FlatMap(into_ranges, bounds)
         | "shards" >> beam.GroupByKey()
-        | "write" >> beam.Map(write_shard, bounds, folder, repeats_are_bad=repeats_are_bad)
+        | "write" >> beam.Map(write_shard, bounds, folder, repeats_are_bad=repeats_are_bad, vocabulary=vocabulary)
     )
     reports = (parsed.reports, written) | beam.Flatten()
     _ = (
         reports
         | "counts" >> beam.Map(lambda report: report.counts)
         | "statistics" >> beam.CombineGlobally(audioset.add_counts)
-        | "write statistics" >> beam.Map(write_statistics, storage.join(folder, "statistics.json"))
+        | "write statistics" >> beam.Map(write_statistics, storage.join(folder, "statistics.json"), vocabulary)
     )
     _ = (
         reports
@@ -150,38 +154,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = runners.beam_options(others)
         out = storage.resolve(args.out, ".")
-        console.keep_apart(args, "table", "audioset", "ontology", writes=WRITES)
+        console.keep_apart(args, "table", "audioset", "ontology", "objects", writes=WRITES)
+        own = read_objects(storage.resolve(args.objects, ".")) if args.objects else None
         if args.table:
             if args.ontology or args.own_node_only:
                 raise ValueError("--ontology and --own-node-only go with --audioset, not with --table")
             uris = [storage.resolve(args.table, ".")]
-            blocks, read, notes = plan_table(uris[0])
+            plan = plan_table(uris[0], own)
         else:
             if not args.ontology and not args.own_node_only:
                 raise ValueError("--audioset needs --ontology ontology.json (or --own-node-only to do without)")
             uris = list(dict.fromkeys(storage.resolve(uri, ".") for uri in args.audioset))
             ontology = storage.resolve(args.ontology, ".") if args.ontology else None
-            blocks, read, notes = plan_audioset(uris, ontology, args.own_node_only)
+            plan = plan_audioset(uris, ontology, args.own_node_only, own or AUDIOSET_23)
         pipeline = beam.Pipeline(options=options)
         staging = storage.join(out, STAGING)
         storage.make_directory(out)
         storage.delete_folder(staging)
         storage.make_directory(staging)
-        for note in notes:
+        for note in plan.notes:
             say(note)
     except (ValueError, OSError, ImportError, console.UsageError) as error:
         complain(f"manifest: {one_line(error)}")
         return 2
-    say(f"reading {', '.join(map(storage.name, uris))} in {len(blocks)} blocks")
+    say(f"reading {', '.join(map(storage.name, uris))} in {len(plan.blocks)} blocks")
     try:
-        build(pipeline, blocks, read, uris, staging, repeats_are_bad=bool(args.table))
+        build(
+            pipeline,
+            plan.blocks,
+            plan.read,
+            uris,
+            staging,
+            repeats_are_bad=bool(args.table),
+            vocabulary=plan.vocabulary,
+        )
         if console.is_local(options):  # what a step raises comes back to us; Beam would print its traceback first
             logging.getLogger("apache_beam.runners.common").setLevel(logging.CRITICAL)
         pipeline.run().wait_until_finish()
         first = first_reason(storage.join(staging, "dead_letters.jsonl"))
         if args.table and not read_statistics(staging)["kept"]:
             raise console.UsageError(f"{uris[0]}: no row can be used; {first or 'there is none'}")
-        segments = commit(staging, out)
+        segments = commit(staging, out, plan.vocabulary)
     except (OSError, console.UsageError) as error:
         complain(f"manifest: {one_line(error)}")
         return 2

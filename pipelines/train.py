@@ -12,6 +12,7 @@ import contextlib
 import io
 import itertools
 import json
+import math
 import os
 import sys
 import threading
@@ -51,6 +52,7 @@ import numpy as np
 import torch
 
 from avsep import evidence, plots, shards, stages, storage
+from avsep.factors import DataConfig
 from avsep.familiarity import Familiarity
 from avsep.learning import bags, practice, training
 from avsep.learning.run import (
@@ -72,9 +74,7 @@ from avsep.model import (
     label_config,
     versions,
 )
-from avsep.objects import OBJECT_NAMES
 from avsep.records import SPLITS, ClipRecord, clips_from_table
-from avsep.stft import STFT
 from pipelines import cluster, console, recipes, runners
 from pipelines.console import fail, say
 from pipelines.progress import Progress
@@ -117,20 +117,16 @@ def run(arguments: argparse.Namespace) -> int:
         fail(f"--epochs {arguments.epochs}: at least one epoch is needed")
     training_config = replace(recipe.training, epochs=arguments.epochs or recipe.training.epochs)
     out, files = arguments.out, shards.clip_files(arguments.clips)
-    extracted = shards.read_configuration(arguments.clips)
-    labels = label_config(extracted["labeller"], extracted["looks"])
+    clips = DataConfig.from_dict(shards.read_configuration(arguments.clips))
+    labels = label_config(clips.labeller, clips.extraction.looks)
     if recipe.labels:
         labels = replace(recipe.labels, joined=labels.joined)  # that is how the clips' evidence is
     config = ModelConfig(
-        stft=STFT(**extracted["stft"]),
-        n_bases=extracted["n_bases"],
-        n_iter=extracted["n_iter"],
-        image_size=extracted["image_size"],
+        vocabulary=clips.vocabulary,
+        extraction=clips.extraction,
         network=recipe.network,
         labels=labels,
-        labeller=LabellerConfig(
-            extracted["labeller"] or recipe.labeller, extracted["labeller_sha256"], extracted["looks"]
-        ),
+        labeller=LabellerConfig(clips.labeller or recipe.labeller, clips.labeller_sha256),
         separation=recipe.separation,
         recipe=recipe.name,
         versions=versions(),
@@ -147,10 +143,10 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         check_free(out, arguments.replace)
     with ThreadPoolExecutor(_READERS) as pool:  # an object store takes its time for each
-        counts = list(pool.map(lambda file: bags.count_clips(file, config.labels), files))
+        counts = list(pool.map(lambda file: bags.count_clips(file, config.labelling), files))
     by_split = Counter({split: sum(c[split] for c, _ in counts) for split in SPLITS})
     n_train, n_val = by_split["train"], by_split["val"]
-    clips_by_label = {name: n for name in OBJECT_NAMES if (n := sum(c[name] for _, c in counts))}
+    clips_by_label = {name: n for name in config.objects if (n := sum(c[name] for _, c in counts))}
     if not clips_by_label:  # clips that show nothing teach no object
         fail(
             f"{arguments.clips} has no clip of split train with labels: give them in the table, or give "
@@ -168,7 +164,7 @@ def run(arguments: argparse.Namespace) -> int:
         "training": training_config,
         "counts": [c["train"] for c, _ in counts],
         "clips_by_label": clips_by_label,
-        "n_bytes": n_train * config.n_bases * config.stft.n_bins * 2,
+        "n_bytes": n_train * math.prod(config.extraction.shape) * 2,
         "threads": min(2, os.cpu_count() or 1),
         "settings": settings,
         "pass": 1,
@@ -271,7 +267,7 @@ def judge_files(model_dir: str, files: list[str]) -> tuple[evidence.LabelQuality
     """Judge the labels of some files' training clips; return with it what share of the sounding objects they name."""
     cluster.one_thread()
     model = Model.load(model_dir)
-    clips = bags.load_bags(files, model.config.labels, "train")
+    clips = bags.load_bags(files, model.config.labelling, "train")
     if clips is None:
         return evidence.LabelQuality.good(len(model.config.objects)), 1.0
     shares = training.object_shares(model.network, clips)
@@ -294,7 +290,7 @@ def make_mixtures(runner: runners.Runner, job: dict[str, Any], n_mixtures: int) 
             continue
         kept = [s for i in sorted(objects) for s in [t for t in solos if t.object_index == i][:_SOLOS_AN_OBJECT]]
         n_frames = int(np.median([s.activations.shape[1] for s in kept]))
-        shape = (len(config.objects), config.stft.n_bins, config.n_bases, n_frames)
+        shape = (len(config.objects), *config.extraction.shape, n_frames)
         shared = runner.share(kept)
         items = [(shared, *shape, range(i, min(i + 10, wanted))) for i in range(0, wanted, 10)]
         with Progress(f"practise ({split})", wanted, "mixtures") as progress:
@@ -338,7 +334,7 @@ def solos_of_file(model_dir: str, path: str, quality: evidence.LabelQuality) -> 
     model = Model.load(model_dir)
     solos: dict[str, list[practice.Solo]] = {"train": [], "val": []}
     for record in clips_from_table(shards.read_table(path)):
-        labels = bags.decide_labels(record.labels, record.image_logits, model.config.labels)
+        labels = model.config.labelling.decide(record.labels, record.image_logits)
         if record.split in solos and labels is not None and labels.any():
             solo = practice.find_solo(model.network, record, labels, quality)
             solos[record.split] += [solo] if solo else []
@@ -361,7 +357,7 @@ def fit_context(
     model.context, figures = practice.train_context(model.network, practices, epochs=epochs, seed=seed)
     mixtures = read_mixtures(out, VAL_MIXTURES_FILE) or practice.as_bags(practices)
     learned = evidence.fit_sound(training.object_shares(model.network, mixtures), mixtures.labels)
-    clips = bags.load_bags(files, model.config.labels, "train")
+    clips = bags.load_bags(files, model.config.labelling, "train")
     if clips is not None:
         learned = evidence.fit_pictures(learned, training.object_shares(model.network, clips), clips.labels)
     model.config = replace(model.config, context=True, evidence=learned)
@@ -386,7 +382,7 @@ def training_records(files: Sequence[str], config: ModelConfig) -> Iterator[Clip
     """Read the training clips that have labels."""
     for file in files:
         for record in clips_from_table(shards.read_table(file)):
-            labels = bags.decide_labels(record.labels, record.image_logits, config.labels)
+            labels = config.labelling.decide(record.labels, record.image_logits)
             if record.split == "train" and labels is not None and labels.any():
                 yield record
 

@@ -24,6 +24,7 @@ import torch
 import uvicorn
 
 from avsep import media
+from avsep.factors import ExtractionConfig
 from avsep.model import Model, ModelConfig, NetworkConfig, SeparationConfig
 from avsep.objects import object_index
 from avsep.service.api import make_app
@@ -39,9 +40,11 @@ PITCH = {"dog": 200, "violin": 900}  # Hz
 def write_model(folder: Path, n_iter: int = 60, recipe: str = "tones", **training: Any) -> str:
     """Low bases are dogs, high ones violins, by 20 points of score. `training` is what it says of that."""
     config = ModelConfig(
-        stft=STFT(sample_rate=RATE, n_fft=400, hop_length=200),  # a bin is 20 Hz
-        n_bases=6,
-        n_iter=n_iter,
+        extraction=ExtractionConfig(
+            stft=STFT(sample_rate=RATE, n_fft=400, hop_length=200),  # a bin is 20 Hz
+            n_bases=6,
+            n_iter=n_iter,
+        ),
         network=NetworkConfig(n_subconcepts=1, hidden=2, published_head=False),
         separation=SeparationConfig(window_s=4.0, overlap_s=0.5),
         recipe=recipe,

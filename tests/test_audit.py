@@ -15,13 +15,13 @@ import soundfile
 import torch
 
 from avsep import audit, duplicates, media, shards, stages, synthetic
-from avsep.factors import ExtractionConfig, Factors, factorize, seed_of
-from avsep.model import label_config
+from avsep.factors import DataConfig, ExtractionConfig, Factors, factorize, seed_of
+from avsep.model import Labelling, label_config
 from avsep.records import Rejection, Segment, clips_from_table, clips_to_table
 from pipelines import audit as program
 
 CONFIG = ExtractionConfig(n_bases=12, n_iter=40)
-CONFIGURATION = CONFIG.as_dict(None)
+CONFIGURATION = DataConfig(CONFIG).as_dict()
 
 
 def logits(name: int | None) -> np.ndarray:
@@ -403,9 +403,9 @@ def test_labels_follow_from_the_evidence_as_it_was_gathered():
     factors = Factors(torch.ones(2401, 1), torch.ones(1, 3), 0.0)
     decoded = stages.Decoded(stages.Clip(waveform, 48_000, np.empty((0, 8, 8, 3), np.uint8)), "")
     record = stages.to_record(Segment("x", "x"), decoded, factors, row, 48_000)
-    assert audit.seen_labels(record, label_config(None, "tiles")) == ("dog", "violin")
-    assert audit.seen_labels(record, label_config(None, "centre")) == ("dog",)  # a softmax makes it .28
-    assert audit.seen_labels(replace(record, image_logits=None), label_config(None, "tiles")) is None
+    assert audit.seen_labels(record, Labelling(label_config(None, "tiles"))) == ("dog", "violin")
+    assert audit.seen_labels(record, Labelling(label_config(None, "centre"))) == ("dog",)  # a softmax makes it .28
+    assert audit.seen_labels(replace(record, image_logits=None), Labelling(label_config(None, "tiles"))) is None
 
 
 def test_clips_without_events_or_too_short_have_no_fingerprint():

@@ -86,15 +86,15 @@ def test_unsure_bases_are_not_offered() -> None:
 
 def test_collect_keeps_the_best_in_any_order_of_arrival() -> None:
     offered = [candidate(i / 1000, f"s{i}") for i in range(100)] + [candidate(0.5, "v", VIOLIN)]
-    kept = BasisDictionary.collect(offered, per_object=7)
+    kept = BasisDictionary.collect(offered, OBJECT_NAMES, per_object=7)
     assert kept.counts() == {"dog": 7, "violin": 1}
     assert list(kept.bases) == [n for n in OBJECT_NAMES if n in ("dog", "violin")]
     assert kept.bases["dog"].shape == (F, 7) and kept.bases["dog"].dtype == torch.float32
     assert kept.bases["dog"][0].tolist() == pytest.approx([i / 1000 for i in range(99, 92, -1)], rel=1e-3)
     random.Random(0).shuffle(offered)
-    shuffled = BasisDictionary.collect(iter(offered), per_object=7)
+    shuffled = BasisDictionary.collect(iter(offered), OBJECT_NAMES, per_object=7)
     assert all(torch.equal(W, kept.bases[n]) for n, W in shuffled.bases.items())
-    assert BasisDictionary.collect([]).bases == {}
+    assert BasisDictionary.collect([], OBJECT_NAMES).bases == {}
 
 
 def test_a_dictionary_is_saved_and_loaded(tmp_path: Path) -> None:

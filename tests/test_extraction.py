@@ -22,12 +22,16 @@ import extraction_driver as simulation
 
 from avsep import factors, fetching, shards, stages, storage, work
 from avsep.audit import check_commits
+from avsep.factors import DataConfig, ExtractionConfig
 from avsep.records import ClipRecord, Rejection, Segment
 from pipelines import console, downloads, extract, runners
 from pipelines.progress import Progress
 
 RATE = 48_000
 N = 12  # two shards
+
+
+CONFIGURATION = DataConfig(ExtractionConfig()).as_dict()
 
 
 def table(folder: Path, n: int, seconds: float = 0.3) -> Path:
@@ -75,7 +79,10 @@ def test_segments_too_large_together_are_done_one_after_the_other(tmp_path, enou
         return [], [Rejection(s.segment_id, "decode", "silent", False) for s in segments], {"decode": 1.0}
 
     segments = [Segment(f"s{i}", f"{i}.wav", 0.0, 1.0, "train", labels=("dog",)) for i in range(4)]
-    job, progress = extract.Job(str(tmp_path), factors.ExtractionConfig(), {}, process), Progress("x", 4, "s")
+    job, progress = (
+        extract.Job(str(tmp_path), factors.ExtractionConfig(), CONFIGURATION, process),
+        Progress("x", 4, "s"),
+    )
     works = work.plan_work(shards.read_state(str(tmp_path)), segments)
     if enough:
         extract.extract(works, job, runners.InProcess(), progress)
@@ -97,7 +104,11 @@ def test_a_retry_in_another_shard_supersedes(tmp_path):
             new = [
                 Rejection(s.segment_id, "decode", reason, True, w.attempts.get(s.segment_id, 0) + 1) for s in w.segments
             ]
-            options = {"configuration": {}, "shape": (9, 2), "retried": sorted(w.attempts)}
+            options = {
+                "configuration": CONFIGURATION,
+                "shape": (9, 2),
+                "retried": sorted(w.attempts),
+            }
             shards.write_shard(out, w.shard, w.generation, [], [*w.kept, *new], **options)
 
     few = [f"s{i}" for i in range(40)]

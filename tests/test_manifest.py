@@ -37,7 +37,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 def ontology() -> list[dict[str, Any]]:
     """Return AudioSet's shape in small: growling has four parents, cats' sounds lie two levels down."""
-    children: dict[str, list[str]] = {o.mid: [] for o in OBJECTS} | {
+    children: dict[str, list[str]] = {mid: [] for o in OBJECTS for mid in o.audioset} | {
         "/m/0jbk": [CAT, DOG, "/m/01280g"],  # animal
         CAT: ["/t/dd00001", GROWL],
         "/t/dd00001": ["/m/07qrkrw"],  # cat communication: meow

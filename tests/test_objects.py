@@ -5,7 +5,7 @@ import torch
 import torchvision
 
 from avsep.objects import (
-    IMAGENET_CLASSES,
+    AUDIOSET_23,
     OBJECT_NAMES,
     OBJECTS,
     find,
@@ -69,16 +69,16 @@ def one_hot_logits(*classes: int, sure: float = 50.0) -> torch.Tensor:
 def test_the_23_objects_show_the_classes_that_torchvision_names(kind: str, named: dict[str, str]) -> None:
     categories = torchvision.models.ResNet152_Weights.IMAGENET1K_V1.meta["categories"]
     assert len(OBJECTS) == 23 and tuple(MIDS) == OBJECT_NAMES
-    for o, classes in zip(OBJECTS, IMAGENET_CLASSES[kind], strict=True):
+    for o, classes in zip(OBJECTS, AUDIOSET_23.imagenet_classes(kind), strict=True):
         if o.name == "dog":  # 118 breeds; 269 is the timber wolf
             assert (classes[0], classes[-1], len(classes)) == (151, 268, 118)
             assert (categories[151], categories[268]) == ("Chihuahua", "Mexican hairless")
         else:
             assert sorted(categories[i] for i in classes) == sorted(named[o.name].split(", "))
-        assert o.mid == MIDS[o.name]
-    indices = [i for classes in IMAGENET_CLASSES[kind] for i in classes]
+        assert o.audioset == (MIDS[o.name],)
+    indices = [i for classes in AUDIOSET_23.imagenet_classes(kind) for i in classes]
     assert len(set(indices)) == len(indices)
-    assert all(o.imagenet[0] in classes for o, classes in zip(OBJECTS, IMAGENET_CLASSES[kind], strict=True))
+    assert all(o.imagenet[0] in classes for o, classes in zip(OBJECTS, AUDIOSET_23.imagenet_classes(kind), strict=True))
 
 
 def test_everyday_classes_find_what_the_published_ones_leave_out() -> None:

@@ -105,7 +105,7 @@ def test_the_main_job_from_pictures_alone(tmp_path: Path, capfd, monkeypatch) ->
     assert extract.main(["--segments", segments, "--out", clips, *own]) == 0
     assert "pictures: efficientnet_lite0, looks: tiles" in capfd.readouterr().out
     configuration = shards.read_configuration(clips)
-    assert (configuration["image_size"], configuration["labeller"]) == (288, "efficientnet_lite0")
+    assert (configuration["extraction"]["image_size"], configuration["labeller"]) == (288, "efficientnet_lite0")
     labels = label_config("efficientnet_lite0", "tiles")
     for record in shards.read_clips(clips):
         seen = labels.choose(labels.scores(torch.from_numpy(record.image_logits.astype(np.float32))))
@@ -114,7 +114,8 @@ def test_the_main_job_from_pictures_alone(tmp_path: Path, capfd, monkeypatch) ->
 
     assert train.main(["--clips", clips, "--out", run, "--epochs", "1", "--in-process"]) == 0
     model = str(Path(run, "model"))
-    assert (Model.load(model).config.image_size, Model.load(model).config.labeller.looks) == (288, "tiles")
+    extraction = Model.load(model).config.extraction
+    assert (extraction.image_size, extraction.looks) == (288, "tiles")
     told = ["--segments", segments, "--references", str(tmp_path / "references"), "--in-process"]
     assert evaluate.main(["--model", model, *told, "--out", str(tmp_path / "results")]) == 0
     assert (tmp_path / "results" / "results.json").exists()

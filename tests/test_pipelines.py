@@ -22,8 +22,9 @@ import soundfile
 import torch
 
 from avsep import cli, commands, evaluation, media, records, shards, storage, synthetic, vision
+from avsep.factors import DataConfig
 from avsep.model import Model
-from avsep.objects import IMAGENET_CLASSES, OBJECT_NAMES, object_index, object_scores, weak_labels
+from avsep.objects import AUDIOSET_23, OBJECT_NAMES, object_index, object_scores, weak_labels
 from avsep.vision import ImageLabeller, build_network
 from deploy import cost, pages
 from pipelines import audit, collect, demo, downloads, evaluate, extract, finetune, manifest, serve, train
@@ -106,8 +107,12 @@ def test_model_directory_holds_what_the_contract_names(run):
     files = {"config.json", "miml.safetensors", "dictionary.safetensors", "familiarity.safetensors"}
     assert files - {"dictionary.safetensors"} <= {p.name for p in model.iterdir()} <= files
     config = json.loads((model / "config.json").read_text())
-    assert (config["stft"]["n_fft"], config["n_bases"], config["recipe"]) == (4800, 25, "default")
-    assert len(config["objects"]) == 23
+    assert (config["extraction"]["stft"]["n_fft"], config["extraction"]["n_bases"], config["recipe"]) == (
+        4800,
+        25,
+        "default",
+    )
+    assert len(config["vocabulary"]) == 23
     for figure in ("loss.png", "relation_maps"):
         assert (run / "run" / figure).exists()
     assert any((run / "run" / "relation_maps").iterdir())
@@ -658,8 +663,9 @@ def test_pictures_decide_where_no_labels_are_given(rendered, tmp_path, capfd):
         assert "clips/s that the stages together allow" in printed
         assert {"decode", "factorize", "label"} <= {line.split(":")[0].strip() for line in printed.splitlines()}
     configuration = shards.read_configuration(str(tmp_path / "told"))
-    assert configuration["imagenet_classes"] == {k: [list(c) for c in v] for k, v in IMAGENET_CLASSES.items()}
-    assert (configuration["labeller"], configuration["looks"]) == ("squeezenet1_1", "tiles")
+    made_with = DataConfig.from_dict(configuration)
+    assert made_with.vocabulary == AUDIOSET_23
+    assert (made_with.labeller, made_with.extraction.looks) == ("squeezenet1_1", "tiles")
     (given,) = shards.read_clips(str(tmp_path / "told"))
     assert (given.label_source, given.labels) == ("given", ("violin",))
     assert given.image_logits.shape == (6, 1000)

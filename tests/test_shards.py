@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from avsep import shards, storage
+from avsep.objects import AUDIOSET_23
 from avsep.records import ClipRecord, Rejection, Segment, definition
 from avsep.shards import DataFile, plan, read_ids, write_shard
 
 F, M = 6, 2
-CONFIGURATION = {"n_bases": M, "labeller": None}
+CONFIGURATION = {"n_bases": M, "labeller": None, "vocabulary": AUDIOSET_23.as_list()}
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -114,7 +115,7 @@ def test_what_is_committed_is_read_back_once(out: str) -> None:
 
 
 def test_splits_are_read_apart(out: str) -> None:
-    write_shard(out, "x", 0, [clip("a"), clip("b", "val")], [], configuration={}, shape=(F, M))
+    write_shard(out, "x", 0, [clip("a"), clip("b", "val")], [], configuration=CONFIGURATION, shape=(F, M))
     assert [r.segment_id for r in shards.read_clips(out, split="val")] == ["b"]
 
 
@@ -126,7 +127,7 @@ def test_files_carry_schema_version_configuration_and_digest(out: str) -> None:
         assert hashlib.sha256(raw).hexdigest() == data.sha256
         with storage.open_input(storage.join(out, data.path)) as f:
             metadata = pq.read_schema(f).metadata
-        assert metadata[b"avsep.schema_version"] == b"2"
+        assert metadata[b"avsep.schema_version"] == b"3"
         assert json.loads(metadata[b"avsep.configuration"]) == CONFIGURATION
         assert metadata[b"avsep.digest"].decode() == commit.digest == shards.configuration_digest(CONFIGURATION)
     assert shards.read_configuration(out) == CONFIGURATION
@@ -295,7 +296,7 @@ def test_a_segment_twice_or_broken_is_refused_before_anything_is_written(out: st
     with pytest.raises(ValueError, match="shard x: a segment is there twice among 3"):
         write(out, "x", 0, "ab", "a")
     with pytest.raises(ValueError, match="'bad luck' is none of"):
-        write_shard(out, "x", 0, [], [rejection("a", reason="bad luck")], configuration={}, shape=(F, M))
+        write_shard(out, "x", 0, [], [rejection("a", reason="bad luck")], configuration=CONFIGURATION, shape=(F, M))
     assert data_files(out) == [] and read_ids(out) == ([], [])
 
 
@@ -341,7 +342,7 @@ def test_a_commit_reads_without_avsep(out: str) -> None:
     raw = json.loads(storage.read_bytes(path))
     assert raw["clips"]["ids"] == ["a", "b"] and len(raw["clips"]["sha256"]) == 64 and raw["rejections"] is None
     assert (raw["shard"], raw["generation"], raw["timings_s"]) == ("x", 0, {"decode": 0.5})
-    assert raw["schema_version"] == 2 and len(raw["digest"]) == 16
+    assert raw["schema_version"] == 3 and len(raw["digest"]) == 16
     assert isinstance(shards.read_commits(out)[0].clips, DataFile)
 
 
@@ -352,7 +353,7 @@ def test_shards_of_another_version_are_refused_in_one_line(out: str) -> None:
     storage.delete_file(path)
     storage.write_text(path, json.dumps(raw | {"schema_version": 1}))
     expected = (
-        rf"the shards in {out} are of schema version 1, this program's are of 2: extract the clips again, to another"
+        rf"the shards in {out} are of schema version 1, this program's are of 3: extract the clips again, to another"
     )
     for read in (shards.read_ids, shards.read_state, shards.clip_files, shards.read_configuration):
         with pytest.raises(ValueError, match=expected):

@@ -10,8 +10,9 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
+from avsep.factors import DataConfig, ExtractionConfig
 from avsep.learning import training
-from avsep.learning.bags import Bags, TrainingClips, count_clips, decide_labels, load_bags, shuffled_batches
+from avsep.learning.bags import Bags, TrainingClips, count_clips, load_bags, shuffled_batches
 from avsep.learning.training import (
     LOSSES,
     History,
@@ -25,13 +26,14 @@ from avsep.learning.training import (
 )
 from avsep.metrics import mean_average_precision
 from avsep.miml import MIML, partial_label_loss
-from avsep.model import LabelConfig
+from avsep.model import LabelConfig, Labelling
 from avsep.objects import multi_hot, object_index
 from avsep.records import ClipRecord
 from avsep.shards import clip_files, write_shard
 from avsep.synthetic import planted_bases
 
-LABELLED = LabelConfig(unlabelled=False)  # clips with labels alone
+CONFIGURATION = DataConfig(ExtractionConfig()).as_dict()
+LABELLED = Labelling(LabelConfig(unlabelled=False))  # clips with labels alone
 F, M = 12, 3
 CONFIG = TrainingConfig(epochs=10, batch_size=32)
 
@@ -248,7 +250,15 @@ def clips(tmp_path: Path) -> list[str]:
     everything = [*(clip(i) for i in range(20)), *others]
     for number, start in enumerate(range(0, len(everything), 6)):
         part = everything[start : start + 6]
-        write_shard(str(tmp_path), f"{number:05d}", 0, part, [], configuration={}, shape=(F, M))
+        write_shard(
+            str(tmp_path),
+            f"{number:05d}",
+            0,
+            part,
+            [],
+            configuration=CONFIGURATION,
+            shape=(F, M),
+        )
     return clip_files(str(tmp_path))
 
 
@@ -277,11 +287,11 @@ def test_files_say_how_many_of_their_clips_have_labels(clips: list[str]) -> None
 
 def test_clips_without_a_label_teach_noise_and_absence(clips: list[str]) -> None:
     """Where somebody has looked, and in split train alone: validation asks what is found of what is there."""
-    bags = load_bags(clips, LabelConfig(), "train")
+    bags = load_bags(clips, Labelling(), "train")
     assert bags is not None and bags.segment_ids == [*(f"c{i:03d}" for i in range(20)), "c091", "c093"]
     assert not bags.labels[20:].any()
-    assert [count_clips(f, LabelConfig())[0]["train"] for f in clips] == [6, 6, 6, 4]
-    val = load_bags(clips, LabelConfig(), "val")
+    assert [count_clips(f, Labelling())[0]["train"] for f in clips] == [6, 6, 6, 4]
+    val = load_bags(clips, Labelling(), "val")
     assert val is not None and val.segment_ids == ["c090"]
 
 
@@ -292,10 +302,10 @@ def test_a_file_s_pictures_decide_as_each_clip_s_do(tmp_path: Path) -> None:
         None if i % 7 == 0 else 3 * rng.standard_normal(1000 * (1 + i % 3)).astype(np.float16) for i in range(21)
     ]
     records = [clip(i, labels=("dog",) if i % 5 == 0 else None, image_logits=p) for i, p in enumerate(pictures)]
-    write_shard(str(tmp_path), "00000", 0, records, [], configuration={}, shape=(F, M))
+    write_shard(str(tmp_path), "00000", 0, records, [], configuration=CONFIGURATION, shape=(F, M))
     (file,) = clip_files(str(tmp_path))
-    config = LabelConfig(threshold=0.05, unlabelled=False)
-    expected = [decide_labels(r.labels, r.image_logits, config) for r in records]
+    config = Labelling(LabelConfig(threshold=0.05, unlabelled=False))
+    expected = [config.decide(r.labels, r.image_logits) for r in records]
     bags = load_bags([file], config, "train")
     assert bags is not None and torch.equal(
         bags.labels, torch.stack([m for m in expected if m is not None and m.any()])
@@ -348,14 +358,14 @@ def test_targets_teach_what_weak_labels_leave_open() -> None:
 
 def test_labels_are_the_given_ones_else_the_pictures() -> None:
     violin = logits(889, 0)
-    assert torch.equal(decide_labels(("dog",), violin, LABELLED), multi_hot(["dog"]))
-    assert torch.equal(decide_labels(None, violin.reshape(-1), LABELLED), multi_hot(["violin"]))
-    given = decide_labels((), violin, LABELLED)
+    assert torch.equal(LABELLED.decide(("dog",), violin), multi_hot(["dog"]))
+    assert torch.equal(LABELLED.decide(None, violin.reshape(-1)), multi_hot(["violin"]))
+    given = LABELLED.decide((), violin)
     assert given is not None and not given.any()  # an empty list is given, too
-    assert decide_labels(None, None, LABELLED) is None
-    flat = decide_labels(None, np.zeros((1, 1000), np.float16), LABELLED)  # a dog at 0.118 by its 118 breeds
+    assert LABELLED.decide(None, None) is None
+    flat = LABELLED.decide(None, np.zeros((1, 1000), np.float16))  # a dog at 0.118 by its 118 breeds
     assert torch.equal(flat, multi_hot(["dog"]))
-    strict = decide_labels(None, np.zeros((1, 1000), np.float16), LabelConfig(best_threshold=0.2))
+    strict = Labelling(LabelConfig(best_threshold=0.2)).decide(None, np.zeros((1, 1000), np.float16))
     assert strict is not None and not strict.any()
 
 

@@ -17,14 +17,14 @@ from avsep.learning import parallel
 from avsep.miml import (
     activation_statistics,
 )
-from avsep.model import LabelConfig
-from avsep.objects import N_IMAGENET_CLASSES, OBJECT_NAMES, multi_hot
+from avsep.model import Labelling
+from avsep.objects import N_IMAGENET_CLASSES
 
 # a clip's W (F, M), H (M, N), shares of energy (M,) and labels (L,) → whose its bases are, (L + 1, M)
 Teacher = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def bags_from_file(path: str, labels: LabelConfig, split: str, teacher: Teacher | None = None) -> Bags | None:
+def bags_from_file(path: str, labels: Labelling, split: str, teacher: Teacher | None = None) -> Bags | None:
     """Read one clip file's bags of a split that are used, with targets where there is a teacher; or None."""
     columns = ["segment_id", "split", "bases", "basis_energy", "labels", "image_logits"]
     columns += ["activations", "activation_scale"]
@@ -51,48 +51,38 @@ def bags_from_file(path: str, labels: LabelConfig, split: str, teacher: Teacher 
     return Bags(ids, bases, energy > 0, energy, torch.stack(hot), statistics, targets)
 
 
-def decide_labels(given: Sequence[str] | None, image_logits: Any, config: LabelConfig) -> Tensor | None:
-    """Return a clip's weak labels, boolean `(L,)`: the given ones, else the pictures'; None without either."""
-    if given is not None:
-        return multi_hot(list(given))
-    if image_logits is None:
-        return None
-    logits = torch.from_numpy(np.array(image_logits, np.float32)).reshape(-1, N_IMAGENET_CLASSES)
-    return config.choose(config.scores(logits))
-
-
-def _decide_all(table: pa.Table, config: LabelConfig) -> list[Any]:
-    """Do what `decide_labels` does for each clip of a table; pictures only where labels aren't given, and together."""
+def _decide_all(table: pa.Table, labels: Labelling) -> list[Any]:
+    """Do what `Labelling.decide` does for each clip of a table; pictures only where needed, and together."""
     given = table.column("labels").to_pylist()
-    marks = [None if names is None else multi_hot(names) for names in given]
+    marks = [None if names is None else labels.vocabulary.multi_hot(names) for names in given]
     pictured: dict[int, list[int]] = {}  # by their number
     for i in (i for i, names in enumerate(given) if names is None):
         if (logits := table.column("image_logits")[i].values) is not None:
             pictured.setdefault(len(logits), []).append(i)
     for rows in pictured.values():
         logits = np.stack([np.array(table.column("image_logits")[i].values, np.float32) for i in rows])
-        scores = config.scores(torch.from_numpy(logits.reshape(len(rows), -1, N_IMAGENET_CLASSES)))
-        for i, mark in zip(rows, config.choose(scores), strict=True):
+        scores = labels.scores(torch.from_numpy(logits.reshape(len(rows), -1, N_IMAGENET_CLASSES)))
+        for i, mark in zip(rows, labels.choose(scores), strict=True):
             marks[i] = mark
     return marks
 
 
-def count_clips(path: str, labels: LabelConfig) -> tuple[dict[str, int], dict[str, int]]:
+def count_clips(path: str, labels: Labelling) -> tuple[dict[str, int], dict[str, int]]:
     """Count one clip file's clips that are used by split, and those of split train by label."""
     table = shards.read_table(path, ["split", "labels"])
     if table.column("labels").null_count:  # the pictures' logits are 20 kB a clip
         table = shards.read_table(path, ["split", "labels", "image_logits"])
-    counts, by_label = dict.fromkeys(("train", "val", "test"), 0), dict.fromkeys(OBJECT_NAMES, 0)
+    counts, by_label = dict.fromkeys(("train", "val", "test"), 0), dict.fromkeys(labels.vocabulary.names, 0)
     for split, marks in zip(table.column("split").to_pylist(), _decide_all(table, labels), strict=True):
         if not labels.takes(marks, split):
             continue
         counts[split] += 1
         for i in marks.nonzero().flatten().tolist() if split == "train" else ():
-            by_label[OBJECT_NAMES[i]] += 1
+            by_label[labels.vocabulary.names[i]] += 1
     return counts, by_label
 
 
-def load_bags(files: Iterable[str], labels: LabelConfig, split: str) -> Bags | None:
+def load_bags(files: Iterable[str], labels: Labelling, split: str) -> Bags | None:
     """Read the bags of a split from clip files into memory, in order of their ids; None for none."""
     parts = [b for b in (bags_from_file(f, labels, split) for f in files) if b is not None]
     if not parts:
@@ -124,7 +114,7 @@ class TrainingClips:
         self,
         files: Sequence[str],
         counts: Sequence[int],
-        labels: LabelConfig,
+        labels: Labelling,
         *,
         teacher: Teacher | None = None,
         mixtures: Bags | None = None,

@@ -19,7 +19,7 @@ from avsep.learning import parallel
 from avsep.metrics import mean_average_precision
 from avsep.miml import basis_posteriors, energy_shares, partial_label_loss
 from avsep.model import LabelConfig, Model
-from avsep.objects import N_IMAGENET_CLASSES, OBJECTS, object_scores, weak_labels
+from avsep.objects import AUDIOSET_23, N_IMAGENET_CLASSES, Vocabulary, weak_labels
 from avsep.records import ClipRecord
 from avsep.vision import ImageLabeller, build_network
 
@@ -69,9 +69,9 @@ def open_pictures(jpegs: Sequence[bytes]) -> NDArray[np.uint8]:
     return np.stack([np.asarray(Image.open(io.BytesIO(j))) for j in jpegs])
 
 
-def score_album(labeller: ImageLabeller, path: str) -> dict[str, Tensor]:
+def score_album(labeller: ImageLabeller, path: str, vocabulary: Vocabulary = AUDIOSET_23) -> dict[str, Tensor]:
     """Score the objects in each clip's pictures, `(L,)`."""
-    return {i: object_scores(labeller(open_pictures(jpegs))) for i, jpegs in read_album(path)}
+    return {i: vocabulary.scores(labeller(open_pictures(jpegs))) for i, jpegs in read_album(path)}
 
 
 # ------------------------------------------------------------------------------------- targets
@@ -123,18 +123,18 @@ def targets(
 # ------------------------------------------------------------------------------------ training
 
 
-def untrained(architecture: str, seed: int) -> ImageLabeller:
+def untrained(architecture: str, seed: int, vocabulary: Vocabulary = AUDIOSET_23) -> ImageLabeller:
     """Build a picture network of the objects' first ImageNet classes and BACKGROUND, from scratch."""
     torch.manual_seed(seed)
-    classes = (*(o.imagenet[0] for o in OBJECTS), BACKGROUND)
+    classes = (*(o.imagenet[0] for o in vocabulary if o.imagenet), BACKGROUND)
     return ImageLabeller(architecture, build_network(architecture, len(classes)).eval(), "", classes, way="centre")
 
 
-def class_groups(classes: Sequence[int] | None) -> Tensor:
+def class_groups(classes: Sequence[int] | None, vocabulary: Vocabulary = AUDIOSET_23) -> Tensor:
     """Say which object, or last none, each of a network's outputs stands for: `(C, L + 1)` of zeros and ones."""
-    index = {c: row for row, o in enumerate(OBJECTS) for c in o.imagenet}
-    rows = [index.get(c, len(OBJECTS)) for c in (classes if classes is not None else range(N_IMAGENET_CLASSES))]
-    return nn.functional.one_hot(torch.tensor(rows), len(OBJECTS) + 1).float()
+    index = {c: row for row, o in enumerate(vocabulary) for c in o.imagenet}
+    rows = [index.get(c, len(vocabulary)) for c in (classes if classes is not None else range(N_IMAGENET_CLASSES))]
+    return nn.functional.one_hot(torch.tensor(rows), len(vocabulary) + 1).float()
 
 
 def picture_loss(logits: Tensor, labels: Tensor, groups: Tensor, presence: float) -> Tensor:

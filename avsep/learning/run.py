@@ -56,9 +56,9 @@ def fit(job: dict[str, Any], report: Any = None) -> None:
         taught = Model.load(storage.join(out, "model"))
         teacher = practice.Teacher(taught.network, taught.context, job["quality"]) if taught.context else None
         mixtures, val_mixtures = read_mixtures(out, MIXTURES_FILE), read_mixtures(out, VAL_MIXTURES_FILE)
-    val = bags.load_bags(files, config.labels, "val") if first else None
+    val = bags.load_bags(files, config.labelling, "val") if first else None
     clips = bags.TrainingClips(
-        files, job["counts"], config.labels, teacher=teacher, mixtures=mixtures, held=fits(job["n_bytes"], device),
+        files, job["counts"], config.labelling, teacher=teacher, mixtures=mixtures, held=fits(job["n_bytes"], device),
         device=device,
     )  # fmt: skip
     batch_size = training.batch_size_for(sum(job["counts"]), training_config)

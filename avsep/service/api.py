@@ -267,7 +267,8 @@ def make_app(service: Service) -> FastAPI:
     async def objects() -> Any:
         known = service.card()["learned"]
         return [
-            ObjectInfo(name=o.name, learned=o.name in known, imagenet=list(o.imagenet), audioset=o.mid) for o in OBJECTS
+            ObjectInfo(name=o.name, learned=o.name in known, imagenet=list(o.imagenet), audioset=o.audioset[0])
+            for o in OBJECTS
         ]
 
     @app.get("/v1/model", response_model=ModelInfo, responses=problems(503), summary="The model in use")

@@ -98,7 +98,7 @@ def model_card(directory: str) -> dict[str, Any]:
         "sample_rate": config.stft.sample_rate,
         "n_fft": config.stft.n_fft,
         "hop_length": config.stft.hop_length,
-        "n_bases": config.n_bases,
+        "n_bases": config.extraction.n_bases,
         "bases": config.separation.bases,
         "dictionary": storage.exists(storage.join(directory, "dictionary.safetensors")),
         "labeller": config.labeller.architecture,

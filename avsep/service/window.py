@@ -23,7 +23,7 @@ WINDOW_FILE, FRAME_FILE = "window.npz", "frame.png"
 def write_window(folder: Path, done: FileSeparation) -> None:
     """Keep the first window's bases, for the relation map and for listening to each."""
     plan = done.plan
-    window = plan.first_window.first(plan.separator.model.config.n_bases)
+    window = plan.first_window.first(plan.separator.extraction.n_bases)
     indices = [i for i, name in zip(plan.indices, plan.objects, strict=True) if name not in plan.silent]
     n_samples = plan.n_samples if plan.n_samples <= plan.length + plan.length // 2 else plan.length
     stft = plan.separator.stft

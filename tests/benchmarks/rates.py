@@ -18,7 +18,7 @@ import torch
 from avsep import shards
 from avsep.dictionary import candidate_bases
 from avsep.learning import bags, training
-from avsep.model import LabelConfig, ModelConfig
+from avsep.model import Labelling, ModelConfig
 from avsep.records import clips_from_table
 from pipelines import recipes
 from tests.benchmarks import extraction, measure
@@ -35,7 +35,7 @@ def sides(folder: Path, weights: str) -> dict[str, Callable[[], Any]]:
     network = ModelConfig(network=recipe.network).build()
     optimiser = training.optimiser_for(network, recipe.training)[0]
 
-    labels = LabelConfig()
+    labels = Labelling()
     clips = bags.TrainingClips(files, [bags.count_clips(f, labels)[0]["train"] for f in files], labels)
 
     def train() -> None:
@@ -46,7 +46,7 @@ def sides(folder: Path, weights: str) -> dict[str, Callable[[], Any]]:
 
     def collect() -> None:
         for record in clips_from_table(shards.read_table(files[0])):
-            marks = bags.decide_labels(record.labels, None, labels)
+            marks = labels.decide(record.labels, None)
             if marks is not None:
                 candidate_bases(network.eval(), record, marks)
 

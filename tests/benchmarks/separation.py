@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from avsep.context import BasisContext
+from avsep.factors import ExtractionConfig
 from avsep.model import Model, ModelConfig, label_config
 from avsep.objects import OBJECT_NAMES
 from avsep.separation import Separator
@@ -25,7 +26,9 @@ def separator(n_bases: int = 25) -> Separator:
     """The default recipe's model, untrained: what it costs doesn't depend on its weights."""
     torch.manual_seed(0)
     recipe = recipes.default()
-    config = ModelConfig(network=recipe.network, separation=recipe.separation, n_bases=n_bases, context=True)
+    config = ModelConfig(
+        network=recipe.network, separation=recipe.separation, extraction=ExtractionConfig(n_bases=n_bases), context=True
+    )
     return Separator(Model(config, config.build().eval(), None, BasisContext().eval()))
 
 

@@ -18,14 +18,16 @@ import numpy as np
 import torch
 
 from avsep import shards
+from avsep.factors import DataConfig, ExtractionConfig
 from avsep.learning import bags, training
 from avsep.learning.bags import load_bags
-from avsep.model import LabelConfig, ModelConfig
+from avsep.model import Labelling, ModelConfig
 from avsep.objects import OBJECT_NAMES
 from avsep.records import ClipRecord
 from pipelines import recipes
 from tests.benchmarks import measure
 
+CONFIGURATION = DataConfig(ExtractionConfig()).as_dict()
 _SHAPE = (2401, 25)
 _A_SHARD = 256
 
@@ -46,7 +48,11 @@ def write(folder: Path, n_clips: int, hdf5: bool) -> None:
             )
             for i in rows
         ]  # fmt: skip
-        options: dict[str, Any] = {"configuration": {}, "shape": _SHAPE, "timings_s": {}}
+        options: dict[str, Any] = {
+            "configuration": CONFIGURATION,
+            "shape": _SHAPE,
+            "timings_s": {},
+        }
         shards.write_shard(str(folder / "clips"), f"s{start:07}", 0, records, [], **options)
     if hdf5:
         import h5py
@@ -71,10 +77,10 @@ def sides(folder: Path, batch_size: int) -> dict[str, Callable[[], Any]]:
 
     files = shards.clip_files(str(folder / "clips"))
     ours, theirs = network(), network()
-    held = load_bags(files, LabelConfig(), "train")
+    held = load_bags(files, Labelling(), "train")
 
     def epoch(bags: bags.Bags | None = None) -> None:
-        bags = bags or load_bags(files, LabelConfig(), "train")
+        bags = bags or load_bags(files, Labelling(), "train")
         assert bags is not None
         training.train_epoch(ours[0], bags.shuffled_batches(bags, batch_size, 0), ours[1], ours[2], 0)
 
@@ -105,7 +111,7 @@ def sides(folder: Path, batch_size: int) -> dict[str, Callable[[], Any]]:
 def on_gpu(folder: Path, epochs: int, batch_size: int) -> float:
     """Train on the GPU, reading included; return the seconds."""
     started = time.perf_counter()
-    bags = load_bags(shards.clip_files(str(folder / "clips")), LabelConfig(), "train")
+    bags = load_bags(shards.clip_files(str(folder / "clips")), Labelling(), "train")
     assert bags is not None
     model, optimiser, config = network("cuda")
     bags = bags.to("cuda")
