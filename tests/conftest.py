@@ -11,11 +11,14 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from hypothesis import settings
 
 from avsep import storage
 from tests.support import loopback
 from tests.support.scenes import CONFIG, render
 
+settings.register_profile("quick", max_examples=60, deadline=None, derandomize=True, database=None)
+settings.load_profile("quick")  # the same examples each time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job ignores it, as would its children
 
 

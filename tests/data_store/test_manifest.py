@@ -176,17 +176,6 @@ def test_a_clip_of_the_evaluation_set_is_kept_there() -> None:
 # --- blocks and shards
 
 
-@pytest.mark.parametrize("text", ["", "one", "one\n", "\n\n", "a\nbb\n\nccc\r\ndddd" * 3])
-def test_each_line_is_in_exactly_one_block(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "lines"
-    path.write_bytes(text.encode())
-    for size in range(1, len(text) + 2):
-        blocks = segments_of.line_blocks([str(path)], size)
-        parts = [part for block in blocks if (part := segments_of.read_lines(block))]
-        assert b"".join(parts) == text.encode()
-        assert all(part.endswith(b"\n") for part in parts[:-1])
-
-
 def test_ranges_of_ids_hold_everything_once_in_order() -> None:
     ids = [f"clip_{n:05d}" for n in range(20_000)]
     random.Random(0).shuffle(ids)
