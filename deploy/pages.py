@@ -1,7 +1,7 @@
 """Write deploy/PIPELINES.md: what each program reads and writes, from the programs themselves.
 
 Arguments come from the programs' parsers, records from their Arrow schemas. The files of WRITES are compared with
-what real runs leave behind by tests/test_pipelines.py, this page with the code by tests/test_docs.py.
+what real runs leave behind by tests/pipelines/test_pipelines.py, this page with the code by tests/test_docs.py.
 
     python deploy/pages.py        # after a change of an argument, a record or a file
 """

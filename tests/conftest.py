@@ -1,6 +1,5 @@
 """Clips that several test files share, rendered once."""
 
-import csv
 import functools
 import http.server
 import signal
@@ -10,17 +9,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
-import loopback
 import pytest
 import torch
+from hypothesis import settings
 
-from avsep import records, storage, synthetic
+from avsep import storage
+from tests.support import loopback
+from tests.support.scenes import CONFIG, render
 
-CONFIG = synthetic.SceneConfig(
-    objects=("drum", "flute", "violin"), seconds=6, hidden_share=0, silent_share=0.2, offscreen_share=0.2
-)
-
-
+settings.register_profile("quick", max_examples=60, deadline=None, derandomize=True, database=None)
+settings.load_profile("quick")  # the same examples each time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job ignores it, as would its children
 
 
@@ -33,31 +31,6 @@ def one_thread():
 def rendered(tmp_path_factory) -> Path:
     """A folder of 14 rendered clips with references and a table that gives their labels."""
     return render(tmp_path_factory.mktemp("rendered"), CONFIG)
-
-
-def render(folder: Path, config: synthetic.SceneConfig) -> Path:
-    """Render training, validation and test clips to a folder; the latter have two objects."""
-    rows = []
-    for split, count, n_objects in (("train", 9, None), ("val", 2, None), ("test", 3, 2)):
-        for number in range(count):
-            scene = synthetic.render_scene(number, split, 5, config, n_objects)
-            segment = synthetic.write_scene(scene, folder)
-            rows.append(
-                {
-                    "segment_id": segment.segment_id,
-                    "source": segment.source,
-                    "start_s": 0,
-                    "end_s": config.seconds,
-                    "split": split,
-                    "objects": records.names_cell(segment.objects),
-                    "labels": records.names_cell(scene.plan.visible),
-                }
-            )
-    with (folder / "segments.csv").open("w", newline="") as f:
-        table = csv.DictWriter(f, rows[0])
-        table.writeheader()
-        table.writerows(rows)
-    return folder
 
 
 @pytest.fixture

@@ -162,7 +162,7 @@ def test_every_argument_named_alone_exists(path: Path) -> None:
 
 
 def test_every_variable_named_is_read_by_something() -> None:
-    code = "".join(p.read_text() for folder in ("avsep", "pipelines", "tests") for p in (ROOT / folder).glob("*.py"))
+    code = "".join(p.read_text() for folder in ("avsep", "pipelines", "tests") for p in (ROOT / folder).rglob("*.py"))
     read = set(re.findall(r"[\"'](AVSEP_[A-Z_]+)[\"']", code))
     read |= {f"AVSEP_SERVE_{f.name.upper()}" for f in dataclasses.fields(config.ServiceConfig)}
     named = {name for path in TEXTS if path.suffix != ".py" for name in re.findall(r"AVSEP_[A-Z_]+", path.read_text())}

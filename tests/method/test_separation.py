@@ -1,0 +1,513 @@
+import base64
+import contextlib
+import copy
+import errno
+import io
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import soundfile
+import torch
+
+from avsep.context import BasisContext
+from avsep.dictionary import BasisDictionary
+from avsep.miml import basis_posteriors
+from avsep.model import (
+    Model,
+    ModelConfig,
+    SeparationConfig,
+    add_training_facts,
+    describe_training,
+)
+from avsep.objects import OBJECT_NAMES, object_index
+from avsep.records import ClipError
+from avsep.separation import Separator, at_least, basis_shares, ratio_masks, separate
+from avsep.stft import STFT
+from tests.support.tones import DOG, PITCH, RATE, SMALL, VIOLIN, model, tone
+
+
+def uniform(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0))
+
+
+def gain(reference: torch.Tensor, estimate: torch.Tensor) -> float:
+    """How far the error lies under the reference, in dB."""
+    return float(10 * torch.log10((reference**2).sum() / ((estimate - reference) ** 2).sum()))
+
+
+# ------------------------------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0, 30.0])
+@pytest.mark.parametrize("level", [1e-30, 1.0, 1e30])
+def test_ratio_masks_sum_to_one(power: float, level: float) -> None:
+    V = level * uniform(3, 8, 9)
+    V[:, 2] = 0
+    masks = ratio_masks(V, power)
+    assert torch.allclose(masks.sum(0), torch.ones(8, 9), atol=1e-6)
+    assert (masks >= 0).all() and (masks <= 1).all()
+    assert torch.equal(masks[:, 2], torch.tensor([0.0, 0.0, 1.0])[:, None].expand(3, 9))  # silence is the rest's
+
+
+def test_ratio_masks_by_hand() -> None:
+    V = torch.tensor([[[1.0]], [[3.0]]])
+    assert ratio_masks(V).flatten().tolist() == pytest.approx([0.25, 0.75])
+    assert ratio_masks(V, 2.0).flatten().tolist() == pytest.approx([0.1, 0.9])
+    assert V.flatten().tolist() == [1, 3]
+
+
+def test_separate_keeps_the_phase_and_adds_up() -> None:
+    x = torch.randn(1234, generator=torch.Generator().manual_seed(0))
+    masks = ratio_masks(uniform(3, *SMALL(x).shape))
+    parts = separate(x, masks, SMALL)
+    assert parts.shape == (3, 1234)
+    assert torch.allclose(parts.sum(0), x, atol=1e-5)
+    assert torch.allclose(separate(x, torch.full_like(masks[:1], 0.25), SMALL)[0], x / 4, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------- basis shares
+
+
+def test_soft_shares_sum_to_one_for_each_basis() -> None:
+    relation = 3 * torch.randn(23, 40, generator=torch.Generator().manual_seed(0))
+    for objects in ([DOG, VIOLIN], [5], list(range(23)), []):
+        for config in (SeparationConfig(), SeparationConfig(posterior_power=2.0, rest_below=0.1)):
+            shares = basis_shares(relation, objects, config)
+            assert shares.shape == (len(objects) + 1, 40)
+            assert torch.allclose(shares.sum(0), torch.ones(40), atol=1e-5) and (shares >= 0).all()
+    assert torch.equal(basis_shares(relation, [], SeparationConfig())[0], torch.ones(40))  # all is rest
+
+
+def test_soft_shares_are_in_proportion_to_the_posteriors() -> None:
+    relation = 2 * torch.randn(23, 10, generator=torch.Generator().manual_seed(1))
+    posteriors = basis_posteriors(relation[None])[0]
+    own = basis_shares(relation, [DOG, VIOLIN], SeparationConfig(posterior_power=1.0, rest_below=0.0))[:-1]
+    assert torch.allclose(own[0] / own[1], posteriors[DOG] / posteriors[VIOLIN], rtol=1e-4)
+    sharp = basis_shares(relation, [DOG, VIOLIN], SeparationConfig(posterior_power=2.0, rest_below=0.0))[:-1]
+    assert torch.allclose(sharp[0] / sharp[1], (own[0] / own[1]) ** 2, rtol=1e-4)
+
+
+def test_shares_by_threshold_are_the_published_ones() -> None:
+    """An object takes each basis of half its largest score or more; two may take one, the rest none."""
+    relation = torch.zeros(23, 4)
+    relation[DOG], relation[VIOLIN] = torch.tensor([2.0, 1.0, 0.9, 0.0]), torch.tensor([0.0, 3.0, 1.4, 1.5])
+    shares = basis_shares(relation, [DOG, VIOLIN], SeparationConfig(assignment="threshold"))
+    assert shares.int().tolist() == [[1, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]]
+
+
+# ---------------------------------------------------------------------------------- separator
+
+
+def test_the_network_of_these_tests_separates_its_tones() -> None:
+    dog, violin = tone(DOG, 3.0), tone(VIOLIN, 3.0, 2.0)
+    found = Separator(model())(dog + violin, ["dog", "violin"])
+    assert found.objects == ("dog", "violin") and found.silent == ()
+    assert gain(dog, found.estimates[0]) > 12 and gain(violin, found.estimates[1]) > 12
+    assert found.sound_scores["dog"] + found.sound_scores["violin"] > 0.99
+    named = Separator(model())(dog + violin, ["violin", "dog"])
+    assert torch.allclose(named.estimates, found.estimates.flip(0), atol=1e-5)  # in the order asked for
+
+
+LENGTHS = [1, 99, 100, 150, 1999, 4000, 5999, 6000, 6001, 9999, 13_037]  # a window has 4000
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("assignment", ["soft", "threshold"])
+def test_estimates_and_rest_add_up_to_the_mixture_for_any_length(length: int, assignment: str) -> None:
+    x = torch.randn(length, generator=torch.Generator().manual_seed(length))
+    found = Separator(model(assignment=assignment, n_iter=5))(x.numpy(), ["dog", "violin"])
+    assert found.estimates.shape == (2, length) and found.rest.shape == (length,)
+    assert found.estimates.dtype == torch.float32
+    error = (found.estimates.sum(0) + found.rest - x).norm() / x.norm()
+    assert float(error) < 1e-6
+
+
+@pytest.mark.parametrize("bases", ["learned", "both"])
+def test_learned_bases_separate_and_add_up_too(bases: str) -> None:
+    dog, violin = tone(DOG, 4.5), tone(VIOLIN, 4.5, 2.0)
+    W = torch.zeros(SMALL.n_bins, 2)
+    for column, hz in enumerate(PITCH.values()):
+        k = hz // 10
+        W[k - 1 : k + 2, column] = torch.tensor([0.5, 1.0, 0.5])
+    trained = model(bases=bases)
+    trained.dictionary = BasisDictionary({"dog": W[:, :1], "violin": W[:, 1:]})
+    found = Separator(trained)(dog + violin, ["dog", "violin"])
+    assert gain(dog, found.estimates[0]) > 12 and gain(violin, found.estimates[1]) > 12
+    assert torch.allclose(found.estimates.sum(0) + found.rest, dog + violin, atol=1e-5)
+    trained.dictionary = BasisDictionary({"dog": W[:, :1]})  # the violin was never collected: its own bases serve
+    found = Separator(trained)(dog + violin, ["dog", "violin"])
+    assert gain(violin, found.estimates[1]) > 12
+
+
+def test_fine_masks_tell_close_partials_apart_better() -> None:
+    """45 Hz apart is about a main lobe of the factors' windows; the masks' windows are half as long again."""
+    t = torch.arange(4 * RATE) / RATE
+    dog = torch.sin(2 * math.pi * 430 * t) * (1 + torch.sin(2 * math.pi * 0.7 * t))
+    violin = torch.sin(2 * math.pi * 475 * t) * (1 + torch.sin(2 * math.pi * 1.1 * t + 2))
+    coarse, fine = (Separator(model(fine_masks=fine)) for fine in (False, True))
+    assert fine.mask_stft == STFT(RATE, 300, 75) and coarse.mask_stft == SMALL
+    before, after = (s(dog + violin, ["dog", "violin"]).estimates for s in (coarse, fine))
+    assert gain(dog, after[0]) > gain(dog, before[0]) + 0.5 and gain(violin, after[1]) > gain(violin, before[1]) + 0.5
+    masks = fine.masks(dog + violin, fine.analyse(dog + violin), [DOG, VIOLIN])
+    assert masks.shape == (3, *fine.mask_stft(dog).shape)
+    assert torch.allclose(masks.sum(0), torch.ones(()), atol=1e-6)
+
+
+def test_windows_do_not_depend_on_how_the_sound_arrives() -> None:
+    x = (tone(DOG, 7.3) + tone(VIOLIN, 7.3, 2.0)).numpy()
+    separator = Separator(model())
+
+    def parts(sizes: int) -> np.ndarray:
+        blocks = [x[i : i + sizes] for i in range(0, len(x), sizes)]
+        plan = separator.plan(blocks, ["dog", "violin"])
+        assert plan.n_samples == len(x)
+        return np.concatenate(list(plan.render(blocks)), 1)
+
+    whole = parts(len(x))
+    assert whole.shape == (3, len(x))
+    assert np.array_equal(parts(1000), whole) and np.array_equal(parts(7777), whole)
+
+
+def test_no_window_leaves_a_seam() -> None:
+    """Cross-fades keep a steady tone steady."""
+    t = torch.arange(int(9.1 * RATE)) / RATE
+    steady = torch.sin(2 * math.pi * PITCH[DOG] * t)
+    found = Separator(model())(steady, ["dog"])
+    inside = slice(200, -200)
+    assert float((found.estimates[0] - steady)[inside].abs().max()) < 0.02
+
+
+def test_a_silent_clip_gives_zeros() -> None:
+    for objects in (["dog", "violin"], None):
+        found = Separator(model())(torch.zeros(5000), objects)
+        assert not found.estimates.any() and not found.rest.any()
+        assert found.silent == found.objects and not any(found.sound_scores.values())
+
+
+def test_an_object_that_is_visible_but_silent_is_said_to_be() -> None:
+    dog = tone(DOG, 3.0)
+    for assignment in ("soft", "threshold"):
+        found = Separator(model(assignment=assignment))(dog, seen=["violin", "dog"])
+        assert found.silent == ("violin",) and not found.estimates[0].any()
+        assert gain(dog, found.estimates[1]) > 20
+
+
+@pytest.mark.parametrize("seconds", [3.0, 9.0])  # one window; several
+def test_an_object_that_is_named_is_there_though_the_model_does_not_know_its_sound(seconds: float) -> None:
+    """Its part is taken from what the others claim least, and the doubt is told."""
+    both = tone(DOG, seconds) + tone(VIOLIN, seconds, 2.0)
+    separator = Separator(model())
+    plan = separator.plan([both.numpy()], ["dog", "violin", "cat"])
+    parts = np.concatenate(list(plan.render([both.numpy()])), 1)
+    assert plan.silent == () and parts[2].any()
+    assert set(plan.doubts) == {"cat"} and "named" in plan.doubts["cat"]
+    assert np.allclose(parts.sum(0), both, atol=1e-5)
+    assert separator(both, ["dog", "violin"]).silent == ()
+    assert separator.plan([both.numpy()], seen=["dog", "cat"]).silent == ("cat",)  # nobody named it
+
+
+def test_shares_are_raised_to_the_least_and_no_further() -> None:
+    shares = torch.tensor([[0.9, 0.8, 0.98], [0.0999, 0.19, 1e-9], [1e-4, 1e-2, 0.02]])  # two objects, the rest
+    energy = torch.tensor([0.2, 0.2, 0.6])
+    raised = at_least(shares, energy, torch.tensor([0.3, 0.3]))
+    assert torch.allclose(raised.sum(0), shares.sum(0), atol=1e-6)
+    assert float(raised[1] @ energy) == pytest.approx(0.3, abs=2e-3)
+    assert float(raised[1, 1]) > float(raised[1, 0]) > float(raised[1, 2])  # where it was likeliest
+    assert torch.equal(at_least(shares, energy, torch.tensor([0.05, 0.05])), shares)
+
+
+def test_what_no_named_object_explains_goes_to_the_rest() -> None:
+    """A violin that nobody asked for is no part of the dog."""
+    trained = model()
+    trained.context = BasisContext().eval()
+    dog, violin = tone(DOG, 3.0), tone(VIOLIN, 3.0, 2.0)
+    found = Separator(trained)(dog + violin, ["dog"])
+    assert gain(dog, found.estimates[0]) > 12 and gain(violin, found.rest) > 12
+    both = Separator(trained)(dog + violin, ["dog", "violin"])
+    assert gain(violin, both.estimates[1]) > 12 and float(both.rest.norm() / violin.norm()) < 0.1
+
+
+def test_an_object_heard_in_one_half_is_silent_in_the_other() -> None:
+    dog, violin = tone(DOG, 8.0), tone(VIOLIN, 8.0, 2.0)
+    dog[: 4 * RATE], violin[4 * RATE :] = 0, 0
+    found = Separator(model())(dog + violin, ["dog", "violin"])
+    assert found.silent == ()
+    assert not found.estimates[0, : 2 * RATE].any() and not found.estimates[1, 6 * RATE :].any()
+    assert gain(dog, found.estimates[0]) > 15 and gain(violin, found.estimates[1]) > 15
+
+
+@pytest.mark.parametrize("named", [None, ["dog", "violin"]])
+def test_an_object_of_one_window_is_found_in_a_long_sound(named: list[str] | None) -> None:
+    """Two seconds of three minutes: less than an object must have of the whole to be heard."""
+    dog, violin = tone(DOG, 180.0), tone(VIOLIN, 180.0, 2.0)
+    violin[: 30 * RATE], violin[32 * RATE :] = 0, 0
+    found = Separator(model())(dog + violin, named)
+    assert found.objects == ("dog", "violin") and found.silent == ()
+    assert found.sound_scores["violin"] < 0.02
+    violin_found = found.estimates[1]
+    assert not violin_found[: 27 * RATE].any() and not violin_found[35 * RATE :].any()
+    assert gain(violin, violin_found) > 10
+
+
+def test_pictures_and_sound_are_weighed() -> None:
+    """The pictures show dog and cat, and the violin is heard (METHOD.md's banjo and guitar)."""
+    x = tone(DOG, 3.0) + tone(VIOLIN, 3.0, 2.0)
+    found = Separator(model())(x, seen=["dog", "cat"])
+    assert found.objects == ("dog", "cat", "violin")
+    assert found.silent == ("cat",) and not found.estimates[1].any()
+    assert found.confidence["dog"] > found.confidence["violin"] > 0.5 > found.confidence["cat"]
+    published = Separator(model(assignment="threshold"))(x, seen=["dog", "cat"])
+    assert published.objects == ("dog", "cat")  # it believes the pictures
+
+
+def test_several_factorisations_stand_side_by_side() -> None:
+    x = tone(DOG, 2.0) + tone(VIOLIN, 2.0, 2.0)
+    three = Separator(model(n_factorizations=3))
+    window = three.analyse(x)
+    assert window.factors.W.shape[1] == window.relation.shape[1] == 18
+    V = three.stft(x).abs()
+    assert float((window.factors.W @ window.factors.H - V).norm() / V.norm()) < 0.1  # they add up to one mixture
+    trained = model()
+    trained.context = BasisContext().eval()
+    assert torch.allclose(Separator(trained).shares(window, [DOG, VIOLIN]).sum(0), torch.ones(18), atol=1e-5)
+
+
+def test_without_names_it_separates_what_it_hears() -> None:
+    found = Separator(model())(tone(VIOLIN, 3.0))
+    assert found.objects == ("violin",)
+    both = Separator(model())(tone(VIOLIN, 3.0) + tone(DOG, 3.0, 2.0))
+    assert both.objects == ("dog", "violin")
+
+
+def test_the_same_sound_gives_the_same_estimates() -> None:
+    x = torch.randn(7000, generator=torch.Generator().manual_seed(3))
+    one, other = (Separator(model())(x, ["dog"]) for _ in range(2))
+    assert torch.equal(one.estimates, other.estimates)
+
+
+def test_learned_masks_give_all_to_the_rest_where_no_basis_is_anyone_s() -> None:
+    """Three objects that the dictionary lacks share every basis, none of which is more than half anyone's."""
+    undecided = model(bases="learned")
+    undecided.dictionary = BasisDictionary({"cat": torch.ones(SMALL.n_bins, 2)})
+    with torch.no_grad():
+        undecided.network.subconcepts.weight.zero_()
+        undecided.network.subconcepts.bias.zero_()
+    separator, sound = Separator(undecided), tone(DOG, 1.0)
+    masks = separator.masks(sound, separator.analyse(sound), [DOG, VIOLIN, object_index("harp")])
+    assert torch.equal(masks[-1], torch.ones_like(masks[-1])) and not masks[:-1].any()
+
+
+def test_a_full_temporary_folder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for buffering in (0, 1 << 20):  # the error comes with a write, or with the flush
+        full = Path("/dev/full").open("w+b", buffering=buffering)  # noqa: SIM115  (closing fails, too)
+        monkeypatch.setattr(tempfile, "TemporaryFile", lambda full=full: full)
+        with pytest.raises(OSError, match=r"No space left on device; make room there, or let TMPDIR name") as caught:
+            Separator(model())(tone(DOG, 1.0), ["dog"])
+        assert caught.value.errno == errno.ENOSPC and caught.value.filename == tempfile.gettempdir()
+        with contextlib.suppress(OSError):
+            full.close()
+
+
+def test_objects_are_taken_by_other_names() -> None:
+    separator = Separator(model())
+    assert separator(tone(DOG, 1.0), ["Puppies", "fiddle"]).objects == ("dog", "violin")
+    with pytest.raises(ValueError, match="objects are fiddle, violin; name each once"):
+        separator(tone(DOG, 1.0), ["fiddle", "violin"])
+
+
+def test_errors_name_the_value_and_the_remedy() -> None:
+    separator = Separator(model())
+    with pytest.raises(ValueError, match="unknown object 'tuba'; the objects are cat"):
+        separator(torch.ones(500), ["tuba"])
+    with pytest.raises(ValueError, match="no sample to separate"):
+        separator(torch.ones(0), ["dog"])
+    for sound, message in (
+        (torch.ones(2, 500), r"the waveform is \(2, 500\); \(S,\) is needed"),
+        (torch.full((500,), torch.nan), "the waveform holds NaN, infinity"),
+        (torch.full((500,), 1e18), "samples above 1e\\+10"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            separator(sound, ["dog"])
+    with pytest.raises(ValueError, match=r"masks are \(2, 5, 1\); they must be \(J, 5, "):
+        separate(torch.ones(500), torch.ones(2, 5, 1), STFT(sample_rate=8000, n_fft=8, hop_length=4))
+    with pytest.raises(ValueError, match="objects are 'dog'; give a list of names"):
+        separator(torch.ones(500), "dog")
+    with pytest.raises(ValueError, match="objects are dog, dog; name each once"):
+        separator(torch.ones(500), ["dog", "dog"])
+    with pytest.raises(ValueError, match=r"the model has no dictionary: run pipelines.collect"):
+        Separator(model(bases="both"))
+    with pytest.raises(ValueError, match="assignment is 'hard'; it is soft or threshold"):
+        SeparationConfig(assignment="hard")
+    with pytest.raises(ValueError, match="bases is 'all'; it is own, learned or both"):
+        SeparationConfig(bases="all")
+
+
+# ----------------------------------------------------------------------------- model directory
+
+
+def test_a_model_directory_brings_everything_back(tmp_path: Path) -> None:
+    trained = model()
+    trained.dictionary = BasisDictionary({"dog": torch.ones(SMALL.n_bins, 2)})
+    trained.save(str(tmp_path / "model"))
+    names = sorted(p.name for p in (tmp_path / "model").iterdir())
+    assert names == ["config.json", "dictionary.safetensors", "miml.safetensors"]
+    back = Model.load(tmp_path / "model")
+    assert back.config == trained.config and not back.network.training
+    assert back.dictionary is not None and back.dictionary.counts() == {"dog": 2}
+    x = tone(DOG, 2.0) + tone(VIOLIN, 2.0)
+    loaded = Separator.load(str(tmp_path / "model"))(x, ["dog", "violin"])
+    assert torch.equal(loaded.estimates, Separator(trained)(x, ["dog", "violin"]).estimates)
+
+
+def test_config_json_holds_what_a_reader_needs(tmp_path: Path) -> None:
+    model().save(str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["extraction"]["stft"] == {"sample_rate": RATE, "n_fft": 200, "hop_length": 100}
+    assert config["extraction"]["n_bases"] == 6 and [o["name"] for o in config["vocabulary"]] == list(OBJECT_NAMES)
+    assert config["format"] == 4
+    assert config["network"]["n_subconcepts"] == 1 and config["labels"]["threshold"] == 0.3
+    assert config["labeller"] == {"architecture": "resnet152", "sha256": None}
+
+
+def test_what_is_no_model_is_said_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"holds no config.json; give the model folder"):
+        Model.load(str(tmp_path))
+    good = tmp_path / "good"
+    model().save(str(good))
+    whole = {p.name: p.read_bytes() for p in good.iterdir()}
+    config = json.loads(whole["config.json"])
+    network, bases = safetensors.torch.load(whole["miml.safetensors"]), torch.ones(SMALL.n_bins, 2)
+    damaged = network | {"subconcepts.bias": torch.full_like(network["subconcepts.bias"], torch.nan)}
+    for name, content, reason in (
+        ("config.json", b"{", "Expecting"),
+        ("config.json", b"[" * 100_000, "recursion"),
+        ("config.json", json.dumps(config | {"format": 99}).encode(), "its format is 99"),
+        ("config.json", json.dumps(config | {"format": 3}).encode(), "its format is 3"),
+        ("config.json", json.dumps(config | {"colour": "red"}).encode(), "colour is no setting"),
+        ("config.json", json.dumps(config | {"vocabulary": ["dog"]}).encode(), "a vocabulary is a list of objects"),
+        ("config.json", json.dumps([config]).encode(), "it is .*; it must be an object of fields"),
+        ("miml.safetensors", safetensors.torch.save({"x": torch.zeros(2)}), "Missing key"),
+        ("miml.safetensors", whole["miml.safetensors"][:-9], "incomplete"),
+        ("miml.safetensors", b"", "header"),
+        ("miml.safetensors", safetensors.torch.save(damaged), "subconcepts.bias holds NaN or infinity"),
+        ("dictionary.safetensors", b"no tensors at all", "header"),
+        ("dictionary.safetensors", safetensors.torch.save({"cow": bases}), "unknown object 'cow'"),
+        (
+            "dictionary.safetensors",
+            safetensors.torch.save({"dog": bases[0]}),
+            r"dog is \(2,\); it must be \(F, D ≥ 1\)",
+        ),
+        ("dictionary.safetensors", safetensors.torch.save({"dog": bases[1:]}), "dog has bases of 100 bins; .* on 101"),
+        ("dictionary.safetensors", safetensors.torch.save({"dog": -bases}), "dog holds NaN, infinity or negative"),
+    ):
+        folder = tmp_path / "bad"
+        folder.mkdir(exist_ok=True)
+        for path in folder.iterdir():
+            path.unlink()
+        for n, c in (whole | {name: content}).items():
+            (folder / n).write_bytes(c)
+        with pytest.raises(ValueError, match=rf"bad is no model of format 4: {name}: .*{reason}.*; copy the") as caught:
+            Model.load(str(folder))
+        assert "\n" not in str(caught.value)
+    (good / "miml.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"good holds no miml.safetensors: copy the whole model folder"):
+        Model.load(str(good))
+
+
+def test_a_model_from_before_fine_masks_gets_them(tmp_path: Path) -> None:
+    model().save(str(tmp_path))
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["separation"]["fine_masks"]
+    path.write_text(json.dumps(config))
+    assert Separator.load(tmp_path).mask_stft.n_fft == 300
+
+
+def test_each_setting_of_a_model_must_be_there_and_make_sense(tmp_path: Path) -> None:
+    model().save(str(tmp_path))
+    path = tmp_path / "config.json"
+    good = json.loads(path.read_text())
+    free = {"training", "versions", "recipe", "architecture", "sha256"}  # of any content
+    groups = {k: v for k, v in good.items() if isinstance(v, dict) and k not in free}
+    places = [(k,) for k in good if k != "vocabulary"] + [
+        (group, k) for group, settings in groups.items() for k in settings
+    ]
+    assert len(places) > 40
+    for *outer, last in places:
+        for bad in ("gone", None, "a", [{"a": 1}], -1_001, math.nan, 10**12):
+            config = copy.deepcopy(good)
+            settings = config[outer[0]] if outer else config
+            if bad == "gone" and last == "fine_masks":
+                continue  # came later
+            if bad == "gone":
+                del settings[last]
+            elif last in free or (last == "linear_bins" and bad is None):
+                continue
+            else:
+                settings[last] = bad
+            path.write_text(json.dumps(config))
+            with pytest.raises(ValueError, match=rf"config.json: .*{last} (is|are) .*; copy the whole folder again"):
+                ModelConfig.read(str(tmp_path))
+
+
+def test_what_a_model_was_trained_on_is_kept_and_told(tmp_path: Path) -> None:
+    known = model()
+    known.config = replace(known.config, recipe="default", training={"seed": 3, "clips_by_label": {"dog": 1}})
+    assert describe_training(known.config) == (
+        "this model learned 1 object from an untold number of clips (recipe default): dog 1"
+    )
+    known.save(tmp_path)
+    add_training_facts(tmp_path, clips=1, about="drawn clips")
+    again = Model.load(tmp_path).config
+    assert again == replace(known.config, training=known.config.training | {"clips": 1, "about": "drawn clips"})
+    assert describe_training(again) == "this model learned 1 object from 1 clip (drawn clips; recipe default): dog 1"
+    assert "doesn't say what it was trained on" in describe_training(model().config)
+
+
+# ---------------------------------------------------------------------------------- files, and what a notebook shows
+
+
+def test_a_file_s_sound_is_separated_as_its_samples_are(tmp_path: Path) -> None:
+    sound = (tone(DOG, 3.0) / 4 + tone(VIOLIN, 3.0, 2.0) / 4).numpy()
+    soundfile.write(tmp_path / "duet.wav", sound, RATE, subtype="FLOAT")
+    separator = Separator(model())
+    expected = separator(sound, ["dog"])
+    for file in (tmp_path / "duet.wav", str(tmp_path / "duet.wav"), f"file://{tmp_path}/duet.wav"):
+        assert torch.allclose(separator(file, ["dog"]).estimates, expected.estimates, atol=1e-5)
+    with pytest.raises(ClipError, match="missing"):
+        separator(tmp_path / "nosuch.wav")
+    soundfile.write(tmp_path / "opposite.wav", np.stack([sound, -sound], 1), RATE, subtype="FLOAT")
+    heard = separator(tmp_path / "opposite.wav")  # half the difference of channels that cancel each other
+    assert torch.allclose(heard.estimates.sum(0) + heard.rest, torch.as_tensor(sound, dtype=torch.float32), atol=1e-4)
+
+
+def test_only_a_file_needs_ffmpeg() -> None:
+    program = (
+        "import sys, torch\nfrom avsep import Separator\nassert not {'ffmpeg', 'torchvision', 'sklearn', 'matplotlib'}"
+        " & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_a_separation_is_told_in_a_line_and_shown_with_players() -> None:
+    sound = tone(DOG, 3.0) / 4
+    found = Separator(model())(sound, ["dog"])
+    assert repr(found) == "<Separation of 3.0 s at 2000 Hz: dog 100 %; the rest>"
+    page = found._repr_html_()
+    assert page.count("<audio") == page.count("data:audio/flac;base64,") == page.count("data:image/png;base64,") == 3
+    assert [c.split("<")[0] for c in page.split("<figcaption>")[1:]] == ["mixture", "dog 100 %", "the rest"]
+    flac = base64.b64decode(page.split("data:audio/flac;base64,")[1].split('"')[0])
+    samples, rate = soundfile.read(io.BytesIO(flac))
+    assert rate == RATE and np.abs(samples - sound.numpy()).max() < 1e-3
+    silent = Separator(model())(torch.zeros(500), ["dog"])
+    assert "dog silent" in repr(silent) and "<audio" in silent._repr_html_()
+    long = replace(found, rest=torch.zeros(130_000), estimates=torch.zeros(1, 130_000))
+    assert "The first 60 s of Separation of 65.0 s" in long._repr_html_()
