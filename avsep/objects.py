@@ -183,10 +183,10 @@ class Vocabulary:
         """
         if not isinstance(raw, list) or not all(isinstance(entry, dict) for entry in raw):
             raise ValueError("a vocabulary is a list of objects with a name each")
-        known = {f.name for f in fields(SoundObject)}
+        known = [f.name for f in fields(SoundObject)]
         objects = []
         for number, entry in enumerate(raw, 1):
-            if unknown := set(entry) - known:
+            if unknown := set(entry) - set(known):
                 raise ValueError(f"object {number} has {', '.join(sorted(unknown))}; it may have {', '.join(known)}")
             if not isinstance(entry.get("name"), str):
                 raise ValueError(f"object {number} has no name")
