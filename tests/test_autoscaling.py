@@ -18,7 +18,7 @@ from cluster import ENVIRONMENT, descendants, free_port
 from test_cluster import table_of
 
 from avsep import shards
-from pipelines import extract, runners
+from pipelines import actors, extract, runners
 
 ROOT = Path(__file__).parent.parent
 IDLE_S = 10
@@ -140,8 +140,8 @@ def one_gpu(command: list[str]) -> None:
     with runners.session() as runner:
         assert extract.main(command) == 2
         assert len(runner.gpus()) == 1
-        for half in runner.actors(runners.NoCuda, 2, gpus=0.5):
-            half().result()
+        for half in runner.actors(actors.nothing, 2, gpus=0.5):
+            half(actors.without_cuda).result()
 
 
 @pytest.mark.slow

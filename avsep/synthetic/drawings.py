@@ -428,9 +428,9 @@ def _draw_room(c: _Canvas, rng: Generator) -> None:
 
 def _draw_stage(c: _Canvas, rng: Generator) -> None:
     curtain = _pick(rng, (110, 16, 24), (30, 30, 80), (60, 20, 70), (24, 60, 56))
-    for x in range(0, c.width, 4):
-        fold = 0.75 + 0.25 * np.sin(x * 0.14 + 6 * rng.random())
-        c.box(x, 0, x + 4, c.floor, _shade(curtain, fold))
+    for left in range(0, c.width, 4):
+        fold = 0.75 + 0.25 * np.sin(left * 0.14 + 6 * rng.random())
+        c.box(left, 0, left + 4, c.floor, _shade(curtain, fold))
     c.gradient(c.floor, c.height, _pick(rng, (120, 84, 54), (70, 66, 70)), (30, 24, 22))
     light = Image.new("L", c.image.size)
     x = rng.uniform(0.3, 0.7) * c.width
