@@ -47,7 +47,7 @@ class LabelHere:
 
 
 def load_labeller(arguments: argparse.Namespace, default: str, needed: bool) -> ImageLabeller | None:
-    """Load the picture network that is asked for, or `default`; without weights go on if labels are given, else stop."""
+    """Load the picture network asked for, or `default`; without weights go on where labels are given, else stop."""
     try:
         return ImageLabeller.load(arguments.labeller or default, arguments.weights)
     except LabellerUnavailable as error:
