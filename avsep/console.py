@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import math
 import os
 import sys
 from typing import TextIO
@@ -58,6 +59,20 @@ def complain(text: str) -> None:
 def lost() -> bool:
     """Tell whether some of what was said since `prepare` could not be written, though somebody may want it."""
     return bool(_lost)
+
+
+def duration(seconds: float) -> str:
+    """Say a time in the unit that suits it.
+
+    >>> [duration(s) for s in (42, 600, 20_000, 2_300_000)]
+    ['42 s', '10 min', '5.6 h', '26.6 days']
+    """
+    if not math.isfinite(seconds):
+        return "an unknown time"
+    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min")):
+        if seconds < limit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
 def _discard(stream: TextIO) -> None:

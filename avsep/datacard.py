@@ -15,15 +15,12 @@ from avsep.audioset import by_object, by_split, under
 from avsep.audit import DURATION_BINS_S, LEVEL_BINS_DB, Report
 from avsep.duplicates import NEAR
 from avsep.objects import AUDIOSET_23, Vocabulary
-from avsep.records import (
-    SCHEMA_VERSION,
-    SPLITS,
-)
+from avsep.records import SCHEMA_VERSION, SPLITS
 
-# --------------------------------------------------------------------------------------- card
+_PAIRS_SHOWN = 100  # of duplicates; card.json has all
 
 
-def summarize(report: Report, configuration: Mapping[str, Any] | None) -> dict[str, Any]:
+def make_card(report: Report, configuration: Mapping[str, Any] | None) -> dict[str, Any]:
     """Arrange a whole report for the card."""
     counts = report.counts
     vocabulary = Vocabulary.from_list(configuration["vocabulary"]) if configuration else AUDIOSET_23
@@ -72,71 +69,87 @@ def markdown(card: Mapping[str, Any], title: str) -> str:
     n_clips, n_rejected = sum(card["clips"].values()), sum(card["rejections"].values())
     hours = sum(card["hours"].values())
     lines = [f"# {title}", "", f"{n_clips:,} clips, {hours:,.2f} hours, and {n_rejected:,} rejected segments.", ""]
-
-    def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        rows = list(rows)
-        if rows:
-            lines.extend(["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)])
-            lines.extend("| " + " | ".join(_cell(c) for c in row) + " |" for row in rows)
-            lines.append("")
-
     lines += ["## Integrity", ""]
     if card["damage"]:
         lines += [f"**{len(card['damage'])} findings.**", ""]
-        table(("file", "kind", "what"), ((f"`{f['path']}`", f["kind"], f["detail"]) for f in card["damage"]))
+        lines += _table(("file", "kind", "what"), ((f"`{f['path']}`", f["kind"], f["detail"]) for f in card["damage"]))
     else:
         lines += ["Every commit record, hash, schema and record is as it should be.", ""]
     lines += ["## Splits", ""]
-    table(
+    lines += _table(
         ("split", "clips", "hours", "without a label", "of these, the table says none"),
         ((s, card["clips"][s], card["hours"][s], card["unlabelled"][s], card["labelled_none"][s]) for s in SPLITS),
     )
-    lines += ["## Objects", "", "Clips by weak label (what training takes), and by tag (`objects`).", ""]
-    table(
-        ("object", *(f"label, {s}" for s in SPLITS), *(f"tag, {s}" for s in SPLITS)),
-        (
-            (name, *(card["labels"][name][s] for s in SPLITS), *(card["objects"][name][s] for s in SPLITS))
-            for name in card["objects"]
-            if any(card["labels"][name].values()) or any(card["objects"][name].values())
-        ),
+    lines += [*_objects(card), *_agreement(card["agreement"]), *_duplicates(card["duplicates"])]
+    lines += ["## Rejections", "", *([] if card["rejections"] else ["None.", ""])]
+    total = max(1, n_clips + n_rejected)
+    rejected = ((r, n, f"{n / total:.1%}") for r, n in card["rejections"].items())
+    lines += _table(("reason", "segments", "share"), rejected)
+    lines += ["## Level and duration", "", "![Level and duration](distributions.png)", ""]
+    if card["configuration"]:
+        written = json.dumps(card["configuration"], indent=1, sort_keys=True)
+        lines += ["## Configuration", "", "```json", written, "```", ""]
+    return "\n".join(lines)
+
+
+def _objects(card: Mapping[str, Any]) -> list[str]:
+    rows = (
+        (name, *(card["labels"][name][s] for s in SPLITS), *(card["objects"][name][s] for s in SPLITS))
+        for name in card["objects"]
+        if any(card["labels"][name].values()) or any(card["objects"][name].values())
     )
-    lines += ["![Labels that occur together](cooccurrence.png)", ""]
-    for source, found in card["agreement"].items():
+    return [
+        "## Objects",
+        "",
+        "Clips by weak label (what training takes), and by tag (`objects`).",
+        "",
+        *_table(("object", *(f"label, {s}" for s in SPLITS), *(f"tag, {s}" for s in SPLITS)), rows),
+        "![Labels that occur together](cooccurrence.png)",
+        "",
+    ]
+
+
+def _agreement(agreement: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for source, found in agreement.items():
         what = {"pictures": "the pictures' labels", "given": "the given labels"}[source]
         lines += [f"## Agreement of {what} with the tags", "", f"Over {found['clips']:,} clips that have both.", ""]
-        table(
+        lines += _table(
             ("object", "both", "label only", "tag only", "precision", "recall"),
             (
                 (n, o["both"], o["label_only"], o["tag_only"], o["precision"], o["recall"])
                 for n, o in found["objects"].items()
             ),
         )
-    lines += ["## Duplicates across splits", ""]
-    kinds = Counter(p["kind"] for p in card["duplicates"])
+    return lines
+
+
+def _duplicates(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
+    kinds = Counter(p["kind"] for p in pairs)
     said = {
         "exact": "the same excerpt of the same file",
         "near": f"the same sound (similarity from {NEAR:g})",
         "source": "other excerpts of one source",
     }
-    lines += [f"- {text}: {kinds[kind]:,}" for kind, text in said.items()]
-    lines.append("")
-    table(
+    lines = ["## Duplicates across splits", "", *(f"- {text}: {kinds[kind]:,}" for kind, text in said.items()), ""]
+    lines += _table(
         ("kind", "clip", "split", "clip", "split", "similarity"),
         (
             (p["kind"], p["one"], p["one_split"], p["other"], p["other_split"], p["similarity"])
-            for p in card["duplicates"][:100]
+            for p in pairs[:_PAIRS_SHOWN]
         ),
     )
-    if len(card["duplicates"]) > 100:
-        lines += [f"… and {len(card['duplicates']) - 100:,} more in card.json.", ""]
-    lines += ["## Rejections", "", *([] if card["rejections"] else ["None.", ""])]
-    total = max(1, n_clips + n_rejected)
-    table(("reason", "segments", "share"), ((r, n, f"{n / total:.1%}") for r, n in card["rejections"].items()))
-    lines += ["## Level and duration", "", "![Level and duration](distributions.png)", ""]
-    if card["configuration"]:
-        written = json.dumps(card["configuration"], indent=1, sort_keys=True)
-        lines += ["## Configuration", "", "```json", written, "```", ""]
-    return "\n".join(lines)
+    if len(pairs) > _PAIRS_SHOWN:
+        lines += [f"… and {len(pairs) - _PAIRS_SHOWN:,} more in card.json.", ""]
+    return lines
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """Return a table's lines, of Markdown; none where it has no rows."""
+    written = ["| " + " | ".join(_cell(c) for c in row) + " |" for row in rows]
+    if not written:
+        return []
+    return ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1), *written, ""]
 
 
 def _cell(value: Any) -> str:

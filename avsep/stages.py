@@ -97,25 +97,14 @@ class DeviceStages:
     labeller: Callable[[NDArray[np.uint8]], Any] | None
     device: str
 
-    def __call__(self, stage: str, *arguments: Any) -> Any:
-        """Label pictures, or factorise waveforms with their seeds."""
-        if stage == "factorize":
-            waveforms, seeds = arguments
-            return factorize_clips(waveforms, seeds, self.config, self.device)
+    def label(self, images: NDArray[np.uint8]) -> Any:
+        """Label pictures, `(n, size, size, 3)` → logits `(n, 1000)`."""
         assert self.labeller is not None
-        return self.labeller(*arguments)
+        return self.labeller(images)
 
-
-@dataclass
-class StageOf:
-    """One stage of `DeviceStages` that are elsewhere, as a function whose result is a future."""
-
-    call: Callable[..., Future]
-    stage: str
-
-    def __call__(self, *arguments: Any) -> Future:
-        """Start it."""
-        return self.call(self.stage, *arguments)
+    def factorize(self, waveforms: Sequence[NDArray[np.float32]], seeds: Sequence[int]) -> list[Factors]:
+        """Factorise waveforms with their seeds."""
+        return factorize_clips(waveforms, seeds, self.config, self.device)
 
 
 def to_record(

@@ -177,7 +177,7 @@ def run(arguments: argparse.Namespace, options: Any) -> int:
         configuration = shards.read_configuration(clips)
     except (ValueError, OSError, KeyError):
         configuration = None
-    card = datacard.summarize(report, configuration)
+    card = datacard.make_card(report, configuration)
     write_card(card, out, storage.name(clips.rstrip("/")), writing)
     return tell(card, out)
 

@@ -87,7 +87,7 @@ def guarded(main: Callable[[], int], program: str, after: str = "") -> int:
         hint = "" if isinstance(error, UsageError) else " (AVSEP_TRACEBACK=1 shows where)"
         complain(f"{program}: {error}{hint}")
         return UNUSABLE
-    except WorkerLost as error:
+    except WorkerDied as error:
         complain(f"{program}: a worker died again and again: {error} Run fewer at once, such as AVSEP_CPUS=1")
         return UNUSABLE
     except KeyboardInterrupt:
@@ -138,7 +138,7 @@ def put_aside(out: str, files: Sequence[str]) -> None:
     say(f"note: what was there is kept in {kept}")
 
 
-class WorkerLost(Exception):
+class WorkerDied(Exception):
     """The process that worked on an item died, more than once: of the item, or of the machine."""
 
 

@@ -1,4 +1,4 @@
-"""The media store and the shared egress budget, on Ray."""
+"""The egress budget that a run's workers share, on Ray, and how its downloads go."""
 
 from __future__ import annotations
 
@@ -9,132 +9,27 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 from avsep import fetching, storage
-from avsep.fetching import EgressBudget, IdentityStatus, Lease, identities
-from avsep.records import (
-    ClipError,
-    Reason,
-    Rejection,
-    Segment,
-)
+from avsep.console import duration
+from avsep.fetching import EgressBudget, IdentityStatus, Lease, MediaStore, Stop, Wait, identities
+from avsep.records import Reason, Segment
 from pipelines import runners
+from pipelines.actors import Caller
 from pipelines.console import fail, say
-from pipelines.progress import Progress, duration
+from pipelines.progress import Progress
 
 FETCH_LOCK = "fetch.lock"  # in a media store, and in --out, while a run downloads
 EGRESS_FILE = "egress.json"  # in a media store: what each identity has spent
 _ASK_EVERY_S = 30.0
 _SAVE_EVERY_S = 5.0
 FOLLOW_S = 20.0  # between looks at what another run has downloaded
-_OUTDATED_IN_A_ROW = 20  # downloads that fail as if yt-dlp no longer understood YouTube
 
 
-@dataclass
-class MediaStore:
-    """Where remote segments' media are, and how missing ones get there."""
-
-    uri: str
-    known: dict[str, str]  # segment_id → path, as listed at the start
-    missing: set[str]  # remote segments that aren't there
-    siblings: dict[str, tuple[Segment, ...]]  # source → its missing segments, where there are several
-    budget: SharedBudget | None = None  # None: somebody else downloads
-    retried: list[dict[str, Any]] = field(default_factory=list)  # downloads that failed and were tried again
-    _asked: float = -math.inf
-
-    def of(self, segments: Sequence[Segment]) -> MediaStore:
-        """Return the part that a task with these segments needs."""
-        ids, sources = {s.segment_id for s in segments}, {s.source for s in segments}
-        return MediaStore(
-            self.uri,
-            {i: self.known[i] for i in ids & self.known.keys()},
-            ids & self.missing,
-            {s: self.siblings[s] for s in sources & self.siblings.keys()},
-            self.budget,
-        )
-
-    def locate(self, segment: Segment) -> Segment:
-        """Return the segment as it is in the store, fetched when it isn't there; ClipError says why it can't be."""
-        if not fetching.is_remote(segment):
-            return segment
-        path = self.known.get(segment.segment_id)
-        if path is None:
-            if self.budget is None:
-                raise ClipError(Reason.MISSING, f"not in {self.uri} yet", transient=True)
-
-            def tell(attempt: int, error: ClipError) -> None:
-                self.retried.append(
-                    {
-                        "event": "retried",
-                        "segment_id": segment.segment_id,
-                        "stage": "fetch",
-                        "reason": str(error.reason),
-                        "attempt": attempt,
-                        "detail": error.detail,
-                    }
-                )
-
-            siblings = self.siblings.get(segment.source, ())
-            path = fetching.fetch(segment, self.uri, self.budget, siblings=siblings, tell=tell).path
-        return fetching.within(segment, path)
-
-    def fetch_all(self, segments: Sequence[Segment]) -> list[Rejection]:
-        """Bring segments' media into the store; return those that can't be had."""
-        rejections = []
-        for s in segments:
-            try:
-                self.locate(s)
-            except ClipError as error:
-                rejections.append(Rejection(s.segment_id, "fetch", error.reason, error.transient, detail=error.detail))
-        return rejections
-
-    def settle(self, segments: Sequence[Segment], progress: Progress) -> None:
-        """Take note that these segments are done with, and now and then show how downloads go."""
-        self.missing -= {s.segment_id for s in segments}
-        if self.budget is None or (self.missing and time.monotonic() - self._asked < _ASK_EVERY_S):
-            return
-        self._asked = time.monotonic()
-        left_s, identities = self.budget.outlook(len(self.missing))
-        progress.details["egress"] = {
-            "to_fetch": len(self.missing),
-            "seconds_left": round(left_s) if math.isfinite(left_s) else None,
-            "identities": [asdict(i) for i in identities],
-        }
-        progress.note = ""
-        if self.missing:
-            paused = sum(i.paused_s > 0 for i in identities)
-            resting = f", {paused} of {len(identities)} identities paused" if paused else ""
-            progress.note = f"{len(self.missing)} to fetch, {duration(left_s)} at this rate{resting}"
-
-
-@dataclass
-class SharedBudget:
-    """An egress budget that all workers share: calls go to the one that holds it."""
-
-    call: Callable[..., Future]
-
-    def acquire(self, machine: str = "", source: str = "") -> Lease | float:
-        """Give a lease, or the seconds to wait; stop the run where YouTube has changed."""
-        outdated, answer = self.call("acquire", machine, source).result()
-        if outdated >= _OUTDATED_IN_A_ROW:
-            fail(f"{outdated} downloads in a row failed as if YouTube had changed: update yt-dlp, then run this again")
-        return answer
-
-    def report(self, lease: Lease, outcome: Reason | None) -> None:
-        """Take a lease's outcome, None for success."""
-        self.call("report", lease, outcome).result()
-
-    def outlook(self, downloads: int) -> tuple[float, list[IdentityStatus]]:
-        """Say how long so many downloads more will take at the present rate, and how the identities are."""
-        return self.call("seconds_left", downloads).result()[1], self.call("status").result()[1]
-
-
-class HeldBudget:
-    """The budget itself, behind one callable; what it has spent is kept beside the media store."""
+class BudgetKeeper:
+    """The budget itself, in one place; what it has spent is kept beside the media store."""
 
     def __init__(
         self, proxies: Sequence[str], cookies: Sequence[str], per_hour: float, store: str, metrics: bool = False
@@ -146,20 +41,52 @@ class HeldBudget:
         with contextlib.suppress(FileNotFoundError):
             self.budget.restore(json.loads(storage.read_bytes(self.path)))
 
-    def __call__(self, method: str, *arguments: Any) -> tuple[int, Any]:
-        """Call a method; the number of 'tool outdated' answers in a row comes with its result."""
-        result = getattr(self.budget, method)(*arguments)
-        paused = method == "report" and arguments[1] == Reason.EGRESS_BLOCKED
-        if paused or (isinstance(result, Lease) and time.monotonic() - self._saved > _SAVE_EVERY_S):
-            self._saved = time.monotonic()
-            storage.write_text(self.path, json.dumps(self.budget.state(), indent=1) + "\n")
+    def acquire(self, machine: str, source: str) -> Lease | Wait | Stop:
+        """Give a lease, or say how long to wait, or to stop."""
+        answer = self.budget.acquire(machine, source)
+        self._keep(lease=isinstance(answer, Lease))
+        return answer
+
+    def report(self, lease: Lease, outcome: Reason | None) -> None:
+        """Take a lease's outcome, None for success."""
+        self.budget.report(lease, outcome)
         if self._metrics:
-            if method == "report":
-                self._metrics.downloaded("ok" if arguments[1] is None else str(arguments[1]))
-            if paused or time.monotonic() - self._shown > _SAVE_EVERY_S:
-                self._shown = time.monotonic()
-                self._metrics.show(self.budget)
-        return self.budget.outdated_in_a_row, result
+            self._metrics.downloaded("ok" if outcome is None else str(outcome))
+        self._keep(paused=outcome == Reason.EGRESS_BLOCKED)
+
+    def outlook(self, downloads: int) -> tuple[float, list[IdentityStatus]]:
+        """Say how long so many downloads more will take at the present rate, and how the identities are."""
+        self._keep()
+        return self.budget.seconds_left(downloads), self.budget.status()
+
+    def _keep(self, *, lease: bool = False, paused: bool = False) -> None:
+        """Write what was spent, and show it: a pause at once, all else now and then."""
+        now = time.monotonic()
+        if paused or (lease and now - self._saved > _SAVE_EVERY_S):
+            self._saved = now
+            storage.write_text(self.path, json.dumps(self.budget.state(), indent=1) + "\n")
+        if self._metrics and (paused or now - self._shown > _SAVE_EVERY_S):
+            self._shown = now
+            self._metrics.show(self.budget)
+
+
+@dataclass(frozen=True)
+class SharedBudget:
+    """The budget as a worker has it: each method calls the keeper's of that name."""
+
+    call: Caller
+
+    def acquire(self, machine: str = "", source: str = "") -> Lease | Wait | Stop:
+        """Give a lease, or say how long to wait, or to stop."""
+        return self.call(BudgetKeeper.acquire, machine, source).result()
+
+    def report(self, lease: Lease, outcome: Reason | None) -> None:
+        """Take a lease's outcome, None for success."""
+        self.call(BudgetKeeper.report, lease, outcome).result()
+
+    def outlook(self, downloads: int) -> tuple[float, list[IdentityStatus]]:
+        """Say how long so many downloads more will take at the present rate, and how the identities are."""
+        return self.call(BudgetKeeper.outlook, downloads).result()
 
 
 class EgressMetrics:
@@ -184,19 +111,31 @@ class EgressMetrics:
         self._allowance.set(budget.allowance())
 
 
-def open_store(uri: str, segments: Sequence[Segment]) -> MediaStore | None:
-    """List what the media store holds; None where no segment needs one."""
-    remote = [s for s in segments if fetching.is_remote(s)]
-    if not remote:
-        return None
-    known = fetching.find_media(uri, remote)
-    missing = {s.segment_id for s in remote if s.segment_id not in known}
-    by_source: dict[str, list[Segment]] = {}
-    for s in remote:
-        if s.segment_id in missing:
-            by_source.setdefault(s.source, []).append(s)
-    siblings = {source: tuple(several) for source, several in by_source.items() if len(several) > 1}
-    return MediaStore(uri, known, missing, siblings)
+class Outlook:
+    """Shows now and then how the downloads of a run go."""
+
+    def __init__(self, store: MediaStore, budget: SharedBudget) -> None:
+        self.store, self.budget = store, budget
+        self._asked = -math.inf
+
+    def settle(self, segments: Sequence[Segment], progress: Progress) -> None:
+        """Take note that these segments are done with."""
+        missing = self.store.missing
+        missing -= {s.segment_id for s in segments}
+        if missing and time.monotonic() - self._asked < _ASK_EVERY_S:
+            return
+        self._asked = time.monotonic()
+        left_s, accounts = self.budget.outlook(len(missing))
+        progress.details["egress"] = {
+            "to_fetch": len(missing),
+            "seconds_left": round(left_s) if math.isfinite(left_s) else None,
+            "identities": [asdict(a) for a in accounts],
+        }
+        progress.note = ""
+        if missing:
+            paused = sum(a.paused_s > 0 for a in accounts)
+            resting = f", {paused} of {len(accounts)} identities paused" if paused else ""
+            progress.note = f"{len(missing)} to fetch, {duration(left_s)} at this rate{resting}"
 
 
 def open_budget(arguments: argparse.Namespace, store: MediaStore, runner: runners.Runner) -> SharedBudget:
@@ -211,5 +150,5 @@ def open_budget(arguments: argparse.Namespace, store: MediaStore, runner: runner
     say(f"{len(store.missing)} remote segments are to be fetched: {left} at the rate allowed")
     storage.sweep(store.uri, recursive=True)
     metrics = isinstance(runner, runners.OnRay)
-    make = functools.partial(HeldBudget, arguments.proxies, arguments.cookies, arguments.rate, store.uri, metrics)
+    make = functools.partial(BudgetKeeper, arguments.proxies, arguments.cookies, arguments.rate, store.uri, metrics)
     return SharedBudget(runner.actors(make, 1, gpus=0)[0])

@@ -8,16 +8,10 @@ is written is the epoch that is best on split val; where none is better than the
 from __future__ import annotations
 
 import argparse
-import hashlib
-import io
-import json
 import os
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from pipelines import arguments_of, begin
@@ -53,43 +47,37 @@ def parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     begin(parser())  # what follows takes seconds
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from avsep import fetching, media, shards, storage
-from avsep.learning import finetuning
-from avsep.learning.finetuning import FinetuningConfig
+from avsep import fetching, shards, storage
+from avsep.learning import albums, finetuning
+from avsep.learning.finetuning import (
+    CHECKPOINT_FILE,
+    HISTORY_FILE,
+    START_FILE,
+    FinetuningConfig,
+    FinetuningRun,
+    decide,
+    describe,
+    measure,
+)
 from avsep.looks import Looking
 from avsep.model import LABELLER_FILE, LabelConfig, LabellerConfig, Model
-from avsep.objects import multi_hot
-from avsep.records import ClipError, Segment, clips_from_table, read_segments
+from avsep.objects import AUDIOSET_23, Vocabulary
+from avsep.records import Segment, check_vocabularies, clips_from_table, read_segments, read_vocabulary
 from avsep.vision import DEFAULT_ARCHITECTURE, ImageLabeller, LabellerUnavailable
 from pipelines import cluster, console, runners
 from pipelines.console import fail, say
 from pipelines.progress import Progress
+from pipelines.training_workers import train_workers
 
 _SCRATCH_RATE = 3e-3  # learning rate from scratch
-_START, _CHECKPOINT, _HISTORY = "start.safetensors", "checkpoint.pt", "history.json"
 
 
-def keep_pictures(path: str, looking: Looking, segments: Sequence[Segment], known: dict[str, str]) -> tuple[int, int]:
-    """Write the middles of some segments' pictures to an album; return how many have any, and how many can't be had."""
+def keep_images(*item: Any) -> tuple[int, int]:
+    """Run tuning Ray task."""
     cluster.one_thread()
-    clips, missing = [], 0
-    for segment in segments:
-        at = known.get(segment.segment_id)
-        try:
-            s = fetching.within(segment, at) if at else segment
-            with storage.local_file(s.source) as file:
-                images = looking(media.decode(file, s.start_s, s.end_s).images).crops
-        except (ClipError, FileNotFoundError, ValueError):
-            missing += 1
-            continue
-        if len(images):
-            clips.append((segment.segment_id, images))
-    finetuning.write_album(path, clips)
-    return len(clips), missing
+    return albums.keep_images(*item)
 
 
 def shares_of_file(model_dir: str, path: str) -> dict[str, Tensor]:
@@ -98,21 +86,22 @@ def shares_of_file(model_dir: str, path: str) -> dict[str, Tensor]:
     return finetuning.sound_shares(Model.load(model_dir), clips_from_table(shards.read_table(path)))
 
 
-def score_file(weights: str, path: str) -> dict[str, Tensor]:
-    """Score one album's clips with a picture network."""
+def score_file(asked: tuple[str, Vocabulary], path: str) -> dict[str, Tensor]:
+    """Score one album's clips with a picture network, `asked` its file and the vocabulary."""
     cluster.one_thread()
+    weights, vocabulary = asked
     with storage.local_file(weights) as file:
-        return finetuning.score_album(ImageLabeller.load(weights=file), path)
+        return finetuning.score_album(ImageLabeller.load(weights=file), path, vocabulary)
 
 
 def gather(
-    runner: runners.Runner, function: Callable[..., dict[str, Tensor]], first: str, files: Sequence[str]
+    runner: runners.Runner, function: Callable[..., dict[str, Tensor]], first: Any, files: Sequence[str]
 ) -> dict[str, Tensor]:
     """Map over files and join the results."""
     return {i: x for part in runner.map(function, ((first, f) for f in files)) for i, x in part.items()}
 
 
-def start(arguments: argparse.Namespace) -> tuple[ImageLabeller, bool]:
+def start(arguments: argparse.Namespace, vocabulary: Vocabulary) -> tuple[ImageLabeller, bool]:
     """Load the network to start from, and say whether it has learned anything yet."""
     carried = [storage.join(d, LABELLER_FILE) for d in (arguments.model, arguments.clips) if d]
     source = arguments.weights or next((c for c in carried if storage.exists(c)), None)
@@ -120,9 +109,9 @@ def start(arguments: argparse.Namespace) -> tuple[ImageLabeller, bool]:
         architecture = arguments.architecture or _SMALL
         say(f"note: no --weights, and neither model nor clips carry a picture network: {architecture} from scratch")
         try:
-            return finetuning.untrained(architecture, FinetuningConfig.seed), False
+            return finetuning.untrained(architecture, FinetuningConfig.seed, vocabulary), False
         except ValueError:
-            fail(f"--architecture {architecture}: torchvision has no such classifier; give one such as {_SMALL}")
+            fail(f"--architecture {architecture}: torchvision has no such classifier; give tuning such as {_SMALL}")
     try:
         with storage.local_file(source) as path:
             labeller = ImageLabeller.load(arguments.architecture or DEFAULT_ARCHITECTURE, path)
@@ -135,167 +124,106 @@ def start(arguments: argparse.Namespace) -> tuple[ImageLabeller, bool]:
     return labeller, True
 
 
-def save(labeller: ImageLabeller, path: str) -> bytes:
-    """Write a picture network to a file or URI, and return the file."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "network.safetensors")
-        labeller.save(file)
-        data = file.read_bytes()
-    storage.write_bytes(path, data)
-    return data
+def tell_epoch(row: dict[str, float], epochs: int) -> None:
+    """Say how an epoch went."""
+    say(
+        f"finetune: epoch {row['epoch'] + 1}/{epochs}, loss {row['train_loss']:.3f}; validation {describe(row)}; "
+        f"{row['seconds']:.1f} s"
+    )
 
 
-def fit(job: dict[str, Any], rank: int = 0, n_ranks: int = 1, report: Any = None) -> None:
-    """Train to the end from the job's checkpoint, if there is one: the body of one training worker."""
-    config: FinetuningConfig = job["config"]
-    out, labels = job["out"], job["labels"]
-    device = job.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(job["threads"])
-    torch.manual_seed(config.seed)
-    with storage.local_file(storage.join(out, _START)) as path:
-        labeller = ImageLabeller.load(weights=path, device=device)
-    network = labeller.network
-    if config.dropout:
-        finetuning.add_dropout(network, config.dropout)
-    optimiser = torch.optim.AdamW(network.parameters(), config.learning_rate, weight_decay=1e-2)
-    rows: list[dict[str, float]] = []
-    checkpoint = storage.join(out, _CHECKPOINT)
-    if storage.exists(checkpoint):
-        saved = torch.load(io.BytesIO(storage.read_bytes(checkpoint)), map_location=device, weights_only=True)
-        network.load_state_dict(saved["network"])
-        optimiser.load_state_dict(saved["optimiser"])
-        rows = saved["rows"]
-    n_batches = -(-len(labels) // config.batch_clips)
-    best = max([job["before"], *(r["selection"] for r in rows)])
-    for epoch in range(len(rows), config.epochs):
-        started = time.monotonic()
-        torch.manual_seed(config.seed * 1_000_003 + epoch)  # dropout
-        parts = finetuning.batches(job["train"], labels, config, epoch, rank, n_ranks)
-        rate = finetuning.one_cycle(config.learning_rate)
-        loss = finetuning.train_epoch(labeller, parts, optimiser, config, rate, n_batches, epoch)
-        scores = {i: s for f in job["val"] for i, s in finetuning.score_album(labeller, f).items()}
-        row = measure(scores, job["truth"], job["thresholds"])
-        row |= {"epoch": epoch, "train_loss": loss, "seconds": time.monotonic() - started}
-        rows.append(row)
-        if rank == 0:
-            if row["selection"] > best:
-                best = row["selection"]
-                save(labeller, storage.join(out, LABELLER_FILE))
-            buffer = io.BytesIO()
-            state = {"network": network.state_dict(), "optimiser": optimiser.state_dict(), "rows": rows}
-            torch.save(state, buffer)
-            storage.write_bytes(checkpoint, buffer.getbuffer())
-            storage.write_text(storage.join(out, _HISTORY), json.dumps(rows, indent=1))
-            say(
-                f"finetune: epoch {epoch + 1}/{config.epochs}, loss {loss:.3f}; validation {figures(row)}; "
-                f"{row['seconds']:.1f} s"
-            )
-        if report:
-            report(row)
-
-
-def fit_on_ray(job: dict[str, Any]) -> None:
-    """Run one Ray Train worker."""
+def fit(run: FinetuningRun, device: str) -> None:
+    """Run tuning Ray Train worker."""
     import ray.train
 
     context = ray.train.get_context()
-    fit(job, context.get_world_rank(), context.get_world_size(), ray.train.report)
+    rank = context.get_world_rank()
 
+    def report(row: dict[str, float]) -> None:
+        if rank == 0:
+            tell_epoch(row, run.config.epochs)
+        ray.train.report(row)
 
-def measure(scores: dict[str, Tensor], truth: dict[str, Tensor], thresholds: LabelConfig) -> dict[str, float]:
-    """Return mAP, agreement, and their mean, by which the epoch is chosen."""
-    found = finetuning.agreement(scores, truth, thresholds.threshold, thresholds.best_threshold)
-    return found | {"selection": float(np.nanmean(list(found.values())))}
-
-
-def figures(row: dict[str, float]) -> str:
-    """Format validation figures."""
-    return f"mAP {row['map']:.3f}, label agreement {row['agreement']:.3f}"
-
-
-def decide(
-    arguments: argparse.Namespace,
-    segments: Sequence[Segment],
-    shares: dict[str, Tensor],
-    scores: dict[str, Tensor],
-    model: Model | None,
-) -> dict[str, Tensor]:
-    """Decide what each clip's pictures show; clips that show nothing for certain are left out."""
-    labels = {}
-    for s in segments:
-        given = None if s.labels is None else multi_hot(s.labels)
-        marks = finetuning.targets(arguments.targets, given, shares.get(s.segment_id), scores.get(s.segment_id), model)
-        if marks is not None and marks.any():
-            labels[s.segment_id] = marks
-    return labels
+    finetuning.fit(run, device, rank, context.get_world_size(), report)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Fine-tune, write the network, and say what it brought."""
     console.absolute(arguments, "out", "clips", "model", "weights", "media")
-    writes = (LABELLER_FILE, _CHECKPOINT, _START, _HISTORY, "pictures-*")
+    writes = (LABELLER_FILE, CHECKPOINT_FILE, START_FILE, HISTORY_FILE, "pictures-*")
     console.keep_apart(arguments, "segments", "clips", "model", "weights", "media", writes=writes)
     if arguments.epochs < 1:
         fail(f"--epochs {arguments.epochs}: at least one epoch is needed")
     if arguments.targets != "labels" and not (arguments.clips and arguments.model):
         fail(f"--targets {arguments.targets}: the sound's voice needs --clips and --model; or give --targets labels")
     model = Model.load(arguments.model) if arguments.model else None
-    thresholds = LabelConfig()  # of one look at the middle
+    vocabulary = read_vocabulary(arguments.segments, model.config.vocabulary if model else AUDIOSET_23)
+    if model is not None:
+        segments = f"--segments {arguments.segments}"
+        check_vocabularies(segments, vocabulary, f"--model {arguments.model}", model.config.vocabulary)
     by_split: dict[str, list[Segment]] = {"train": [], "val": []}
-    for s in read_segments(arguments.segments, say):
+    for s in read_segments(arguments.segments, say, vocabulary):
         by_split.get(s.split, []).append(s)
     if not by_split["train"] or not by_split["val"]:
         fail(f"{arguments.segments} needs segments of split train, to learn from, and val, to choose by")
-    out = arguments.out
-    made = f"--out {out} holds a fine-tuned picture network; another --out leaves it alone"
-    console.check_free(out, [LABELLER_FILE], made, arguments.replace)
-    labeller, learned = start(arguments)
-    weights = storage.join(out, _START)
-    save(labeller, weights)
+    made = f"--out {arguments.out} holds a fine-tuned picture network; another --out leaves it alone"
+    console.check_free(arguments.out, [LABELLER_FILE], made, arguments.replace)
+    labeller, learned = start(arguments, vocabulary)
+    finetuning.save(labeller, storage.join(arguments.out, START_FILE))
     with runners.session(arguments.in_process) as runner:
-        console.put_aside(out, [LABELLER_FILE, _HISTORY, _CHECKPOINT])
+        console.put_aside(arguments.out, [LABELLER_FILE, HISTORY_FILE, CHECKPOINT_FILE])
         files = album_files(runner, arguments, by_split, labeller.looking("centre"))
-        clip_files = shards.clip_files(arguments.clips) if arguments.targets != "labels" else []
-        shares = gather(runner, shares_of_file, arguments.model, clip_files)
-        known = gather(runner, score_file, weights, files["val"])
-        if learned and arguments.targets != "labels":
-            scores = known | gather(runner, score_file, weights, files["train"])
-        else:
-            scores = {}
-        labels = decide(arguments, by_split["train"], shares, scores, model)
-        if not labels:
-            fail(f"--targets {arguments.targets}: no clip of split train shows an object for certain")
-        truth = {s.segment_id: multi_hot(s.labels) for s in by_split["val"] if s.labels is not None}
-        truth = {i: t for i, t in truth.items() if i in known} or decide(
-            arguments, by_split["val"], shares, scores, model
-        )
-        before = measure(known, truth, thresholds)
-        say(f"finetune: {len(labels)} clips to learn from, {len(truth)} for validation; before: {figures(before)}")
-        config = FinetuningConfig(epochs=arguments.epochs)
-        if not learned:
-            config = replace(config, learning_rate=_SCRATCH_RATE)
-        job = {
-            "out": out,
-            "train": files["train"],
-            "val": files["val"],
-            "labels": labels,
-            "truth": truth,
-            "before": before["selection"],
-            "thresholds": thresholds,
-            "config": config,
-            "threads": min(2, os.cpu_count() or 1),
-        }
+        tuning, known = plan(runner, arguments, model, by_split, files, learned, vocabulary)
         if isinstance(runner, runners.InProcess):
-            fit(job)
+            finetuning.fit(tuning, report=lambda row: tell_epoch(row, tuning.config.epochs))
         else:
-            runners.train_workers(fit_on_ray, job, out, runner)
-        return report(runner, arguments, model, files["val"], truth, by_split["val"], before, known, thresholds)
+            train_workers(fit, tuning, tuning.out, runner)
+        return conclude(runner, arguments, model, tuning, by_split["val"], known)
 
 
-def album_name(split: str, shard: shards.Shard) -> str:
-    """Name the album of a shard's pictures; other excerpts under the same ids get another name."""
-    excerpts = [(s.segment_id, s.source, s.start_s, s.end_s) for s in shard.segments]
-    return f"{split}-{shard.name}-{hashlib.sha256(json.dumps(excerpts).encode()).hexdigest()[:8]}.parquet"
+def plan(
+    runner: runners.Runner,
+    arguments: argparse.Namespace,
+    model: Model | None,
+    by_split: dict[str, list[Segment]],
+    files: dict[str, list[str]],
+    learned: bool,
+    vocabulary: Vocabulary,
+) -> tuple[FinetuningRun, dict[str, Tensor]]:
+    """Decide what is learned from; return it, and the validation clips' scores before. `files` are albums."""
+    asked = storage.join(arguments.out, START_FILE), vocabulary
+    clip_files = shards.clip_files(arguments.clips) if arguments.targets != "labels" else []
+    shares = gather(runner, shares_of_file, arguments.model, clip_files)
+    known = gather(runner, score_file, asked, files["val"])
+    scores = {}
+    if learned and arguments.targets != "labels":
+        scores = known | gather(runner, score_file, asked, files["train"])
+    labels = decide(arguments.targets, by_split["train"], shares, scores, model, vocabulary)
+    if not labels:
+        fail(f"--targets {arguments.targets}: no clip of split train shows an object for certain")
+    truth = {s.segment_id: vocabulary.multi_hot(s.labels) for s in by_split["val"] if s.labels is not None}
+    truth = {i: t for i, t in truth.items() if i in known}
+    truth = truth or decide(arguments.targets, by_split["val"], shares, scores, model, vocabulary)
+    thresholds = LabelConfig()  # of one look at the middle
+    before = measure(known, truth, thresholds)
+    say(f"finetune: {len(labels)} clips to learn from, {len(truth)} for validation; before: {describe(before)}")
+    config = FinetuningConfig(epochs=arguments.epochs)
+    if not learned:
+        config = replace(config, learning_rate=_SCRATCH_RATE)
+    threads = min(2, os.cpu_count() or 1)
+    tuning = FinetuningRun(
+        arguments.out,
+        files["train"],
+        files["val"],
+        labels,
+        truth,
+        before["selection"],
+        thresholds,
+        config,
+        vocabulary,
+        threads,
+    )
+    return tuning, known
 
 
 def album_files(
@@ -311,7 +239,7 @@ def album_files(
     for split, segments in by_split.items():
         files[split] = []
         for shard in shards.plan(segments):
-            path = storage.join(arguments.out, f"pictures-{looking.size}", album_name(split, shard))
+            path = storage.join(arguments.out, f"pictures-{looking.size}", albums.album_name(split, shard))
             files[split].append(path)
             if not storage.exists(path):
                 todo.append(
@@ -324,7 +252,7 @@ def album_files(
                 )
     missing = 0
     with Progress("pictures", sum(len(t[2]) for t in todo), "clips") as progress:
-        for count, lost in runner.map(keep_pictures, todo):
+        for count, lost in runner.map(keep_images, todo):
             missing += lost
             progress.add(count + lost)
     if missing:
@@ -332,29 +260,26 @@ def album_files(
     return files
 
 
-def report(
+def conclude(
     runner: runners.Runner,
     arguments: argparse.Namespace,
     model: Model | None,
-    files: Sequence[str],
-    truth: dict[str, Tensor],
+    tuning: FinetuningRun,
     segments: Sequence[Segment],
-    before: dict[str, float],
     known: dict[str, Tensor],
-    thresholds: LabelConfig,
 ) -> int:
-    """Say what was gained, and give the network to the model."""
+    """Say what was gained on split val, and give the network to the model; `known` are the scores before."""
     path = storage.join(arguments.out, LABELLER_FILE)
     if not storage.exists(path):
         say("finetune: no epoch was better on split val than the start, so nothing was written")
         return console.SHORTFALL
-    scores = gather(runner, score_file, path, files)
-    after = measure(scores, truth, thresholds)
-    say(f"split val against its labels: before {figures(before)}; after {figures(after)}")
-    audible = {s.segment_id: multi_hot(s.objects) for s in segments if s.objects is not None}
+    scores = gather(runner, score_file, (path, tuning.vocabulary), tuning.val)
+    before, after = (measure(x, tuning.truth, tuning.thresholds) for x in (known, scores))
+    say(f"split val against its labels: before {describe(before)}; after {describe(after)}")
+    audible = {s.segment_id: tuning.vocabulary.multi_hot(s.objects) for s in segments if s.objects is not None}
     if audible:
-        was, now = (measure(x, audible, thresholds) for x in (known, scores))
-        say(f"split val against what is audible: before {figures(was)}; after {figures(now)}")
+        was, now = (measure(x, audible, tuning.thresholds) for x in (known, scores))
+        say(f"split val against what is audible: before {describe(was)}; after {describe(now)}")
     if model is not None:
         data = storage.read_bytes(path)
         console.put_aside(arguments.model, [LABELLER_FILE])
@@ -363,11 +288,10 @@ def report(
             labeller = ImageLabeller.load(weights=file)
         entry = LabellerConfig(labeller.architecture, labeller.sha256)
         extraction = replace(model.config.extraction, looks="centre")
-        own = thresholds.threshold, thresholds.best_threshold  # the other settings of labels stay the model's
+        own = tuning.thresholds.threshold, tuning.thresholds.best_threshold  # other settings of labels stay the model's
         labels = replace(model.config.labels, threshold=own[0], best_threshold=own[1], joined=False)
-        replace(model, config=replace(model.config, labeller=entry, labels=labels, extraction=extraction)).save(
-            arguments.model
-        )
+        config = replace(model.config, labeller=entry, labels=labels, extraction=extraction)
+        replace(model, config=config).save(arguments.model)
     say(f"picture network in {path}" + (f" and in {arguments.model}" if model else ""))
     return console.DONE
 

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from avsep import storage
+from avsep.console import duration
 from pipelines.console import as_json, say
 
 
@@ -203,17 +204,3 @@ class _Metrics:
     def show(self, in_flight: int, rate: float, left: int) -> None:
         for gauge, value in ((self._in_flight, in_flight), (self._rate, rate), (self._left, left)):
             gauge.set(value, self._pipeline)
-
-
-def duration(seconds: float) -> str:
-    """Say a time in the unit that suits it.
-
-    >>> [duration(s) for s in (42, 600, 20_000, 2_300_000)]
-    ['42 s', '10 min', '5.6 h', '26.6 days']
-    """
-    if not math.isfinite(seconds):
-        return "an unknown time"
-    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min")):
-        if seconds < limit:
-            return f"{seconds / unit:.0f} {name}"
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"

@@ -1,4 +1,4 @@
-"""Where work runs: Ray on this machine or a cluster, or a plain loop; and how programs talk."""
+"""Where work runs: Ray on this machine or a cluster, or a plain loop."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from typing import Any
 
-from avsep import storage
-from pipelines.cluster import join_ray, meet_at_ray_s_address, one_thread, start_ray
-from pipelines.console import LOCAL_RUNNER, WorkerLost, fail, is_local, say, whole_number
-from pipelines.progress import duration
+from avsep.console import duration
+from pipelines.actors import ActorBody, Caller, HereCaller, ThereCaller, nothing, without_cuda
+from pipelines.cluster import join_ray, one_thread, start_ray
+from pipelines.console import LOCAL_RUNNER, WorkerDied, fail, is_local, say, whole_number
 
 Recover = Callable[[tuple[Any, ...], Exception], None]  # deals with an item that failed, or raises
 
@@ -69,22 +68,14 @@ class InProcess:
         """Return a value to pass to many items."""
         return value
 
-    def actors(self, make: Callable[[], Any], count: int, *, gpus: float) -> list[Callable[..., Future]]:
-        """Build one object and return a function that calls it and gives a finished future."""
-        target = make()
-
-        def call(*arguments: Any) -> Future:
-            future: Future = Future()
-            future.set_result(target(*arguments))
-            return future
-
-        return [call]
+    def actors(self, make: Callable[[], Any], count: int, *, gpus: float) -> list[Caller]:
+        """Build one object and return its caller, whose futures are finished."""
+        return [HereCaller(make())]
 
 
 _LOOK_S = 5.0  # between looks at how large the cluster is
 _GPUS_WAIT_S = 900.0
 _FREED_S = 10.0  # in which a place that was given up is free again
-_NOTICED_S = 30.0  # a node that is gone is noticed after 20
 
 
 class OnRay:
@@ -120,9 +111,9 @@ class OnRay:
         wanted = int(ray.cluster_resources().get("GPU", 0)) if asked is None else asked
         if not wanted:
             return []
-        place = ray.remote(Held).options(num_cpus=0, num_gpus=1)
-        places = [place.remote(NoCuda) for _ in range(wanted)]  # what waits is what an autoscaler sees
-        answers = [p.call.remote() for p in places]
+        place = ray.remote(ActorBody).options(num_cpus=0, num_gpus=1)
+        places = [place.remote(nothing) for _ in range(wanted)]  # what waits is what an autoscaler sees
+        answers = [p.call.remote(without_cuda) for p in places]
         came, late = ray.wait(answers, num_returns=wanted, timeout=_LOOK_S)
         if late:
             say(f"waits for {len(late)} of {wanted} GPUs, {duration(_GPUS_WAIT_S)} at most")
@@ -164,7 +155,7 @@ class OnRay:
     ) -> Iterator[Any]:
         """Yield `function(*item)` for each item, in the order they finish.
 
-        A task whose worker died is tried twice again, then it is WorkerLost. `recover` gets the item
+        A task whose worker died is tried twice again, then it is WorkerDied. `recover` gets the item
         with that, or with what it raised; without it both raise here. `cpus` says, whenever a task
         is started, what part of a CPU's time it takes: tasks that wait for a GPU share CPUs.
         """
@@ -197,105 +188,23 @@ class OnRay:
             return self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, self._ray.exceptions.RayActorError):  # that it called died, again and again
-                raise WorkerLost(" ".join(str(error.cause).split())[:200]) from None
+                raise WorkerDied(" ".join(str(error.cause).split())[:200]) from None
             raise error.cause if isinstance(error.cause, Exception) else error from None
         except _lost_errors(self._ray) as error:
-            raise WorkerLost(" ".join(str(error).split())[:200]) from None
+            raise WorkerDied(" ".join(str(error).split())[:200]) from None
 
-    def actors(self, make: Callable[[], Any], count: int, *, gpus: float) -> list[Callable[..., Future]]:
-        """Start `count` actors, each holding what `make` builds; return a caller for each.
+    def actors(self, make: Callable[[], Any], count: int, *, gpus: float) -> list[Caller]:
+        """Start `count` actors, each with what `make` builds; return a caller for each, which can be sent to tasks.
 
-        A caller can be sent to tasks. Each takes `gpus` of a GPU; of CPUs they claim none, since
-        they work while the tasks that call them wait.
+        Each takes `gpus` of a GPU; of CPUs they claim none, since they work while the tasks that call them wait.
         """
-        actor = self._ray.remote(Held).options(num_cpus=0, num_gpus=gpus, max_restarts=-1, max_task_retries=3)
-        return [RemoteCall(actor.remote(make)) for _ in range(count)]
+        actor = self._ray.remote(ActorBody).options(num_cpus=0, num_gpus=gpus, max_restarts=-1, max_task_retries=3)
+        return [ThereCaller(actor.remote(make)) for _ in range(count)]
 
 
 def _lost_errors(ray: Any) -> tuple[type[Exception], ...]:
     e = ray.exceptions
     return (e.WorkerCrashedError, e.OutOfMemoryError, e.NodeDiedError, e.ObjectLostError)
-
-
-class Held:
-    """An actor's body: an expensive object, built once."""
-
-    def __init__(self, make: Callable[[], Any]) -> None:
-        one_thread()
-        self.target = make()
-
-    def call(self, *arguments: Any) -> Any:
-        """Call the object."""
-        return self.target(*arguments)
-
-
-class NoCuda:
-    """Says of the node that it is on whether torch finds CUDA there."""
-
-    def __call__(self) -> str:
-        """Return the node's address if it doesn't, else nothing."""
-        import ray
-        import torch
-
-        return "" if torch.cuda.is_available() else str(ray.util.get_node_ip_address())
-
-
-class RemoteCall:
-    """Call an actor's object from any task; the result is a future."""
-
-    def __init__(self, actor: Any) -> None:
-        self.actor = actor
-
-    def __call__(self, *arguments: Any) -> Future:
-        """Start the call."""
-        return self.actor.call.remote(*arguments).future()
-
-
-def train_workers(fit: Callable[[dict[str, Any]], None], job: dict[str, Any], out: str, runner: OnRay) -> None:
-    """Run `fit(job)` in Ray Train's workers: one a GPU, else one a node.
-
-    When one dies, they are all started again on what is there once the cluster has noticed, twice at most.
-    """
-    from ray.train import RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    base: Any = TorchConfig().backend_cls
-
-    class Backend(base):
-        def on_start(self, worker_group: Any, backend_config: Any) -> None:
-            worker_group.execute(meet_at_ray_s_address)
-            super().on_start(worker_group, backend_config)
-
-    class Config(TorchConfig):
-        backend_cls = Backend
-
-    fs, folder = storage.filesystem(storage.join(out, "ray"))
-
-    def train_once() -> None:
-        n_gpus = runner.n_gpus
-        trainer = TorchTrainer(
-            fit,
-            train_loop_config=job | {"device": "cuda" if n_gpus else "cpu"},  # Ray hides GPUs from nobody
-            torch_config=Config(),
-            scaling_config=ScalingConfig(
-                num_workers=n_gpus or runner.n_nodes,
-                use_gpu=n_gpus > 0,
-                resources_per_worker={"CPU": 0, "GPU": 1} if n_gpus else {"CPU": 1},  # a GPU's node may offer no CPUs
-                placement_strategy="SPREAD",
-            ),
-            run_config=RunConfig(
-                name=f"train-{time.time_ns():x}",  # an old name would resume Ray's own record of an old run
-                storage_path=folder,
-                storage_filesystem=fs,
-            ),
-        )
-        trainer.fit()
-
-    for _ in range(2):
-        with contextlib.suppress(TrainingFailedError):
-            return train_once()
-        time.sleep(_NOTICED_S)  # Ray's own restart would wait for a lost node, for ever
-    train_once()
 
 
 Runner = InProcess | OnRay

@@ -21,6 +21,7 @@ _TRIAL_POLL_S = 5.0
 _SOURCE_POLL_S = 2.0
 _WINDOW_S = 3600.0  # the present rate is that of the last hour …
 _FEWEST = 20  # … once this many downloads have been seen
+_OUTDATED_IN_A_ROW = 20  # downloads that fail as if yt-dlp no longer understood YouTube: no more are worth a try
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,20 @@ class Lease:
     identity: EgressIdentity
     pauses: int = 0  # of this identity so far: tells late answers from new ones
     source: str = ""  # what is downloaded
+
+
+@dataclass(frozen=True)
+class Wait:
+    """No leave yet: ask again after this time."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Stop:
+    """No leave any more, to anybody: the run is to end, for this reason."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -134,11 +149,12 @@ class TokenBucket:
 class EgressBudget:
     """What all workers together may download: a token bucket an identity, and pauses.
 
-    `acquire` gives a lease or the seconds to wait, and each lease is answered by `report`. A
+    `acquire` gives a lease or says how long to wait, and each lease is answered by `report`. A
     blocked identity starts nothing for `cooldown_s`, twice that the next time, up to
     `max_cooldown_s`, and after a pause one download at a time until one succeeds. Late answers of
     downloads that began before a pause change nothing, so many at once are one strike. Other
-    identities go on. Without `identities` each machine that asks is one.
+    identities go on. Without `identities` each machine that asks is one. Once many downloads in a
+    row have failed as if YouTube had changed, `acquire` tells everybody to stop.
 
     A plain object with a lock: threads share it as it is, machines as a Ray actor.
     """
@@ -167,16 +183,20 @@ class EgressBudget:
         for identity in identities:
             self._open(identity)
         self._busy: dict[str, float] = {}  # source → until when it surely is
-        self.outdated_in_a_row = 0  # many: every download fails until yt-dlp is updated, so stop
+        self._outdated_in_a_row = 0
 
-    def acquire(self, machine: str = "", source: str = "") -> Lease | float:
-        """Take an identity's token for a download of `source` from `machine`, or say how many seconds to wait.
+    def acquire(self, machine: str = "", source: str = "") -> Lease | Wait | Stop:
+        """Take an identity's token for a download of `source` from `machine`, or say to wait, or to stop.
 
-        While one lease is out for a source there is no second: what comes of it may serve both.
+        While one lease is out for a source there is no second: what comes of it may serve both. It is
+        Stop once 20 downloads in a row were reported as `tool_outdated`, until one ends otherwise.
         """
         with self._lock:
+            if (outdated := self._outdated_in_a_row) >= _OUTDATED_IN_A_ROW:
+                failed = f"{outdated} downloads in a row failed as if YouTube had changed"
+                return Stop(f"{failed}: update yt-dlp, then run this again")
             if source and self._busy.get(source, -math.inf) > self._clock():
-                return _SOURCE_POLL_S
+                return Wait(_SOURCE_POLL_S)
             accounts = list(self._accounts.values())
             if self._by_machine:
                 name = f"machine {machine}".strip()
@@ -187,7 +207,7 @@ class EgressBudget:
             waits = [account.wait_s(now) for account in accounts]
             ready = [a for a, wait in zip(accounts, waits, strict=True) if wait <= 0]
             if not ready:
-                return min(waits)
+                return Wait(min(waits))
             account = max(ready, key=lambda a: (a.strikes == 0, a.bucket.level))
             account.bucket.take()
             if account.strikes:
@@ -204,7 +224,7 @@ class EgressBudget:
             now = self._clock()
             self._busy.pop(lease.source, None)
             account.outcomes["ok" if outcome is None else str(outcome)] += 1
-            self.outdated_in_a_row = self.outdated_in_a_row + 1 if outcome == Reason.TOOL_OUTDATED else 0
+            self._outdated_in_a_row = self._outdated_in_a_row + 1 if outcome == Reason.TOOL_OUTDATED else 0
             if outcome not in _UNANSWERED:
                 self._finished.append(now)
             if lease.pauses != account.pauses:

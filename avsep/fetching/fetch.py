@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from avsep import storage
-from avsep.fetching.egress import EgressIdentity, Lease
-from avsep.fetching.options import Budget, FetchOptions, FetchResult
+from avsep.fetching.egress import EgressIdentity, Lease, Stop
+from avsep.fetching.options import Budget, FetchOptions, FetchResult, Stopped
 from avsep.fetching.sources import store_path, url_of
 from avsep.fetching.ytdlp import need_yt_dlp, retrieve, temporary_folder
 from avsep.media.cut import cut
@@ -47,8 +47,8 @@ def fetch(
     `siblings` are other segments of the same source, which are cut from the same download. Waits for
     the budget's leave, reports to it, and tries again, later or as another identity, where that can
     help; `tell` gets the number and the error of each attempt that is followed by another. Raises
-    ClipError with the last attempt's reason, OSError when the disk is full, ModuleNotFoundError
-    without yt-dlp, ValueError for a source that isn't remote.
+    ClipError with the last attempt's reason, Stopped when the budget says so, OSError when the disk
+    is full, ModuleNotFoundError without yt-dlp, ValueError for a source that isn't remote.
     """
     path = store_path(store, segment.segment_id)
     url = url_of(segment.source)
@@ -120,7 +120,9 @@ def download(
 def _wait_for_lease(budget: Budget, machine: str, source: str, path: str) -> Lease | None:
     """Wait for a lease; None when the file is there meanwhile, as somebody's sibling."""
     while not isinstance(answer := budget.acquire(machine, source), Lease):
-        time.sleep(min(answer, _WAIT_S) * random.uniform(1.0, 1.1) + 0.001)
+        if isinstance(answer, Stop):
+            raise Stopped(answer.reason)
+        time.sleep(min(answer.seconds, _WAIT_S) * random.uniform(1.0, 1.1) + 0.001)
         if storage.exists(path):
             return None
     return answer

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from avsep import media
-from avsep.fetching.egress import Lease
+from avsep.fetching.egress import Lease, Stop, Wait
 from avsep.media.cut import CutOptions
 from avsep.records import Reason
 
@@ -42,11 +42,15 @@ class FetchResult:
     attempts: int = 0
 
 
+class Stopped(Exception):
+    """No download is worth a try any more, and why: the run is to end."""
+
+
 class Budget(Protocol):
     """What `fetch` asks for leave: an `EgressBudget`, or a stand-in that calls a shared one."""
 
-    def acquire(self, machine: str = "", source: str = "") -> Lease | float:
-        """Give a lease, or the seconds to wait."""
+    def acquire(self, machine: str = "", source: str = "") -> Lease | Wait | Stop:
+        """Give a lease, or say how long to wait, or to stop."""
 
     def report(self, lease: Lease, outcome: Reason | None) -> None:
         """Take a lease's outcome, None for success."""

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import io
+import json
+import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
-from avsep import shards, storage
+from avsep import storage
 from avsep.learning import parallel
+from avsep.learning.albums import open_images, read_album
 from avsep.metrics import mean_average_precision
 from avsep.miml import basis_posteriors, energy_shares, partial_label_loss
-from avsep.model import LabelConfig, Model
+from avsep.model import LABELLER_FILE, LabelConfig, Model
 from avsep.objects import AUDIOSET_23, N_IMAGENET_CLASSES, Vocabulary, weak_labels
-from avsep.records import ClipRecord
+from avsep.records import ClipRecord, Segment
 from avsep.vision import ImageLabeller, build_network
 
 BACKGROUND = 819  # ImageNet's "stage": what a network trained from scratch answers when it sees no object
-_JPEG_QUALITY = 90
 _ONE_LOOK = LabelConfig()
-_ALBUM = pa.schema([("segment_id", pa.string()), ("pictures", pa.list_(pa.binary()))])
+START_FILE, CHECKPOINT_FILE, HISTORY_FILE = "start.safetensors", "checkpoint.pt", "history.json"
 
 
 @dataclass(frozen=True)
@@ -40,38 +41,6 @@ class FinetuningConfig:
     presence: float = 3.0  # weight of finding every label in some picture
     dropout: float = 0.0  # before the last layer
     seed: int = 0
-
-
-# ------------------------------------------------------------------------------------ pictures
-
-
-def write_album(path: str, clips: Sequence[tuple[str, NDArray[np.uint8]]]) -> None:
-    """Write clips' pictures, each `(n, height, width, 3)`, as JPEGs in one Parquet file."""
-    rows = [{"segment_id": i, "pictures": [_jpeg(p) for p in pictures]} for i, pictures in clips]
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=_ALBUM), buffer)
-    storage.write_bytes(path, buffer.getbuffer())
-
-
-def read_album(path: str) -> list[tuple[str, list[bytes]]]:
-    """Read each clip's id and JPEGs."""
-    return [(row["segment_id"], row["pictures"]) for row in shards.read_table(path).to_pylist()]
-
-
-def _jpeg(picture: NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=_JPEG_QUALITY)
-    return buffer.getvalue()
-
-
-def open_pictures(jpegs: Sequence[bytes]) -> NDArray[np.uint8]:
-    """Decode JPEGs of one size, `(n, height, width, 3)`."""
-    return np.stack([np.asarray(Image.open(io.BytesIO(j))) for j in jpegs])
-
-
-def score_album(labeller: ImageLabeller, path: str, vocabulary: Vocabulary = AUDIOSET_23) -> dict[str, Tensor]:
-    """Score the objects in each clip's pictures, `(L,)`."""
-    return {i: vocabulary.scores(labeller(open_pictures(jpegs))) for i, jpegs in read_album(path)}
 
 
 # ------------------------------------------------------------------------------------- targets
@@ -118,6 +87,29 @@ def targets(
         return scores * confidence >= labels.best_threshold
     votes = given.int() + (scores >= labels.threshold).int() + heard.int()
     return votes >= 2
+
+
+def score_album(labeller: ImageLabeller, path: str, vocabulary: Vocabulary) -> dict[str, Tensor]:
+    """Score the objects in each clip's pictures, `(L,)`."""
+    return {i: vocabulary.scores(labeller(open_images(jpegs))) for i, jpegs in read_album(path)}
+
+
+def decide(
+    kind: str,
+    segments: Iterable[Segment],
+    shares: dict[str, Tensor],
+    scores: dict[str, Tensor],
+    model: Model | None,
+    vocabulary: Vocabulary,
+) -> dict[str, Tensor]:
+    """Decide by `targets` what each clip's pictures show; clips that show nothing for certain are left out."""
+    labels = {}
+    for s in segments:
+        given = None if s.labels is None else vocabulary.multi_hot(s.labels)
+        marks = targets(kind, given, shares.get(s.segment_id), scores.get(s.segment_id), model)
+        if marks is not None and marks.any():
+            labels[s.segment_id] = marks
+    return labels
 
 
 # ------------------------------------------------------------------------------------ training
@@ -176,7 +168,7 @@ def batches(
             places = [np.arange(config.pictures_a_clip) + rng.random() for _ in batch]
             share = [k % len(batch) for k in range(rank, max(len(batch), n_ranks), n_ranks)]  # one clip at least
             pictures = [
-                open_pictures([batch[k][1][int(x * len(batch[k][1]) / config.pictures_a_clip)] for x in places[k]])
+                open_images([batch[k][1][int(x * len(batch[k][1]) / config.pictures_a_clip)] for x in places[k]])
                 for k in share
             ]
             if len(pictures) * config.pictures_a_clip > 1:  # batch norm needs two
@@ -204,12 +196,13 @@ def train_epoch(
     learning_rate: Callable[[float], float],
     n_batches: int,
     epoch: int,
+    vocabulary: Vocabulary = AUDIOSET_23,
 ) -> float:
     """Train over the batches once; return the mean loss by clip. `learning_rate` is that at a share of the run."""
     rng = np.random.default_rng([config.seed, epoch, 1])
     device = labeller.device
     network = labeller.network.train().to(memory_format=torch.channels_last)
-    groups = class_groups(labeller.classes).to(device)
+    groups = class_groups(labeller.classes, vocabulary).to(device)
     kind = torch.device(device).type
     halved = kind == "cuda" or torch.cpu._is_amx_tile_supported()  # there bfloat16 is 3 times as fast for a ResNet
     total, count = 0.0, 0
@@ -267,3 +260,109 @@ def agreement(
         "map": mean_average_precision(labels, found),
         "agreement": float(torch.where(either > 0, both / either.clamp_min(1), 1.0).mean()),
     }
+
+
+def measure(scores: dict[str, Tensor], truth: dict[str, Tensor], thresholds: LabelConfig) -> dict[str, float]:
+    """Return mAP, agreement, and their mean, by which the epoch is chosen."""
+    found = agreement(scores, truth, thresholds.threshold, thresholds.best_threshold)
+    return found | {"selection": float(np.nanmean(list(found.values())))}
+
+
+def describe(row: dict[str, float]) -> str:
+    """Format validation figures."""
+    return f"mAP {row['map']:.3f}, label agreement {row['agreement']:.3f}"
+
+
+# ----------------------------------------------------------------------------------- the run
+
+
+@dataclass(frozen=True)
+class FinetuningRun:
+    """What the workers of a fine-tuning need to know."""
+
+    out: str
+    train: list[str]  # albums
+    val: list[str]
+    labels: dict[str, Tensor]  # of training clips, boolean `(L,)`
+    truth: dict[str, Tensor]  # of validation clips
+    before: float  # the start's figure by which epochs are chosen
+    thresholds: LabelConfig
+    config: FinetuningConfig
+    vocabulary: Vocabulary = AUDIOSET_23
+    threads: int = 1
+
+
+def save(labeller: ImageLabeller, path: str) -> bytes:
+    """Write a picture network to a file or URI, and return the file."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "network.safetensors")
+        labeller.save(file)
+        data = file.read_bytes()
+    storage.write_bytes(path, data)
+    return data
+
+
+def fit(
+    run: FinetuningRun,
+    device: str | None = None,
+    rank: int = 0,
+    n_ranks: int = 1,
+    report: Callable[[dict[str, float]], None] | None = None,
+) -> None:
+    """Train to the end from the run's checkpoint, if there is one: the body of one training worker.
+
+    The first worker writes the best epoch's network. `report` gets the figures of each epoch.
+    """
+    config = run.config
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(run.threads)
+    torch.manual_seed(config.seed)
+    with storage.local_file(storage.join(run.out, START_FILE)) as path:
+        labeller = ImageLabeller.load(weights=path, device=device)
+    network = labeller.network
+    if config.dropout:
+        add_dropout(network, config.dropout)
+    optimiser = torch.optim.AdamW(network.parameters(), config.learning_rate, weight_decay=1e-2)
+    rows = _resume(run, network, optimiser, device)
+    n_batches = -(-len(run.labels) // config.batch_clips)
+    best = max([run.before, *(r["selection"] for r in rows)])
+    for epoch in range(len(rows), config.epochs):
+        started = time.monotonic()
+        torch.manual_seed(config.seed * 1_000_003 + epoch)  # dropout
+        parts = batches(run.train, run.labels, config, epoch, rank, n_ranks)
+        rate = one_cycle(config.learning_rate)
+        loss = train_epoch(labeller, parts, optimiser, config, rate, n_batches, epoch, run.vocabulary)
+        scores = {i: s for f in run.val for i, s in score_album(labeller, f, run.vocabulary).items()}
+        row = measure(scores, run.truth, run.thresholds)
+        row |= {"epoch": epoch, "train_loss": loss, "seconds": time.monotonic() - started}
+        rows.append(row)
+        if rank == 0:
+            if row["selection"] > best:
+                best = row["selection"]
+                save(labeller, storage.join(run.out, LABELLER_FILE))
+            _save_checkpoint(run, network, optimiser, rows)
+        if report:
+            report(row)
+
+
+def _resume(
+    run: FinetuningRun, network: nn.Module, optimiser: torch.optim.Optimizer, device: str
+) -> list[dict[str, float]]:
+    """Go on from the checkpoint, if there is one; return the figures of the epochs that are done."""
+    path = storage.join(run.out, CHECKPOINT_FILE)
+    if not storage.exists(path):
+        return []
+    saved = torch.load(io.BytesIO(storage.read_bytes(path)), map_location=device, weights_only=True)
+    network.load_state_dict(saved["network"])
+    optimiser.load_state_dict(saved["optimiser"])
+    return saved["rows"]
+
+
+def _save_checkpoint(
+    run: FinetuningRun, network: nn.Module, optimiser: torch.optim.Optimizer, rows: list[dict[str, float]]
+) -> None:
+    buffer = io.BytesIO()
+    state: dict[str, Any] = {"network": network.state_dict(), "optimiser": optimiser.state_dict(), "rows": rows}
+    torch.save(state, buffer)
+    storage.write_bytes(storage.join(run.out, CHECKPOINT_FILE), buffer.getbuffer())
+    storage.write_text(storage.join(run.out, HISTORY_FILE), json.dumps(rows, indent=1))

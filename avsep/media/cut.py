@@ -13,14 +13,13 @@ import soundfile
 
 from avsep.limits import DecodeLimits
 from avsep.media.decode import decode
-from avsep.media.excerpt import LEAD_S, UNINDEXED_LEAD_S, n_pictures
+from avsep.media.excerpt import n_images, seek, sound_filters
 from avsep.media.faults import SLACK_S, judge, reaches, survey
 from avsep.media.ffmpeg import (
     Changed,
     FFmpeg,
     Header,
     Listening,
-    input_of,
     or_inf,
     read_header,
     time_left,
@@ -101,8 +100,8 @@ def cut(
             raise ClipError(Reason.TRUNCATED, f"{shown}, in an excerpt of {pictures_s:.2f} s")
 
 
-def _too_few(n_images: int, length_s: float) -> bool:
-    return not n_images or n_images < n_pictures(length_s) - 1 - SLACK_S
+def _too_few(count: int, length_s: float) -> bool:
+    return not count or count < n_images(length_s) - 1 - SLACK_S
 
 
 # Cutting
@@ -165,46 +164,19 @@ def _encode(
     *,
     sound_start_s: float | None = None,
 ) -> FFmpeg:
-    def opened(file: Path, header: Header, start_s: float) -> tuple[Any, float]:
-        seek_s = max(0.0, start_s - (LEAD_S if header.indexed else UNINDEXED_LEAD_S))
-        seek: dict[str, Any] = {"ss": f"{seek_s:.6f}", "noaccurate_seek": None} if seek_s else {}
-        if header.info.has_video:
-            seek |= {"max_pixels:v": limits.max_pixels, "reinit_filter:v": 0}
-        return input_of(file, limits, **seek), header.zero_s + start_s - seek_s
-
-    source, lead_s = opened(*sound, start_s if sound_start_s is None else sound_start_s)
-    mix = sound[1].tracks[0].mix
-    rate = sound[1].info.sample_rate or 48_000
-    audio = (
-        f"atrim=start={lead_s:.6f}:end={lead_s + length_s + 0.1:.6f}"
-        + (f",aeval='{mix}':c=mono" if mix else "")
-        + f",aresample={rate}:async=1:first_pts={round(lead_s * rate)}:rematrix_maxval=1"
-        f",aformat=sample_fmts=s16:channel_layouts=mono|stereo:sample_rates={rate}"
-        f",atrim=end_sample={round(length_s * rate)},asetpts=N/SR/TB"
-    )
+    source, lead_s = seek(*sound, start_s if sound_start_s is None else sound_start_s, limits)
+    listening, rate = Listening(mix=sound[1].tracks[0].mix), sound[1].info.sample_rate or 48_000
+    filters = sound_filters(listening, lead_s, length_s, rate, samples="s16", layouts="mono|stereo")
     streams = [source["a:0"]]
-    coding: dict[str, Any] = {"format": "matroska", "fs": options.max_bytes, "c:a": "flac", "af": audio}
-    coding |= {"map_metadata": -1, "map_chapters": -1, "fflags": "+bitexact", "flags:a": "+bitexact"}
+    coding: dict[str, Any] = {"format": "matroska", "fs": options.max_bytes, "c:a": "flac"}
+    coding |= {"af": f"{filters},asetpts=N/SR/TB", "map_metadata": -1, "map_chapters": -1}
+    coding |= {"fflags": "+bitexact", "flags:a": "+bitexact"}
     if picture is not None:
         if picture[0] != sound[0]:
-            source, lead_s = opened(*picture, start_s)
-        start, short = round(lead_s * 1e6), options.max_height
-        # Picture k is what is shown k / 30 s into the excerpt.
-        video = (
-            f"settb=1/1000000,setpts=PTS-{start},fps={_FPS}:start_time=0:round=up"
-            f",trim=end_frame={math.ceil(length_s * _FPS)},setpts=N"
-            f",scale='if(gt(iw,ih),-2,2*trunc(min({short},iw)/2))':'if(gt(iw,ih),2*trunc(min({short},ih)/2),-2)'"
-            ",format=yuv420p"
-        )
+            source, lead_s = seek(*picture, start_s, limits)
         streams.append(source["V:0"])
-        coding |= {
-            "vf": video,
-            "r": _FPS,
-            "g": _FPS,
-            "bf": 0,
-            "flags:v": "+bitexact",
-            "threads": limits.threads,
-        }
+        coding |= {"vf": _picture_filters(lead_s, length_s, options.max_height), "r": _FPS, "g": _FPS, "bf": 0}
+        coding |= {"flags:v": "+bitexact", "threads": limits.threads}
     x264, mpeg4 = {"c:v": "libx264", "preset": "veryfast", "crf": 21}, {"c:v": "mpeg4", "q:v": 4}
     for encoder in (x264, mpeg4):
         target.unlink(missing_ok=True)  # of an attempt that failed
@@ -216,3 +188,13 @@ def _encode(
         if "Unknown encoder 'libx264'" not in process.log:
             break
     return process
+
+
+def _picture_filters(lead_s: float, length_s: float, short: int) -> str:
+    """Return ffmpeg's filters for the pictures of an excerpt: number k is what is shown k / 30 s into it."""
+    return (
+        f"settb=1/1000000,setpts=PTS-{round(lead_s * 1e6)},fps={_FPS}:start_time=0:round=up"
+        f",trim=end_frame={math.ceil(length_s * _FPS)},setpts=N"
+        f",scale='if(gt(iw,ih),-2,2*trunc(min({short},iw)/2))':'if(gt(iw,ih),2*trunc(min({short},ih)/2),-2)'"
+        ",format=yuv420p"
+    )

@@ -44,20 +44,12 @@ def open_excerpt(
     timed are pairs of float64: sample, and seconds after the excerpt's start.
     """
     info = header.info
-    seek_s = max(0.0, start_s - (LEAD_S if header.indexed else UNINDEXED_LEAD_S))
-    options: dict[str, Any] = {"ss": f"{seek_s:.6f}", "noaccurate_seek": None} if seek_s else {}
-    if info.has_video:
-        options["max_pixels:v"] = limits.max_pixels
-        options["reinit_filter:v"] = 0  # scale copes with a change of size; fps would start over
-    if listening.endless:
-        options["ignore_length"] = 1
-    source = input_of(path, limits, listening.link, **options)
-    lead_s = header.zero_s + start_s - seek_s
+    source, lead_s = seek(path, header, start_s, limits, listening)
     outputs = []
     if info.has_audio:
-        filters = _sound_filters(listening, lead_s, length_s, sample_rate)
+        filters = sound_filters(listening, lead_s, length_s, sample_rate)
         coding = "f64le" if listening.timed else "f32le"
-        outputs.append(source[f"a:{listening.track - 1}"].output("pipe:1", format=coding, af=",".join(filters)))
+        outputs.append(source[f"a:{listening.track - 1}"].output("pipe:1", format=coding, af=filters))
     if info.has_video:
         # What is shown at the start comes at 0 s, what is shown after n + 0.5 s at n + 1 s.
         start = round(lead_s * 1e6)
@@ -66,7 +58,7 @@ def open_excerpt(
             "settb=1/1000000",
             f"setpts='PTS-{start}+500000*gt(PTS,{start})'",
             "fps=1:start_time=0:round=up",
-            f"trim=end_frame={n_pictures(length_s)}",
+            f"trim=end_frame={n_images(length_s)}",
             "setpts=N",
             f"scale='if(gt(dar,1),round({short}*dar),{short})':'if(gt(dar,1),{short},round({short}/dar))'"
             ":flags=bicubic+accurate_rnd+full_chroma_int",
@@ -77,8 +69,29 @@ def open_excerpt(
     return FFmpeg(outputs, path, limits, look, None if not info.has_audio else listening)
 
 
-def _sound_filters(listening: Listening, lead_s: float, length_s: float, sample_rate: int) -> list[str]:
-    """Return ffmpeg's filters for what follows `lead_s` on its clock."""
+def seek(
+    path: Path, header: Header, start_s: float, limits: DecodeLimits, listening: Listening = Listening()
+) -> tuple[Any, float]:
+    """Open a file shortly before an excerpt → (ffmpeg's input, where the excerpt starts on its clock, in s)."""
+    seek_s = max(0.0, start_s - (LEAD_S if header.indexed else UNINDEXED_LEAD_S))
+    options: dict[str, Any] = {"ss": f"{seek_s:.6f}", "noaccurate_seek": None} if seek_s else {}
+    if header.info.has_video:
+        options["max_pixels:v"] = limits.max_pixels
+        options["reinit_filter:v"] = 0  # scale copes with a change of size; fps would start over
+    if listening.endless:
+        options["ignore_length"] = 1
+    return input_of(path, limits, listening.link, **options), header.zero_s + start_s - seek_s
+
+
+def sound_filters(
+    listening: Listening,
+    lead_s: float,
+    length_s: float,
+    sample_rate: int,
+    samples: str = "flt",
+    layouts: str = "mono",
+) -> str:
+    """Return ffmpeg's filters for what follows `lead_s` on its clock: `samples` is their format."""
     bounded = math.isfinite(length_s)
     # atrim before aresample: the latter lets a start up to 1 ms early pass, and fills gaps of any length
     filters = [f"atrim=start={lead_s:.6f}" + (f":end={lead_s + length_s + 0.1:.6f}" if bounded else "")]
@@ -86,21 +99,21 @@ def _sound_filters(listening: Listening, lead_s: float, length_s: float, sample_
         filters.append(f"aeval='{listening.mix}':c=mono")
     placed = "" if listening.timed else f":async=1:first_pts={round(lead_s * sample_rate)}"
     filters.append(f"aresample={sample_rate}{placed}:rematrix_maxval=1")
-    filters.append(f"aformat=sample_fmts=flt:channel_layouts=mono:sample_rates={sample_rate}")
+    filters.append(f"aformat=sample_fmts={samples}:channel_layouts={layouts}:sample_rates={sample_rate}")
     if listening.timed:  # a change makes the filters anew: what counts from the start would start again
         filters.append(f"aeval='val(0)|t-{lead_s:.6f}':c=stereo")
     elif bounded:
         filters.append(f"atrim=end_sample={round(length_s * sample_rate)}")
-    return filters
+    return ",".join(filters)
 
 
 def read_excerpt(
     process: FFmpeg, length_s: float, sample_rate: int, image_size: int, timeout_s: float
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """Read an excerpt's waveform `(S,)` and images; TOO_LARGE for more of them than its length allows."""
-    picture_bytes = 3 * _WIDEST * image_size**2 + _PPM_HEADER_BYTES
+    image_bytes = 3 * _WIDEST * image_size**2 + _PPM_HEADER_BYTES
     outputs = (bytearray(), bytearray())
-    bounds = (4 * round(length_s * sample_rate), picture_bytes * n_pictures(length_s))
+    bounds = (4 * round(length_s * sample_rate), image_bytes * n_images(length_s))
     timed = process.listening is not None and process.listening.timed
     placing = _Placing(sample_rate) if timed else None
     for number, data in process.pieces(timeout_s):
@@ -114,11 +127,11 @@ def read_excerpt(
         if len(outputs[number]) > bounds[number]:
             raise ClipError(Reason.TOO_LARGE, f"more output than {length_s:g} s can give")
     waveform = np.frombuffer(outputs[0], "<f4", len(outputs[0]) // 4)
-    pictures = _pictures(outputs[1])
-    return waveform, pictures[1:] if len(pictures) > 1 else pictures
+    images = _images(outputs[1])
+    return waveform, images[1:] if len(images) > 1 else images
 
 
-def _pictures(stream: bytearray) -> NDArray[np.uint8]:
+def _images(stream: bytearray) -> NDArray[np.uint8]:
     """Read PPM pictures, `(n, height, width, 3)`, up to one of another size or that isn't whole."""
     header = _PPM.match(stream)
     if header is None:
@@ -176,6 +189,6 @@ class _Placing:
                 yield bytes(4 * min(CHUNK_BYTES, missing - start))
 
 
-def n_pictures(length_s: float) -> int:
+def n_images(length_s: float) -> int:
     """Count those at the start, at 0.5, 1.5, … s."""
     return 1 + max(0, math.ceil(length_s - 0.5))

@@ -387,70 +387,84 @@ DRAWERS: dict[str, tuple[Callable[[_Pen, Generator], None], float, float]] = {  
 }
 
 
-def draw_scenery(rng: Generator, size: tuple[int, int]) -> Image.Image:
-    """Draw a room, a stage, a street or a park without any of the objects."""
-    width, height = size
-    image = Image.new("RGB", size)
-    draw = ImageDraw.Draw(image)
-    floor = height * rng.uniform(0.62, 0.8)
+class _Canvas:
+    """Draws a scene's ground, walls and skies, in pixels, `(0, 0)` top left."""
 
-    def box(left: float, top: float, right: float, bottom: float, fill: Colour) -> None:
-        draw.rectangle((left, top, right, bottom), fill=fill)
+    def __init__(self, size: tuple[int, int], floor: float) -> None:
+        self.image = Image.new("RGB", size)
+        self.width, self.height = size
+        self.floor = floor  # where the ground begins
+        self.draw = ImageDraw.Draw(self.image)
 
-    def gradient(top: float, bottom: float, first: Colour, last: Colour) -> None:
+    def box(self, left: float, top: float, right: float, bottom: float, fill: Colour) -> None:
+        self.draw.rectangle((left, top, right, bottom), fill=fill)
+
+    def gradient(self, top: float, bottom: float, first: Colour, last: Colour) -> None:
         for row in range(int(top), int(bottom) + 1):
             a = (row - top) / max(1, bottom - top)
             mixed = [int(p + a * (q - p)) for p, q in zip(first, last, strict=True)]
-            draw.line((0, row, width, row), fill=(mixed[0], mixed[1], mixed[2]))
+            self.draw.line((0, row, self.width, row), fill=(mixed[0], mixed[1], mixed[2]))
 
-    place = rng.choice(["room", "stage", "street", "park"])
-    if place == "room":
-        wall = _pick(rng, (206, 196, 178), (170, 190, 200), (196, 176, 190), (180, 200, 170), (120, 130, 150))
-        gradient(0, floor, _shade(wall, 1.15), wall)
-        gradient(floor, height, _pick(rng, (150, 104, 66), (120, 110, 104), (96, 70, 56)), (60, 46, 40))
-        box(0, floor - 5, width, floor, _shade(wall, 0.7))
-        x, y = rng.uniform(0, 0.7) * width, rng.uniform(0.05, 0.2) * height
-        box(x - 4, y - 4, x + 0.25 * width + 4, y + 0.3 * height + 4, (236, 232, 224))
-        box(
-            x,
-            y,
-            x + 0.25 * width,
-            y + 0.3 * height,
-            _pick(rng, (150, 196, 230), (60, 76, 110), (226, 200, 150)),
-        )
-        if rng.random() < 0.6:
-            box(x + 0.12 * width, y, x + 0.13 * width, y + 0.3 * height, (236, 232, 224))
-    elif place == "stage":
-        curtain = _pick(rng, (110, 16, 24), (30, 30, 80), (60, 20, 70), (24, 60, 56))
-        for x in range(0, width, 4):
-            fold = 0.75 + 0.25 * np.sin(x * 0.14 + 6 * rng.random())
-            box(x, 0, x + 4, floor, _shade(curtain, fold))
-        gradient(floor, height, _pick(rng, (120, 84, 54), (70, 66, 70)), (30, 24, 22))
-        light = Image.new("L", size)
-        x = rng.uniform(0.3, 0.7) * width
-        ImageDraw.Draw(light).polygon([(x, -20), (x - 0.35 * width, height), (x + 0.35 * width, height)], fill=46)
-        image.paste((255, 244, 214), (0, 0), light)
-    elif place == "street":
-        gradient(0, floor, _pick(rng, (120, 170, 220), (170, 176, 186), (240, 190, 150)), (226, 226, 220))
-        x = -20.0
-        while x < width:
-            across, tall = rng.uniform(40, 90), rng.uniform(0.3, 0.95) * floor
-            wall = _pick(rng, (150, 120, 104), (130, 134, 140), (176, 150, 120), (110, 96, 100))
-            box(x, floor - tall, x + across, floor, wall)
-            for wx in np.arange(x + 7, x + across - 12, 16):
-                for wy in np.arange(floor - tall + 8, floor - 18, 22):
-                    box(wx, wy, wx + 8, wy + 12, _shade(wall, 0.6 if rng.random() < 0.7 else 1.7))
-            x += across + rng.uniform(0, 12)
-        gradient(floor, height, (110, 110, 114), (70, 70, 76))
-        for x in np.arange(rng.uniform(-40, 0), width, 60):
-            box(x, 0.93 * height, x + 30, 0.93 * height + 4, (226, 220, 200))
-    else:
-        gradient(0, floor, _pick(rng, (110, 170, 230), (150, 190, 220), (230, 180, 150)), (220, 234, 240))
-        gradient(floor, height, _pick(rng, (96, 150, 70), (130, 160, 80), (150, 140, 90)), (60, 104, 48))
-        for _ in range(rng.integers(2, 6)):
-            x, r = rng.uniform(0, width), rng.uniform(18, 42)
-            leaves = _pick(rng, (50, 110, 56), (80, 130, 60), (160, 110, 50))
-            box(x - 4, floor - 1.4 * r, x + 4, floor + 4, (92, 64, 44))
-            draw.ellipse((x - r, floor - 3 * r, x + r, floor - r), fill=leaves)
-            draw.ellipse((x - 0.8 * r, floor - 3.3 * r, x + 0.4 * r, floor - 2 * r), fill=_shade(leaves, 1.15))
-    return image
+
+def draw_scenery(rng: Generator, size: tuple[int, int]) -> Image.Image:
+    """Draw a room, a stage, a street or a park without any of the objects."""
+    canvas = _Canvas(size, floor=size[1] * rng.uniform(0.62, 0.8))
+    _PLACES[rng.choice(list(_PLACES))](canvas, rng)
+    return canvas.image
+
+
+def _draw_room(c: _Canvas, rng: Generator) -> None:
+    wall = _pick(rng, (206, 196, 178), (170, 190, 200), (196, 176, 190), (180, 200, 170), (120, 130, 150))
+    c.gradient(0, c.floor, _shade(wall, 1.15), wall)
+    c.gradient(c.floor, c.height, _pick(rng, (150, 104, 66), (120, 110, 104), (96, 70, 56)), (60, 46, 40))
+    c.box(0, c.floor - 5, c.width, c.floor, _shade(wall, 0.7))
+    x, y = rng.uniform(0, 0.7) * c.width, rng.uniform(0.05, 0.2) * c.height
+    right, bottom = x + 0.25 * c.width, y + 0.3 * c.height
+    c.box(x - 4, y - 4, right + 4, bottom + 4, (236, 232, 224))
+    c.box(x, y, right, bottom, _pick(rng, (150, 196, 230), (60, 76, 110), (226, 200, 150)))
+    if rng.random() < 0.6:
+        c.box(x + 0.12 * c.width, y, x + 0.13 * c.width, bottom, (236, 232, 224))
+
+
+def _draw_stage(c: _Canvas, rng: Generator) -> None:
+    curtain = _pick(rng, (110, 16, 24), (30, 30, 80), (60, 20, 70), (24, 60, 56))
+    for left in range(0, c.width, 4):
+        fold = 0.75 + 0.25 * np.sin(left * 0.14 + 6 * rng.random())
+        c.box(left, 0, left + 4, c.floor, _shade(curtain, fold))
+    c.gradient(c.floor, c.height, _pick(rng, (120, 84, 54), (70, 66, 70)), (30, 24, 22))
+    light = Image.new("L", c.image.size)
+    x = rng.uniform(0.3, 0.7) * c.width
+    beam = [(x, -20), (x - 0.35 * c.width, c.height), (x + 0.35 * c.width, c.height)]
+    ImageDraw.Draw(light).polygon(beam, fill=46)
+    c.image.paste((255, 244, 214), (0, 0), light)
+
+
+def _draw_street(c: _Canvas, rng: Generator) -> None:
+    c.gradient(0, c.floor, _pick(rng, (120, 170, 220), (170, 176, 186), (240, 190, 150)), (226, 226, 220))
+    x = -20.0
+    while x < c.width:
+        across, tall = rng.uniform(40, 90), rng.uniform(0.3, 0.95) * c.floor
+        wall = _pick(rng, (150, 120, 104), (130, 134, 140), (176, 150, 120), (110, 96, 100))
+        c.box(x, c.floor - tall, x + across, c.floor, wall)
+        for wx in np.arange(x + 7, x + across - 12, 16):
+            for wy in np.arange(c.floor - tall + 8, c.floor - 18, 22):
+                c.box(wx, wy, wx + 8, wy + 12, _shade(wall, 0.6 if rng.random() < 0.7 else 1.7))
+        x += across + rng.uniform(0, 12)
+    c.gradient(c.floor, c.height, (110, 110, 114), (70, 70, 76))
+    for x in np.arange(rng.uniform(-40, 0), c.width, 60):
+        c.box(x, 0.93 * c.height, x + 30, 0.93 * c.height + 4, (226, 220, 200))
+
+
+def _draw_park(c: _Canvas, rng: Generator) -> None:
+    c.gradient(0, c.floor, _pick(rng, (110, 170, 230), (150, 190, 220), (230, 180, 150)), (220, 234, 240))
+    c.gradient(c.floor, c.height, _pick(rng, (96, 150, 70), (130, 160, 80), (150, 140, 90)), (60, 104, 48))
+    for _ in range(rng.integers(2, 6)):
+        x, r = rng.uniform(0, c.width), rng.uniform(18, 42)
+        leaves = _pick(rng, (50, 110, 56), (80, 130, 60), (160, 110, 50))
+        c.box(x - 4, c.floor - 1.4 * r, x + 4, c.floor + 4, (92, 64, 44))
+        c.draw.ellipse((x - r, c.floor - 3 * r, x + r, c.floor - r), fill=leaves)
+        crown = (x - 0.8 * r, c.floor - 3.3 * r, x + 0.4 * r, c.floor - 2 * r)
+        c.draw.ellipse(crown, fill=_shade(leaves, 1.15))
+
+
+_PLACES = {"room": _draw_room, "stage": _draw_stage, "street": _draw_street, "park": _draw_park}

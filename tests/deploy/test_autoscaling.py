@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from avsep import shards
-from pipelines import extract, runners
+from pipelines import actors, extract, runners
 from tests.support.cluster import ENVIRONMENT, descendants, free_port
 from tests.support.scenes import table_of
 
@@ -140,8 +140,8 @@ def one_gpu(command: list[str]) -> None:
     with runners.session() as runner:
         assert extract.main(command) == 2
         assert len(runner.gpus()) == 1
-        for half in runner.actors(runners.NoCuda, 2, gpus=0.5):
-            half().result()
+        for half in runner.actors(actors.nothing, 2, gpus=0.5):
+            half(actors.without_cuda).result()
 
 
 @pytest.mark.slow

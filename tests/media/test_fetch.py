@@ -30,7 +30,11 @@ from avsep.fetching import (
     FetchOptions,
     FetchResult,
     Lease,
+    MediaStore,
+    Stop,
+    Stopped,
     TokenBucket,
+    Wait,
     check_tools,
     classify,
     fetch,
@@ -531,8 +535,9 @@ def test_workers_together_keep_to_the_rate_and_stop_when_blocked() -> None:
     def work() -> None:
         while time.monotonic() < stop:
             lease = shared.acquire()
-            if isinstance(lease, float):
-                time.sleep(min(lease, 0.05))
+            if not isinstance(lease, Lease):
+                assert isinstance(lease, Wait)
+                time.sleep(min(lease.seconds, 0.05))
                 continue
             now = time.monotonic()
             leases.append((now, lease.identity.name))
@@ -677,7 +682,7 @@ def test_token_bucket() -> None:
             TokenBucket(rate, burst)
 
 
-def of(answer: Lease | float) -> Lease:
+def of(answer: Lease | Wait | Stop) -> Lease:
     assert isinstance(answer, Lease)
     return answer
 
@@ -691,27 +696,27 @@ def test_pauses_grow_and_end_with_a_success() -> None:
     early = [of(one.acquire()) for _ in range(5)]
     for lease in early[:3]:  # one strike, however many were under way
         one.report(lease, Reason.EGRESS_BLOCKED)
-    assert one.acquire() == 600 and one.status()[0].strikes == 1
+    assert one.acquire() == Wait(600) and one.status()[0].strikes == 1
     one.report(early[3], None)  # began before the pause
-    assert one.acquire() == 600
+    assert one.acquire() == Wait(600)
     for pause_s in (1200, 2000, 2000):
         clock.now += 10_000
         trial = of(one.acquire())
-        assert isinstance(one.acquire(), float)  # one at a time
+        assert isinstance(one.acquire(), Wait)  # one at a time
         one.report(early[4], Reason.EGRESS_BLOCKED)
         assert one.status()[0].paused_s == 0
         one.report(trial, Reason.EGRESS_BLOCKED)
-        assert one.acquire() == pause_s
+        assert one.acquire() == Wait(pause_s)
     clock.now += 10_000
     one.report(of(one.acquire()), Reason.REMOVED)  # says nothing of the identity
     one.report(of(one.acquire()), Reason.TRANSIENT)
     trial = of(one.acquire())
-    assert isinstance(one.acquire(), float)
+    assert isinstance(one.acquire(), Wait)
     clock.now += 1801  # that worker died
     one.report(of(one.acquire()), None)
     assert [isinstance(one.acquire(), Lease) for _ in range(3)] == [True] * 3
     one.report(trial, Reason.EGRESS_BLOCKED)
-    assert one.acquire() == 600
+    assert one.acquire() == Wait(600)
 
 
 def test_a_pause_touches_one_identity_alone() -> None:
@@ -719,11 +724,11 @@ def test_a_pause_touches_one_identity_alone() -> None:
     made = identities(["http://u:p@one:80", "socks5://two:1080"])
     shared = EgressBudget(made, per_hour=360, burst=1, clock=clock, jitter=lambda: 1.0)
     first, second = of(shared.acquire()), of(shared.acquire())
-    assert {first.identity, second.identity} == set(made) and shared.acquire() == 10
+    assert {first.identity, second.identity} == set(made) and shared.acquire() == Wait(10)
     shared.report(first, Reason.EGRESS_BLOCKED)
     shared.report(second, None)
     clock.now += 10
-    assert of(shared.acquire()).identity == second.identity and shared.acquire() == 10
+    assert of(shared.acquire()).identity == second.identity and shared.acquire() == Wait(10)
     clock.now += 651
     assert {of(shared.acquire()).identity.name for _ in range(2)} == {i.name for i in made}
     assert [s.outcomes for s in shared.status()] == [{"egress_blocked": 1}, {"ok": 1}]
@@ -732,7 +737,7 @@ def test_a_pause_touches_one_identity_alone() -> None:
 def test_each_machine_is_an_identity_when_none_is_given() -> None:
     shared = EgressBudget(per_hour=360, burst=1, clock=Clock())
     assert shared.seconds_left(1) == float("inf")
-    assert of(shared.acquire("x")).identity.name == "machine x" and shared.acquire("x") == 10
+    assert of(shared.acquire("x")).identity.name == "machine x" and shared.acquire("x") == Wait(10)
     assert of(shared.acquire("y")).identity.name == "machine y"
     assert shared.seconds_left(20) == 100
 
@@ -898,7 +903,7 @@ def test_a_restarted_budget_goes_on_where_the_last_one_stopped() -> None:
 
     again = EgressBudget(made, per_hour=360, burst=5, clock=Clock(), wall=lambda: kept["at"])
     again.restore(kept)  # at once: nothing is to be had that wasn't before
-    assert isinstance(again.acquire(), float)
+    assert isinstance(again.acquire(), Wait)
 
 
 def test_machines_restarted_budget_knows_them() -> None:
@@ -906,7 +911,7 @@ def test_machines_restarted_budget_knows_them() -> None:
     of(first.acquire("x"))
     second = EgressBudget(per_hour=60, wall=lambda: 0.0)
     second.restore(first.state())
-    assert isinstance(second.acquire("x"), float) and isinstance(second.acquire("y"), Lease)
+    assert isinstance(second.acquire("x"), Wait) and isinstance(second.acquire("y"), Lease)
 
 
 def test_a_source_is_downloaded_by_one_at_a_time() -> None:
@@ -914,7 +919,7 @@ def test_a_source_is_downloaded_by_one_at_a_time() -> None:
     shared = EgressBudget([EgressIdentity("a")], per_hour=36_000, burst=10, clock=clock, trial_s=60)
     clock.now += 10
     first = of(shared.acquire("m", "youtube:x"))
-    assert isinstance(shared.acquire("n", "youtube:x"), float)
+    assert isinstance(shared.acquire("n", "youtube:x"), Wait)
     assert isinstance(shared.acquire("n", "youtube:y"), Lease)
     shared.report(first, None)
     of(shared.acquire("n", "youtube:x"))
@@ -938,3 +943,24 @@ def test_segments_of_one_video_share_its_download(server: Server, store: str, op
     assert shared.status()[0].outcomes == {"ok": 1}
     error = failure(late, f"{store}-late", options)
     assert error.reason == Reason.PAST_END
+
+
+def test_a_budget_stops_everybody_once_youtube_has_changed(store: str, options: FetchOptions) -> None:
+    """Not a moment before, not where something else happens in between, and again not once one has come."""
+    clock = Clock()
+    shared = EgressBudget([EgressIdentity("a")], per_hour=3600, burst=100, clock=clock)
+    clock.now += 100
+    early = of(shared.acquire())
+    for outcome in (*[Reason.TOOL_OUTDATED] * 19, None, *[Reason.TOOL_OUTDATED] * 19, Reason.REMOVED):
+        shared.report(of(shared.acquire()), outcome)
+    for _ in range(20):
+        shared.report(of(shared.acquire()), Reason.TOOL_OUTDATED)
+    reason = "20 downloads in a row failed as if YouTube had changed: update yt-dlp, then run this again"
+    assert shared.acquire() == Stop(reason)
+    wanted = segment("http://127.0.0.1:9/a.mp4")
+    with pytest.raises(Stopped, match=reason):
+        fetch(wanted, store, shared, options)
+    with pytest.raises(Stopped):  # no clip is rejected for it
+        MediaStore(store, {}, {wanted.segment_id}, {}, shared).fetch_all([wanted])
+    shared.report(early, None)
+    assert isinstance(shared.acquire(), Lease)

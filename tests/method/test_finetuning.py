@@ -10,6 +10,7 @@ from PIL import Image
 
 from avsep import media, shards, synthetic, vision
 from avsep.learning import finetuning
+from avsep.learning.albums import album_name, keep_images, open_images, read_album, write_album
 from avsep.learning.finetuning import FinetuningConfig
 from avsep.looks import Looking
 from avsep.miml import MIML, partial_label_loss
@@ -102,7 +103,7 @@ def albums(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, dic
             clips.append((plan.segment_id, np.stack(pictures)))
             labels[plan.segment_id] = multi_hot(list(plan.visible))
         path = str(folder / f"{split}.parquet")
-        finetuning.write_album(path, clips)
+        write_album(path, clips)
         found[split] = path, labels
     return found
 
@@ -160,14 +161,14 @@ def test_what_cannot_be_had_is_counted(tmp_path: Path) -> None:
     (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 12)
     noise = str(tmp_path / "noise.mp4")
     segments = [Segment("a", noise, 0.0, 1.0), Segment("b", "youtube:abcdefghijk", 0.0, 1.0)]
-    assert finetune.keep_pictures(str(tmp_path / "album"), Looking("centre", SIZE), segments, {"b": noise}) == (0, 2)
+    assert keep_images(str(tmp_path / "album"), Looking("centre", SIZE), segments, {"b": noise}) == (0, 2)
 
 
 def test_the_middle_of_each_picture_is_kept_at_the_network_s_size(rendered: Path, tmp_path: Path) -> None:
     path, album = min((rendered / "clips").iterdir()), str(tmp_path / "album")
-    assert finetune.keep_pictures(album, Looking("centre", SIZE), [Segment("a", str(path), 0.0, 2.0)], {}) == (1, 0)
-    ((name, jpegs),) = finetuning.read_album(album)
-    kept = finetuning.open_pictures(jpegs).astype(int)
+    assert keep_images(album, Looking("centre", SIZE), [Segment("a", str(path), 0.0, 2.0)], {}) == (1, 0)
+    ((name, jpegs),) = read_album(album)
+    kept = open_images(jpegs).astype(int)
     assert name == "a" and kept.shape == (2, SIZE, SIZE, 3)
     height, width = (images := media.decode(path, 0.0, 2.0).images).shape[1:3]
     side = round(7 / 8 * height)  # they are wider than high
@@ -182,7 +183,7 @@ def test_pictures_of_another_excerpt_of_the_same_id_are_decoded_anew() -> None:
 
     def name(**changes: object) -> str:
         (shard,) = shards.plan([replace(Segment("a", "/a.mp4", 0.0, 1.0, "train", None, ("dog",)), **changes)])
-        return finetune.album_name("train", shard)
+        return album_name("train", shard)
 
     assert name() == name(labels=("cat",), split="val") != name(end_s=2.0) != name(source="/b.mp4")
 

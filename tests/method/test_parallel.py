@@ -198,8 +198,8 @@ def test_each_worker_reads_its_own_files_once(files, monkeypatch):
         assert abs(sizes[0] - sizes[1]) <= max(counts)
 
 
-def fit(rank: int, job: dict[str, Any]) -> None:
-    run.fit(job)
+def fit(rank: int, one: run.TrainingRun) -> None:
+    run.fit(one)
 
 
 @pytest.mark.slow
@@ -208,20 +208,20 @@ def test_the_second_pass_of_two_workers_ends_where_that_of_one_does(tmp_path, mo
     write_clips(tmp_path / "clips", 60, 12, objects_a_clip=1)
     recipe = replace(recipes.default(), practice=20)
     monkeypatch.setitem(recipes.RECIPES, "default", lambda: recipe)
-    jobs: list[dict[str, Any]] = []
+    second: list[run.TrainingRun] = []
     kept = training_program.train_pass
 
-    def train_pass(runner, job):
-        if job["pass"] == 2:
+    def train_pass(runner, one):
+        if one.number == 2:
             shutil.copytree(tmp_path / "one", tmp_path / "two")
-            jobs.append(job | {"out": str(tmp_path / "two")})
-        kept(runner, job)
+            second.append(replace(one, out=str(tmp_path / "two")))
+        kept(runner, one)
 
     monkeypatch.setattr(training_program, "train_pass", train_pass)
     command = ["--clips", str(tmp_path / "clips"), "--out", str(tmp_path / "one"), "--epochs", "10", "--in-process"]
     assert main(command) == 0
-    (job,) = jobs
-    in_processes(fit, 2, tmp_path, job)
+    (two,) = second
+    in_processes(fit, 2, tmp_path, two)
     rows = [
         [r for r in json.loads((tmp_path / o / "history.json").read_text()) if r["pass"] == 2] for o in ("one", "two")
     ]
@@ -232,7 +232,7 @@ def test_the_second_pass_of_two_workers_ends_where_that_of_one_does(tmp_path, mo
     maps = []
     for out in ("one", "two"):
         saved = torch.load(io.BytesIO((tmp_path / out / "checkpoint-2.pt").read_bytes()), weights_only=True)
-        network = job["config"].build().eval()
+        network = two.config.build().eval()
         network.load_state_dict(saved["network"])
         with torch.inference_mode():
             maps.append(network.relation(bags.bases.float(), bags.valid, bags.statistics).softmax(1))

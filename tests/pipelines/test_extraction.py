@@ -18,9 +18,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from avsep import factors, fetching, shards, stages, storage, work
 from avsep.audit import check_commits
+from avsep.extraction import Extraction
 from avsep.factors import DataConfig, ExtractionConfig
 from avsep.records import ClipRecord, Rejection, Segment
-from pipelines import console, downloads, extract, runners
+from pipelines import console, extract, runners, shardtasks
 from pipelines.progress import Progress
 from tests.benchmarks import extraction_driver as simulation
 from tests.support.sounds import table
@@ -61,22 +62,22 @@ def test_segments_too_large_together_are_done_one_after_the_other(tmp_path, enou
     def process(segments, *_):
         asked.update(s.segment_id for s in segments)
         if len(segments) > 1 or (not enough and asked["s3"] == 3):  # when it is done, after it was tried alone
-            raise console.WorkerLost("out of memory")
+            raise console.WorkerDied("out of memory")
         return [], [Rejection(s.segment_id, "decode", "silent", False) for s in segments], {"decode": 1.0}
 
     segments = [Segment(f"s{i}", f"{i}.wav", 0.0, 1.0, "train", labels=("dog",)) for i in range(4)]
-    job, progress = (
-        extract.Job(str(tmp_path), factors.ExtractionConfig(), CONFIGURATION, process),
+    made, progress = (
+        Extraction(str(tmp_path), factors.ExtractionConfig(), CONFIGURATION, process),
         Progress("x", 4, "s"),
     )
     works = work.plan_work(shards.read_state(str(tmp_path)), segments)
     if enough:
-        extract.extract(works, job, runners.InProcess(), progress)
+        shardtasks.extract_shards(works, made, runners.InProcess(), progress)
         (commit,) = shards.read_commits(str(tmp_path))
         assert sorted(commit.rejection_ids) == [s.segment_id for s in segments] and commit.timings_s == {"decode": 4.0}
     else:
         with pytest.raises(console.UsageError, match="with its 4 segments, though with none of them alone; give"):
-            extract.extract(works, job, runners.InProcess(), progress)
+            shardtasks.extract_shards(works, made, runners.InProcess(), progress)
         assert shards.read_ids(str(tmp_path)) == ([], [])
 
 
@@ -466,7 +467,7 @@ def test_a_dry_run_says_what_there_is_to_do_and_what_it_costs(sounds, tmp_path, 
 
 def test_tasks_are_given_what_they_need_and_no_more():
     """190,000 known files must not travel with each of 750 tasks."""
-    store = downloads.MediaStore("m", {f"{i}": f"m/{i}" for i in range(1000)}, {"x", "y"}, {})
+    store = fetching.MediaStore("m", {f"{i}": f"m/{i}" for i in range(1000)}, {"x", "y"}, {})
     part = store.of([Segment("7", "youtube:a"), Segment("x", "youtube:b")])
     assert part.known == {"7": "m/7"} and part.missing == {"x"}
 

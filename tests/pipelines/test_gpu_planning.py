@@ -7,7 +7,7 @@ import pytest
 
 from avsep import records, shards, stages
 from avsep.factors import ExtractionConfig, factorize, factorize_clips
-from pipelines import extract
+from pipelines import extract, shardtasks
 
 
 def clip(seconds: float, seed: int) -> np.ndarray:
@@ -32,13 +32,13 @@ def test_records_are_the_same_wherever_clips_are_factorised(rendered):
     segments = records.read_segments(str(rendered / "segments.csv"))[:3]
     config = ExtractionConfig(n_iter=10)
 
-    def later(*arguments) -> Future:
+    def later(waveforms, seeds) -> Future:
         future: Future = Future()
-        future.set_result(stages.DeviceStages(config, None, "cpu")(*arguments))
+        future.set_result(stages.DeviceStages(config, None, "cpu").factorize(waveforms, seeds))
         return future
 
     here, _, _ = stages.extract_records(segments, config, None)
-    there, _, seconds = stages.extract_records(segments, config, None, None, stages.StageOf(later, "factorize"))
+    there, _, seconds = stages.extract_records(segments, config, None, None, later)
     assert seconds["factorize"] > 0
     for a, b in zip(here, there, strict=True):
         np.testing.assert_allclose(a.bases.astype(float), b.bases.astype(float), atol=2e-3)
@@ -63,7 +63,7 @@ def test_one_gpu_serves_the_stages_of_every_task(rendered, tmp_path, monkeypatch
         def actors(self, make, count, *, gpus):
             claims.append((count, gpus))
             made = kept(self, make, count, gpus=gpus)
-            found = [c("factorize", [clip(1.0, 0)], [1]).result() for c in made]
+            found = [c(stages.DeviceStages.factorize, [clip(1.0, 0)], [1]).result() for c in made]
             assert all(len(f) == 1 for f in found)
             assert ray.available_resources().get("GPU", 0) == 0  # both together take the whole of it
             return made
@@ -81,7 +81,7 @@ def test_one_gpu_serves_the_stages_of_every_task(rendered, tmp_path, monkeypatch
 
 
 def test_tasks_claim_what_their_cpu_does():
-    assert extract.busy_share({}) == 1.0  # nothing measured yet
-    assert extract.busy_share({"decode": 1.0, "factorize": 0.0, "label": 0.0}) == 1.0
-    assert extract.busy_share({"decode": 3.0, "factorize": 2.0}) == 0.75
-    assert extract.busy_share({"fetch": 1.0, "decode": 1.0, "label": 2.0}) == 0.5
+    assert shardtasks.busy_share({}) == 1.0  # nothing measured yet
+    assert shardtasks.busy_share({"decode": 1.0, "factorize": 0.0, "label": 0.0}) == 1.0
+    assert shardtasks.busy_share({"decode": 3.0, "factorize": 2.0}) == 0.75
+    assert shardtasks.busy_share({"fetch": 1.0, "decode": 1.0, "label": 2.0}) == 0.5

@@ -111,7 +111,7 @@ def test_ray_s_own_answer_to_sigterm_is_an_interruption(monkeypatch):
 
 def test_workers_that_die_are_one_line(capfd):
     def work() -> int:
-        raise console.WorkerLost("killed by the system's lack of memory.")
+        raise console.WorkerDied("killed by the system's lack of memory.")
 
     assert console.guarded(work, "pipelines.x") == 2
     assert capfd.readouterr().err.endswith("lack of memory. Run fewer at once, such as AVSEP_CPUS=1\n")
