@@ -171,6 +171,13 @@ def test_only_the_cli_parses_arguments_in_avsep() -> None:
     assert [m for m in MODULES if "argparse" in imports(path_of(m))] == ["cli"]
 
 
+def test_no_test_imports_another() -> None:
+    """What several share is in tests/support/."""
+    files = [p for p in (ROOT / "tests").rglob("*.py") if p.name != "conftest.py"]
+    names = {p: {n.split(".")[-1] for n in imports(p) if n.startswith("tests.")} for p in files}
+    assert len(files) > 50 and not {p for p, found in names.items() if any(n.startswith("test_") for n in found)}
+
+
 PROGRAMS = ["-m avsep.cli", *(f"-m pipelines.{p}" for p in PIPELINES if p not in SHARED)]
 LIGHT = ["-c 'import avsep.service.connections'", *(f"{p} {word}" for p in PROGRAMS for word in ("--help", "--nosuch"))]
 

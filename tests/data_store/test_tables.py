@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from avsep import manifest as segments_of
-from avsep import tables
 from avsep.records import Segment, read_segments
 from pipelines import manifest
 
@@ -124,31 +123,6 @@ def test_what_a_table_s_form_means_is_told(tmp_path: Path) -> None:
     said.clear()
     read_segments(tmp_path / "t.csv", said.append)
     assert said == []
-
-
-def test_a_quote_that_is_never_closed_costs_its_own_line_alone(tmp_path: Path) -> None:
-    """Whatever follows: rows with quotes, rows of two lines, other broken ones."""
-    text = (
-        "segment_id,source,notes\n"
-        'a,"a.mp4,\n'
-        'b,"b.mp4","two\nlines"\n'
-        'c,"c.mp4,x\n'
-        "d,d.mp4,x\n"
-        'e,e.mp4,"x"\n'
-        'f,"f".mp4,x\n'
-        'g,g.mp4,"x\n' + "h,h.mp4,\n" * 60
-    )
-    (tmp_path / "t.csv").write_text(text)
-    layout = tables.read_layout(str(tmp_path / "t.csv"), ["segment_id", "source"], [])
-    rows = list(tables.read_rows(layout))
-    assert [(r.line, r.cells.get("segment_id")) for r in rows if not r.problem and r.cells["segment_id"] != "h"] == [
-        (3, "b"),
-        (6, "d"),
-        (7, "e"),
-    ]
-    bad = [(r.line, r.text) for r in rows if r.problem]
-    assert bad == [(2, 'a,"a.mp4,'), (5, 'c,"c.mp4,x'), (8, 'f,"f".mp4,x'), (9, 'g,g.mp4,"x')]
-    assert sum(r.cells.get("segment_id") == "h" for r in rows) == 60
 
 
 def test_a_table_in_another_encoding_is_named(tmp_path: Path) -> None:

@@ -73,28 +73,6 @@ def test_segments_too_large_together_are_done_one_after_the_other(tmp_path, enou
         assert shards.read_ids(str(tmp_path)) == ([], [])
 
 
-def test_a_retry_in_another_shard_supersedes(tmp_path):
-    """The table grew, so that shards are others."""
-    out = str(tmp_path)
-
-    def reject(ids, reason, retry=None):
-        segments = [Segment(i, f"{i}.wav", 0.0, 1.0, "train", labels=("dog",)) for i in ids]
-        for w in work.plan_work(shards.read_state(out), segments, retry):
-            new = [
-                Rejection(s.segment_id, "decode", reason, True, w.attempts.get(s.segment_id, 0) + 1) for s in w.segments
-            ]
-            options = {"configuration": {}, "shape": (9, 2), "retried": sorted(w.attempts)}
-            shards.write_shard(out, w.shard, w.generation, [], [*w.kept, *new], **options)
-
-    few = [f"s{i}" for i in range(40)]
-    reject(few, "timed_out")
-    for attempts in (2, 3, 4):
-        reject([*few, *(f"n{i}" for i in range(10))], "unreadable", [])
-        assert {(r.reason, r.attempts) for r in shards.read_rejections(out) if r.segment_id in few} == {
-            ("unreadable", attempts)
-        }
-
-
 def test_a_second_driver_on_the_same_output_refuses(sounds, tmp_path, capfd):
     out = tmp_path / "out"
     program = [sys.executable, "-m", "pipelines.extract", *command(sounds, out)]

@@ -498,21 +498,6 @@ def test_factors_are_kept_for_the_same_sound_alone():
     assert asked == [0, 0, 1]
 
 
-def test_the_demo_leaves_folders_alone_that_it_did_not_make(tmp_path, capfd):
-    mine = tmp_path / "clips" / "references" / "mine" / "dog.flac"
-    mine.parent.mkdir(parents=True)
-    mine.touch()
-    assert demo.main(["--out", str(tmp_path)]) == 2
-    assert "holds clips/, which no demo made; give another folder" in capfd.readouterr().err
-    assert mine.exists()
-    assert [p.name for p in tmp_path.iterdir()] == ["clips"]
-    assert demo.main(["--out", str(tmp_path / "new"), "--clips", "7"]) == 2
-    for n_clips in (8, 20, 40, 120):
-        counts = demo.split_clips(n_clips)
-        assert sum(counts.values()) == n_clips and all(counts.values())
-    assert counts == {"train": 90, "val": 12, "test": 18}
-
-
 def test_inspect_knows_models_extractions_and_shards(run, capsys):
     assert cli.main(["inspect", str(run / "run" / "model")]) == 0
     assert "parameters" in capsys.readouterr().out

@@ -98,17 +98,6 @@ def test_an_interruption_at_work_is_one_line_that_says_how_to_go_on(number, capf
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_ray_s_own_answer_to_sigterm_is_an_interruption(monkeypatch):
-    import ray
-
-    def init(**_: object) -> None:
-        raise SystemExit(15)  # what its handler does while it starts
-
-    monkeypatch.setattr(ray, "init", init)
-    with pytest.raises(KeyboardInterrupt):
-        cluster.init_ray("local")
-
-
 def test_workers_that_die_are_one_line(capfd):
     def work() -> int:
         raise console.WorkerLost("killed by the system's lack of memory.")
@@ -240,25 +229,6 @@ def test_a_raylet_s_last_words_are_quoted(tmp_path):
     )
     log.write_text(RAYLET.splitlines()[0])
     assert cluster._last_words(str(log)) == ""
-
-
-def test_no_workers_are_refused(monkeypatch):
-    """With none, tasks would wait for ever."""
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("AVSEP_CPUS", "0")
-    rule = "AVSEP_CPUS=0: it must be a whole number from 1 up"
-    with pytest.raises(console.UsageError, match=rule), runners.session():
-        pass
-
-
-def test_what_a_failed_start_left_is_ended():
-    before = cluster._children()
-    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE) as process:
-        assert process.stdout and process.stdout.readline()
-        assert cluster._children() - before == {process.pid}
-        cluster._end({process.pid})
-        assert not Path(f"/proc/{process.pid}").exists()
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:{port}", "nonsense", "http://head:8265"])
