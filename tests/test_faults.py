@@ -237,7 +237,7 @@ def test_what_a_failed_start_left_is_ended():
 
 
 # SIGTERM while Ray started ended in its handler, with a trace of addresses.
-def test_ray_s_own_answer_to_sigterm_is_an_interruption(monkeypatch):
+def test_rays_own_answer_to_sigterm_is_an_interruption(monkeypatch):
     import ray
 
     def init(**_: object) -> None:

@@ -198,7 +198,7 @@ def test_a_small_file_is_one_put(s3: S3, s3_folder: str) -> None:
     assert s3.requests == {"PUT": 1}
 
 
-def test_a_reader_sees_one_writer_s_file_whole(store: Store, store_folder: str) -> None:
+def test_a_reader_sees_one_writers_file_whole(store: Store, store_folder: str) -> None:
     """Also one that is replaced, by a longer or shorter one, between the requests that a read is made of."""
     path = storage.join(store_folder, "history.json")
     lengths = itertools.cycle([1000, 20])
@@ -273,7 +273,7 @@ def test_file_systems_travel_to_other_processes_without_the_secret(store: Store,
     assert pickle.loads(pickled).get_file_info(f"{inner}/a").size == 1
 
 
-def test_google_s_store_is_asked_with_the_machine_s_token(gs: Google, gs_folder: str) -> None:
+def test_googles_store_is_asked_with_the_machines_token(gs: Google, gs_folder: str) -> None:
     storage.write_bytes(f"{gs_folder}/a", b"x")
     assert storage.read_bytes(f"{gs_folder.replace('gs:', 'gcs:')}/a") == b"x"
     assert gs.unauthorised == 0 and gs.requests["PUT"] == 1
@@ -295,7 +295,7 @@ def test_an_emulator_is_asked_without_credentials(gs_server: Google, monkeypatch
     assert storage.read_bytes(path) == b"x"
 
 
-def test_without_google_s_credentials_the_remedies_are_named_at_once(monkeypatch, tmp_path: Path) -> None:
+def test_without_googles_credentials_the_remedies_are_named_at_once(monkeypatch, tmp_path: Path) -> None:
     storage.forget_connections()
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nowhere/key.json")
     with pytest.raises(PermissionError, match=r"GOOGLE_APPLICATION_CREDENTIALS=/nowhere/key.json: no such file"):

@@ -109,7 +109,7 @@ def test_the_manifest_reads_what_the_other_programs_read(tmp_path: Path, capsys:
     assert "t.csv: left aside, since they mean nothing here: columns notes" in capsys.readouterr().out
 
 
-def test_what_a_table_s_form_means_is_told(tmp_path: Path) -> None:
+def test_what_a_tables_form_means_is_told(tmp_path: Path) -> None:
     said: list[str] = []
     (tmp_path / "t.csv").write_text("# a\nsource;Notes;camera\nb/a.mp4;x;y\n#c;x;y\nyoutube:z_1;;\n")
     assert [s.segment_id for s in read_segments(tmp_path / "t.csv", said.append)] == ["a", "z_1"]
@@ -184,7 +184,7 @@ COMMENT = "# Segments csv created Sun Mar  5 10:54:31 2017"
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
 @pytest.mark.parametrize("comment", [True, False])
-def test_audioset_s_files_are_read_whatever_their_line_ends(
+def test_audiosets_files_are_read_whatever_their_line_ends(
     tmp_path: Path, end: str, mark: bytes, comment: bool
 ) -> None:
     rows = [COMMENT] * comment + [AUDIOSET.format(i) for i in ("aaaaaaaaaaa", "-bbbbbbbbbb")]

@@ -449,7 +449,7 @@ def test_what_a_model_was_trained_on_is_kept_and_told(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------- files, and what a notebook shows
 
 
-def test_a_file_s_sound_is_separated_as_its_samples_are(tmp_path: Path) -> None:
+def test_a_files_sound_is_separated_as_its_samples_are(tmp_path: Path) -> None:
     sound = (tone(DOG, 3.0) / 4 + tone(VIOLIN, 3.0, 2.0) / 4).numpy()
     soundfile.write(tmp_path / "duet.wav", sound, RATE, subtype="FLOAT")
     separator = Separator(model())

@@ -95,7 +95,7 @@ def test_a_second_driver_on_the_same_output_refuses(sounds, tmp_path, capfd):
     assert files(out) == committed(out) | {"status.json"}
 
 
-def test_what_killed_writers_left_is_swept_and_a_live_writer_s_is_not(sounds, tmp_path):
+def test_what_killed_writers_left_is_swept_and_a_live_writers_is_not(sounds, tmp_path):
     out = tmp_path / "out"
     assert extract.main(command(sounds, out)) == 0
     whole = files(out)
@@ -213,7 +213,7 @@ def test_a_media_file_that_was_written_anew_is_decoded_again(extracted, capfd):
     assert again() == []
 
 
-def test_a_changed_row_that_can_not_be_used_is_rejected_and_comes_back(extracted):
+def test_a_changed_row_that_cannot_be_used_is_rejected_and_comes_back(extracted):
     """A rejection is tried again when its row changes, and only then."""
     again, _, out = extracted
     assert again(*ROWS[:1], "s1,nowhere.wav,0,train,drum", *ROWS[2:]) == ["s1"]
@@ -242,7 +242,7 @@ def test_a_dry_run_tells_what_changed(extracted, capfd):
     assert "2 segments: 0 done, 2 to do" in said and files(out) == before
 
 
-def test_a_changed_download_is_fetched_anew_and_a_user_s_own_file_stays(tmp_path):
+def test_a_changed_download_is_fetched_anew_and_a_users_own_file_stays(tmp_path):
     store = str(tmp_path)
     segment = Segment("v", "youtube:aaaaaaaaaaa", 0, 10)
     mine = tmp_path / "v.mkv"

@@ -77,7 +77,7 @@ def test_programs_write_the_files_that_their_page_names(run, tmp_path, program):
     assert found and not unknown and not missing
 
 
-def test_costs_reckon_with_an_extraction_s_own_seconds(run, tmp_path):
+def test_costs_reckon_with_an_extractions_own_seconds(run, tmp_path):
     recorded, own = cost.read_rates(None), cost.read_rates(str(run / "clips"))
     commits = shards.read_commits(str(run / "clips"))
     assert own["decode"] == pytest.approx(sum(c.timings_s["decode"] for c in commits) / 14)
@@ -386,7 +386,7 @@ def test_a_full_disk_is_told_in_one_line(run, rendered, tmp_path, capfd):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_silence_is_nobody_s_sound(run, tmp_path):
+def test_silence_is_nobodys_sound(run, tmp_path):
     soundfile.write(tmp_path / "silent.wav", np.zeros(RATE, np.float32), RATE)
     arguments = ["separate", str(tmp_path / "silent.wav"), "--model", str(run / "run" / "model")]
     assert cli.main([*arguments, "--out", str(tmp_path / "out")]) == 0

@@ -101,7 +101,7 @@ def check_problem(answer: httpx.Response, status: int, *words: str) -> dict:
 # ------------------------------------------------------------------------------------ results
 
 
-def test_a_video_s_objects_come_back_and_add_up(server, video):
+def test_a_videos_objects_come_back_and_add_up(server, video):
     answer = server.post(video, objects="dog,violin")
     assert answer.status_code == 201, answer.text
     job = answer.json()
@@ -348,7 +348,7 @@ def test_example_answers_have_the_fields_of_real_ones(server, sound):
     assert example in server.client.get("/v1/objects").json()
 
 
-def test_what_can_t_be_read_is_told_in_plain_words(server, tmp_path):
+def test_what_cannot_be_read_is_told_in_plain_words(server, tmp_path):
     (tmp_path / "notes.mp4").write_text("no media")
     body = check_problem(server.post(tmp_path / "notes.mp4"), 422, "can't be read", "MP4", "WAV")
     assert body["reason"] == "unreadable" and body["cause"] and body["cause"] not in body["detail"]
@@ -774,7 +774,7 @@ def test_a_job_without_room_leaves_no_folder(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_deleted_job_s_folder_is_not_made_again(tmp_path, model, sound, monkeypatch):
+def test_a_deleted_jobs_folder_is_not_made_again(tmp_path, model, sound, monkeypatch):
     monkeypatch.setattr(jobs, "_STEP_S", 1e9)  # nobody looks whether the job is still there
     config = ServiceConfig(model, str(tmp_path))
 
@@ -850,7 +850,7 @@ def test_work_that_was_under_way_is_taken_up_again(tmp_path, model, sound, left)
         assert store.job(job)["status"] == "done"
 
 
-def test_a_request_that_a_device_can_t_do_spoils_no_other(model):
+def test_a_request_that_a_device_cannot_do_spoils_no_other(model):
     waveform, config = tone("dog", 2.0), Separator.load(model).extraction
     requests = [
         (waveform, range(3), config),
