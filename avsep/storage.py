@@ -158,6 +158,13 @@ def _gs(emulator: str | None) -> pafs.FileSystem:
     return pafs.GcsFileSystem(retry_time_limit=patience)
 
 
+def forget_connections() -> None:
+    """Connect anew from now on: to what the environment names by then, as patiently as it says."""
+    _s3.cache_clear()
+    _gs.cache_clear()
+    _region_of.cache_clear()
+
+
 def _check_google_credentials() -> None:
     """Raise PermissionError where there are none: pyarrow would look for them with every request, for minutes."""
     if file := os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):

@@ -106,15 +106,11 @@ def store_folder(store: loopback.Store, request: pytest.FixtureRequest) -> str:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """Give up on a store soon; gives what forgets the connections to it."""
 
-    def forget() -> None:
-        storage._s3.cache_clear()
-        storage._gs.cache_clear()
-
     monkeypatch.setattr(storage, "S3_ATTEMPTS", 2)
     monkeypatch.setattr(storage, "GS_PATIENCE_S", 1.0)
-    forget()
-    yield forget
-    forget()
+    storage.forget_connections()
+    yield storage.forget_connections
+    storage.forget_connections()
 
 
 @pytest.fixture

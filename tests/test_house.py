@@ -172,6 +172,13 @@ def test_only_the_cli_parses_arguments_in_avsep() -> None:
     assert [m for m in MODULES if "argparse" in imports(path_of(m))] == ["cli"]
 
 
+def test_no_test_imports_another() -> None:
+    """What several share is in tests/support/."""
+    files = [p for p in (ROOT / "tests").rglob("*.py") if p.name != "conftest.py"]
+    names = {p: {n.split(".")[-1] for n in imports(p) if n.startswith("tests.")} for p in files}
+    assert len(files) > 50 and not {p for p, found in names.items() if any(n.startswith("test_") for n in found)}
+
+
 PROGRAMS = ["-m avsep.cli", *(f"-m pipelines.{p}" for p in PIPELINES if p not in SHARED)]
 LIGHT = ["-c 'import avsep.service.connections'", *(f"{p} {word}" for p in PROGRAMS for word in ("--help", "--nosuch"))]
 
@@ -188,7 +195,7 @@ def test_help_and_mistakes_do_not_wait_for_what_takes_seconds_to_import(command:
     assert not found & heavy
 
 
-def test_avsep_s_names_are_there_when_asked_for() -> None:
+def test_avseps_names_are_there_when_asked_for() -> None:
     assert set(avsep.__all__) == {name for names in avsep._HOMES.values() for name in names} <= set(dir(avsep))
     for name in avsep.__all__:
         assert getattr(avsep, name) is not None
@@ -266,7 +273,7 @@ def test_public_signatures(name: str) -> None:
     assert str(signature.replace(parameters=bare, return_annotation=signature.empty)) == SIGNATURES[name]
 
 
-def test_the_network_s_first_arguments() -> None:
+def test_network_first_arguments() -> None:
     from avsep.miml import MIML
 
     defaults = {n: p.default for n, p in inspect.signature(MIML).parameters.items()}
@@ -279,7 +286,7 @@ def test_the_network_s_first_arguments() -> None:
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_records_have_the_contract_s_fields(name: str) -> None:
+def test_records_have_the_contracts_fields(name: str) -> None:
     from avsep import records
 
     assert list(getattr(records, name).__dataclass_fields__) == FIELDS[name].split()
@@ -309,7 +316,7 @@ def test_every_command_has_help_with_exactly_its_flags(command: str, capsys: pyt
 
 
 @pytest.mark.parametrize("command", FLAGS)
-def test_every_command_s_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_commands_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     call = command if " " in command else f"python -m pipelines.{command}"
     assert f"{call} " in re.sub(r"\s+", " ", help_text(command, capsys).split("examples:")[1])
 
@@ -350,7 +357,7 @@ def test_trees_are_read_in_both_ways_of_drawing() -> None:
     assert tree_paths(plain) == expected and tree_paths(drawn)[1:] == expected
 
 
-def test_the_readme_s_tree_names_real_files_and_every_module() -> None:
+def test_the_readmes_tree_names_real_files_and_every_module() -> None:
     readme = ROOT / "README.md"
     if not readme.exists():
         pytest.skip("no README.md yet")

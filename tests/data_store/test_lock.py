@@ -44,7 +44,7 @@ def test_the_second_on_this_machine_refuses_at_once_and_names_the_first(holder) 
     assert time.monotonic() - started < 1 and lock.is_held(path)
 
 
-def test_a_killed_holder_s_lock_is_taken_over_at_once(holder) -> None:
+def test_a_killed_holders_lock_is_taken_over_at_once(holder) -> None:
     path, process = holder
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -97,7 +97,7 @@ def test_a_silent_holder_elsewhere_is_dead_after_a_while(path: str) -> None:
     assert not storage.exists(path)
 
 
-def test_a_holder_that_was_taken_over_stops_and_leaves_the_other_s_lock(path: str) -> None:
+def test_a_holder_that_was_taken_over_stops_and_leaves_the_others_lock(path: str) -> None:
     with Lock(path, "x", beat_s=0.1, stale_s=1.0) as mine:
         mine.check()
         elsewhere(path)

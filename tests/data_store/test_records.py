@@ -182,7 +182,7 @@ def test_a_csv_table_is_read_as_the_contract_says(tmp_path: Path) -> None:
     ]
 
 
-def test_a_parquet_table_and_a_manifest_s_folder_read_alike(tmp_path: Path) -> None:
+def test_a_parquet_table_and_a_manifests_folder_read_alike(tmp_path: Path) -> None:
     segments = [Segment("a", "/a.mp4", 0.5, None, "val", None, ("dog",)), Segment("b", "/b.mp4", labels=())]
     for i, segment in enumerate(segments):
         pq.write_table(segments_to_table([segment]), tmp_path / f"segments-{i}.parquet")

@@ -76,7 +76,7 @@ def test_the_plan_follows_from_the_segments_alone() -> None:
     assert plan([]) == []
 
 
-def test_a_changed_manifest_can_not_reuse_a_name() -> None:
+def test_a_changed_manifest_cannot_reuse_a_name() -> None:
     before = {shard.name: shard for shard in plan(segments(100), 7)}
     after = {shard.name: shard for shard in plan(segments(101), 7)}
     assert all(before[name] == after[name] for name in before.keys() & after.keys())
@@ -153,7 +153,7 @@ def test_columns_can_be_read_alone(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------- exactly once
 
 
-def test_a_retry_supersedes_the_shard_s_rejections(out: str) -> None:
+def test_a_retry_supersedes_the_shards_rejections(out: str) -> None:
     write(out, "x", 0, "a", "bcd")
     write(out, "y", 0, "", "e")
     write(out, "x", 1, "b", "cd")
@@ -165,7 +165,7 @@ def test_a_retry_supersedes_the_shard_s_rejections(out: str) -> None:
     assert [c.generation for c in shards.read_commits(out)] == [0, 1, 2, 0]
 
 
-def test_only_the_last_generation_s_rejections_stand(out: str) -> None:
+def test_only_the_last_generations_rejections_stand(out: str) -> None:
     write(out, "x", 0, "a", "bc")
     write(out, "x", 1, "", "c")
     assert read_ids(out) == (["a"], ["c"]) and [r.attempts for r in shards.read_rejections(out)] == [2]

@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from avsep import manifest as segments_of
-from avsep import tables
 from avsep.records import Segment, read_segments
 from pipelines import manifest
 
@@ -110,7 +109,7 @@ def test_the_manifest_reads_what_the_other_programs_read(tmp_path: Path, capsys:
     assert "t.csv: left aside, since they mean nothing here: columns notes" in capsys.readouterr().out
 
 
-def test_what_a_table_s_form_means_is_told(tmp_path: Path) -> None:
+def test_what_a_tables_form_means_is_told(tmp_path: Path) -> None:
     said: list[str] = []
     (tmp_path / "t.csv").write_text("# a\nsource;Notes;camera\nb/a.mp4;x;y\n#c;x;y\nyoutube:z_1;;\n")
     assert [s.segment_id for s in read_segments(tmp_path / "t.csv", said.append)] == ["a", "z_1"]
@@ -124,31 +123,6 @@ def test_what_a_table_s_form_means_is_told(tmp_path: Path) -> None:
     said.clear()
     read_segments(tmp_path / "t.csv", said.append)
     assert said == []
-
-
-def test_a_quote_that_is_never_closed_costs_its_own_line_alone(tmp_path: Path) -> None:
-    """Whatever follows: rows with quotes, rows of two lines, other broken ones."""
-    text = (
-        "segment_id,source,notes\n"
-        'a,"a.mp4,\n'
-        'b,"b.mp4","two\nlines"\n'
-        'c,"c.mp4,x\n'
-        "d,d.mp4,x\n"
-        'e,e.mp4,"x"\n'
-        'f,"f".mp4,x\n'
-        'g,g.mp4,"x\n' + "h,h.mp4,\n" * 60
-    )
-    (tmp_path / "t.csv").write_text(text)
-    layout = tables.read_layout(str(tmp_path / "t.csv"), ["segment_id", "source"], [])
-    rows = list(tables.read_rows(layout))
-    assert [(r.line, r.cells.get("segment_id")) for r in rows if not r.problem and r.cells["segment_id"] != "h"] == [
-        (3, "b"),
-        (6, "d"),
-        (7, "e"),
-    ]
-    bad = [(r.line, r.text) for r in rows if r.problem]
-    assert bad == [(2, 'a,"a.mp4,'), (5, 'c,"c.mp4,x'), (8, 'f,"f".mp4,x'), (9, 'g,g.mp4,"x')]
-    assert sum(r.cells.get("segment_id") == "h" for r in rows) == 60
 
 
 def test_a_table_in_another_encoding_is_named(tmp_path: Path) -> None:
@@ -210,7 +184,7 @@ COMMENT = "# Segments csv created Sun Mar  5 10:54:31 2017"
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
 @pytest.mark.parametrize("comment", [True, False])
-def test_audioset_s_files_are_read_whatever_their_line_ends(
+def test_audiosets_files_are_read_whatever_their_line_ends(
     tmp_path: Path, end: str, mark: bytes, comment: bool
 ) -> None:
     rows = [COMMENT] * comment + [AUDIOSET.format(i) for i in ("aaaaaaaaaaa", "-bbbbbbbbbb")]

@@ -198,7 +198,7 @@ def same_as_here(rendered: Path, there: str, here: Path) -> None:
         assert sdr[1][name] == pytest.approx(value, abs=3.0 if name == "default" else 0.01), name
 
 
-def test_submit_s_mistakes_get_one_line(tmp_path):
+def test_submits_mistakes_get_one_line(tmp_path):
     def said(*arguments: str) -> str:
         done = subprocess.run([*SUBMIT, *arguments], capture_output=True, text=True)
         assert done.returncode == 2 and done.stdout == ""
@@ -217,7 +217,7 @@ def test_submit_s_mistakes_get_one_line(tmp_path):
     assert f"no Ray head answers at {nowhere}" in said("--address", nowhere, "extract")
 
 
-def test_submit_shows_a_pipeline_s_own_help():
+def test_submit_shows_a_pipelines_own_help():
     done = subprocess.run([*SUBMIT, "collect", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--model" in done.stdout and "pipelines.collect" in done.stdout
 

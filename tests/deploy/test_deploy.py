@@ -115,7 +115,7 @@ def test_manifests_are_valid(name: str, versions: tuple[str, str]) -> None:
 
 
 @pytest.mark.skipif(CRDS not in os.environ, reason=f"{CRDS} names no file or folder of KubeRay's own definitions")
-def test_manifests_are_valid_by_kuberay_s_own_definitions() -> None:
+def test_manifests_are_valid_by_kuberays_own_definitions() -> None:
     schemas = custom_schemas(Path(os.environ[CRDS]))
     for document in (d for name in MANIFESTS for d in documents(name) if d["apiVersion"] == "ray.io/v1"):
         assert document["kind"] in schemas, f"{os.environ[CRDS]} defines {sorted(schemas)} of ray.io/v1"
@@ -265,7 +265,7 @@ def test_ray_knows_the_settings_that_notice_lost_nodes() -> None:
     assert not [name for name, value in HEALTH.items() if f"{name}={value}" not in readme]
 
 
-def test_the_image_s_ray_is_the_manifests() -> None:
+def test_the_images_ray_is_the_manifests() -> None:
     pinned = re.search(r"^ray==(.+)$", (ROOT / "deploy" / "constraints.txt").read_text(), re.MULTILINE)
     assert pinned
     assert {spec["rayVersion"] for spec in clusters().values()} == {pinned[1]}
@@ -295,7 +295,7 @@ def test_the_service_is_serve_yaml() -> None:
 # ------------------------------------------------------------------------------------ virtual machines
 
 
-def test_the_cluster_launcher_s_file_is_valid() -> None:
+def test_the_cluster_launchers_file_is_valid() -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     config = prepare_config(yaml.safe_load((ROOT / "deploy" / "vms.yaml").read_text()))

@@ -190,7 +190,7 @@ def test_the_recipe_for_machines_reached_by_ssh(rendered: Path, network: Cluster
 
 
 @pytest.mark.skipif(shutil.which("rsync") is None, reason="needs rsync, which Ray's launcher copies files with")
-def test_the_cluster_launcher_s_commands(rendered: Path, network: Cluster, key: Path, tmp_path: Path) -> None:
+def test_the_cluster_launchers_commands(rendered: Path, network: Cluster, key: Path, tmp_path: Path) -> None:
     """`ray up`, `ray dashboard` and `ray down` with vms.yaml, its cloud and image replaced by machines that are there.
 
     By Ray's older autoscaler: the newer one of 2.60 takes the head of such machines for gone, and starts no worker.

@@ -85,7 +85,7 @@ def test_the_log_names_each_rejection_once(broken, tmp_path, capsys, monkeypatch
     assert json.loads(line)["level"] == "error" and "no such table" in json.loads(line)["message"]
 
 
-def test_a_terminal_s_text_stays_text(broken, tmp_path, capsys, monkeypatch):
+def test_a_terminals_text_stays_text(broken, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("AVSEP_LOG", raising=False)
     assert extract.main(["--segments", str(broken), "--out", str(tmp_path / "o"), "--in-process"]) == 0
     out, err = capsys.readouterr()

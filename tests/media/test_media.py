@@ -159,13 +159,13 @@ def test_ffmpeg_is_started_once(movie: Path, make: Make, tmp_path: Path, monkeyp
         assert len(count.read_text()) == starts
 
 
-def test_tags_are_not_ffmpeg_s_words(movie: Path, folder: Path) -> None:
+def test_tags_are_not_ffmpegs_words(movie: Path, folder: Path) -> None:
     for name, words in (("mapping.mkv", "Stream mapping:"), ("memory.mkv", "Cannot allocate memory")):
         run_ffmpeg("-i", movie, "-c", "copy", "-metadata", f"comment=a\n{words}\n[info] {words}", folder / name)
         assert len(decode(folder / name).waveform) == 10 * RATE and probe(folder / name).has_video
 
 
-def test_an_ffmpeg_that_cannot_run_is_not_the_file_s_fault(movie: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ffmpeg_that_cannot_run_is_not_the_files_fault(movie: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", os.defpath)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nonexistent/ffmpeg")
     if media.ffmpeg_executable() != "/nonexistent/ffmpeg":

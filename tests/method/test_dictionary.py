@@ -62,7 +62,7 @@ def test_above_one_half_a_basis_belongs_to_one_object_at_most() -> None:
     assert chosen.sum(1).max() == 1 and chosen.any()
 
 
-def test_candidates_are_the_visible_object_s_sure_and_sounding_bases() -> None:
+def test_candidates_are_the_visible_objects_sure_and_sounding_bases() -> None:
     clip = record(bases_of(DOG, VIOLIN, DOG, 5, DOG), [0.36, 0.25, 0.04, 0.35, 0.0])
     found = candidate_bases(network(), clip, multi_hot(["dog", "banjo"]))
     assert [(c.object_index, c.segment_id) for c in found] == [(DOG, "a")] * 2  # violin unseen, 5 unseen, one silent

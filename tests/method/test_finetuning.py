@@ -27,7 +27,7 @@ def model() -> Model:
     return Model(ModelConfig(), MIML(9, len(OBJECTS), 1, 4))
 
 
-def test_a_network_s_outputs_are_grouped_into_objects_and_none() -> None:
+def test_a_networks_outputs_are_grouped_into_objects_and_none() -> None:
     groups = finetuning.class_groups(None)
     assert groups.shape == (1000, 24) and torch.equal(groups.sum(1), torch.ones(1000))
     assert groups[:, 1].nonzero().flatten().tolist() == list(range(151, 269))  # dog
@@ -164,7 +164,7 @@ def test_what_cannot_be_had_is_counted(tmp_path: Path) -> None:
     assert keep_images(str(tmp_path / "album"), Looking("centre", SIZE), segments, {"b": noise}) == (0, 2)
 
 
-def test_the_middle_of_each_picture_is_kept_at_the_network_s_size(rendered: Path, tmp_path: Path) -> None:
+def test_the_middle_of_each_picture_is_kept_at_the_networks_size(rendered: Path, tmp_path: Path) -> None:
     path, album = min((rendered / "clips").iterdir()), str(tmp_path / "album")
     assert keep_images(album, Looking("centre", SIZE), [Segment("a", str(path), 0.0, 2.0)], {}) == (1, 0)
     ((name, jpegs),) = read_album(album)

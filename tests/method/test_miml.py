@@ -25,7 +25,7 @@ def small(**options: object) -> MIML:
     return MIML(20, 5, 3, 16, **options).eval()
 
 
-def test_the_published_network_s_parameters() -> None:
+def test_the_published_networks_parameters() -> None:
     """F→1024 and 1024→K·L with biases, and a scale and a shift for each batch norm."""
     network = MIML()
     n_parameters = sum(p.numel() for p in network.parameters())

@@ -29,10 +29,12 @@ from avsep.model import Labelling
 from avsep.records import ClipRecord
 from avsep.stft import STFT
 from avsep.synthetic import planted_bases
-from pipelines import recipes
+from pipelines import extract, recipes
 from pipelines import train as training_program
 from pipelines.train import main
 from tests.support.cluster import ENVIRONMENT, descendants
+from tests.support.loopback import Google
+from tests.support.uris import everything
 
 STFT_CONFIG = STFT(sample_rate=8000, n_fft=94, hop_length=47)  # F = 48, as the planted bases have
 EPOCHS, N_BASES = 3, 6
@@ -283,3 +285,12 @@ def test_training_goes_on_without_a_node_that_is_gone_for_good(tmp_path, monkeyp
     here, there = rows_of(tmp_path / "here"), rows_of(tmp_path / "there")
     assert [r["epoch"] for r in there] == [r["epoch"] for r in here] == list(range(12))
     assert [r["train_loss"] for r in there] == pytest.approx([r["train_loss"] for r in here], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_training_on_ray_keeps_its_record_in_googles_store(rendered, gs: Google, gs_folder):
+    """Ray Train writes to the store itself, through the file system that it is given."""
+    clips, out = f"{gs_folder}/clips", f"{gs_folder}/run"
+    assert extract.main(["--segments", str(rendered / "segments.csv"), "--out", clips, "--in-process"]) == 0
+    assert main(["--clips", clips, "--out", out, "--epochs", "1"]) == 0
+    assert {"model/miml.safetensors", "history.json"} <= everything(out).keys() and gs.unauthorised == 0

@@ -1,13 +1,10 @@
 import base64
-import contextlib
 import copy
-import errno
 import io
 import json
 import math
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +24,7 @@ from avsep.model import (
     add_training_facts,
     describe_training,
 )
-from avsep.objects import OBJECT_NAMES, object_index
+from avsep.objects import OBJECT_NAMES
 from avsep.records import ClipError
 from avsep.separation import Separator, at_least, basis_shares, ratio_masks, separate
 from avsep.stft import STFT
@@ -293,29 +290,6 @@ def test_the_same_sound_gives_the_same_estimates() -> None:
     assert torch.equal(one.estimates, other.estimates)
 
 
-def test_learned_masks_give_all_to_the_rest_where_no_basis_is_anyone_s() -> None:
-    """Three objects that the dictionary lacks share every basis, none of which is more than half anyone's."""
-    undecided = model(bases="learned")
-    undecided.dictionary = BasisDictionary({"cat": torch.ones(SMALL.n_bins, 2)})
-    with torch.no_grad():
-        undecided.network.subconcepts.weight.zero_()
-        undecided.network.subconcepts.bias.zero_()
-    separator, sound = Separator(undecided), tone(DOG, 1.0)
-    masks = separator.masks(sound, separator.analyse(sound), [DOG, VIOLIN, object_index("harp")])
-    assert torch.equal(masks[-1], torch.ones_like(masks[-1])) and not masks[:-1].any()
-
-
-def test_a_full_temporary_folder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for buffering in (0, 1 << 20):  # the error comes with a write, or with the flush
-        full = Path("/dev/full").open("w+b", buffering=buffering)  # noqa: SIM115  (closing fails, too)
-        monkeypatch.setattr(tempfile, "TemporaryFile", lambda full=full: full)
-        with pytest.raises(OSError, match=r"No space left on device; make room there, or let TMPDIR name") as caught:
-            Separator(model())(tone(DOG, 1.0), ["dog"])
-        assert caught.value.errno == errno.ENOSPC and caught.value.filename == tempfile.gettempdir()
-        with contextlib.suppress(OSError):
-            full.close()
-
-
 def test_objects_are_taken_by_other_names() -> None:
     separator = Separator(model())
     assert separator(tone(DOG, 1.0), ["Puppies", "fiddle"]).objects == ("dog", "violin")
@@ -475,7 +449,7 @@ def test_what_a_model_was_trained_on_is_kept_and_told(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------- files, and what a notebook shows
 
 
-def test_a_file_s_sound_is_separated_as_its_samples_are(tmp_path: Path) -> None:
+def test_a_files_sound_is_separated_as_its_samples_are(tmp_path: Path) -> None:
     sound = (tone(DOG, 3.0) / 4 + tone(VIOLIN, 3.0, 2.0) / 4).numpy()
     soundfile.write(tmp_path / "duet.wav", sound, RATE, subtype="FLOAT")
     separator = Separator(model())

@@ -295,7 +295,7 @@ def test_clips_without_a_label_teach_noise_and_absence(clips: list[str]) -> None
     assert val is not None and val.segment_ids == ["c090"]
 
 
-def test_a_file_s_pictures_decide_as_each_clip_s_do(tmp_path: Path) -> None:
+def test_a_files_pictures_decide_as_each_clips_do(tmp_path: Path) -> None:
     """Clips of several numbers of pictures among those with given labels, and without either."""
     rng = np.random.default_rng(0)
     pictures = [
@@ -372,7 +372,7 @@ def test_labels_are_the_given_ones_else_the_pictures() -> None:
 # ---------------------------------------------------------------------------------- figures
 
 
-def test_mean_average_precision_is_scikit_learn_s_over_objects_that_can_be_told() -> None:
+def test_mean_average_precision_is_scikit_learns_over_objects_that_can_be_told() -> None:
     rng = np.random.default_rng(0)
     labels, scores = rng.random((30, 5)) < 0.4, rng.random((30, 5))
     labels[:, 1], labels[:, 3] = True, False  # always there, never there

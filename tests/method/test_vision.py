@@ -55,7 +55,7 @@ def test_pixels_are_scaled_by_channel() -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet152", "efficientnet_b1", "inception_v3"])
-def test_torchvision_s_networks_are_shown_what_their_weights_were_measured_with(name: str) -> None:
+def test_torchvisions_networks_are_shown_what_their_weights_were_measured_with(name: str) -> None:
     """Its own transforms on a picture, against ours on the same: sizes, crop, mean and deviation."""
     published = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].transforms()
     found = vision.preprocessing_of(name)
@@ -89,7 +89,7 @@ GOLDEN = {  # as the authors' own implementation has them
 
 
 @pytest.mark.parametrize("name", LITE)
-def test_lite_s_published_weights_answer_as_ever(name: str) -> None:
+def test_lites_published_weights_answer_as_ever(name: str) -> None:
     """Strictly loaded, without a download; logits of ImageNet's first classes and of a violin."""
     labeller = ImageLabeller.load(name)
     assert labeller.classes is None and len(labeller.sha256) == 64 and not labeller.network.training
@@ -225,7 +225,7 @@ def one_line(error: Exception) -> bool:
     return "\n" not in str(error)
 
 
-def test_weights_that_can_not_be_downloaded_are_one_line_with_the_remedy(
+def test_weights_that_cannot_be_downloaded_are_one_line_with_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))

@@ -93,7 +93,7 @@ def test_nor_by_the_separation_of_another_file(model_dir, sound, tmp_path, capfd
 
 
 @pytest.mark.parametrize("name", ["Violin.WAV", "mine.wav", "separation.json", "relation_map.png"])
-def test_a_folder_with_somebody_else_s_files_is_refused(model_dir, sound, tmp_path, capfd, name) -> None:
+def test_a_folder_with_somebody_elses_files_is_refused(model_dir, sound, tmp_path, capfd, name) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / name).write_text('{"objects": [{"name": "violin"}, {"name": "mine"}]}')
@@ -291,5 +291,5 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(model_dir, tmp_path) -> None:
     assert not out.exists()
 
 
-def test_every_object_s_sound_is_known_as_an_output() -> None:
+def test_every_objects_sound_is_known_as_an_output() -> None:
     assert set(commands._WAVS) == {f"{n}.wav" for n in (*OBJECT_NAMES, "_rest")}

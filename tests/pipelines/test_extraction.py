@@ -81,32 +81,6 @@ def test_segments_too_large_together_are_done_one_after_the_other(tmp_path, enou
         assert shards.read_ids(str(tmp_path)) == ([], [])
 
 
-def test_a_retry_in_another_shard_supersedes(tmp_path):
-    """The table grew, so that shards are others."""
-    out = str(tmp_path)
-
-    def reject(ids, reason, retry=None):
-        segments = [Segment(i, f"{i}.wav", 0.0, 1.0, "train", labels=("dog",)) for i in ids]
-        for w in work.plan_work(shards.read_state(out), segments, retry):
-            new = [
-                Rejection(s.segment_id, "decode", reason, True, w.attempts.get(s.segment_id, 0) + 1) for s in w.segments
-            ]
-            options = {
-                "configuration": CONFIGURATION,
-                "shape": (9, 2),
-                "retried": sorted(w.attempts),
-            }
-            shards.write_shard(out, w.shard, w.generation, [], [*w.kept, *new], **options)
-
-    few = [f"s{i}" for i in range(40)]
-    reject(few, "timed_out")
-    for attempts in (2, 3, 4):
-        reject([*few, *(f"n{i}" for i in range(10))], "unreadable", [])
-        assert {(r.reason, r.attempts) for r in shards.read_rejections(out) if r.segment_id in few} == {
-            ("unreadable", attempts)
-        }
-
-
 def test_a_second_driver_on_the_same_output_refuses(sounds, tmp_path, capfd):
     out = tmp_path / "out"
     program = [sys.executable, "-m", "pipelines.extract", *command(sounds, out)]
@@ -129,7 +103,7 @@ def test_a_second_driver_on_the_same_output_refuses(sounds, tmp_path, capfd):
     assert files(out) == committed(out) | {"status.json"}
 
 
-def test_what_killed_writers_left_is_swept_and_a_live_writer_s_is_not(sounds, tmp_path):
+def test_what_killed_writers_left_is_swept_and_a_live_writers_is_not(sounds, tmp_path):
     out = tmp_path / "out"
     assert extract.main(command(sounds, out)) == 0
     whole = files(out)
@@ -247,7 +221,7 @@ def test_a_media_file_that_was_written_anew_is_decoded_again(extracted, capfd):
     assert again() == []
 
 
-def test_a_changed_row_that_can_not_be_used_is_rejected_and_comes_back(extracted):
+def test_a_changed_row_that_cannot_be_used_is_rejected_and_comes_back(extracted):
     """A rejection is tried again when its row changes, and only then."""
     again, _, out = extracted
     assert again(*ROWS[:1], "s1,nowhere.wav,0,train,drum", *ROWS[2:]) == ["s1"]
@@ -276,7 +250,7 @@ def test_a_dry_run_tells_what_changed(extracted, capfd):
     assert "2 segments: 0 done, 2 to do" in said and files(out) == before
 
 
-def test_a_changed_download_is_fetched_anew_and_a_user_s_own_file_stays(tmp_path):
+def test_a_changed_download_is_fetched_anew_and_a_users_own_file_stays(tmp_path):
     store = str(tmp_path)
     segment = Segment("v", "youtube:aaaaaaaaaaa", 0, 10)
     mine = tmp_path / "v.mkv"

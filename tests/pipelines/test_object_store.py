@@ -121,12 +121,3 @@ def test_a_lock_in_an_object_store_keeps_a_second_driver_out(store_folder):
         assert "Held: --out x is in use by process" in other.stderr
         mine.check()
     assert not storage.exists(path)
-
-
-@pytest.mark.slow
-def test_training_on_ray_keeps_its_record_in_google_s_store(rendered, gs: Google, gs_folder):
-    """Ray Train writes to the store itself, through the file system that it is given."""
-    clips, run = f"{gs_folder}/clips", f"{gs_folder}/run"
-    assert extract.main(["--segments", str(rendered / "segments.csv"), "--out", clips, "--in-process"]) == 0
-    assert train.main(["--clips", clips, "--out", run, "--epochs", "1"]) == 0
-    assert {"model/miml.safetensors", "history.json"} <= everything(run).keys() and gs.unauthorised == 0

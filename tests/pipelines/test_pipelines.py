@@ -78,7 +78,7 @@ def test_programs_write_the_files_that_their_page_names(run, tmp_path, program):
     assert found and not unknown and not missing
 
 
-def test_costs_reckon_with_an_extraction_s_own_seconds(run, tmp_path):
+def test_costs_reckon_with_an_extractions_own_seconds(run, tmp_path):
     recorded, own = cost.read_rates(None), cost.read_rates(str(run / "clips"))
     commits = shards.read_commits(str(run / "clips"))
     assert own["decode"] == pytest.approx(sum(c.timings_s["decode"] for c in commits) / 14)
@@ -391,7 +391,7 @@ def test_a_full_disk_is_told_in_one_line(run, rendered, tmp_path, capfd):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_silence_is_nobody_s_sound(run, tmp_path):
+def test_silence_is_nobodys_sound(run, tmp_path):
     soundfile.write(tmp_path / "silent.wav", np.zeros(RATE, np.float32), RATE)
     arguments = ["separate", str(tmp_path / "silent.wav"), "--model", str(run / "run" / "model")]
     assert cli.main([*arguments, "--out", str(tmp_path / "out")]) == 0
@@ -501,21 +501,6 @@ def test_factors_are_kept_for_the_same_sound_alone():
     a, b = torch.ones(10), torch.zeros(10)
     assert [float(once(w, s)) for w, s in ((a, 0), (b, 0), (a, 1), (a.clone(), 0))] == [10, 0, 11, 10]
     assert asked == [0, 0, 1]
-
-
-def test_the_demo_leaves_folders_alone_that_it_did_not_make(tmp_path, capfd):
-    mine = tmp_path / "clips" / "references" / "mine" / "dog.flac"
-    mine.parent.mkdir(parents=True)
-    mine.touch()
-    assert demo.main(["--out", str(tmp_path)]) == 2
-    assert "holds clips/, which no demo made; give another folder" in capfd.readouterr().err
-    assert mine.exists()
-    assert [p.name for p in tmp_path.iterdir()] == ["clips"]
-    assert demo.main(["--out", str(tmp_path / "new"), "--clips", "7"]) == 2
-    for n_clips in (8, 20, 40, 120):
-        counts = demo.split_clips(n_clips)
-        assert sum(counts.values()) == n_clips and all(counts.values())
-    assert counts == {"train": 90, "val": 12, "test": 18}
 
 
 def test_inspect_knows_models_extractions_and_shards(run, capsys):

@@ -3,7 +3,7 @@ import pytest
 from avsep import stages
 
 
-def test_a_profile_s_rates_are_clips_by_time() -> None:
+def test_a_profiles_rates_are_clips_by_time() -> None:
     """Two workers busy for 8 + 4 of 2 × 8 seconds, on 24 clips."""
     lines = stages.profile({"decode": 4.0, "factorize": 8.0, "fetch": 0.0}, 24, 2, 8.0)
     assert lines[0] == "factorize: 8.0 s, 67%, alone 6.00 clips/s"

@@ -297,7 +297,7 @@ def test_a_file_opens_no_other(server, canary, tmp_path, name):
     assert asked == []
 
 
-def test_a_movie_s_data_reference_is_not_followed(server, tmp_path):
+def test_a_movies_data_reference_is_not_followed(server, tmp_path):
     """An MP4 whose samples lie in another file: the alias in its `dref` names it."""
     video = write_video(tmp_path / "x.mp4", 1).read_bytes()
     assert b"url \0\0\0\1" in video

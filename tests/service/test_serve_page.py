@@ -494,7 +494,7 @@ def test_targets_are_large_enough(page: Page, video, width):
     assert page.run("document.documentElement.scrollWidth") <= width
 
 
-def test_the_api_s_page_shows_answers_and_schemas(page: Page, server):
+def test_the_apis_page_shows_answers_and_schemas(page: Page, server):
     page.open(f"{server.url}/docs")
     page.wait("document.querySelectorAll('section').length > 10")
     said = page.run("document.querySelector('main').textContent")

@@ -64,7 +64,7 @@ def folders(service: RayService) -> set[str]:
     return {p.name for p in service.results.iterdir()}
 
 
-def test_a_killed_replica_s_request_is_done_by_another(service, long):
+def test_a_killed_replicas_request_is_done_by_another(service, long):
     urls = [service.post(long, Prefer="respond-async").headers["location"] for _ in range(2)]
     wait(lambda: all(service.client.get(u).json()["progress"] > 0 for u in urls), 200)
     replicas = service.replicas("separating")
@@ -180,7 +180,7 @@ def test_it_leaves_nothing_behind(service, short):
     wait(lambda: not [p for p in processes if _alive(p)])
 
 
-def test_behind_serve_s_proxies(tmp_path, short, long):
+def test_behind_serves_proxies(tmp_path, short, long):
     """As on a cluster: the same answers, and the same bounds on connections."""
     with contextlib.closing(RayService(tmp_path, proxied=True, max_upload_bytes=2_000_000)) as service:
         assert [t for t in descendants(service.process.pid).values() if "ProxyActor" in t]
@@ -236,7 +236,7 @@ def answers_of(client: httpx.Client, files: list[Path], folder: Path) -> list[tu
         return list(clients.map(ask, range(len(files))))
 
 
-def test_a_device_s_answers_are_the_ordinary_ones(tmp_path, monkeypatch):
+def test_a_devices_answers_are_the_ordinary_ones(tmp_path, monkeypatch):
     """Ray is told of a GPU; where torch finds none the stages of all requests are done together all the same."""
     from ray import serve as ray_serve
 
