@@ -1,11 +1,11 @@
-"""Separate whole files: a video or a sound in, one WAV an object and a report out."""
+"""Separate whole files: a video or a sound in, one WAV per object and a report out."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,14 +16,13 @@ import numpy as np
 import soundfile
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from avsep import media, storage
-from avsep.factors import ExtractionConfig, Factors
-from avsep.model import LABELLER_FILE, LabelConfig, label_config
+from avsep.factors import Factorize
+from avsep.model import LABELLER_FILE, LabelConfig, ModelConfig, label_config
 from avsep.objects import OBJECT_NAMES, find
 from avsep.records import ClipError, Reason
-from avsep.separation import REST, Plan, Separator
+from avsep.separation import REST, Planned, Separates, Separator
 from avsep.vision import NO_DOWNLOAD, ImageLabeller, LabellerUnavailable
 
 MIXTURE = "_mixture"
@@ -60,27 +59,45 @@ class FileSeparation:
     """What became of a file; the sounds are in WAVs."""
 
     report: dict[str, Any]  # for `separation.json`
-    plan: Plan
+    plan: Planned
     pictures: NDArray[np.uint8]  # (n, height, width, 3)
     notes: tuple[str, ...] = ()  # on the file itself
 
 
 @dataclass
 class VideoSeparator:
-    """Separate files with a trained model and, where its weights can be had, the picture network."""
+    """Separate files by any separator and, where its weights can be had, a picture network that says what is there.
 
-    separator: Separator
-    model_dir: str
+    Pictures and windows can be dealt with elsewhere: `label` takes the picture network's looks `(n, size, size, 3)` and
+    gives a future of their logits `(n, 1000)`, or of None where it has another network; `factorize` is a model's, as
+    `Separator` takes it.
+    """
+
+    separator: Separates
+    model_dir: str | None = None  # a model's folder
     weights: str | None = None  # of the picture network, in place of the model's own or torchvision's
     limits: FileLimits = field(default_factory=FileLimits)
     device: str = "cpu"  # the picture network's
+    label: Callable[[NDArray[np.uint8]], Future] | None = None
+    factorize: Factorize | None = None
 
     @classmethod
     def load(
-        cls, model_dir: str, weights: str | None = None, limits: FileLimits = FileLimits(), device: str = "cpu"
+        cls,
+        model_dir: str,
+        weights: str | None = None,
+        limits: FileLimits = FileLimits(),
+        device: str = "cpu",
+        label: Callable[[NDArray[np.uint8]], Future] | None = None,
+        factorize: Factorize | None = None,
     ) -> VideoSeparator:
         """Load the model directory that `pipelines.train` (and `collect`) wrote."""
-        return cls(Separator.load(model_dir), model_dir, weights, limits, device)
+        return cls(Separator.load(model_dir), model_dir, weights, limits, device, label, factorize)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration; of a separator without a model the defaults, which say how pictures are seen."""
+        return self.separator.model.config if isinstance(self.separator, Separator) else ModelConfig()
 
     @cached_property
     def labeller(self) -> ImageLabeller | str:
@@ -88,11 +105,11 @@ class VideoSeparator:
 
         That of `weights`, else the model's own, else one that needs no download.
         """
-        config = self.separator.model.config.labeller
+        config = self.config.labeller
         if self.weights is not None:
             return ImageLabeller.load(config.architecture, self.weights, self.device)
-        own = storage.join(self.model_dir, LABELLER_FILE)
-        if storage.exists(own):
+        own = None if self.model_dir is None else storage.join(self.model_dir, LABELLER_FILE)
+        if own is not None and storage.exists(own):
             return ImageLabeller.load(config.architecture, own, self.device)
         with contextlib.suppress(LabellerUnavailable):
             labeller = ImageLabeller.load(config.architecture, None, self.device)
@@ -106,7 +123,7 @@ class VideoSeparator:
     @property
     def labels(self) -> LabelConfig:
         """How labels follow from what the picture network says: as for the model's clips, unless it is another one."""
-        config = self.separator.model.config
+        config = self.config
         if isinstance(self.labeller, str) or self.labeller.sha256 == config.labeller.sha256:
             return config.labels
         way = self.labeller.looking(config.labeller.looks).way
@@ -120,7 +137,6 @@ class VideoSeparator:
         bases: str | None = None,
         step: Step = _no_step,
         mixture: bool = False,
-        elsewhere: Callable[..., Future] | None = None,
         parents: bool = True,
         track: int = 1,
     ) -> FileSeparation:
@@ -129,115 +145,147 @@ class VideoSeparator:
         Writes `OBJECT.wav`, `_rest.wav` and, if asked, `_mixture.wav` into `out`, under other names
         until all are whole; without `parents`, only the last folder of `out` is made where there is
         none. `objects` are those that are there; None lets pictures and sound decide. `bases` (own,
-        learned, both) overrides the model's choice. `elsewhere` starts a stage in another process:
-        `("label", pictures, sha256)`, which may give None for a network that it hasn't, and
-        `("factorize", waveform, seeds, config)`. `track` counts the file's audio tracks from 1.
+        learned, both) overrides the model's choice. `track` counts the file's audio tracks from 1.
 
         Raises ClipError for a file without usable sound, ValueError for unknown objects or bases
-        that the model hasn't, and whatever `step` raises.
+        that the separator hasn't, and whatever `step` raises.
         """
-        separator = self.separator
-        if bases is not None and bases != separator.config.bases:
-            separator = Separator(separator.model, replace(separator.config, bases=bases))
-        objects = None if objects is None else [find(name) for name in objects]
-        others = None if elsewhere is None else _Elsewhere(elsewhere, step)
-        if others is not None:
-            step = others.tell
-            separator = Separator(separator.model, separator.config)  # for this file alone
-            separator.factorize_all = functools.partial(others.factorize, config=separator.extraction)
+        patience = _Patience(step)
+        separator = self._for_a_file(bases, patience)
+        given = None
+        if objects is not None:
+            given = [name if name in separator.objects else find(name) for name in objects]
         timings, clock = {}, _Clock()
-        step("decoding", 0.0)
-        rate = separator.stft.sample_rate
-        source = _Source(video, rate, separator.model.config.image_size, self.limits, step, track)
+        patience.tell("decoding", 0.0)
+        image_size = self.config.image_size
+        source = _Source(video, separator.sample_rate, image_size, self.limits, patience.tell, track)
         timings["decode_s"] = clock()
-        scores, note = self._picture_scores(source.pictures, step, others)
-        note = "; ".join(filter(None, (*source.notes, note)))
-        learned = separator.model.config.training.get("clips_by_label", OBJECT_NAMES)
-        unknown = unlearned([name for name in objects or () if name not in learned])
-        seen = None
-        if scores is not None:
-            marks = self.labels.choose(scores)
-            seen = [OBJECT_NAMES[i] for i in marks.nonzero().flatten().tolist()]
+        looked = self._look(source.pictures, patience)
         timings["look_s"] = clock()
-        total = source.n_samples
-        plan = separator.plan(
-            _told(source.blocks(), 2 * rate, lambda done: step("listening", _LISTENING * min(1.0, done / total))),
-            objects,
-            seen if objects is None else None,
-        )
+        plan = _listen(separator, source, given, looked, patience.tell)
         timings["listen_s"] = clock()
-        strange = unlike([name for name in plan.objects if plan.familiarity[name] < _UNLIKE])
-
-        def rendered(blocks: Iterator[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
-            done = 0
-            for estimates in plan.render(blocks):
-                yield estimates
-                done += estimates.shape[1]
-                step("separating", _LISTENING + _SEPARATING * min(1.0, done / plan.n_samples))
-
-        write_wavs(plan, rendered(source.blocks()), out, rate, mixture, parents)
+        tally = _Tally()
+        rendered = _rendered(plan, source, tally, patience.tell)
+        kind = "WAV" if source.n_samples * 4 < 4_000_000_000 else "RF64"  # WAV's sizes have 32 bits
+        write_wavs(plan.objects, rendered, out, separator.sample_rate, kind, mixture, parents)
         timings["separate_s"] = clock()
-        origin = "given" if objects is not None else "sound" if seen is None else "pictures"
-        report: dict[str, Any] = {
+        report = self._report(separator, plan, tally, given, looked)
+        report["note"] = "; ".join(filter(None, (*source.notes, looked.note)))
+        report["timings"] = {name: round(seconds, 3) for name, seconds in timings.items()}
+        return FileSeparation(report, plan, source.pictures, tuple(source.notes))
+
+    def _for_a_file(self, bases: str | None, patience: _Patience) -> Separates:
+        """Return the separator, or one for a single file where bases are asked for or others factorise."""
+        if not isinstance(self.separator, Separator):
+            if bases is not None:
+                raise ValueError(f"bases are {bases!r}, and this separator has no bases; leave them out")
+            return self.separator
+        config = self.separator.config if bases is None else replace(self.separator.config, bases=bases)
+        if self.factorize is None:
+            return self.separator if config == self.separator.config else Separator(self.separator.model, config)
+        return Separator(self.separator.model, config, patience.with_others(self.factorize))
+
+    def _look(self, pictures: NDArray[np.uint8], patience: _Patience) -> _Looked:
+        """Ask the picture network what pictures show; or say why it can't be asked."""
+        if len(pictures) == 0:
+            return _Looked("there are no pictures to look at")
+        if isinstance(self.labeller, str):
+            return _Looked(self.labeller)
+        patience.tell("looking", 0.0)
+        views = self.labeller.looking(self.config.labeller.looks)(pictures)
+        logits = None if self.label is None else patience.wait(self.label(views.crops))
+        logits = self.labeller(views.crops) if logits is None else torch.as_tensor(logits)
+        scores = self.labels.scores(views.evidence(logits))
+        marks = self.labels.choose(scores)
+        seen = [OBJECT_NAMES[i] for i in marks.nonzero().flatten().tolist()]
+        return _Looked("", self.labeller.architecture, dict(zip(OBJECT_NAMES, scores.tolist(), strict=True)), seen)
+
+    def _report(
+        self, separator: Separates, plan: Planned, tally: _Tally, given: Sequence[str] | None, looked: _Looked
+    ) -> dict[str, Any]:
+        """Say what became of a file; what a plan or separator doesn't have is null, or left out."""
+        rate, seen = separator.sample_rate, looked.seen
+        origin = "given" if given is not None else "sound" if seen is None else "pictures"
+        familiarity: Mapping[str, float] = getattr(plan, "familiarity", {})
+        doubts: Mapping[str, str] = getattr(plan, "doubts", {})
+        shares: Mapping[str, float] = getattr(plan, "sound_scores", None) or tally.shares(plan.objects)
+        learned = self.config.training.get("clips_by_label", given or ())
+        unknown = unlearned([name for name in given or () if name not in learned])
+        strange = unlike([name for name in plan.objects if familiarity.get(name, 1.0) < _UNLIKE])
+        return {
             "sample_rate": rate,
-            "duration_s": plan.n_samples / rate,
+            "duration_s": tally.n_samples / rate,
             "objects_from": origin,
-            "note": note,
-            "labeller": None if scores is None or isinstance(self.labeller, str) else self.labeller.architecture,
+            "note": "",
+            "labeller": looked.labeller,
             "unlearned": "; ".join(filter(None, (unknown, strange))),
             "objects": [
                 {
                     "name": name,
                     "file": f"{name}.wav",
                     "from": origin if origin != "pictures" or name in (seen or ()) else "sound",
-                    "confidence": plan.confidence[name],
-                    "familiarity": plan.familiarity[name],
-                    "sound_score": plan.sound_scores[name],
-                    "picture_score": None if scores is None else float(scores[OBJECT_NAMES.index(name)]),
+                    "confidence": plan.confidence.get(name),
+                    "familiarity": familiarity.get(name),
+                    "sound_score": shares.get(name),
+                    "picture_score": looked.scores.get(name),
                     "visible": None if seen is None else name in seen,
                     "silent": name in plan.silent,
-                    "doubt": plan.doubts.get(name, ""),
+                    "doubt": doubts.get(name, ""),
                 }
                 for name in plan.objects
             ],
             "rest": f"{REST}.wav",
-            "heard": _heard(plan, torch.tensor(list(plan.sound_scores.values())), 0.01),
+            "heard": _loudest_first(shares, 0.01),
             "windows": [
-                {"start_s": start / rate, "end_s": end / rate, "heard": _heard(plan, scores, 0.05)}
-                for start, end, scores in plan.window_scores
+                {
+                    "start_s": start / rate,
+                    "end_s": end / rate,
+                    "heard": _loudest_first(dict(zip(separator.objects, scores.tolist(), strict=True)), 0.05),
+                }
+                for start, end, scores in getattr(plan, "window_scores", ())
             ],
-            "bases": separator.config.bases,
-            "timings": {name: round(seconds, 3) for name, seconds in timings.items()},
+            **({"bases": separator.config.bases} if isinstance(separator, Separator) else {}),
         }
-        return FileSeparation(report, plan, source.pictures, tuple(source.notes))
-
-    def _picture_scores(
-        self, pictures: NDArray[np.uint8], step: Step, others: _Elsewhere | None
-    ) -> tuple[Tensor | None, str]:
-        """Score the objects in pictures, `(L,)`; None and why when there is no picture or no picture network."""
-        if len(pictures) == 0:
-            return None, "there are no pictures to look at"
-        if isinstance(self.labeller, str):
-            return None, self.labeller
-        step("looking", 0.0)
-        views = self.labeller.looking(self.separator.model.config.labeller.looks)(pictures)
-        logits = self.labeller(views.crops) if others is None else others.label(self.labeller, views.crops)
-        return self.labels.scores(views.evidence(logits)), ""
 
 
-class _Elsewhere:
-    """One file's stages that other processes do; what ends the work by `step` ends the wait for them."""
+@dataclass
+class _Looked:
+    """What the picture network made of a file's pictures; without scores, why there are none."""
 
-    def __init__(self, start: Callable[..., Future], step: Step) -> None:
-        self._start, self._step = start, step
-        self._told = ("decoding", 0.0)
+    note: str
+    labeller: str | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+    seen: Sequence[str] | None = None
+
+
+@dataclass
+class _Tally:
+    """What has been rendered."""
+
+    n_samples: int = 0
+    energy: NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))  # of each object, and of the rest
+
+    def add(self, estimates: NDArray[np.float32]) -> None:
+        self.n_samples += estimates.shape[1]
+        self.energy = self.energy + np.square(estimates, dtype=np.float64).sum(1)
+
+    def shares(self, objects: Sequence[str]) -> dict[str, float]:
+        """Return each object's share of what was rendered, by energy."""
+        whole = max(float(self.energy.sum()), 1e-30)
+        return {name: float(e) / whole for name, e in zip(objects, self.energy[:-1], strict=True)}
+
+
+class _Patience:
+    """Tells a step how far one file is, and again while other processes work: what it raises ends the wait, too."""
+
+    def __init__(self, step: Step) -> None:
+        self._step, self._told = step, ("decoding", 0.0)
 
     def tell(self, stage: str, done: float) -> None:
         self._told = (stage, done)
         self._step(stage, done)
 
-    def _ask(self, *arguments: Any) -> Any:
-        future = self._start(*arguments)
+    def wait(self, future: Future) -> Any:
         try:
             while not wait([future], _LOOK_S).done:
                 self._step(*self._told)
@@ -245,19 +293,41 @@ class _Elsewhere:
         finally:
             future.cancel()
 
-    def label(self, own: ImageLabeller, pictures: NDArray[np.uint8]) -> Tensor:
-        logits = self._ask("label", pictures, own.sha256)
-        return own(pictures) if logits is None else torch.tensor(logits)
+    def with_others(self, factorize: Factorize) -> Factorize:
+        """Have others factorise, and wait for them."""
 
-    def factorize(self, waveform: Tensor, seeds: Sequence[int], config: ExtractionConfig) -> Sequence[Factors]:
-        return self._ask("factorize", waveform.numpy(), seeds, config)
+        def factorize_patiently(waveforms: Sequence[NDArray[np.float32]], seeds: Sequence[int]) -> Future:
+            future = factorize(waveforms, seeds)
+            self.wait(future)
+            return future
+
+        return factorize_patiently
 
 
-def _heard(plan: Plan, scores: Tensor, least: float) -> dict[str, float]:
+def _listen(separator: Separates, source: _Source, given: Sequence[str] | None, looked: _Looked, step: Step) -> Planned:
+    """Have a separator listen to a file; of what is seen it is told what it knows."""
+    seen = None
+    if given is None and looked.seen is not None:
+        seen = [name for name in looked.seen if name in separator.objects]
+    total = source.n_samples
+    pieces = _told(
+        source.blocks(),
+        2 * separator.sample_rate,
+        lambda done: step("listening", _LISTENING * min(1.0, done / total)),
+    )
+    return separator.plan(pieces, given, seen)
+
+
+def _rendered(plan: Planned, source: _Source, tally: _Tally, step: Step) -> Iterator[NDArray[np.float32]]:
+    for estimates in plan.render(source.blocks()):
+        yield estimates
+        tally.add(estimates)
+        step("separating", _LISTENING + _SEPARATING * min(1.0, tally.n_samples / source.n_samples))
+
+
+def _loudest_first(shares: Mapping[str, float], least: float) -> dict[str, float]:
     """Name the objects of at least a share of the sound, the loudest first."""
-    names = plan.separator.model.config.objects
-    order = scores.argsort(descending=True).tolist()
-    return {names[i]: float(scores[i]) for i in order if scores[i] >= least}
+    return {n: s for n, s in sorted(shares.items(), key=lambda x: -x[1]) if s >= least}
 
 
 class _Clock:
@@ -315,6 +385,7 @@ class _Source:
             if n_samples > self._limits.max_duration_s * self._rate:  # headers may promise too little
                 raise _too_long(self._limits)
             yield block
+        self.n_samples = n_samples
 
 
 def _too_long(limits: FileLimits) -> ClipError:
@@ -370,16 +441,19 @@ def pictures(
 
 
 def write_wavs(
-    plan: Plan,
+    objects: Sequence[str],
     rendered: Iterator[NDArray[np.float32]],
     out: Path,
     sample_rate: int,
+    kind: str = "WAV",
     mixture: bool = False,
     parents: bool = True,
 ) -> None:
-    """Write `OBJECT.wav`, `_rest.wav` and perhaps `_mixture.wav`, under other names until all are whole."""
-    names = [*plan.objects, REST, *([MIXTURE] if mixture else [])]
-    kind = "WAV" if plan.n_samples * 4 < 4_000_000_000 else "RF64"  # WAV's sizes have 32 bits
+    """Write `OBJECT.wav`, `_rest.wav` and perhaps `_mixture.wav`, under other names until all are whole.
+
+    `kind` is soundfile's format: RF64 for sounds of more than 4 GB.
+    """
+    names = [*objects, REST, *([MIXTURE] if mixture else [])]
     parts = [out / f"{name}.wav.part" for name in names]
     out.mkdir(parents=parents, exist_ok=True)
     try:
