@@ -26,11 +26,12 @@ from tqdm import tqdm
 from avsep import shards, storage
 from avsep.console import complain, lost, say
 from avsep.factors import ExtractionConfig
+from avsep.files import SUFFIXES, Step, pictures
 from avsep.model import CONFIG_FILE, Model, describe_training, label_config, training_facts
 from avsep.objects import OBJECT_NAMES, find
 from avsep.records import ClipError, Reason
-from avsep.separation import REST
-from avsep.videos import SUFFIXES, FileSeparation, Step, VideoSeparator, pictures
+from avsep.separation import REST, Explanation, Separator
+from avsep.videos import FileSeparation, VideoSeparator
 from avsep.vision import DEFAULT_ARCHITECTURE, NO_DOWNLOAD, ImageLabeller, LabellerUnavailable
 
 _REPORT, _MAP = "separation.json", "relation_map.png"
@@ -57,7 +58,7 @@ def separate(
     folders = _folders(out, found, alone=list(files) == found)
     check_outputs(folders, model)
     separate_video = _load(model, weights)
-    say(describe_training(separate_video.separator.model.config))
+    say(describe_training(separate_video.config))
     failed = 0
     for file, folder in folders.items():
         try:
@@ -169,15 +170,15 @@ def _name(file: str, level: int) -> str:
     return stem if level == 0 and stem else name
 
 
-def check_outputs(folders: Mapping[str, str], model: str) -> None:
-    """Raise ValueError where a file to be separated, or the model, is where a separation writes or deletes.
+def check_outputs(folders: Mapping[str, str], model: str | None) -> None:
+    """Raise ValueError where a file to be separated, or the model's folder, is where a separation writes or deletes.
 
     By whatever name: through links, and in the folder of another file.
     """
     for folder in dict.fromkeys(folders.values()):
         if storage.exists(folder) and not storage.is_directory(folder):
             raise ValueError(f"--out {folder} is a file; give a folder")
-        if storage.same(folder, model):
+        if model is not None and storage.same(folder, model):
             raise ValueError(f"--out {folder} is the model's folder; give another one")
         for path in storage.list_files(folder):
             if storage.name(path).lower() not in (*_WAVS, _REPORT, _MAP):
@@ -189,7 +190,7 @@ def check_outputs(folders: Mapping[str, str], model: str) -> None:
 
 def separate_file(
     video: str,
-    model_dir: str,
+    model_dir: str | None,
     out: str,
     objects: Sequence[str] | None,
     weights: str | None,
@@ -198,34 +199,44 @@ def separate_file(
 ) -> dict[str, Any]:
     """Separate a whole file, whatever its length, into float32 WAVs that add up to its sound.
 
-    `video` and `out` may be URIs. What an earlier separation wrote to `out` stays as it is until all of the new one
-    is there. Returns what goes to `separation.json`. Raises ClipError for a file without usable sound, ValueError for
-    unknown objects, a folder that holds others' files, or one where `video` would be overwritten.
+    `separate_video` may hold any separator; without it the model of `model_dir` is loaded. The relation map is drawn
+    where the separator explains itself. `video` and `out` may be URIs. What an earlier separation wrote to `out` stays
+    as it is until all of the new one is there. Returns what goes to `separation.json`. Raises ClipError for a file
+    without usable sound, ValueError for unknown objects, a folder that holds others' files, or one where `video` would
+    be overwritten.
     """
     check_outputs({video: out}, model_dir)
     earlier = _earlier_files(out)
-    separate_video = separate_video or _load(model_dir, weights)
+    if separate_video is None:
+        if model_dir is None:
+            raise ValueError("there is neither a model's folder nor a separator; give one")
+        separate_video = _load(model_dir, weights)
     with contextlib.ExitStack() as stack:
         path = stack.enter_context(storage.local_file(video))
         folder = stack.enter_context(_staging(out))
         done = separate_video(path, folder, objects, step=stack.enter_context(_progress()), track=track)
-        config = separate_video.separator.model.config
-        report = {"source": video, "model": {"path": model_dir, **training_facts(config)}, **done.report}
-        report |= {"relation_map": _MAP, "note": "; ".join(filter(None, (report.pop("unlearned"), report["note"])))}
-        (folder / _MAP).write_bytes(_relation_map(done))
+        report: dict[str, Any] = {"source": video}
+        if isinstance(separate_video.separator, Separator):
+            report["model"] = {"path": model_dir, **training_facts(separate_video.config)}
+        report |= done.report
+        report["note"] = "; ".join(filter(None, (report.pop("unlearned"), report["note"])))
+        written = [f"{name}.wav" for name in (*done.plan.objects, REST)]
+        if done.plan.explanation is not None:
+            report["relation_map"] = _MAP
+            written.append(_MAP)
+            (folder / _MAP).write_bytes(_relation_map(done, done.plan.explanation))
         (folder / _REPORT).write_text(json.dumps(report, indent=1) + "\n")
-        _publish(folder, out, [f"{name}.wav" for name in (*done.plan.objects, REST)], earlier)
+        _publish(folder, out, written, earlier)
     return report
 
 
-def _relation_map(done: FileSeparation) -> bytes:
+def _relation_map(done: FileSeparation, window: Explanation) -> bytes:
     """Draw the first window's relation map beside a picture from the file's middle."""
     from avsep import plots  # half a second, needed only at the end
 
-    window = done.plan.first_window.first(done.plan.separator.model.config.n_bases)
     picture = done.pictures[len(done.pictures) // 2] if len(done.pictures) else None
     relation, energy = window.relation.numpy(), window.factors.basis_energy.numpy()
-    return plots.relation_map(relation, OBJECT_NAMES, energy, picture, done.plan.objects)
+    return plots.relation_map(relation, window.objects, energy, picture, done.plan.objects)
 
 
 @contextlib.contextmanager
@@ -250,15 +261,15 @@ def _staging(out: str) -> Iterator[Path]:
                 empty.rmdir()
 
 
-def _publish(folder: Path, out: str, wavs: Sequence[str], earlier: Sequence[str]) -> None:
+def _publish(folder: Path, out: str, written: Sequence[str], earlier: Sequence[str]) -> None:
     """Move a finished separation to its place; whenever it is killed, the next one knows the files as its own."""
-    owned = {*wavs, *(storage.name(f) for f in earlier)}
-    begun = {"unfinished": True, "objects": [{"name": w.removesuffix(".wav")} for w in sorted(owned - {_WAVS[-1]})]}
+    wavs = {name for name in (*written, *(storage.name(f) for f in earlier)) if name != _MAP} - {_WAVS[-1]}
+    begun = {"unfinished": True, "objects": [{"name": w.removesuffix(".wav")} for w in sorted(wavs)]}
     storage.write_text(storage.join(out, _REPORT), json.dumps(begun | {"rest": _WAVS[-1]}) + "\n")
-    for name in (*wavs, _MAP):
+    for name in written:
         _place(folder / name, storage.join(out, name))
     for file in earlier:
-        if storage.name(file) not in wavs:
+        if storage.name(file) not in written:
             storage.delete_file(file)
     _place(folder / _REPORT, storage.join(out, _REPORT))
 
@@ -289,18 +300,18 @@ def _progress() -> Iterator[Step]:
 
 
 def _earlier_files(out: str) -> list[str]:
-    """List the WAVs of an earlier separation in a folder; ValueError for files there that are somebody else's."""
+    """List an earlier separation's WAVs and map in a folder; ValueError for files there that are somebody else's."""
     ours = _owned(out)
-    wavs = []
+    found = []
     for path in storage.list_files(out):
         name = storage.name(path)
-        if name.lower().endswith(".wav"):
-            wavs.append(path)
-        elif name not in (_REPORT, _MAP):
+        if not name.lower().endswith(".wav") and name not in (_REPORT, _MAP):
             continue
         if name not in ours:
             raise ValueError(f"{out} holds {name}, which no separation wrote; give another --out")
-    return wavs
+        if name != _REPORT:
+            found.append(path)
+    return found
 
 
 def _owned(out: str) -> set[str]:

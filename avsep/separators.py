@@ -30,7 +30,7 @@ class Planned(Protocol):
 
     @property
     def confidence(self) -> Mapping[str, float]:
-        """How sure it is, in [0, 1], that an object sounds; of as many objects as it can say that."""
+        """How sure it is, in [0, 1], that an object sounds, at least of each of `objects`."""
 
     @property
     def silent(self) -> Sequence[str]:
@@ -107,7 +107,8 @@ class _WholePlan:
 class Whole:
     """A separator of sounds that fit into memory: `estimate` takes one, `(S,)`, and J names, and gives `(J, S)`.
 
-    What its estimates leave of the sound is the rest. Where nobody names objects it gives all of its own.
+    What its estimates leave of the sound is the rest. Where nobody names objects it gives all of its own, of which it
+    doesn't know whether they sound.
 
     >>> halves = Whole(lambda mixture, names: mixture.expand(len(names), -1) / len(names), 8000, ("dog", "violin"))
     >>> plan, parts = render_whole(halves, np.ones(3, np.float32))
@@ -134,7 +135,8 @@ class Whole:
         mixture = np.concatenate([np.zeros(0, np.float32), *blocks])
         if not len(mixture):
             raise ValueError("there is no sample to separate")
-        return _WholePlan(names, self.estimate(torch.from_numpy(mixture), names).numpy(), {})
+        estimates = self.estimate(torch.from_numpy(mixture), names).numpy()
+        return _WholePlan(names, estimates, dict.fromkeys(names, 0.5 if objects is None else 1.0))
 
 
 @dataclass(repr=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -17,41 +17,19 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 
-from avsep import media, storage
+from avsep import storage
 from avsep.factors import Factorize
+from avsep.files import NO_LIMITS, FileLimits, Step, WholeFile, no_step
 from avsep.model import LABELLER_FILE, LabelConfig, ModelConfig, label_config
 from avsep.objects import OBJECT_NAMES, find
-from avsep.records import ClipError, Reason
 from avsep.separation import REST, Planned, Separates, Separator
+from avsep.stages import Label
 from avsep.vision import NO_DOWNLOAD, ImageLabeller, LabellerUnavailable
 
 MIXTURE = "_mixture"
-SUFFIXES = (  # of the files of a folder that are taken for videos and sounds, in small letters
-    *(".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".ts", ".webm"),
-    *(".wmv", ".aac", ".ac3", ".aif", ".aiff", ".amr", ".au", ".caf", ".flac", ".m4a", ".mka", ".mp2", ".mp3", ".oga"),
-    *(".ogg", ".opus", ".rf64", ".w64", ".wav", ".weba", ".wma", ".wv"),
-)
-_HELD_S = 60.0  # a file up to this long is decoded once and held; a longer one is read twice, in blocks
-_MAX_PICTURES = 60  # of a file that are labelled; a longer one is sampled evenly
-_BLOCK = 1 << 20  # samples read at a time
 _LOOK_S = 0.25  # between steps while other processes work
 _UNLIKE = 0.7  # familiarity below which an object's sound is said to be unlike the training
 _LISTENING, _SEPARATING = 0.7, 0.3  # shares of the time
-_LIMITS = media.DecodeLimits()
-
-Step = Callable[[str, float], None]  # is told the stage and how much is done in [0, 1]; raises to stop the work
-
-
-def _no_step(stage: str, done: float) -> None:
-    pass
-
-
-@dataclass(frozen=True)
-class FileLimits:
-    """What one file may be, and what reading it may use."""
-
-    max_duration_s: float = float("inf")
-    decode: media.DecodeLimits = field(default_factory=media.DecodeLimits)
 
 
 @dataclass
@@ -68,9 +46,8 @@ class FileSeparation:
 class VideoSeparator:
     """Separate files by any separator and, where its weights can be had, a picture network that says what is there.
 
-    Pictures and windows can be dealt with elsewhere: `label` takes the picture network's looks `(n, size, size, 3)` and
-    gives a future of their logits `(n, 1000)`, or of None where it has another network; `factorize` is a model's, as
-    `Separator` takes it.
+    Others can do a part: `label` asks the same picture network elsewhere, `factorize` has a model's windows factorised,
+    as `Separator` takes it.
     """
 
     separator: Separates
@@ -78,7 +55,7 @@ class VideoSeparator:
     weights: str | None = None  # of the picture network, in place of the model's own or torchvision's
     limits: FileLimits = field(default_factory=FileLimits)
     device: str = "cpu"  # the picture network's
-    label: Callable[[NDArray[np.uint8]], Future] | None = None
+    label: Label | None = None
     factorize: Factorize | None = None
 
     @classmethod
@@ -86,13 +63,19 @@ class VideoSeparator:
         cls,
         model_dir: str,
         weights: str | None = None,
-        limits: FileLimits = FileLimits(),
+        limits: FileLimits = NO_LIMITS,
         device: str = "cpu",
-        label: Callable[[NDArray[np.uint8]], Future] | None = None,
+        label: Label | None = None,
         factorize: Factorize | None = None,
     ) -> VideoSeparator:
         """Load the model directory that `pipelines.train` (and `collect`) wrote."""
         return cls(Separator.load(model_dir), model_dir, weights, limits, device, label, factorize)
+
+    def elsewhere(self, label: Label | None, factorize: Factorize | None) -> VideoSeparator:
+        """Return the same one, networks and all, with others to label and factorise."""
+        other = copy.copy(self)
+        other.label, other.factorize = label, factorize
+        return other
 
     @property
     def config(self) -> ModelConfig:
@@ -135,7 +118,7 @@ class VideoSeparator:
         out: Path,
         objects: Sequence[str] | None = None,
         bases: str | None = None,
-        step: Step = _no_step,
+        step: Step = no_step,
         mixture: bool = False,
         parents: bool = True,
         track: int = 1,
@@ -158,7 +141,7 @@ class VideoSeparator:
         timings, clock = {}, _Clock()
         patience.tell("decoding", 0.0)
         image_size = self.config.image_size
-        source = _Source(video, separator.sample_rate, image_size, self.limits, patience.tell, track)
+        source = WholeFile(video, separator.sample_rate, image_size, self.limits, patience.tell, track)
         timings["decode_s"] = clock()
         looked = self._look(source.pictures, patience)
         timings["look_s"] = clock()
@@ -192,9 +175,12 @@ class VideoSeparator:
         if isinstance(self.labeller, str):
             return _Looked(self.labeller)
         patience.tell("looking", 0.0)
-        views = self.labeller.looking(self.config.labeller.looks)(pictures)
-        logits = None if self.label is None else patience.wait(self.label(views.crops))
-        logits = self.labeller(views.crops) if logits is None else torch.as_tensor(logits)
+        if self.label is None:
+            views = self.labeller.looking(self.config.labeller.looks)(pictures)
+            logits = self.labeller(views.crops)
+        else:
+            views = self.label.looking(pictures)
+            logits = torch.as_tensor(patience.wait(self.label.classify(views.crops)))
         scores = self.labels.scores(views.evidence(logits))
         marks = self.labels.choose(scores)
         seen = [OBJECT_NAMES[i] for i in marks.nonzero().flatten().tolist()]
@@ -224,7 +210,7 @@ class VideoSeparator:
                     "name": name,
                     "file": f"{name}.wav",
                     "from": origin if origin != "pictures" or name in (seen or ()) else "sound",
-                    "confidence": plan.confidence.get(name),
+                    "confidence": plan.confidence[name],
                     "familiarity": familiarity.get(name),
                     "sound_score": shares.get(name),
                     "picture_score": looked.scores.get(name),
@@ -304,7 +290,22 @@ class _Patience:
         return factorize_patiently
 
 
-def _listen(separator: Separates, source: _Source, given: Sequence[str] | None, looked: _Looked, step: Step) -> Planned:
+def _told(
+    blocks: Iterator[NDArray[np.float32]], length: int, tell: Callable[[int], None]
+) -> Iterator[NDArray[np.float32]]:
+    """Pass blocks on in pieces of at most `length`, and tell how many samples have been taken."""
+    done = 0
+    for block in blocks:
+        for start in range(0, len(block), length):
+            tell(done)
+            piece = block[start : start + length]
+            yield piece
+            done += len(piece)
+
+
+def _listen(
+    separator: Separates, source: WholeFile, given: Sequence[str] | None, looked: _Looked, step: Step
+) -> Planned:
     """Have a separator listen to a file; of what is seen it is told what it knows."""
     seen = None
     if given is None and looked.seen is not None:
@@ -318,7 +319,7 @@ def _listen(separator: Separates, source: _Source, given: Sequence[str] | None, 
     return separator.plan(pieces, given, seen)
 
 
-def _rendered(plan: Planned, source: _Source, tally: _Tally, step: Step) -> Iterator[NDArray[np.float32]]:
+def _rendered(plan: Planned, source: WholeFile, tally: _Tally, step: Step) -> Iterator[NDArray[np.float32]]:
     for estimates in plan.render(source.blocks()):
         yield estimates
         tally.add(estimates)
@@ -340,71 +341,6 @@ class _Clock:
         return self._last - last
 
 
-class _Source:
-    """One file's pictures and sound; the sound can be read more than once."""
-
-    def __init__(
-        self,
-        video: Path,
-        sample_rate: int,
-        image_size: int,
-        limits: FileLimits,
-        step: Step = _no_step,
-        track: int = 1,
-    ) -> None:
-        self._video, self._rate, self._limits = video, sample_rate, limits
-        self._held: NDArray[np.float32] | None = None
-        held = min(_HELD_S, limits.max_duration_s, limits.decode.max_duration_s)
-        try:
-            shorter = replace(limits.decode, max_duration_s=held)
-            clip = media.decode(video, sample_rate=sample_rate, image_size=image_size, limits=shorter, track=track)
-        except ClipError as error:
-            if error.reason != Reason.TOO_LONG or held < _HELD_S:
-                raise
-            info = media.probe(video, timeout_s=limits.decode.timeout_s)
-            duration_s = info.duration_s
-            too_long = duration_s is not None and duration_s > limits.max_duration_s  # says the header; is it true?
-            if too_long and media.reaches(video, limits.max_duration_s, limits=limits.decode):
-                raise _too_long(limits) from None
-            self._listening, self.notes = media.listen(video, limits=limits.decode, track=track)
-            self.n_samples = round(sample_rate * (duration_s or 2 * held))  # a guess, where the header doesn't say
-            self.pictures = pictures(video, image_size, info, limits.decode, step)
-        else:
-            self._held, self.pictures, self.notes = clip.waveform, clip.images, clip.notes
-            self.n_samples = len(clip.waveform)
-
-    def blocks(self) -> Iterator[NDArray[np.float32]]:
-        """Read the sound from its start, `(S,)` at a time."""
-        if self._held is not None:
-            yield self._held
-            return
-        n_samples = 0
-        reading: dict[str, Any] = {"sample_rate": self._rate, "block": _BLOCK, "limits": self._limits.decode}
-        for block in media.iter_audio(self._video, listening=self._listening, **reading):
-            n_samples += len(block)
-            if n_samples > self._limits.max_duration_s * self._rate:  # headers may promise too little
-                raise _too_long(self._limits)
-            yield block
-        self.n_samples = n_samples
-
-
-def _too_long(limits: FileLimits) -> ClipError:
-    return ClipError(Reason.TOO_LONG, f"more than {limits.max_duration_s:g} s")
-
-
-def _told(
-    blocks: Iterator[NDArray[np.float32]], length: int, tell: Callable[[int], None]
-) -> Iterator[NDArray[np.float32]]:
-    """Pass blocks on in pieces of at most `length`, and tell how many samples have been taken."""
-    done = 0
-    for block in blocks:
-        for start in range(0, len(block), length):
-            tell(done)
-            piece = block[start : start + length]
-            yield piece
-            done += len(piece)
-
-
 def unlearned(objects: Sequence[str]) -> str:
     """Say what a model's answer is worth about objects that no clip of its training had; "" for none."""
     return f"the model was trained on no clip of {', '.join(objects)}: it can't tell their sound" if objects else ""
@@ -415,29 +351,6 @@ def unlike(objects: Sequence[str]) -> str:
     if not objects:
         return ""
     return f"the sound is unlike what the model was trained on: {', '.join(objects)} may be something else"
-
-
-def pictures(
-    video: Path,
-    image_size: int,
-    info: media.MediaInfo | None = None,
-    limits: media.DecodeLimits = _LIMITS,
-    step: Step = _no_step,
-) -> NDArray[np.uint8]:
-    """Decode pictures from all over a file, at most a minute's worth, as `media.decode` gives them."""
-    found: list[NDArray[np.uint8]] = []
-    info = info or media.probe(video)
-    if not info.has_video:
-        return np.zeros((0, 0, 0, 3), np.uint8)
-    decode = functools.partial(media.decode, video, image_size=image_size, limits=limits, sound=False)
-    if info.duration_s is None or info.duration_s <= _MAX_PICTURES:
-        return decode(0, None if info.duration_s else _MAX_PICTURES).images
-    for start in np.linspace(0, info.duration_s - 1, _MAX_PICTURES):
-        step("decoding", 0.0)
-        with contextlib.suppress(ClipError):  # a damaged stretch
-            found.append(decode(float(start), float(start) + 1).images)
-    same = [f for f in found if f.shape[1:] == found[0].shape[1:]]  # where a stream changes its size, the first
-    return np.concatenate(same) if same else np.zeros((0, 0, 0, 3), np.uint8)
 
 
 def write_wavs(

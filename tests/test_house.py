@@ -20,10 +20,10 @@ FLOORS = (
     "stft nmf objects metrics miml context evidence lite looks limits console",
     "storage tables records lock factors dictionary familiarity",
     "media",
-    "model separation baselines plots report",
+    "model masks windows separators separation baselines plots report",
     "fetching vision shards work manifest audioset synthetic",
     "stages learning",
-    "videos evaluation audit duplicates datacard",
+    "files videos evaluation results results_report audit duplicates datacard",
     "service commands",
     "cli",
 )
@@ -52,7 +52,7 @@ FLAGS = {
     },
     "collect": {"--model", "--clips", "--replace", "--in-process"},
     "evaluate": {
-        "--model", "--paper-model", "--segments", "--references", "--out", "--split", "--given",
+        "--model", "--paper-model", "--compare", "--segments", "--references", "--out", "--split", "--given",
         "--protocol", "--replace", "--in-process",
     },
     "serve": {"--model", "--port", "--in-process"},
