@@ -187,6 +187,13 @@ def test_help_and_mistakes_do_not_wait_for_what_takes_seconds_to_import(command:
     assert not found & heavy
 
 
+def test_a_separator_of_waveforms_needs_no_media_tables_or_scheduler() -> None:
+    run = [sys.executable, "-X", "importtime", "-c", "from avsep import Separator"]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=60, cwd=ROOT, check=True)
+    found = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "torch" in found and not found & {"ffmpeg", "imageio_ffmpeg", "pyarrow", "ray"}
+
+
 def test_avsep_s_names_are_there_when_asked_for() -> None:
     assert set(avsep.__all__) == {name for names in avsep._HOMES.values() for name in names} <= set(dir(avsep))
     for name in avsep.__all__:
