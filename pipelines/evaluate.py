@@ -157,8 +157,8 @@ def named_models(arguments: argparse.Namespace) -> tuple[Entry, ...]:
         name, _, directory = text.partition("=")
         if not directory or not _NAME.fullmatch(name):
             fail(f"--compare {text}: give NAME=DIR, with a name of small letters, digits and _, such as mine=out/model")
-        if name in BESIDE or named.get(name):
-            fail(f"--compare {text}: the results have a separator {name} already; give another name")
+        if name in BESIDE or name in named:
+            fail(f"--compare {text}: {name} is the name of another separator in the results; give another one")
         named[name] = directory
     here = {name: storage.resolve(directory, ".") for name, directory in named.items() if directory}
     return tuple(Entry(name, directory, _sha256(directory)) for name, directory in here.items())

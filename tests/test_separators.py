@@ -187,8 +187,9 @@ def test_other_models_are_compared_under_their_names(arguments: list[str], tmp_p
     [
         (["mine"], "--compare mine: give NAME=DIR"),
         (["Mine=MODEL"], "--compare Mine=.*small letters"),
-        (["ideal_mask=MODEL"], "have a separator ideal_mask already"),
-        (["mine=MODEL", "mine=MODEL"], "have a separator mine already"),
+        (["ideal_mask=MODEL"], "ideal_mask is the name of another"),
+        (["mine=MODEL", "mine=MODEL"], "mine is the name of another"),
+        (["paper=MODEL"], "paper is the name of another"),
         (["mine=nowhere"], "nowhere holds no config.json"),
     ],
 )
