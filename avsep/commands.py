@@ -7,6 +7,7 @@ import fnmatch
 import glob
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -26,15 +27,17 @@ from tqdm import tqdm
 from avsep import shards, storage
 from avsep.console import complain, lost, say
 from avsep.factors import ExtractionConfig
+from avsep.files import SUFFIXES, Step, pictures
 from avsep.model import CONFIG_FILE, Labelling, Model, describe_training, label_config, training_facts
-from avsep.objects import OBJECT_NAMES, find
+from avsep.objects import Vocabulary
 from avsep.records import ClipError, Reason
-from avsep.separation import REST
-from avsep.videos import SUFFIXES, FileSeparation, Step, VideoSeparator, pictures
+from avsep.separation import REST, Explanation, Separator
+from avsep.videos import FileSeparation, VideoSeparator
 from avsep.vision import DEFAULT_ARCHITECTURE, NO_DOWNLOAD, ImageLabeller, LabellerUnavailable
 
 _REPORT, _MAP = "separation.json", "relation_map.png"
-_WAVS = tuple(f"{name}.wav" for name in (*OBJECT_NAMES, REST))
+_REST_FILE = f"{REST}.wav"
+_WAV = re.compile(r"[a-z0-9_]+\.wav")  # an object's name, or the rest's
 _OUT = "separated"  # unless --out names another folder
 _SAY_EVERY_S = 5.0
 _NAMED = 5  # files that are left out
@@ -49,7 +52,6 @@ def separate(
     files: Sequence[str], model: str, out: str | None, objects: str | None, weights: str | None, track: int = 1
 ) -> int:
     """Run `avsep separate`; of several files those that can't be separated are told, and give status 1."""
-    names = None if objects is None else _object_names(objects)
     found, left_out = find_files(files)
     if left_out:
         more = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
@@ -57,7 +59,8 @@ def separate(
     folders = _folders(out, found, alone=list(files) == found)
     check_outputs(folders, model)
     separate_video = _load(model, weights)
-    say(describe_training(separate_video.separator.model.config))
+    names = None if objects is None else _object_names(objects, separate_video.config.vocabulary)
+    say(describe_training(separate_video.config))
     failed = 0
     for file, folder in folders.items():
         try:
@@ -70,11 +73,11 @@ def separate(
     return 0 if not failed else 1 if failed < len(folders) else 2
 
 
-def _object_names(text: str) -> list[str]:
+def _object_names(text: str, vocabulary: Vocabulary) -> list[str]:
     names = list(dict.fromkeys(n.strip() for n in text.split(",") if n.strip()))
     if not names:
-        raise ValueError(f"--objects {text!r} names no object; the objects are {', '.join(OBJECT_NAMES)}")
-    return list(dict.fromkeys(find(name) for name in names))
+        raise ValueError(f"--objects {text!r} names no object; the objects are {', '.join(vocabulary.names)}")
+    return list(dict.fromkeys(vocabulary.find(name) for name in names))
 
 
 def _load(model: str, weights: str | None) -> VideoSeparator:
@@ -169,18 +172,19 @@ def _name(file: str, level: int) -> str:
     return stem if level == 0 and stem else name
 
 
-def check_outputs(folders: Mapping[str, str], model: str) -> None:
-    """Raise ValueError where a file to be separated, or the model, is where a separation writes or deletes.
+def check_outputs(folders: Mapping[str, str], model: str | None) -> None:
+    """Raise ValueError where a file to be separated, or the model's folder, is where a separation writes or deletes.
 
     By whatever name: through links, and in the folder of another file.
     """
     for folder in dict.fromkeys(folders.values()):
         if storage.exists(folder) and not storage.is_directory(folder):
             raise ValueError(f"--out {folder} is a file; give a folder")
-        if storage.same(folder, model):
+        if model is not None and storage.same(folder, model):
             raise ValueError(f"--out {folder} is the model's folder; give another one")
         for path in storage.list_files(folder):
-            if storage.name(path).lower() not in (*_WAVS, _REPORT, _MAP):
+            name = storage.name(path).lower()
+            if not _WAV.fullmatch(name) and name not in (_REPORT, _MAP):
                 continue
             for file in folders:
                 if storage.same(file, path):
@@ -189,7 +193,7 @@ def check_outputs(folders: Mapping[str, str], model: str) -> None:
 
 def separate_file(
     video: str,
-    model_dir: str,
+    model_dir: str | None,
     out: str,
     objects: Sequence[str] | None,
     weights: str | None,
@@ -198,34 +202,44 @@ def separate_file(
 ) -> dict[str, Any]:
     """Separate a whole file, whatever its length, into float32 WAVs that add up to its sound.
 
-    `video` and `out` may be URIs. What an earlier separation wrote to `out` stays as it is until all of the new one
-    is there. Returns what goes to `separation.json`. Raises ClipError for a file without usable sound, ValueError for
-    unknown objects, a folder that holds others' files, or one where `video` would be overwritten.
+    `separate_video` may hold any separator; without it the model of `model_dir` is loaded. The relation map is drawn
+    where the separator explains itself. `video` and `out` may be URIs. What an earlier separation wrote to `out` stays
+    as it is until all of the new one is there. Returns what goes to `separation.json`. Raises ClipError for a file
+    without usable sound, ValueError for unknown objects, a folder that holds others' files, or one where `video` would
+    be overwritten.
     """
     check_outputs({video: out}, model_dir)
     earlier = _earlier_files(out)
-    separate_video = separate_video or _load(model_dir, weights)
+    if separate_video is None:
+        if model_dir is None:
+            raise ValueError("there is neither a model's folder nor a separator; give one")
+        separate_video = _load(model_dir, weights)
     with contextlib.ExitStack() as stack:
         path = stack.enter_context(storage.local_file(video))
         folder = stack.enter_context(_staging(out))
         done = separate_video(path, folder, objects, step=stack.enter_context(_progress()), track=track)
-        config = separate_video.separator.model.config
-        report = {"source": video, "model": {"path": model_dir, **training_facts(config)}, **done.report}
-        report |= {"relation_map": _MAP, "note": "; ".join(filter(None, (report.pop("unlearned"), report["note"])))}
-        (folder / _MAP).write_bytes(_relation_map(done))
+        report: dict[str, Any] = {"source": video}
+        if isinstance(separate_video.separator, Separator):
+            report["model"] = {"path": model_dir, **training_facts(separate_video.config)}
+        report |= done.report
+        report["note"] = "; ".join(filter(None, (report.pop("unlearned"), report["note"])))
+        written = [f"{name}.wav" for name in (*done.plan.objects, REST)]
+        if done.plan.explanation is not None:
+            report["relation_map"] = _MAP
+            written.append(_MAP)
+            (folder / _MAP).write_bytes(_relation_map(done, done.plan.explanation))
         (folder / _REPORT).write_text(json.dumps(report, indent=1) + "\n")
-        _publish(folder, out, [f"{name}.wav" for name in (*done.plan.objects, REST)], earlier)
+        _publish(folder, out, written, earlier)
     return report
 
 
-def _relation_map(done: FileSeparation) -> bytes:
+def _relation_map(done: FileSeparation, window: Explanation) -> bytes:
     """Draw the first window's relation map beside a picture from the file's middle."""
     from avsep import plots  # half a second, needed only at the end
 
-    window = done.plan.first_window.first(done.plan.separator.extraction.n_bases)
     picture = done.pictures[len(done.pictures) // 2] if len(done.pictures) else None
     relation, energy = window.relation.numpy(), window.factors.basis_energy.numpy()
-    return plots.relation_map(relation, done.plan.separator.model.config.objects, energy, picture, done.plan.objects)
+    return plots.relation_map(relation, window.objects, energy, picture, done.plan.objects)
 
 
 @contextlib.contextmanager
@@ -250,15 +264,15 @@ def _staging(out: str) -> Iterator[Path]:
                 empty.rmdir()
 
 
-def _publish(folder: Path, out: str, wavs: Sequence[str], earlier: Sequence[str]) -> None:
+def _publish(folder: Path, out: str, written: Sequence[str], earlier: Sequence[str]) -> None:
     """Move a finished separation to its place; whenever it is killed, the next one knows the files as its own."""
-    owned = {*wavs, *(storage.name(f) for f in earlier)}
-    begun = {"unfinished": True, "objects": [{"name": w.removesuffix(".wav")} for w in sorted(owned - {_WAVS[-1]})]}
-    storage.write_text(storage.join(out, _REPORT), json.dumps(begun | {"rest": _WAVS[-1]}) + "\n")
-    for name in (*wavs, _MAP):
+    wavs = {name for name in (*written, *(storage.name(f) for f in earlier)) if name != _MAP} - {_REST_FILE}
+    begun = {"unfinished": True, "objects": [{"name": w.removesuffix(".wav")} for w in sorted(wavs)]}
+    storage.write_text(storage.join(out, _REPORT), json.dumps(begun | {"rest": _REST_FILE}) + "\n")
+    for name in written:
         _place(folder / name, storage.join(out, name))
     for file in earlier:
-        if storage.name(file) not in wavs:
+        if storage.name(file) not in written:
             storage.delete_file(file)
     _place(folder / _REPORT, storage.join(out, _REPORT))
 
@@ -289,18 +303,18 @@ def _progress() -> Iterator[Step]:
 
 
 def _earlier_files(out: str) -> list[str]:
-    """List the WAVs of an earlier separation in a folder; ValueError for files there that are somebody else's."""
+    """List an earlier separation's WAVs and map in a folder; ValueError for files there that are somebody else's."""
     ours = _owned(out)
-    wavs = []
+    found = []
     for path in storage.list_files(out):
         name = storage.name(path)
-        if name.lower().endswith(".wav"):
-            wavs.append(path)
-        elif name not in (_REPORT, _MAP):
+        if not name.lower().endswith(".wav") and name not in (_REPORT, _MAP):
             continue
         if name not in ours:
             raise ValueError(f"{out} holds {name}, which no separation wrote; give another --out")
-    return wavs
+        if name != _REPORT:
+            found.append(path)
+    return found
 
 
 def _owned(out: str) -> set[str]:
@@ -310,7 +324,7 @@ def _owned(out: str) -> set[str]:
         wavs = {f"{o['name']}.wav" for o in report["objects"]} | {report["rest"]}
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return set()
-    return {*wavs, _REPORT, _MAP} if wavs <= set(_WAVS) else set()
+    return {*wavs, _REPORT, _MAP} if all(map(_WAV.fullmatch, wavs)) else set()
 
 
 def _tell(out: str, report: Mapping[str, Any]) -> None:
@@ -375,11 +389,11 @@ def label(video: str, weights: str | None, labeller: str | None) -> int:
     network = _labeller(labeller, weights)
     way = network.looking(ExtractionConfig.looks).way
     say(f"pictures: {network.architecture}, looks: {way}")
-    config = label_config(network.architecture, way)
-    scores = Labelling(config).scores(network.evidence(found, way))
+    config = Labelling(label_config(network.architecture, way))
+    scores = config.scores(network.evidence(found, way))
     labels = config.choose(scores)
     for i in scores.argsort(descending=True).tolist()[:10]:
-        say(f"{scores[i]:.3f}  {OBJECT_NAMES[i]}{'  (label)' if labels[i] else ''}")
+        say(f"{scores[i]:.3f}  {config.vocabulary.names[i]}{'  (label)' if labels[i] else ''}")
     return 0
 
 

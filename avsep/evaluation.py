@@ -1,37 +1,39 @@
 """Measure separators on mixtures whose sources are known: cases, what each separator makes of them, figures.
 
-Floor (the mixture) and ceiling (the ideal mask) are separators like the others.
+Floor (the mixture) and ceiling (the ideal mask) are separators like the others, made for each case.
+
+    case = Case.load(segment, "references", separator.sample_rate)
+    result = measure(case, {"default": separator, "mine": my_separator})   # any `separation.Separates`
 """
 
 from __future__ import annotations
 
-import copy
+import functools
 import hashlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import soundfile
 import torch
 from numpy.typing import ArrayLike, NDArray
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from avsep import baselines, factors, media, metrics, storage
-from avsep.objects import OBJECT_NAMES
+from avsep.objects import AUDIOSET_23, Vocabulary
 from avsep.records import Segment
-from avsep.separation import REST, Separation, Separator, Window
+from avsep.separation import REST, Planned, Separates, Separator, Whole, Window, render_whole
+from avsep.stft import STFT
 
 FIGURES = ("sdr", "sir", "sar", "si_sdr")
 GAINS = tuple(f"{f}_improvement" for f in FIGURES)
-STRUCK = {"drum"}
-UNPITCHED = STRUCK | {"cat", "dog", "chicken", "frog", "car", "train", "plane", "motorcycle"}
 LOST_DB = -30.0  # what a sound that was lost altogether counts, instead of −inf
-HEARD = 0.01  # scores below it are no claim that an object is audible
-_STRUCK_METHOD = "harmonic_percussive"
+STRUCK_METHOD = "harmonic_percussive"
 _ALONE_DB = 20.0  # an object sounds alone when whatever else there is stays this far below it
+BESIDE = ("mixture", "nmf_clustering", STRUCK_METHOD, "oracle_assignment", "ideal_mask")  # what is always measured, too
+_KEPT = 256  # factors, of 0.3 MB for ten seconds
 _SLACK_S = 1.0  # a clip may end this much before or after its references, as codecs pad and files end early
 
 
@@ -89,17 +91,21 @@ class Case:
     names: list[str]
     references: Tensor  # (J, S)
     rest: Tensor
+    noisy: bool = False  # the rest holds noise for certain: to a blind method one source more
+    vocabulary: Vocabulary = AUDIOSET_23
 
     @classmethod
-    def load(cls, segment: Segment, folder: str, sample_rate: int) -> Case:
+    def load(cls, segment: Segment, folder: str, sample_rate: int, vocabulary: Vocabulary = AUDIOSET_23) -> Case:
         """Decode the clip and read its references."""
         waveforms, rate = references_of(folder, segment.segment_id)
         if rate != sample_rate:
             raise ValueError(f"references of {segment.segment_id} have {rate} Hz; the model works at {sample_rate} Hz")
         rest = waveforms.pop(REST, None)
         names = sorted(n for n, w in waveforms.items() if np.abs(w).max() > 1e-6)
-        if unknown := set(names) - set(OBJECT_NAMES):
-            raise ValueError(f"references of {segment.segment_id} hold {sorted(unknown)}, which are no objects")
+        if unknown := set(names) - set(vocabulary.names):
+            raise ValueError(
+                f"references of {segment.segment_id} hold {sorted(unknown)}, which are none of {vocabulary}"
+            )
         if not names:
             raise ValueError(f"references of {segment.segment_id} hold no audible object")
         with storage.local_file(segment.source) as path:
@@ -117,6 +123,7 @@ class Case:
             names,
             torch.from_numpy(np.stack([waveforms[n] for n in names])),
             torch.from_numpy(rest if rest is not None else np.zeros(length, np.float32)),
+            vocabulary=vocabulary,
         )
 
     @property
@@ -125,9 +132,15 @@ class Case:
         return torch.cat([self.references, self.rest.unsqueeze(0)])
 
 
-def build_case(segments: Sequence[Segment], references: str, sample_rate: int, protocol: str) -> Case:
+def build_case(
+    segments: Sequence[Segment],
+    references: str,
+    sample_rate: int,
+    protocol: str,
+    vocabulary: Vocabulary = AUDIOSET_23,
+) -> Case:
     """Load a clip, or mix what the protocol says of clips in which one object is alone."""
-    cases = [Case.load(s, references, sample_rate) for s in segments]
+    cases = [Case.load(s, references, sample_rate, vocabulary) for s in segments]
     if protocol == "pairs":
         return mix_pair(*cases)
     return add_noise(cases[0]) if protocol == "denoising" else cases[0]
@@ -144,6 +157,7 @@ def mix_pair(one: Case, other: Case) -> Case:
         [*first.names, *second.names],
         torch.cat([first.references[:, :length], second.references[:, :length]]),
         first.rest[:length] + second.rest[:length],
+        vocabulary=one.vocabulary,
     )
 
 
@@ -152,7 +166,7 @@ def add_noise(case: Case) -> Case:
     rng = np.random.default_rng(factors.seed_of(case.segment.segment_id))
     noise = torch.from_numpy(rng.standard_normal(len(case.mixture)).astype(np.float32))
     noise *= case.mixture.square().mean().sqrt()
-    return Case(case.segment, case.mixture + noise, case.names, case.references, case.rest + noise)
+    return replace(case, mixture=case.mixture + noise, rest=case.rest + noise, noisy=True)
 
 
 def alone(references: str, segment: Segment) -> tuple[str | None, str]:
@@ -177,207 +191,122 @@ def told(case: Case, given: str) -> dict[str, list[str]]:
     return {}
 
 
-def measure(case: Case, separator: Separator, paper: Separator | None, given: str, noisy: bool) -> ClipResult:
-    """Run every separator on a case and measure it; arguments as of `separate_case`."""
-    estimates, analysis = separate_case(case, separator, paper, given, noisy)
+def measure(case: Case, separators: Mapping[str, Separates], given: str = "objects") -> ClipResult:
+    """Run named separators on a case, floor, blind methods and ceilings beside them, and measure each.
+
+    `given` says what they are told is there: the true `objects`, the table's `labels`, or `none`. An object that a
+    separator wasn't told of and did not find gets the mixture: that is all its listener has. What is known of bases,
+    and of how sure it is what sounds, is of the separator named `default`.
+    """
+    if wrong := set(separators) & set(BESIDE):
+        raise ValueError(f"separators are named {', '.join(sorted(wrong))}, as floor, ceilings and blind methods are")
+    default = separators.get("default")
+    model = next((s for s in (default, *separators.values()) if isinstance(s, Separator)), None)
+    window = model.analyse(case.mixture) if model else None
+    plans: dict[str, Planned] = {}
+    estimates: dict[str, Tensor] = {}
+    for name, separator in beside(case, separators, model, window).items():
+        plans[name], parts = render_whole(separator, case.mixture.numpy(), **told(case, given))
+        found = dict(zip(plans[name].objects, torch.from_numpy(parts[:-1]), strict=True))
+        estimates[name] = torch.stack([found.get(n, case.mixture) for n in case.names])
+    result = ClipResult(case.segment.segment_id, case.names, figures_of(case, estimates))
+    if case.segment.labels is not None:
+        result.visible = list(case.segment.labels)
+    if default is not None:
+        result.confidence = dict(plans["default"].confidence)
+        result.sound_scores = dict(getattr(plans["default"], "sound_scores", {}))
+    if isinstance(default, Separator) and window is not None:
+        result.basis_energy, result.basis_right = whose_bases(case, default, window)
+    return result
+
+
+def figures_of(case: Case, estimates: Mapping[str, Tensor]) -> dict[str, dict[str, list[float]]]:
+    """Measure estimates `(J, S)` by separator, the mixture among them: figures and gains, one value per object."""
     r, e = case.references.numpy(), np.stack([e.numpy() for e in estimates.values()])
     bss = metrics.bss_eval(r, e)
     measured = {"sdr": bss.sdr, "sir": bss.sir, "sar": bss.sar, "si_sdr": metrics.si_sdr(r, e)}  # (separators, J)
     floor = list(estimates).index("mixture")
     for figure, values in list(measured.items()):
         measured[f"{figure}_improvement"] = metrics.improvement(bounded(values), bounded(values[floor]))
-    figures = {n: {f: v[i].tolist() for f, v in measured.items()} for i, n in enumerate(estimates)}
-    labels = case.segment.labels
-    visible = None if labels is None else list(labels)
-    return ClipResult(case.segment.segment_id, case.names, figures, visible=visible, **analysis)
+    return {n: {f: v[i].tolist() for f, v in measured.items()} for i, n in enumerate(estimates)}
 
 
-def separate_case(
-    case: Case, separator: Separator, paper: Separator | None, given: str, noisy: bool = False
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return each separator's estimates of the case's objects, `(J, S)`, and what the default made of its bases.
+def beside(
+    case: Case, separators: Mapping[str, Separates], model: Separator | None, window: Window | None
+) -> dict[str, Separates]:
+    """Put floor, blind methods and ceilings around separators, in the order of the results' tables.
 
-    An object that a separator was not told of and did not find gets the mixture: that is all
-    its listener has. `noisy` says that there is noise for certain: to the blind method it is
-    one source more.
+    They know the case. They work on the factors of `window`, the whole mixture as `model` analyses it; without a
+    model, on factors at a tenth of a second.
     """
-    known = told(case, given)
-    n_sources = len(case.names)
-    separator = copy.copy(separator)
-    separator.factorize = _once(separator.factorize)
-    if paper is not None and paper.extraction == separator.extraction:
-        paper = copy.copy(paper)
-        paper.factorize = separator.factorize
-    separation = separator(case.mixture, **known)
-    window = whole_window(separator, separation, case)
-    oracle, owner = baselines.oracle_assignment(case.mixture, case.everything, window.factors, separator.stft)
-    grouped = case.everything if noisy else case.references
-    single = window.first(separator.extraction.n_bases).factors
-    estimates = {
-        "mixture": baselines.mixture_as_estimate(case.mixture, n_sources),
-        "nmf_clustering": baselines.blind_clustering(case.mixture, grouped, single, separator.stft)[:n_sources],
-    }
-    struck = [n in STRUCK for n in case.names]
-    if n_sources == 2 and sum(struck) == 1 and sum(n in UNPITCHED for n in case.names) == 1:
-        lasting, striking = baselines.harmonic_percussive(case.mixture, separator.stft)
-        estimates[_STRUCK_METHOD] = torch.stack([striking if s else lasting for s in struck])
-    if paper is not None:
-        estimates["paper"] = _matched(case, paper(case.mixture, **known))
-    estimates["default"] = _matched(case, separation)
-    estimates["oracle_assignment"] = oracle[:-1]
-    estimates["ideal_mask"] = baselines.ideal_ratio_mask(case.mixture, case.everything, separator.stft)[:-1]
-    index = [OBJECT_NAMES.index(n) for n in case.names]
-    guess = separator.shares(window, index)[:-1].argmax(0)
-    belongs = owner < n_sources
-    energy = window.factors.basis_energy
-    return estimates, {
-        "basis_energy": energy[belongs].tolist(),
-        "basis_right": (guess == owner)[belongs].tolist(),
-        "sound_scores": separation.sound_scores,
-        "confidence": dict(getattr(separation, "confidence", None) or {}),
+    rate = next(iter(separators.values())).sample_rate
+    if model is None or window is None:
+        stft = STFT(rate, rate // 10, rate // 20)
+        all_bases = single = factors.factorize(case.mixture, 0, factors.ExtractionConfig(stft))
+    else:
+        stft, all_bases, single = model.stft, window.factors, window.first(model.extraction.n_bases).factors
+
+    def whole(estimate: Callable[[Tensor], Tensor]) -> Whole:
+        return Whole(lambda mixture, _: estimate(mixture), rate, tuple(case.names))
+
+    def clustered(mixture: Tensor) -> Tensor:
+        grouped = case.everything if case.noisy else case.references  # noise is to it one source more
+        return baselines.blind_clustering(mixture, grouped, single, stft)[: len(case.names)]
+
+    def struck_or_not(mixture: Tensor) -> Tensor:
+        lasting, striking = baselines.harmonic_percussive(mixture, stft)
+        return torch.stack([striking if s else lasting for s in struck])
+
+    sounds = {o.name: o.sound for o in case.vocabulary}
+    struck = [sounds[n] == "struck" for n in case.names]
+    two_kinds = sorted(sounds[n] for n in case.names) == ["pitched", "struck"]
+    return {
+        "mixture": whole(lambda x: baselines.mixture_as_estimate(x, len(case.names))),
+        "nmf_clustering": whole(clustered),
+        **({STRUCK_METHOD: whole(struck_or_not)} if two_kinds else {}),
+        **separators,
+        "oracle_assignment": whole(lambda x: baselines.oracle_assignment(x, case.everything, all_bases, stft)[0][:-1]),
+        "ideal_mask": whole(lambda x: baselines.ideal_ratio_mask(x, case.everything, stft)[:-1]),
     }
 
 
-def _once(factorize: Callable[[Tensor, int], factors.Factors]) -> Callable[[Tensor, int], factors.Factors]:
-    """Keep the factors of windows, which several separators ask for."""
+def whose_bases(case: Case, model: Separator, window: Window) -> tuple[list[float], list[bool]]:
+    """Return the energies of the bases that truly belong to an object, and whether the model gives each to that."""
+    _, owner = baselines.oracle_assignment(case.mixture, case.everything, window.factors, model.stft)
+    guess = model.shares(window, [model.objects.index(n) for n in case.names])[:-1].argmax(0)
+    belongs = owner < len(case.names)
+    return window.factors.basis_energy[belongs].tolist(), (guess == owner)[belongs].tolist()
+
+
+def once(factorize: Callable[[NDArray[np.float32], int], factors.Factors]) -> factors.Factorize:
+    """Factorise a waveform from a seed once, however many separators ask: the latest of them are kept."""
     kept: dict[tuple[int, bytes], factors.Factors] = {}
 
-    def factorize_once(waveform: Tensor, seed: int) -> factors.Factors:
-        key = seed, hashlib.sha256(waveform.numpy().tobytes()).digest()
-        if key not in kept:
-            kept[key] = factorize(waveform, seed)
-        return kept[key]
+    def one(waveform: NDArray[np.float32], seed: int) -> factors.Factors:
+        key = seed, hashlib.sha256(waveform.tobytes()).digest()
+        found = kept.pop(key, None) or factorize(waveform, seed)
+        kept[key] = found
+        if len(kept) > _KEPT:
+            del kept[next(iter(kept))]  # the oldest
+        return found
+
+    def factorize_once(waveforms: Sequence[NDArray[np.float32]], seeds: Sequence[int]) -> Future:
+        done: Future = Future()
+        done.set_result([one(waveform, seed) for waveform, seed in zip(waveforms, seeds, strict=True)])
+        return done
 
     return factorize_once
 
 
-def whole_window(separator: Separator, separation: Separation, case: Case) -> Window:
-    """Return the analysis of the whole sound at once: the first window, where there is no other."""
-    window = separation.first_window
-    if window.factors.H.shape[1] == separator.stft.n_frames(len(case.mixture)):
-        return window
-    return separator.analyse(case.mixture)
-
-
-def _matched(case: Case, separation: Any) -> Tensor:
-    found = dict(zip(separation.objects, separation.estimates, strict=True))
-    return torch.stack([found.get(n, case.mixture) for n in case.names])
+def together(models: Mapping[str, Separator]) -> dict[str, Separator]:
+    """Return the same separators, those of one extraction factorising each window once between them."""
+    kept = {
+        extraction: once(functools.partial(factors.factorize, config=extraction))
+        for extraction in {s.extraction for s in models.values()}
+    }
+    return {n: Separator(s.model, s.config, kept[s.extraction]) for n, s in models.items()}
 
 
 def bounded(values: ArrayLike) -> NDArray[np.float64]:
     """A sound lost altogether counts −30 dB; what is undefined stays NaN."""
     return np.maximum(np.asarray(values, np.float64), LOST_DB)
-
-
-def summarise(clips: Sequence[ClipResult]) -> dict[str, Any]:
-    """Average clips into the contract's `results.json`."""
-    struck = [c for c in clips if _STRUCK_METHOD in c.figures]
-    return {
-        "separators": _separators(clips),
-        "struck_beside_pitched": {"clips": len(struck), "separators": _separators(struck)},
-        "clips": [{k: v for k, v in vars(c).items() if not k.startswith("basis_")} for c in clips],
-        "basis_accuracy": basis_accuracy(clips),
-        "basis_accuracy_by_sources": {str(k): basis_accuracy(g) for k, g in _by_sources(clips).items()},
-        "silent_auc": silent_auc(clips),
-        "map": clip_map(clips),
-        "calibration": {
-            "sound_score": _calibration(clips, [_claims(c) for c in clips]),
-            "confidence": _calibration(clips, [c.confidence for c in clips]),
-        },
-    }
-
-
-def _separators(clips: Sequence[ClipResult]) -> dict[str, Any]:
-    """Average each separator's figures over the clips that it was run on."""
-    names = list(dict.fromkeys(n for c in clips for n in c.figures))
-    separators = {}
-    for name in names:
-        with_it = [c for c in clips if name in c.figures]
-        groups = {str(k): g for k, g in _by_sources(with_it).items()}
-        separators[name] = {
-            "clips": len(with_it),
-            "mean": _means(with_it, name),
-            "interval_95": _interval(with_it, name),
-            "default_ahead": _ahead(with_it, name),
-            "by_sources": {k: _means(g, name) | {"interval_95": _interval(g, name)} for k, g in groups.items()},
-            "by_object": {o: _means(with_it, name, only=o) for o in sorted({o for c in with_it for o in c.objects})},
-        }
-    return separators
-
-
-def _by_sources(clips: Sequence[ClipResult]) -> dict[int, list[ClipResult]]:
-    return {k: [c for c in clips if len(c.objects) == k] for k in sorted({len(c.objects) for c in clips})}
-
-
-def _values(clips: Sequence[ClipResult], name: str, figure: str, only: str | None = None) -> list[NDArray[np.float64]]:
-    return [
-        bounded([v for v, o in zip(c.figures[name][figure], c.objects, strict=True) if only in (None, o)])
-        for c in clips
-    ]
-
-
-def _means(clips: Sequence[ClipResult], name: str, only: str | None = None) -> dict[str, float]:
-    means = {}
-    for figure in (*FIGURES, *GAINS):
-        values = np.concatenate([np.zeros(0), *_values(clips, name, figure, only)])
-        finite = values[np.isfinite(values)]  # what is undefined, or perfect, has no place in a mean
-        means[figure] = float(finite.mean()) if len(finite) else float("nan")
-    return means
-
-
-def _interval(clips: Sequence[ClipResult], name: str) -> list[float]:
-    """Return a 95 % bootstrap interval of the mean SDR, over clips."""
-    return _bootstrap(_values(clips, name, "sdr"))
-
-
-def _ahead(clips: Sequence[ClipResult], name: str) -> dict[str, Any]:
-    """Return by how much the default's mean SDR is above a separator's on the same clips, with a 95 % interval."""
-    ours, theirs = (_values(clips, n, "sdr") for n in ("default", name))
-    gaps = [(a - b)[np.isfinite(a) & np.isfinite(b)] for a, b in zip(ours, theirs, strict=True)]
-    all_gaps = np.concatenate([np.zeros(0), *gaps])
-    return {"sdr": float(all_gaps.mean()) if len(all_gaps) else float("nan"), "interval_95": _bootstrap(gaps)}
-
-
-def _bootstrap(values: Sequence[NDArray[np.float64]]) -> list[float]:
-    """Return a 95 % interval of the mean over all values, clips drawn with replacement; NaN for a single clip."""
-    values = [v for v in (v[np.isfinite(v)] for v in values) if len(v)]
-    if len(values) < 2:
-        return [float("nan")] * 2
-    sums, counts = np.array([v.sum() for v in values]), np.array([len(v) for v in values])
-    rows = np.random.default_rng(0).integers(len(values), size=(1000, len(values)))
-    means = sums[rows].sum(1) / counts[rows].sum(1)
-    return [float(x) for x in np.percentile(means, [2.5, 97.5])]
-
-
-def _claims(clip: ClipResult) -> dict[str, float]:
-    """Return the sound scores of objects that may be asked after: heard at all, or shown."""
-    return {n: s for n, s in clip.sound_scores.items() if s >= HEARD or n in (clip.visible or ())}
-
-
-def _calibration(clips: Sequence[ClipResult], claims: Sequence[dict[str, float]]) -> dict[str, Any] | None:
-    """Compare claims that an object is audible, in [0, 1], with the truth; None where nothing is claimed."""
-    pairs = [(n in c.objects, s) for c, own in zip(clips, claims, strict=True) for n, s in own.items()]
-    return metrics.calibration(*zip(*pairs, strict=True)) if pairs else None
-
-
-def basis_accuracy(clips: Sequence[ClipResult]) -> float:
-    """Return the energy share of bases given to their true object, among bases that belong to one."""
-    energy = np.concatenate([np.zeros(0), *(np.asarray(c.basis_energy) for c in clips)])
-    right = np.concatenate([np.zeros(0, bool), *(np.asarray(c.basis_right, bool) for c in clips)])
-    return float((energy * right).sum() / energy.sum()) if energy.sum() else float("nan")
-
-
-def silent_auc(clips: Sequence[ClipResult]) -> float | None:
-    """Return the AUC of telling visible objects that sound from silent ones; None when all are of one kind."""
-    pairs = [(o in c.objects, c.sound_scores[o]) for c in clips if c.visible for o in c.visible]
-    if len({audible for audible, _ in pairs}) < 2:
-        return None
-    return float(roc_auc_score([a for a, _ in pairs], [s for _, s in pairs]))
-
-
-def clip_map(clips: Sequence[ClipResult]) -> float:
-    """Return the mean average precision of sound scores against what is audible."""
-    scored = [c for c in clips if c.sound_scores]
-    labels = torch.tensor([[n in c.objects for n in OBJECT_NAMES] for c in scored])
-    scores = torch.tensor([[c.sound_scores[n] for n in OBJECT_NAMES] for c in scored])
-    return metrics.mean_average_precision(labels, scores) if scored else float("nan")

@@ -170,6 +170,12 @@ class Vocabulary:
         probabilities = image_logits.float().exp() if joined else image_logits.float().softmax(-1)
         return torch.stack([probabilities[..., list(g)].sum(-1) for g in groups], -1).amax(-2).clamp(0, 1)
 
+    @classmethod
+    def of(cls, names: Sequence[str]) -> Vocabulary:
+        """Make a vocabulary of names: the default's objects where it has them, others without look and sound."""
+        known = {o.name: o for o in AUDIOSET_23}
+        return cls(tuple(known.get(name) or SoundObject(name) for name in names))
+
     def as_list(self) -> list[dict[str, Any]]:
         """Return what JSON holds of it."""
         rows = [asdict(o) for o in self.objects]

@@ -58,6 +58,7 @@ _PLAYERS = """<div style="display: flex; flex-wrap: wrap; gap: 1rem">
 <audio style="width: 100%" controls preload="none" aria-label="{{ f.caption }}" src="{{ f.sound }}"></audio>
 <figcaption>{{ f.caption }}</figcaption></figure>{% endfor %}</div>"""
 
+_MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)  # in Hz
 _templates = jinja2.Environment(autoescape=True)
 
 
@@ -109,7 +110,7 @@ class Report:
             self._render(
                 _SOUND,
                 caption=caption,
-                sound=_data("audio/mpeg", mp3(waveform, sample_rate)),
+                sound=_sound(waveform, sample_rate),
                 image=_data("image/png", png) if png else None,
             )
             for caption, waveform, png in sounds
@@ -141,6 +142,13 @@ def players(sounds: list[tuple[str, NDArray[np.float32], bytes]], sample_rate: i
     return _templates.from_string(_PLAYERS).render(figures=figures, note=note)
 
 
+def _sound(waveform: NDArray[np.float32], sample_rate: int) -> str:
+    """Encode a waveform `(S,)` as MP3, or as FLAC where MP3 has no such sample rate."""
+    if sample_rate in _MP3_RATES:
+        return _data("audio/mpeg", mp3(waveform, sample_rate))
+    return _data("audio/flac", flac(waveform, sample_rate))
+
+
 def flac(waveform: NDArray[np.float32], sample_rate: int) -> bytes:
     """Encode a waveform `(S,)` of any sample rate as FLAC of 16 bits; samples beyond full scale are clipped."""
     buffer = io.BytesIO()
@@ -149,7 +157,7 @@ def flac(waveform: NDArray[np.float32], sample_rate: int) -> bytes:
 
 
 def mp3(waveform: NDArray[np.float32], sample_rate: int) -> bytes:
-    """Encode a waveform `(S,)` as MP3; samples beyond full scale are clipped."""
+    """Encode a waveform `(S,)` of one of MP3's sample rates; samples beyond full scale are clipped."""
     buffer = io.BytesIO()
     soundfile.write(buffer, np.clip(waveform, -1, 1), sample_rate, format="MP3")
     return buffer.getvalue()

@@ -1,11 +1,11 @@
-"""Separate whole files: a video or a sound in, one WAV an object and a report out."""
+"""Separate whole files: a video or a sound in, one WAV per object and a report out."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
+import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,42 +16,20 @@ import numpy as np
 import soundfile
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from avsep import media, storage
-from avsep.factors import ExtractionConfig, Factors
-from avsep.model import LABELLER_FILE, Labelling, label_config
-from avsep.records import ClipError, Reason
-from avsep.separation import REST, Plan, Separator
+from avsep import storage
+from avsep.factors import Factorize
+from avsep.files import NO_LIMITS, FileLimits, Step, WholeFile, no_step
+from avsep.model import LABELLER_FILE, Labelling, ModelConfig, label_config
+from avsep.objects import Vocabulary
+from avsep.separation import REST, Planned, Separates, Separator
+from avsep.stages import Label
 from avsep.vision import NO_DOWNLOAD, ImageLabeller, LabellerUnavailable
 
 MIXTURE = "_mixture"
-SUFFIXES = (  # of the files of a folder that are taken for videos and sounds, in small letters
-    *(".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".ts", ".webm"),
-    *(".wmv", ".aac", ".ac3", ".aif", ".aiff", ".amr", ".au", ".caf", ".flac", ".m4a", ".mka", ".mp2", ".mp3", ".oga"),
-    *(".ogg", ".opus", ".rf64", ".w64", ".wav", ".weba", ".wma", ".wv"),
-)
-_HELD_S = 60.0  # a file up to this long is decoded once and held; a longer one is read twice, in blocks
-_MAX_PICTURES = 60  # of a file that are labelled; a longer one is sampled evenly
-_BLOCK = 1 << 20  # samples read at a time
 _LOOK_S = 0.25  # between steps while other processes work
 _UNLIKE = 0.7  # familiarity below which an object's sound is said to be unlike the training
 _LISTENING, _SEPARATING = 0.7, 0.3  # shares of the time
-_LIMITS = media.DecodeLimits()
-
-Step = Callable[[str, float], None]  # is told the stage and how much is done in [0, 1]; raises to stop the work
-
-
-def _no_step(stage: str, done: float) -> None:
-    pass
-
-
-@dataclass(frozen=True)
-class FileLimits:
-    """What one file may be, and what reading it may use."""
-
-    max_duration_s: float = float("inf")
-    decode: media.DecodeLimits = field(default_factory=media.DecodeLimits)
 
 
 @dataclass
@@ -59,27 +37,52 @@ class FileSeparation:
     """What became of a file; the sounds are in WAVs."""
 
     report: dict[str, Any]  # for `separation.json`
-    plan: Plan
+    plan: Planned
     pictures: NDArray[np.uint8]  # (n, height, width, 3)
     notes: tuple[str, ...] = ()  # on the file itself
 
 
 @dataclass
 class VideoSeparator:
-    """Separate files with a trained model and, where its weights can be had, the picture network."""
+    """Separate files by any separator and, where its weights can be had, a picture network that says what is there.
 
-    separator: Separator
-    model_dir: str
+    Others can do a part: `label` asks the same picture network elsewhere, `factorize` has a model's windows factorised,
+    as `Separator` takes it.
+    """
+
+    separator: Separates
+    model_dir: str | None = None  # a model's folder
     weights: str | None = None  # of the picture network, in place of the model's own or torchvision's
     limits: FileLimits = field(default_factory=FileLimits)
     device: str = "cpu"  # the picture network's
+    label: Label | None = None
+    factorize: Factorize | None = None
 
     @classmethod
     def load(
-        cls, model_dir: str, weights: str | None = None, limits: FileLimits = FileLimits(), device: str = "cpu"
+        cls,
+        model_dir: str,
+        weights: str | None = None,
+        limits: FileLimits = NO_LIMITS,
+        device: str = "cpu",
+        label: Label | None = None,
+        factorize: Factorize | None = None,
     ) -> VideoSeparator:
         """Load the model directory that `pipelines.train` (and `collect`) wrote."""
-        return cls(Separator.load(model_dir), model_dir, weights, limits, device)
+        return cls(Separator.load(model_dir), model_dir, weights, limits, device, label, factorize)
+
+    def elsewhere(self, label: Label | None, factorize: Factorize | None) -> VideoSeparator:
+        """Return the same one, networks and all, with others to label and factorise."""
+        other = copy.copy(self)
+        other.label, other.factorize = label, factorize
+        return other
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration; of a separator without a model the defaults, which say how pictures are seen."""
+        if isinstance(self.separator, Separator):
+            return self.separator.model.config
+        return ModelConfig(vocabulary=Vocabulary.of(self.separator.objects))
 
     @cached_property
     def labeller(self) -> ImageLabeller | str:
@@ -87,11 +90,11 @@ class VideoSeparator:
 
         That of `weights`, else the model's own, else one that needs no download.
         """
-        config = self.separator.model.config.labeller
+        config = self.config.labeller
         if self.weights is not None:
             return ImageLabeller.load(config.architecture, self.weights, self.device)
-        own = storage.join(self.model_dir, LABELLER_FILE)
-        if storage.exists(own):
+        own = None if self.model_dir is None else storage.join(self.model_dir, LABELLER_FILE)
+        if own is not None and storage.exists(own):
             return ImageLabeller.load(config.architecture, own, self.device)
         with contextlib.suppress(LabellerUnavailable):
             labeller = ImageLabeller.load(config.architecture, None, self.device)
@@ -105,7 +108,7 @@ class VideoSeparator:
     @property
     def labels(self) -> Labelling:
         """How labels follow from what the picture network says: as for the model's clips, unless it is another one."""
-        config = self.separator.model.config
+        config = self.config
         if isinstance(self.labeller, str) or self.labeller.sha256 == config.labeller.sha256:
             return config.labelling
         way = self.labeller.looking(config.extraction.looks).way
@@ -118,9 +121,8 @@ class VideoSeparator:
         out: Path,
         objects: Sequence[str] | None = None,
         bases: str | None = None,
-        step: Step = _no_step,
+        step: Step = no_step,
         mixture: bool = False,
-        elsewhere: Callable[..., Future] | None = None,
         parents: bool = True,
         track: int = 1,
     ) -> FileSeparation:
@@ -129,61 +131,83 @@ class VideoSeparator:
         Writes `OBJECT.wav`, `_rest.wav` and, if asked, `_mixture.wav` into `out`, under other names
         until all are whole; without `parents`, only the last folder of `out` is made where there is
         none. `objects` are those that are there; None lets pictures and sound decide. `bases` (own,
-        learned, both) overrides the model's choice. `elsewhere` starts a stage in another process:
-        `("label", pictures, sha256)`, which may give None for a network that it hasn't, and
-        `("factorize", waveform, seeds, config)`. `track` counts the file's audio tracks from 1.
+        learned, both) overrides the model's choice. `track` counts the file's audio tracks from 1.
 
         Raises ClipError for a file without usable sound, ValueError for unknown objects or bases
-        that the model hasn't, and whatever `step` raises.
+        that the separator hasn't, and whatever `step` raises.
         """
-        separator = self.separator
-        if bases is not None and bases != separator.config.bases:
-            separator = Separator(separator.model, replace(separator.config, bases=bases))
-        objects = None if objects is None else [separator.model.config.vocabulary.find(name) for name in objects]
-        others = None if elsewhere is None else _Elsewhere(elsewhere, step)
-        if others is not None:
-            step = others.tell
-            separator = Separator(separator.model, separator.config)  # for this file alone
-            separator.factorize_all = functools.partial(others.factorize, config=separator.extraction)
+        patience = _Patience(step)
+        separator = self._for_a_file(bases, patience)
+        given = None
+        if objects is not None:
+            given = [self.config.vocabulary.find(name) for name in objects]
         timings, clock = {}, _Clock()
-        step("decoding", 0.0)
-        rate = separator.stft.sample_rate
-        source = _Source(video, rate, separator.extraction.image_size, self.limits, step, track)
+        patience.tell("decoding", 0.0)
+        image_size = self.config.extraction.image_size
+        source = WholeFile(video, separator.sample_rate, image_size, self.limits, patience.tell, track)
         timings["decode_s"] = clock()
-        scores, note = self._picture_scores(source.pictures, step, others)
-        note = "; ".join(filter(None, (*source.notes, note)))
-        learned = separator.model.config.training.get("clips_by_label", separator.model.config.objects)
-        unknown = unlearned([name for name in objects or () if name not in learned])
-        seen = None
-        if scores is not None:
-            marks = self.labels.choose(scores)
-            seen = [separator.model.config.objects[i] for i in marks.nonzero().flatten().tolist()]
+        looked = self._look(source.pictures, patience)
         timings["look_s"] = clock()
-        total = source.n_samples
-        plan = separator.plan(
-            _told(source.blocks(), 2 * rate, lambda done: step("listening", _LISTENING * min(1.0, done / total))),
-            objects,
-            seen if objects is None else None,
-        )
+        plan = _listen(separator, source, given, looked, patience.tell)
         timings["listen_s"] = clock()
-        strange = unlike([name for name in plan.objects if plan.familiarity[name] < _UNLIKE])
-
-        def rendered(blocks: Iterator[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
-            done = 0
-            for estimates in plan.render(blocks):
-                yield estimates
-                done += estimates.shape[1]
-                step("separating", _LISTENING + _SEPARATING * min(1.0, done / plan.n_samples))
-
-        write_wavs(plan, rendered(source.blocks()), out, rate, mixture, parents)
+        tally = _Tally()
+        rendered = _rendered(plan, source, tally, patience.tell)
+        kind = "WAV" if source.n_samples * 4 < 4_000_000_000 else "RF64"  # WAV's sizes have 32 bits
+        write_wavs(plan.objects, rendered, out, separator.sample_rate, kind, mixture, parents)
         timings["separate_s"] = clock()
-        origin = "given" if objects is not None else "sound" if seen is None else "pictures"
-        report: dict[str, Any] = {
+        report = self._report(separator, plan, tally, given, looked)
+        report["note"] = "; ".join(filter(None, (*source.notes, looked.note)))
+        report["timings"] = {name: round(seconds, 3) for name, seconds in timings.items()}
+        return FileSeparation(report, plan, source.pictures, tuple(source.notes))
+
+    def _for_a_file(self, bases: str | None, patience: _Patience) -> Separates:
+        """Return the separator, or one for a single file where bases are asked for or others factorise."""
+        if not isinstance(self.separator, Separator):
+            if bases is not None:
+                raise ValueError(f"bases are {bases!r}, and this separator has no bases; leave them out")
+            return self.separator
+        config = self.separator.config if bases is None else replace(self.separator.config, bases=bases)
+        if self.factorize is None:
+            return self.separator if config == self.separator.config else Separator(self.separator.model, config)
+        return Separator(self.separator.model, config, patience.with_others(self.factorize))
+
+    def _look(self, pictures: NDArray[np.uint8], patience: _Patience) -> _Looked:
+        """Ask the picture network what pictures show; or say why it can't be asked."""
+        if len(pictures) == 0:
+            return _Looked("there are no pictures to look at")
+        if isinstance(self.labeller, str):
+            return _Looked(self.labeller)
+        patience.tell("looking", 0.0)
+        if self.label is None:
+            views = self.labeller.looking(self.config.extraction.looks)(pictures)
+            logits = self.labeller(views.crops)
+        else:
+            views = self.label.looking(pictures)
+            logits = torch.as_tensor(patience.wait(self.label.classify(views.crops)))
+        scores = self.labels.scores(views.evidence(logits))
+        marks = self.labels.choose(scores)
+        names = self.config.objects
+        seen = [names[i] for i in marks.nonzero().flatten().tolist()]
+        return _Looked("", self.labeller.architecture, dict(zip(names, scores.tolist(), strict=True)), seen)
+
+    def _report(
+        self, separator: Separates, plan: Planned, tally: _Tally, given: Sequence[str] | None, looked: _Looked
+    ) -> dict[str, Any]:
+        """Say what became of a file; what a plan or separator doesn't have is null, or left out."""
+        rate, seen = separator.sample_rate, looked.seen
+        origin = "given" if given is not None else "sound" if seen is None else "pictures"
+        familiarity: Mapping[str, float] = getattr(plan, "familiarity", {})
+        doubts: Mapping[str, str] = getattr(plan, "doubts", {})
+        shares: Mapping[str, float] = getattr(plan, "sound_scores", None) or tally.shares(plan.objects)
+        learned = self.config.training.get("clips_by_label", given or ())
+        unknown = unlearned([name for name in given or () if name not in learned])
+        strange = unlike([name for name in plan.objects if familiarity.get(name, 1.0) < _UNLIKE])
+        return {
             "sample_rate": rate,
-            "duration_s": plan.n_samples / rate,
+            "duration_s": tally.n_samples / rate,
             "objects_from": origin,
-            "note": note,
-            "labeller": None if scores is None or isinstance(self.labeller, str) else self.labeller.architecture,
+            "note": "",
+            "labeller": looked.labeller,
             "unlearned": "; ".join(filter(None, (unknown, strange))),
             "objects": [
                 {
@@ -191,55 +215,67 @@ class VideoSeparator:
                     "file": f"{name}.wav",
                     "from": origin if origin != "pictures" or name in (seen or ()) else "sound",
                     "confidence": plan.confidence[name],
-                    "familiarity": plan.familiarity[name],
-                    "sound_score": plan.sound_scores[name],
-                    "picture_score": None
-                    if scores is None
-                    else float(scores[separator.model.config.vocabulary.index(name)]),
+                    "familiarity": familiarity.get(name),
+                    "sound_score": shares.get(name),
+                    "picture_score": looked.scores.get(name),
                     "visible": None if seen is None else name in seen,
                     "silent": name in plan.silent,
-                    "doubt": plan.doubts.get(name, ""),
+                    "doubt": doubts.get(name, ""),
                 }
                 for name in plan.objects
             ],
             "rest": f"{REST}.wav",
-            "heard": _heard(plan, torch.tensor(list(plan.sound_scores.values())), 0.01),
+            "heard": _loudest_first(shares, 0.01),
             "windows": [
-                {"start_s": start / rate, "end_s": end / rate, "heard": _heard(plan, scores, 0.05)}
-                for start, end, scores in plan.window_scores
+                {
+                    "start_s": start / rate,
+                    "end_s": end / rate,
+                    "heard": _loudest_first(dict(zip(separator.objects, scores.tolist(), strict=True)), 0.05),
+                }
+                for start, end, scores in getattr(plan, "window_scores", ())
             ],
-            "bases": separator.config.bases,
-            "timings": {name: round(seconds, 3) for name, seconds in timings.items()},
+            **({"bases": separator.config.bases} if isinstance(separator, Separator) else {}),
         }
-        return FileSeparation(report, plan, source.pictures, tuple(source.notes))
-
-    def _picture_scores(
-        self, pictures: NDArray[np.uint8], step: Step, others: _Elsewhere | None
-    ) -> tuple[Tensor | None, str]:
-        """Score the objects in pictures, `(L,)`; None and why when there is no picture or no picture network."""
-        if len(pictures) == 0:
-            return None, "there are no pictures to look at"
-        if isinstance(self.labeller, str):
-            return None, self.labeller
-        step("looking", 0.0)
-        views = self.labeller.looking(self.separator.extraction.looks)(pictures)
-        logits = self.labeller(views.crops) if others is None else others.label(self.labeller, views.crops)
-        return self.labels.scores(views.evidence(logits)), ""
 
 
-class _Elsewhere:
-    """One file's stages that other processes do; what ends the work by `step` ends the wait for them."""
+@dataclass
+class _Looked:
+    """What the picture network made of a file's pictures; without scores, why there are none."""
 
-    def __init__(self, start: Callable[..., Future], step: Step) -> None:
-        self._start, self._step = start, step
-        self._told = ("decoding", 0.0)
+    note: str
+    labeller: str | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+    seen: Sequence[str] | None = None
+
+
+@dataclass
+class _Tally:
+    """What has been rendered."""
+
+    n_samples: int = 0
+    energy: NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))  # of each object, and of the rest
+
+    def add(self, estimates: NDArray[np.float32]) -> None:
+        self.n_samples += estimates.shape[1]
+        self.energy = self.energy + np.square(estimates, dtype=np.float64).sum(1)
+
+    def shares(self, objects: Sequence[str]) -> dict[str, float]:
+        """Return each object's share of what was rendered, by energy."""
+        whole = max(float(self.energy.sum()), 1e-30)
+        return {name: float(e) / whole for name, e in zip(objects, self.energy[:-1], strict=True)}
+
+
+class _Patience:
+    """Tells a step how far one file is, and again while other processes work: what it raises ends the wait, too."""
+
+    def __init__(self, step: Step) -> None:
+        self._step, self._told = step, ("decoding", 0.0)
 
     def tell(self, stage: str, done: float) -> None:
         self._told = (stage, done)
         self._step(stage, done)
 
-    def _ask(self, *arguments: Any) -> Any:
-        future = self._start(*arguments)
+    def wait(self, future: Future) -> Any:
         try:
             while not wait([future], _LOOK_S).done:
                 self._step(*self._told)
@@ -247,80 +283,15 @@ class _Elsewhere:
         finally:
             future.cancel()
 
-    def label(self, own: ImageLabeller, pictures: NDArray[np.uint8]) -> Tensor:
-        logits = self._ask("label", pictures, own.sha256)
-        return own(pictures) if logits is None else torch.tensor(logits)
+    def with_others(self, factorize: Factorize) -> Factorize:
+        """Have others factorise, and wait for them."""
 
-    def factorize(self, waveform: Tensor, seeds: Sequence[int], config: ExtractionConfig) -> Sequence[Factors]:
-        return self._ask("factorize", waveform.numpy(), seeds, config)
+        def factorize_patiently(waveforms: Sequence[NDArray[np.float32]], seeds: Sequence[int]) -> Future:
+            future = factorize(waveforms, seeds)
+            self.wait(future)
+            return future
 
-
-def _heard(plan: Plan, scores: Tensor, least: float) -> dict[str, float]:
-    """Name the objects of at least a share of the sound, the loudest first."""
-    names = plan.separator.model.config.objects
-    order = scores.argsort(descending=True).tolist()
-    return {names[i]: float(scores[i]) for i in order if scores[i] >= least}
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def __call__(self) -> float:
-        """Give the seconds since the last call."""
-        last, self._last = self._last, time.monotonic()
-        return self._last - last
-
-
-class _Source:
-    """One file's pictures and sound; the sound can be read more than once."""
-
-    def __init__(
-        self,
-        video: Path,
-        sample_rate: int,
-        image_size: int,
-        limits: FileLimits,
-        step: Step = _no_step,
-        track: int = 1,
-    ) -> None:
-        self._video, self._rate, self._limits = video, sample_rate, limits
-        self._held: NDArray[np.float32] | None = None
-        held = min(_HELD_S, limits.max_duration_s, limits.decode.max_duration_s)
-        try:
-            shorter = replace(limits.decode, max_duration_s=held)
-            clip = media.decode(video, sample_rate=sample_rate, image_size=image_size, limits=shorter, track=track)
-        except ClipError as error:
-            if error.reason != Reason.TOO_LONG or held < _HELD_S:
-                raise
-            info = media.probe(video, timeout_s=limits.decode.timeout_s)
-            duration_s = info.duration_s
-            too_long = duration_s is not None and duration_s > limits.max_duration_s  # says the header; is it true?
-            if too_long and media.reaches(video, limits.max_duration_s, limits=limits.decode):
-                raise _too_long(limits) from None
-            self._listening, self.notes = media.listen(video, limits=limits.decode, track=track)
-            self.n_samples = round(sample_rate * (duration_s or 2 * held))  # a guess, where the header doesn't say
-            self.pictures = pictures(video, image_size, info, limits.decode, step)
-        else:
-            self._held, self.pictures, self.notes = clip.waveform, clip.images, clip.notes
-            self.n_samples = len(clip.waveform)
-
-    def blocks(self) -> Iterator[NDArray[np.float32]]:
-        """Read the sound from its start, `(S,)` at a time."""
-        if self._held is not None:
-            yield self._held
-            return
-        n_samples = 0
-        reading: dict[str, Any] = {"sample_rate": self._rate, "block": _BLOCK, "limits": self._limits.decode}
-        for block in media.iter_audio(self._video, listening=self._listening, **reading):
-            n_samples += len(block)
-            if n_samples > self._limits.max_duration_s * self._rate:  # headers may promise too little
-                raise _too_long(self._limits)
-            yield block
-
-
-def _too_long(limits: FileLimits) -> ClipError:
-    return ClipError(Reason.TOO_LONG, f"more than {limits.max_duration_s:g} s")
+        return factorize_patiently
 
 
 def _told(
@@ -336,6 +307,44 @@ def _told(
             done += len(piece)
 
 
+def _listen(
+    separator: Separates, source: WholeFile, given: Sequence[str] | None, looked: _Looked, step: Step
+) -> Planned:
+    """Have a separator listen to a file; of what is seen it is told what it knows."""
+    seen = None
+    if given is None and looked.seen is not None:
+        seen = [name for name in looked.seen if name in separator.objects]
+    total = source.n_samples
+    pieces = _told(
+        source.blocks(),
+        2 * separator.sample_rate,
+        lambda done: step("listening", _LISTENING * min(1.0, done / total)),
+    )
+    return separator.plan(pieces, given, seen)
+
+
+def _rendered(plan: Planned, source: WholeFile, tally: _Tally, step: Step) -> Iterator[NDArray[np.float32]]:
+    for estimates in plan.render(source.blocks()):
+        yield estimates
+        tally.add(estimates)
+        step("separating", _LISTENING + _SEPARATING * min(1.0, tally.n_samples / source.n_samples))
+
+
+def _loudest_first(shares: Mapping[str, float], least: float) -> dict[str, float]:
+    """Name the objects of at least a share of the sound, the loudest first."""
+    return {n: s for n, s in sorted(shares.items(), key=lambda x: -x[1]) if s >= least}
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def __call__(self) -> float:
+        """Give the seconds since the last call."""
+        last, self._last = self._last, time.monotonic()
+        return self._last - last
+
+
 def unlearned(objects: Sequence[str]) -> str:
     """Say what a model's answer is worth about objects that no clip of its training had; "" for none."""
     return f"the model was trained on no clip of {', '.join(objects)}: it can't tell their sound" if objects else ""
@@ -348,40 +357,20 @@ def unlike(objects: Sequence[str]) -> str:
     return f"the sound is unlike what the model was trained on: {', '.join(objects)} may be something else"
 
 
-def pictures(
-    video: Path,
-    image_size: int,
-    info: media.MediaInfo | None = None,
-    limits: media.DecodeLimits = _LIMITS,
-    step: Step = _no_step,
-) -> NDArray[np.uint8]:
-    """Decode pictures from all over a file, at most a minute's worth, as `media.decode` gives them."""
-    found: list[NDArray[np.uint8]] = []
-    info = info or media.probe(video)
-    if not info.has_video:
-        return np.zeros((0, 0, 0, 3), np.uint8)
-    decode = functools.partial(media.decode, video, image_size=image_size, limits=limits, sound=False)
-    if info.duration_s is None or info.duration_s <= _MAX_PICTURES:
-        return decode(0, None if info.duration_s else _MAX_PICTURES).images
-    for start in np.linspace(0, info.duration_s - 1, _MAX_PICTURES):
-        step("decoding", 0.0)
-        with contextlib.suppress(ClipError):  # a damaged stretch
-            found.append(decode(float(start), float(start) + 1).images)
-    same = [f for f in found if f.shape[1:] == found[0].shape[1:]]  # where a stream changes its size, the first
-    return np.concatenate(same) if same else np.zeros((0, 0, 0, 3), np.uint8)
-
-
 def write_wavs(
-    plan: Plan,
+    objects: Sequence[str],
     rendered: Iterator[NDArray[np.float32]],
     out: Path,
     sample_rate: int,
+    kind: str = "WAV",
     mixture: bool = False,
     parents: bool = True,
 ) -> None:
-    """Write `OBJECT.wav`, `_rest.wav` and perhaps `_mixture.wav`, under other names until all are whole."""
-    names = [*plan.objects, REST, *([MIXTURE] if mixture else [])]
-    kind = "WAV" if plan.n_samples * 4 < 4_000_000_000 else "RF64"  # WAV's sizes have 32 bits
+    """Write `OBJECT.wav`, `_rest.wav` and perhaps `_mixture.wav`, under other names until all are whole.
+
+    `kind` is soundfile's format: RF64 for sounds of more than 4 GB.
+    """
+    names = [*objects, REST, *([MIXTURE] if mixture else [])]
     parts = [out / f"{name}.wav.part" for name in names]
     out.mkdir(parents=parents, exist_ok=True)
     try:

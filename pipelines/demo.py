@@ -40,7 +40,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from avsep import cli, evaluation, plots, stages, storage, synthetic
+from avsep import cli, evaluation, plots, results_report, stages, storage, synthetic
 from avsep.model import LABELLER_FILE, add_training_facts
 from avsep.objects import OBJECTS
 from avsep.records import Segment, read_segments
@@ -150,10 +150,10 @@ def write_report(out: Path, seconds: float, labeller_accuracy: float) -> Path:
     report.heading("Listen")
     report.image(draw_overview(separator, segments[0], out), "A frame, its sound, and the sounds separated from it")
     for segment in segments[:_SHOWN]:
-        job = evaluate.Job(str(out / "model"), None, str(out / "clips" / "references"))
-        report.append(evaluate.clip_section(job, [segment]))
+        case = evaluation.Case.load(segment, str(out / "clips" / "references"), separator.sample_rate)
+        report.append(results_report.clip_section([segment], case, separator))
     report.heading("How good it is")
-    evaluate.add_results(report, results, "objects")
+    results_report.add_results(report, results, "objects")
     report.heading("How it was learned")
     report.paragraph(f"The small picture network names {labeller_accuracy:.0%} of held-out drawings.")
     loss, maps = Report(""), Report("")
@@ -168,14 +168,14 @@ def write_report(out: Path, seconds: float, labeller_accuracy: float) -> Path:
 
 def summary(results: dict[str, Any], seconds: float) -> str:
     """Say in a paragraph what was done and how well."""
-    sdr = evaluate.mean_sdr(results)
+    sdr = results_report.mean_sdr(results)
     above, under, ahead = (
         sdr["default"] - sdr["mixture"], sdr["ideal_mask"] - sdr["default"], sdr["default"] - sdr["paper"],
     )  # fmt: skip
     return (
         "Clips with one to three objects were rendered. From their pictures and sound alone a network learned "
         "which sound belongs to which object. It then separated "
-        f"{evaluate.plural(len(results['clips']), 'clip')} that it had not seen, at a mean SDR of "
+        f"{results_report.plural(len(results['clips']), 'clip')} that it had not seen, at a mean SDR of "
         f"{sdr['default']:.1f} dB: {abs(above):.1f} dB {'above' if above >= 0 else 'under'} no separation, "
         f"{under:.1f} dB under the ideal mask, {abs(ahead):.1f} dB {'above' if ahead >= 0 else 'under'} the published "
         f"method. The run took {seconds / 60:.1f} minutes."

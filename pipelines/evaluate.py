@@ -1,4 +1,4 @@
-"""Measure separators on mixtures with known sources: results.json and report.html.
+"""Measure separators on mixtures with known sources: results.json, clips.csv and report.html.
 
 Floor (the mixture) and ceiling (the ideal mask) are rows of the table like the others. The
 published protocols take the clips in which one object sounds alone: `pairs` mixes each two of
@@ -9,14 +9,14 @@ white noise as loud as the clip, and the SDR gain is then NSDR.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import itertools
 import json
+import re
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pipelines import arguments_of, begin
 
@@ -27,6 +27,8 @@ EXAMPLES = """examples:
       --references clips/references --out out/results --given labels
   python -m pipelines.evaluate --model out/run/model --segments out/manifest --references clips/references \\
       --out out/pairs --protocol pairs
+  python -m pipelines.evaluate --model out/run/model --compare before=out/last/model --compare tuned=out/tuned/model \\
+      --segments out/manifest --references clips/references --out out/results
 """
 
 
@@ -35,9 +37,16 @@ def parser() -> argparse.ArgumentParser:
     p = arguments_of("evaluate", __doc__, EXAMPLES)
     p.add_argument("--model", required=True, help="the model folder")
     p.add_argument("--paper-model", help="a model trained with --recipe paper, as a row beside it")
+    p.add_argument(
+        "--compare",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="another model, as a row of that name; can be given several times",
+    )
     p.add_argument("--segments", required=True, help="a table, or a manifest's folder")
     p.add_argument("--references", required=True, help="folder of SEGMENT_ID/OBJECT.flac (or .wav) and _rest")
-    p.add_argument("--out", required=True, help="folder of results.json and report.html")
+    p.add_argument("--out", required=True, help="folder of results.json, clips.csv and report.html")
     p.add_argument("--split", default="test", help="train, val or test")
     p.add_argument(
         "--given",
@@ -61,56 +70,37 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from avsep import baselines, plots, stages, storage
-from avsep.evaluation import (
-    FIGURES,
-    GAINS,
-    HEARD,
-    LOST_DB,
-    ClipResult,
-    alone,
-    bounded,
-    build_case,
-    measure,
-    summarise,
-    told,
-    whole_window,
-)
+from avsep import results, results_report, storage
+from avsep.evaluation import BESIDE, ClipResult, alone, bounded, build_case, measure, together
 from avsep.model import MODEL_FILES
-from avsep.records import ClipError, Segment, read_segments
+from avsep.objects import Vocabulary
+from avsep.records import ClipError, Segment, check_vocabularies, read_segments, read_vocabulary
 from avsep.report import Report
 from avsep.separation import Separator
 from pipelines import cluster, console, runners
 from pipelines.console import fail, say
 from pipelines.progress import Progress
 
-BOUNDS = ("mixture", "oracle_assignment", "ideal_mask")
-BLIND = ("nmf_clustering", "harmonic_percussive")
-TERMS = (
-    ("SDR", "signal-to-distortion ratio: how much louder a sound is than all that is wrong with its estimate, in dB."),
-    ("SIR", "signal-to-interference ratio: the same, but only what is left of other objects counts as wrong."),
-    ("SAR", "signal-to-artefacts ratio: the same, but only what the separation itself added counts as wrong."),
-    ("SI-SDR", "the SDR of the estimate at its best volume."),
-    ("mixture", "no separation: the whole sound as the estimate of each object. The floor."),
-    ("nmf clustering", "the clip's bases grouped by likeness alone, in the best order: nothing is learned."),
-    ("harmonic percussive", "steady sounds told from struck ones by their shapes alone: nothing is learned."),
-    ("paper", "the published method, trained by its own recipe."),
-    ("default", "this project's method."),
-    ("oracle assignment", "the clip's bases given to their true objects: the best that any assignment can do."),
-    ("ideal mask", "masks made of the true sounds: the best that any mask can do. The ceiling."),
-)
-RESULTS = ("results.json", "report.html")
-_SILENT = 1e-4  # of full scale
+RESULTS = ("results.json", "clips.csv", "report.html")
+_NAME = re.compile(r"[a-z0-9_]+")
 _WORST = 10
 _MOST_PAIRS = 200
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model to measure, by its name in the results."""
+
+    name: str
+    directory: str
+    sha256: str  # of its files
 
 
 @dataclass(frozen=True)
 class Job:
     """What to measure with, and how."""
 
-    model: str
-    paper_model: str | None
+    models: tuple[Entry, ...]  # in the order of the tables; one of them is the default
     references: str
     given: str = "objects"
     protocol: str = "mixtures"
@@ -136,163 +126,78 @@ def choose(
     return list(pairs), errors
 
 
+@functools.lru_cache(maxsize=1)
+def separators(models: tuple[Entry, ...]) -> dict[str, Separator]:
+    """Load the models, once in each worker."""
+    return together({m.name: Separator.load(m.directory) for m in models})
+
+
 def evaluate_clip(job: Job, segments: Sequence[Segment]) -> ClipResult:
     """Run every separator on one clip, or pair of clips, and measure it."""
     cluster.one_thread()
-    separator = Separator.load(job.model)
+    loaded = separators(job.models)
     try:
-        case = build_case(segments, job.references, separator.stft.sample_rate, job.protocol)
-        paper = Separator.load(job.paper_model) if job.paper_model else None
-        return measure(case, separator, paper, job.given, job.protocol == "denoising")
+        case = build_case(
+            segments, job.references, loaded["default"].sample_rate, job.protocol, _vocabulary(loaded["default"])
+        )
+        return measure(case, loaded, job.given)
     except (ClipError, ValueError) as error:
         return ClipResult(segments[0].segment_id, [], {}, error=str(error))
 
 
-def everywhere(results: dict[str, Any]) -> dict[str, Any]:
-    """Return the separators that were run on every clip, with their figures."""
-    entries = results["separators"]
-    return {n: e for n, e in entries.items() if e["clips"] == entries["mixture"]["clips"]}
-
-
-def table_rows(results: dict[str, Any], figures: Sequence[str] = FIGURES) -> list[tuple[str, list[str]]]:
-    """Format separators that were run on every clip for a report's table, a row each."""
-    rows = []
-    for name, entry in everywhere(results).items():
-        means = [_db(entry["mean"][f]) for f in figures]
-        by_sources = [_db(group["sdr"]) for group in entry["by_sources"].values()]
-        rows.append((_kind(name), [_name(name), *means, *_intervals(name, entry), *by_sources]))
-    return rows
-
-
-def table_header(results: dict[str, Any]) -> list[str]:
-    """Return the header of `table_rows`."""
-    mixture = results["separators"]["mixture"]
-    names = ["SDR", "SIR", "SAR", "SI-SDR", *(["95 % of SDR"] if mixture["clips"] > 1 else []), "default ahead by"]
-    return ["separator", *names, *(f"SDR, {plural(int(k), 'source')}" for k in mixture["by_sources"])]
-
-
-def _intervals(name: str, entry: dict[str, Any]) -> list[str]:
-    ahead = entry["default_ahead"]
-    span = _span(ahead["interval_95"])
-    return [
-        *([_span(entry["interval_95"])] if entry["clips"] > 1 else []),
-        "–" if name == "default" else " ".join([_db(ahead["sdr"]), *([f"({span})"] if span != "–" else [])]),
-    ]
-
-
-def plural(count: int, word: str) -> str:
-    """Say how many there are.
-
-    >>> plural(1, "duet"), plural(3, "duet")
-    ('1 duet', '3 duets')
-    """
-    return f"{count} {word}{'s' * (count != 1)}"
-
-
-def _name(separator: str) -> str:
-    return separator.replace("_", " ")
-
-
-def mean_sdr(results: dict[str, Any]) -> dict[str, float]:
-    """Return the mean SDR of each separator that was run on every clip, and has one."""
-    means = {n: e["mean"]["sdr"] for n, e in everywhere(results).items()}
-    return {n: m for n, m in means.items() if m is not None and np.isfinite(m)}
-
-
-def verdicts(results: dict[str, Any]) -> list[str]:
-    """Say what the mean SDRs mean where a separator is no use: a sentence each."""
-    sdr = mean_sdr(results)
-    lost = {n: sdr["mixture"] - v for n, v in sdr.items() if n not in BOUNDS and v < sdr["mixture"]}
-    text = "{} is worse than doing nothing: {} dB below the mixture as it is"
-    said = [text.format(_name(n), _db(by)) for n, by in lost.items()]
-    blind = {n: v - sdr["default"] for n, v in sdr.items() if n in BLIND and v > sdr["default"] and n not in lost}
-    said += [f"default is {_db(by)} dB worse than {_name(n)}, which learns nothing" for n, by in blind.items()]
-    return [f"{s}; more training clips may help" if "default" in s else s for s in said]
-
-
-def _span(interval: Sequence[float | None]) -> str:
-    low, high = map(_db, interval)
-    return "–" if low == "–" else f"{low} … {high}"
-
-
-def _kind(name: str) -> str:
-    return "bound" if name in BOUNDS else "ours" if name == "default" else ""
-
-
-def _db(value: float | None) -> str:
-    if value is None or np.isnan(value):  # None: as results.json has it
-        return "–"
-    return f"{round(value, 1) + 0.0:.1f}"  # zero has no sign
-
-
-def clip_section(job: Job, segments: Sequence[Segment], clip: ClipResult | None = None) -> Report:
-    """Show one clip: frame and relation map, figures if there are any, players of mixture, references and estimates.
-
-    On the map each basis's true owner is ringed.
-    """
+def clip_section(job: Job, segments: Sequence[Segment], clip: ClipResult) -> Report:
+    """Show one clip, or pair of clips, as the default separates it."""
     cluster.one_thread()
-    separator = Separator.load(job.model)
-    stft, names = separator.stft, separator.model.config.objects
-    case = build_case(segments, job.references, stft.sample_rate, job.protocol)
-    separation = separator(case.mixture, **told(case, job.given))
-    found = dict(zip(separation.objects, separation.estimates.numpy(), strict=True))
-    section = Report("")
-    section.heading(f"{case.segment.segment_id}: {', '.join(case.names)}", 3)
-    window = whole_window(separator, separation, case).first(separator.extraction.n_bases)
-    _, owner = baselines.oracle_assignment(case.mixture, case.everything, window.factors, stft)
-    rows = [*(names.index(n) for n in case.names), len(names)]
-    frames = [f for f in (stages.middle_picture(s.source, s.start_s, s.end_s) for s in segments) if f is not None]
-    figure = plots.relation_map(
-        window.relation.numpy(),
-        names,
-        window.factors.basis_energy.numpy(),
-        np.concatenate(frames, 1) if frames else None,
-        separation.objects,
-        [rows[o] for o in owner.tolist()],
-    )
-    sounds = [("mixture", case.mixture.numpy())]
-    for name, reference in zip(case.names, case.references.numpy(), strict=True):
-        if name in found:
-            sounds.append((f"{name}, separated", found[name]))
-        sounds.append((f"{name}, reference", reference))
-    sounds.append(("rest, separated", separation.rest.numpy()))
-    if case.rest.abs().max() > _SILENT:
-        sounds.append(("rest, reference", case.rest.numpy()))
-    loudest = case.mixture.numpy()  # one scale for all: what is faint looks faint
-    section.sounds([(c, w, plots.spectrogram(w, stft, beside=loudest)) for c, w in sounds], stft.sample_rate)
-    more = Report("")
-    more.image(figure, f"Relation map of {case.segment.segment_id} beside a frame of it; rings: the true owners")
-    if clip is not None:
-        more.table(
-            ["SDR, dB", *case.names],
-            [(_kind(n), [_name(n), *map(_db, f["sdr"])]) for n, f in clip.figures.items()],
-            why(clip),
+    default = separators(job.models)["default"]
+    case = build_case(segments, job.references, default.sample_rate, job.protocol, _vocabulary(default))
+    return results_report.clip_section(segments, case, default, job.given, clip)
+
+
+def _vocabulary(separator: Separator) -> Vocabulary:
+    return separator.model.config.vocabulary
+
+
+def named_models(arguments: argparse.Namespace) -> tuple[Entry, ...]:
+    """Read which models are to be measured, under which names; UsageError for names that can't be."""
+    named = {"paper": arguments.paper_model, "default": arguments.model}
+    for text in arguments.compare:
+        name, _, directory = text.partition("=")
+        if not directory or not _NAME.fullmatch(name):
+            fail(f"--compare {text}: give NAME=DIR, with a name of small letters, digits and _, such as mine=out/model")
+        if name in BESIDE or name in named:
+            fail(f"--compare {text}: {name} is the name of another separator in the results; give another one")
+        named[name] = directory
+    here = {name: storage.resolve(directory, ".") for name, directory in named.items() if directory}
+    return tuple(Entry(name, directory, _sha256(directory)) for name, directory in here.items())
+
+
+def _sha256(model: str) -> str:
+    files = [storage.join(model, f) for f in MODEL_FILES]
+    return hashlib.sha256(b"".join(storage.read_bytes(f) for f in files if storage.exists(f))).hexdigest()
+
+
+def check_models(models: Sequence[Entry]) -> None:
+    """Load the models, so that a mistake is told before the work begins: several sample rates or vocabularies."""
+    loaded = separators(tuple(models))
+    rates = {name: separator.sample_rate for name, separator in loaded.items()}
+    own = _vocabulary(loaded["default"])
+    for m in models:
+        check_vocabularies("--model", own, m.directory, _vocabulary(loaded[m.name]))
+        if rates[m.name] != rates["default"]:
+            flag = f"--paper-model {m.directory}" if m.name == "paper" else f"--compare {m.name}={m.directory}"
+            fail(f"{flag} works at {rates[m.name]} Hz and --model at {rates['default']} Hz; give two of one rate")
+
+
+def chosen_segments(arguments: argparse.Namespace, vocabulary: Vocabulary) -> list[Segment]:
+    """Read the segments of the split; UsageError where there is none, or nothing of what they are to tell."""
+    if arguments.protocol != "mixtures" and arguments.given != "objects":
+        fail(
+            f"--given {arguments.given}: with --protocol {arguments.protocol} the audible objects are told; "
+            "leave --given out"
         )
-    section.fold(f"Relation map{' and figures' if clip else ''} of {case.segment.segment_id}", more)
-    return section
-
-
-def why(clip: ClipResult) -> str:
-    """Say where a clip's dB go: to bases with the wrong object, to bases that hold two, to the phase."""
-    mean = {n: float(np.nanmean(bounded(f["sdr"]))) for n, f in clip.figures.items()}
-    energy, right = np.asarray(clip.basis_energy), np.asarray(clip.basis_right, bool)
-    share = f"{energy[right].sum() / energy.sum():.0%}" if len(energy) and energy.sum() else "none"
-    return (
-        f"Of the bases' energy {share} went to the right object. True owners would bring "
-        f"{_db(mean['oracle_assignment'] - mean['default'])} dB, and ideal masks another "
-        f"{_db(mean['ideal_mask'] - mean['oracle_assignment'])} dB."
-    )
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Evaluate, write results.json and report.html."""
-    console.absolute(arguments, "model", "paper_model", "references", "out")
-    inputs = ("model", "paper_model", "segments", "references")
-    console.keep_apart(arguments, *inputs, writes=("results.json", "report.html", "clips.csv"))
-    protocol, out = arguments.protocol, arguments.out
-    if protocol != "mixtures" and arguments.given != "objects":
-        fail(f"--given {arguments.given}: with --protocol {protocol} the audible objects are told; leave --given out")
-    everything = read_segments(arguments.segments, say)
+    theirs = read_vocabulary(arguments.segments, vocabulary)
+    check_vocabularies(f"--segments {arguments.segments}", theirs, f"--model {arguments.model}", vocabulary)
+    everything = read_segments(arguments.segments, say, vocabulary)
     segments = sorted((s for s in everything if s.split == arguments.split), key=lambda s: s.segment_id)
     if not segments:
         splits = ", ".join(sorted({s.split for s in everything})) or "none"
@@ -301,18 +206,28 @@ def run(arguments: argparse.Namespace) -> int:
         if untold == len(segments):
             fail(f"--given labels: {arguments.segments} gives none; add a column `labels`, or say --given none")
         say(f"evaluate: {untold} of {len(segments)} clips have no labels: of them the separators are told nothing")
-    models = [m for m in (arguments.model, arguments.paper_model) if m]
-    rates = [Separator.load(m).stft.sample_rate for m in models]  # a mistake is told before the work begins
-    if rates[0] != rates[-1]:
-        fail(f"--paper-model {models[-1]} works at {rates[-1]} Hz and --model at {rates[0]} Hz; give two of one rate")
-    source = provenance(arguments, segments)
-    check_free(out, source, arguments.replace)
-    storage.make_directory(out)
-    job = Job(arguments.model, arguments.paper_model, arguments.references, arguments.given, protocol)
+    return segments
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate, write results.json, clips.csv and report.html."""
+    models = named_models(arguments)
+    arguments.compare = [m.directory for m in models if m.name not in ("paper", "default")]
+    console.absolute(arguments, "model", "paper_model", "references", "out")
+    inputs = ("model", "paper_model", "compare", "segments", "references")
+    console.keep_apart(arguments, *inputs, writes=RESULTS)
+    check_models(models)
+    segments = chosen_segments(arguments, _vocabulary(separators(models)["default"]))
+    source = provenance(arguments, models, segments)
+    check_free(arguments.out, source, arguments.replace)
+    storage.make_directory(arguments.out)
+    job = Job(models, arguments.references, arguments.given, arguments.protocol)
     with runners.session(arguments.in_process) as runner:
         cases, errors = choose(runner, segments, job)
         if not cases:
-            fail(f"--protocol {protocol}: {arguments.segments} has too few clips with one object alone; leave it out")
+            fail(
+                f"--protocol {job.protocol}: {arguments.segments} has too few clips with one object alone; leave it out"
+            )
         clips = []
         with Progress("evaluate", len(cases), "clips") as progress:
             for clip in runner.map(evaluate_clip, ((job, c) for c in cases)):
@@ -325,40 +240,45 @@ def run(arguments: argparse.Namespace) -> int:
         worst = sorted(usable, key=lambda c: float(np.nanmean(bounded(c.figures["default"]["sdr"]))))[:_WORST]
         by_id = {" + ".join(s.segment_id for s in c): c for c in cases}
         sections = runners.map_in_order(runner, clip_section, [(job, by_id[c.segment_id], c) for c in worst])
-    results = summarise(usable) | {"protocol": protocol, "source": source}
-    console.put_aside(out, RESULTS)
-    storage.write_text(storage.join(out, "results.json"), json.dumps(_without_nan(results), indent=1))
-    many = len(usable) != 1
+    write(arguments, source, usable, sections)
+    for error in errors:
+        say(f"not measured: {error}")
+    say(" and ".join(storage.join(arguments.out, f) for f in (RESULTS[0], RESULTS[-1])))
+    return console.SHORTFALL if errors else console.DONE
+
+
+def write(
+    arguments: argparse.Namespace, source: dict[str, str], clips: Sequence[ClipResult], sections: Sequence[Report]
+) -> None:
+    """Write what RESULTS names to OUT, and the table to the terminal."""
+    out, protocol = arguments.out, arguments.protocol
+    found = results.summarise(clips) | {"protocol": protocol, "source": source}
+    many = len(clips) != 1
     title = {
         "mixtures": f"clip{'s' * many}",
         "pairs": f"pair{'s' * many} of single-source clips",
         "denoising": f"single-source clip{'s' * many} in noise",
     }
-    report = Report(f"Separation of {len(usable)} {arguments.split} {title[protocol]}")
-    add_results(report, results, arguments.given)
-    report.heading(f"Listen to the worst {plural(len(sections), 'clip')}")
+    report = Report(f"Separation of {len(clips)} {arguments.split} {title[protocol]}")
+    results_report.add_results(report, found, arguments.given)
+    report.heading(f"Listen to the worst {results_report.plural(len(sections), 'clip')}")
     for section in sections:
         report.append(section)
+    console.put_aside(out, RESULTS)
+    storage.write_text(storage.join(out, "results.json"), json.dumps(results.without_nan(found), indent=1))
+    storage.write_text(storage.join(out, "clips.csv"), results.clip_table(clips))
     storage.write_text(storage.join(out, "report.html"), report.html())
-    for line in console_table(results):
+    for line in results_report.console_table(found):
         say(line)
-    for error in errors:
-        say(f"not measured: {error}")
-    say(f"{storage.join(out, 'results.json')} and {storage.join(out, 'report.html')}")
-    return console.SHORTFALL if errors else console.DONE
 
 
-def provenance(arguments: argparse.Namespace, segments: Sequence[Segment]) -> dict[str, str]:
+def provenance(arguments: argparse.Namespace, models: Sequence[Entry], segments: Sequence[Segment]) -> dict[str, str]:
     """Say what results are of: hashes of the models and of the segments, and the settings."""
-
-    def sha256(model: str | None) -> str:
-        files = [storage.join(model, f) for f in MODEL_FILES] if model else []
-        data = b"".join(storage.read_bytes(f) for f in files if storage.exists(f))
-        return hashlib.sha256(data).hexdigest() if model else ""
-
+    digests = {m.name: m.sha256 for m in models}
     return {
-        "model": sha256(arguments.model),
-        "paper model": sha256(arguments.paper_model),
+        "model": digests.pop("default"),
+        "paper model": digests.pop("paper", ""),
+        **{f"--compare {name}": sha256 for name, sha256 in digests.items()},
         "segments": hashlib.sha256(repr(segments).encode()).hexdigest(),
         **{f"--{name}": str(getattr(arguments, name)) for name in ("split", "given", "protocol")},
     }
@@ -370,128 +290,13 @@ def check_free(out: str, source: dict[str, str], replace: bool) -> None:
     if not storage.exists(path):
         return
     try:
-        there = json.loads(storage.read_bytes(path)).get("source", {})
-    except (ValueError, AttributeError):
+        there = dict(json.loads(storage.read_bytes(path)).get("source", {}))
+    except (ValueError, AttributeError, TypeError):
         there = {}
-    other = next((name for name, value in source.items() if there.get(name) != value), None)
+    other = next((name for name in {**source, **there} if there.get(name) != source.get(name)), None)
     if other:
         what = f"--out {out} holds results of another {other.removeprefix('--')}; another --out leaves them alone"
         console.check_free(out, RESULTS, what, replace)
-
-
-def add_results(report: Report, results: dict[str, Any], given: str) -> None:
-    """Add a chart, what its words mean, and the tables, folded, to a report."""
-    told_what = {
-        "objects": "The separators are told which objects are audible.",
-        "labels": "The separators are told the table's weak labels, to which the sound may add.",
-        "none": "The separators are told nothing and use what they hear.",
-    }[given]
-    for sentence in verdicts(results):
-        report.paragraph(f"{sentence[0].upper()}{sentence[1:]}.")
-    clips = plural(results["separators"]["mixture"]["clips"], "clip")
-    bars = [(_kind(n), _name(n), sdr, _db(sdr)) for n, sdr in mean_sdr(results).items()]
-    report.bars(bars, f"Mean SDR over {clips}, in dB; more is better. {told_what}")
-    report.terms([("dB", "decibels: 3 dB more are twice the power."), *(t for t in TERMS if _occurs(t[0], results))])
-    report.fold("Every figure", _tables(results))
-    curves = {k.replace("_", " "): c for k, c in results["calibration"].items() if c}
-    if curves:
-        more = Report("")
-        figure = plots.reliability({k: c["bins"] for k, c in curves.items()})
-        more.image(figure, "How often objects are audible, by score")
-        errors = " and ".join(f"{c['expected_calibration_error']:.3f} for the {k}" for k, c in curves.items())
-        more.paragraph(
-            f"Objects that are shown, or heard from {HEARD:.0%} of the sound up. "
-            f"Expected calibration error: {errors}. The sound score is a share of the sound, so an audible object's "
-            "is below one where others play."
-        )
-        report.fold("Calibration: how often objects are audible, by score", more)
-
-
-def _occurs(term: str, results: dict[str, Any]) -> bool:
-    """Tell whether a term is that of a figure, or of a separator that was run."""
-    return term.isupper() or term.replace(" ", "_") in results["separators"]
-
-
-def _tables(results: dict[str, Any]) -> Report:
-    """Return the tables: figures, gains, by object, and of a struck object beside a pitched one."""
-    report = Report("")
-    entry = results["separators"]["mixture"]
-    several = " 95 % intervals are bootstrapped over clips." if entry["clips"] > 1 else ""
-    bounds = f"All figures in dB; italic rows are bounds.{several} In means a lost sound counts −{-LOST_DB:.0f} dB."
-    report.table(table_header(results), table_rows(results), bounds)
-    nsdr = " The SDR gain is NSDR." if results.get("protocol") == "denoising" else ""
-    report.table(
-        ["gain over the mixture", "SDR", "SIR", "SAR", "SI-SDR"],
-        [(kind, [row[0], *row[1 : 1 + len(GAINS)]]) for kind, row in table_rows(results, GAINS)],
-        f"The mixture has no artefacts, so whatever separates loses SAR.{nsdr}",
-    )
-    report.paragraph(_summary(results) + ".")
-    report.table(*_by_object(results, "sdr", "SDR, dB"), "In brackets the number of clips in which an object sounds.")
-    report.table(*_by_object(results, "sdr_improvement", "SDR gain, dB"))
-    struck = results["struck_beside_pitched"]
-    if struck["clips"]:
-        what = f"{plural(struck['clips'], 'duet')} of a struck object and a pitched one"
-        report.table(table_header(struck), table_rows(struck), f"Harmonic–percussive separation: {what}.")
-    return report
-
-
-def _by_object(results: dict[str, Any], figure: str, title: str) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    entries = results["separators"]
-    objects = list(entries["mixture"]["by_object"])
-    counts = Counter(o for c in results["clips"] for o in c["objects"])
-    rows = [
-        (_kind(n), [_name(n), *(_db(e["by_object"][o][figure]) for o in objects)])
-        for n, e in entries.items()
-        if e["clips"] == entries["mixture"]["clips"]
-    ]
-    return [title, *(f"{o} ({counts[o]})" for o in objects)], rows
-
-
-def _summary(results: dict[str, Any]) -> str:
-    auc = results["silent_auc"]
-    by_sources = ", ".join(f"{k}: {_share(a)}" for k, a in results["basis_accuracy_by_sources"].items())
-    return (
-        f"Bases given to the right object, by energy: {_share(results['basis_accuracy'])} "
-        f"(by number of sources {by_sources}); "
-        f"mAP of what is heard: {_share(results['map'])}"
-        + ("" if auc is None else f"; silent visible objects told apart, AUC: {auc:.3f}")
-    )
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None or np.isnan(value) else f"{value:.3f}"
-
-
-def console_table(results: dict[str, Any]) -> list[str]:
-    """Format the results for a terminal."""
-    lines = _aligned([table_header(results), *(r for _, r in table_rows(results))])
-    struck = results["struck_beside_pitched"]
-    if struck["clips"]:
-        lines.append(f"{plural(struck['clips'], 'duet')} of a struck object and a pitched one:")
-        lines += _aligned([r for _, r in table_rows(struck)])
-    lines.append(_summary(results))
-    for name, curve in results["calibration"].items():
-        if curve:
-            error = curve["expected_calibration_error"]
-            lines.append(f"{name.replace('_', ' ')}, expected calibration error: {error:.3f}")
-    lines += verdicts(results)
-    return lines
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    first, *others = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    return ["  ".join([r[0].ljust(first), *(c.rjust(w) for c, w in zip(r[1:], others, strict=True))]) for r in rows]
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null for what is undefined, −30 and 300 dB for nothing and everything."""
-    if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(v) for v in value]
-    if isinstance(value, float) and not np.isfinite(value):
-        return None if np.isnan(value) else LOST_DB if value < 0 else 300.0
-    return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,6 +23,7 @@ from avsep import (
     work,
 )
 from avsep.dictionary import BasisDictionary
+from avsep.factors import DataConfig, ExtractionConfig
 from avsep.nmf import factorize, infer_activations
 from avsep.objects import object_index
 from avsep.records import Rejection, Segment
@@ -36,6 +37,8 @@ from pipelines import (
     runners,
 )
 from tests.support.tones import DOG, SMALL, VIOLIN, model, tone
+
+CONFIGURATION = DataConfig(ExtractionConfig()).as_dict()
 
 
 def uniform(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -203,7 +206,11 @@ def test_a_retry_in_another_shard_supersedes(tmp_path):
             new = [
                 Rejection(s.segment_id, "decode", reason, True, w.attempts.get(s.segment_id, 0) + 1) for s in w.segments
             ]
-            options = {"configuration": {}, "shape": (9, 2), "retried": sorted(w.attempts)}
+            options = {
+                "configuration": CONFIGURATION,
+                "shape": (9, 2),
+                "retried": sorted(w.attempts),
+            }
             shards.write_shard(out, w.shard, w.generation, [], [*w.kept, *new], **options)
 
     few = [f"s{i}" for i in range(40)]

@@ -21,10 +21,10 @@ FLOORS = (
     "stft nmf objects metrics miml context evidence lite looks limits console",
     "storage tables records lock factors dictionary familiarity",
     "media",
-    "model separation baselines plots report",
+    "model masks windows separators separation baselines plots report",
     "fetching vision shards work manifest audioset synthetic",
     "stages learning",
-    "videos evaluation audit duplicates datacard",
+    "files videos evaluation results results_report audit duplicates datacard",
     "service commands",
     "cli",
 )
@@ -53,7 +53,7 @@ FLAGS = {
     },
     "collect": {"--model", "--clips", "--replace", "--in-process"},
     "evaluate": {
-        "--model", "--paper-model", "--segments", "--references", "--out", "--split", "--given",
+        "--model", "--paper-model", "--compare", "--segments", "--references", "--out", "--split", "--given",
         "--protocol", "--replace", "--in-process",
     },
     "serve": {"--model", "--port", "--in-process"},
@@ -193,6 +193,13 @@ def test_help_and_mistakes_do_not_wait_for_what_takes_seconds_to_import(command:
     found = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "avsep" in found or "pipelines" in found
     assert not found & heavy
+
+
+def test_a_separator_of_waveforms_needs_no_media_tables_or_scheduler() -> None:
+    run = [sys.executable, "-X", "importtime", "-c", "from avsep import Separator"]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=60, cwd=ROOT, check=True)
+    found = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "torch" in found and not found & {"ffmpeg", "imageio_ffmpeg", "pyarrow", "ray"}
 
 
 def test_avseps_names_are_there_when_asked_for() -> None:

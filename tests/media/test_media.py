@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from avsep import factors, media, stages, videos
+from avsep import factors, files, media, stages
 from avsep.media import DecodeLimits, decode, iter_audio, probe
 from avsep.records import ClipError, Reason, Segment
 
@@ -223,7 +223,7 @@ def test_a_mute_film_shows_its_pictures(make: Make, seconds: int, shown_s: int) 
     path = make(f"mute-{seconds}.mp4", [f"testsrc=s=64x48:d={seconds}"], *X264)
     clip = decode(path, seconds - 3.0, sound=False)
     assert len(clip.waveform) == 0 and len(clip.images) == 3
-    assert len(videos.pictures(path, 48)) == shown_s
+    assert len(files.pictures(path, 48)) == shown_s
 
 
 def test_audio_without_video(make: Make) -> None:
@@ -852,9 +852,9 @@ def test_pictures_without_a_container_are_read(make: Make) -> None:
 
 def test_a_file_is_heard_alike_held_or_read_in_blocks(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make("opposite-aac.mkv", [f"aevalsrc='{TONE}|-{TONE}':s={RATE}:d=1"], "-c:a", "aac")
-    held = videos._Source(path, RATE, 64, videos.FileLimits())
-    monkeypatch.setattr(videos, "_HELD_S", 0.5)
-    read = videos._Source(path, RATE, 64, videos.FileLimits())
+    held = files.WholeFile(path, RATE, 64, files.FileLimits())
+    monkeypatch.setattr(files, "_HELD_S", 0.5)
+    read = files.WholeFile(path, RATE, 64, files.FileLimits())
     np.testing.assert_array_equal(np.concatenate(list(read.blocks())), next(held.blocks()))
     assert read.notes == held.notes == ("left and right cancel each other: half their difference was taken",)
 

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 import pipelines
-from avsep import storage
+from avsep import evaluation, results_report, storage
 from avsep.report import Report
 from pipelines import cluster, collect, console, demo, evaluate, runners, serve, train
 from tests.support.serving import PITCH, free_port, wait, write_model, write_sound
@@ -160,7 +160,8 @@ def test_results_of_something_else_are_not_written_over_unless_it_is_said(tmp_pa
     fixed = ["--segments", "s.csv", "--references", "r", "--out", str(tmp_path / "out")]
 
     def provenance(*arguments: str) -> dict[str, str]:
-        return evaluate.provenance(evaluate.parser().parse_args([*fixed, *arguments]), [])
+        parsed = evaluate.parser().parse_args([*fixed, *arguments])
+        return evaluate.provenance(parsed, evaluate.named_models(parsed), [])
 
     first = provenance("--model", one)
     storage.write_text(f"{tmp_path}/out/results.json", json.dumps({"source": first}))
@@ -169,6 +170,7 @@ def test_results_of_something_else_are_not_written_over_unless_it_is_said(tmp_pa
         (["--model", other], "model"),
         (["--model", one, "--paper-model", other], "paper model"),
         (["--model", one, "--given", "none"], "given"),
+        (["--model", one, "--compare", f"mine={other}"], "compare mine"),
     ):
         source = provenance(*arguments)
         with pytest.raises(console.UsageError, match=f"holds results of another {word}; .*--replace"):
@@ -287,7 +289,7 @@ def results_of(clips: int = 2, **sdr: float) -> dict:
     entries = {
         name: {
             "clips": clips,
-            "mean": dict.fromkeys((*evaluate.FIGURES, *evaluate.GAINS), value),
+            "mean": dict.fromkeys((*evaluation.FIGURES, *evaluation.GAINS), value),
             "interval_95": [math.nan if clips == 1 else value - 1, math.nan if clips == 1 else value + 1],
             "default_ahead": {"sdr": sdr["default"] - value, "interval_95": [math.nan, math.nan]},
             "by_sources": {"2": {"sdr": value}},
@@ -309,26 +311,31 @@ def results_of(clips: int = 2, **sdr: float) -> dict:
 
 def test_a_separator_that_is_no_use_is_called_so():
     assert (
-        evaluate.verdicts(results_of(mixture=-1.0, default=5.0, paper=-0.5, ideal_mask=9.0, nmf_clustering=3.0)) == []
+        results_report.verdicts(results_of(mixture=-1.0, default=5.0, paper=-0.5, ideal_mask=9.0, nmf_clustering=3.0))
+        == []
     )
-    said = evaluate.verdicts(results_of(mixture=-1.0, default=-2.1, paper=-3.0, ideal_mask=9.0, nmf_clustering=3.0))
+    said = results_report.verdicts(
+        results_of(mixture=-1.0, default=-2.1, paper=-3.0, ideal_mask=9.0, nmf_clustering=3.0)
+    )
     assert said == [
         "default is worse than doing nothing: 1.1 dB below the mixture as it is; more training clips may help",
         "paper is worse than doing nothing: 2.0 dB below the mixture as it is",
         "default is 5.1 dB worse than nmf clustering, which learns nothing; more training clips may help",
     ]
-    lines = evaluate.console_table(results_of(mixture=-1.0, default=-2.1))
+    lines = results_report.console_table(results_of(mixture=-1.0, default=-2.1))
     assert lines[-1].startswith("default is worse than doing nothing")
 
 
 def test_figures_read_well():
-    assert [evaluate._db(x) for x in (-0.04, 0.04, -0.06, None, math.nan)] == ["0.0", "0.0", "-0.1", "–", "–"]
+    assert [results_report._db(x) for x in (-0.04, 0.04, -0.06, None, math.nan)] == ["0.0", "0.0", "-0.1", "–", "–"]
     one, two = results_of(1, mixture=0.0, default=1.0), results_of(2, mixture=0.0, default=1.0)
-    assert "95 % of SDR" not in evaluate.table_header(one) and "95 % of SDR" in evaluate.table_header(two)
+    assert "95 % of SDR" not in results_report.table_header(one) and "95 % of SDR" in results_report.table_header(two)
     for results, duets in ((one, "1 duet of"), (two, "2 duets of")):
-        assert all(len(row) == len(evaluate.table_header(results)) for _, row in evaluate.table_rows(results))
+        assert all(
+            len(row) == len(results_report.table_header(results)) for _, row in results_report.table_rows(results)
+        )
         report = Report("title")
-        evaluate.add_results(report, results, "objects")
+        results_report.add_results(report, results, "objects")
         page = report.html()
         assert duets in page and page.index('class="bars"') < page.index("<dl>") < page.index("<details>")
         for term in ("SDR", "SIR", "SAR", "SI-SDR", "mixture", "default"):

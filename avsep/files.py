@@ -1,0 +1,119 @@
+"""A whole file's pictures and sound, however long it is."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avsep import media
+from avsep.records import ClipError, Reason
+
+SUFFIXES = (  # of the files of a folder that are taken for videos and sounds, in small letters
+    *(".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".ts", ".webm"),
+    *(".wmv", ".aac", ".ac3", ".aif", ".aiff", ".amr", ".au", ".caf", ".flac", ".m4a", ".mka", ".mp2", ".mp3", ".oga"),
+    *(".ogg", ".opus", ".rf64", ".w64", ".wav", ".weba", ".wma", ".wv"),
+)
+_HELD_S = 60.0  # a file up to this long is decoded once and held; a longer one is read twice, in blocks
+_MAX_PICTURES = 60  # of a file that are labelled; a longer one is sampled evenly
+_BLOCK = 1 << 20  # samples read at a time
+_LIMITS = media.DecodeLimits()
+
+
+Step = Callable[[str, float], None]  # is told the stage and how much is done in [0, 1]; raises to stop the work
+
+
+def no_step(stage: str, done: float) -> None:
+    """Go on."""
+
+
+@dataclass(frozen=True)
+class FileLimits:
+    """What one file may be, and what reading it may use."""
+
+    max_duration_s: float = float("inf")
+    decode: media.DecodeLimits = field(default_factory=media.DecodeLimits)
+
+
+NO_LIMITS = FileLimits()  # but those of decoding
+
+
+class WholeFile:
+    """One file's pictures and sound; the sound can be read more than once."""
+
+    def __init__(
+        self,
+        video: Path,
+        sample_rate: int,
+        image_size: int,
+        limits: FileLimits,
+        step: Step = no_step,
+        track: int = 1,
+    ) -> None:
+        self._video, self._rate, self._limits = video, sample_rate, limits
+        self._held: NDArray[np.float32] | None = None
+        held = min(_HELD_S, limits.max_duration_s, limits.decode.max_duration_s)
+        try:
+            shorter = replace(limits.decode, max_duration_s=held)
+            clip = media.decode(video, sample_rate=sample_rate, image_size=image_size, limits=shorter, track=track)
+        except ClipError as error:
+            if error.reason != Reason.TOO_LONG or held < _HELD_S:
+                raise
+            info = media.probe(video, timeout_s=limits.decode.timeout_s)
+            duration_s = info.duration_s
+            too_long = duration_s is not None and duration_s > limits.max_duration_s  # says the header; is it true?
+            if too_long and media.reaches(video, limits.max_duration_s, limits=limits.decode):
+                raise _too_long(limits) from None
+            self._listening, self.notes = media.listen(video, limits=limits.decode, track=track)
+            self.n_samples = round(sample_rate * (duration_s or 2 * held))  # a guess, where the header doesn't say
+            self.pictures = pictures(video, image_size, info, limits.decode, step)
+        else:
+            self._held, self.pictures, self.notes = clip.waveform, clip.images, clip.notes
+            self.n_samples = len(clip.waveform)
+
+    def blocks(self) -> Iterator[NDArray[np.float32]]:
+        """Read the sound from its start, `(S,)` at a time."""
+        if self._held is not None:
+            yield self._held
+            return
+        n_samples = 0
+        reading: dict[str, Any] = {"sample_rate": self._rate, "block": _BLOCK, "limits": self._limits.decode}
+        for block in media.iter_audio(self._video, listening=self._listening, **reading):
+            n_samples += len(block)
+            if n_samples > self._limits.max_duration_s * self._rate:  # headers may promise too little
+                raise _too_long(self._limits)
+            yield block
+        self.n_samples = n_samples
+
+
+def _too_long(limits: FileLimits) -> ClipError:
+    return ClipError(Reason.TOO_LONG, f"more than {limits.max_duration_s:g} s")
+
+
+def pictures(
+    video: Path,
+    image_size: int,
+    info: media.MediaInfo | None = None,
+    limits: media.DecodeLimits = _LIMITS,
+    step: Step = no_step,
+) -> NDArray[np.uint8]:
+    """Decode pictures from all over a file, at most a minute's worth, as `media.decode` gives them."""
+    found: list[NDArray[np.uint8]] = []
+    info = info or media.probe(video)
+    if not info.has_video:
+        return np.zeros((0, 0, 0, 3), np.uint8)
+    decode = functools.partial(media.decode, video, image_size=image_size, limits=limits, sound=False)
+    if info.duration_s is None or info.duration_s <= _MAX_PICTURES:
+        return decode(0, None if info.duration_s else _MAX_PICTURES).images
+    for start in np.linspace(0, info.duration_s - 1, _MAX_PICTURES):
+        step("decoding", 0.0)
+        with contextlib.suppress(ClipError):  # a damaged stretch
+            found.append(decode(float(start), float(start) + 1).images)
+    same = [f for f in found if f.shape[1:] == found[0].shape[1:]]  # where a stream changes its size, the first
+    return np.concatenate(same) if same else np.zeros((0, 0, 0, 3), np.uint8)

@@ -1,0 +1,89 @@
+"""Masks, and whose bases they are made of: pure functions of a spectrogram's bins and a clip's bases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from avsep.miml import basis_posteriors
+from avsep.model import SeparationConfig
+from avsep.stft import STFT
+
+_LIFTS = 50  # at most, of shares that are too small; a few do
+
+
+def ratio_masks(magnitudes: Tensor, power: float = 1.0) -> Tensor:
+    """Divide each bin among its sources in proportion to `V_j ** power`; the masks sum to one.
+
+    Where every source is zero the last one, the rest, takes the whole bin.
+
+    Args:
+        magnitudes: `(J, F, N)`, non-negative; the last source is the rest.
+
+    Returns:
+        masks `(J, F, N)` in [0, 1].
+    """
+    peak = magnitudes.amax(0, keepdim=True)
+    masks = (magnitudes / torch.where(peak > 0, peak, 1.0)).pow_(power)  # no power under- or overflows
+    total = masks.sum(0, keepdim=True)
+    masks /= torch.where(total > 0, total, 1.0)
+    masks[-1] = torch.where(total[0] > 0, masks[-1], 1.0)
+    return masks
+
+
+def separate(waveform: Tensor, masks: Tensor, stft: STFT) -> Tensor:
+    """Apply masks to a waveform's complex spectrogram, keeping its phase, `(S,)` → `(J, S)`.
+
+    The estimates add up to the mixture when the masks sum to one. Raises ValueError for masks that aren't
+    `(J, F, N)` of that spectrogram.
+    """
+    X = stft(waveform)
+    if masks.shape[1:] != X.shape:
+        raise ValueError(
+            f"masks are {tuple(masks.shape)}; they must be (J, {X.shape[0]}, {X.shape[1]}), as the spectrogram"
+        )
+    estimates = X.real.new_empty(len(masks), waveform.shape[-1])
+    for mask, estimate in zip(masks, estimates, strict=True):  # one by one: a spectrogram is ten times its sound
+        estimate[:] = stft.inverse(mask * X, len(estimate))
+    return estimates
+
+
+def basis_shares(relation: Tensor, objects: Sequence[int], config: SeparationConfig) -> Tensor:
+    """Say how much of each basis goes to each object and, last, to the rest: `(L, M)` → `(J + 1, M)`.
+
+    Soft assignment: each basis is shared among the objects that are there in proportion to their
+    posteriors, whatever absent objects claim of it; only a basis of which they explain less than
+    `rest_below` goes to the rest. A column sums to one. By threshold, as published: an object
+    takes every basis of at least `threshold` times its largest score (two objects may take one
+    basis), and there is no rest.
+    """
+    index = list(objects)
+    if config.assignment == "threshold":
+        own = relation[index]
+        shares = (own >= config.threshold * own.amax(1, keepdim=True)).to(relation.dtype)
+        return torch.cat([shares, torch.zeros_like(relation[:1])])
+    posteriors = basis_posteriors(relation.unsqueeze(0))[0]
+    explained = posteriors[index].sum(0, keepdim=True)  # (1, M)
+    rest = (explained < config.rest_below).to(relation.dtype) if index else torch.ones_like(explained)
+    own = relation[index].softmax(0) ** config.posterior_power  # = posteriors among the given objects
+    own = (1 - rest) * own / own.sum(0, keepdim=True).clamp_min(1e-12)
+    return torch.cat([own, rest])
+
+
+def at_least(shares: Tensor, basis_energy: Tensor, least: Tensor) -> Tensor:
+    """Raise objects' shares until each has `least`, `(J,)`, of the bases' energy, at the others' expense: `(J + 1, M)`.
+
+    The last row, the rest, gets what it gets; columns keep their sums. An object takes first where its shares are
+    the largest beside what they are elsewhere.
+    """
+    sums, weight = shares.sum(0), basis_energy / basis_energy.sum().clamp_min(1e-30)
+    for _ in range(_LIFTS):
+        had = shares[:-1] @ weight
+        if (had >= 0.999 * least).all():
+            break
+        lift = torch.where(had < least, least / had.clamp_min(1e-9), 1.0)
+        shares = torch.cat([shares[:-1] * lift.unsqueeze(1), shares[-1:]])
+        shares = shares * (sums / shares.sum(0).clamp_min(1e-30))
+    return shares

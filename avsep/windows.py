@@ -1,0 +1,121 @@
+"""A sound in overlapping windows: how it is cut, what is kept of each, how the parts are joined again."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from avsep import storage
+from avsep.factors import Factors
+from avsep.stft import STFT
+
+
+@dataclass(frozen=True)
+class Window:
+    """One stretch of sound, factorised, with what the network makes of its bases."""
+
+    factors: Factors
+    relation: Tensor  # (L, M)
+    sound_scores: Tensor  # (L,), each object's share of the sound
+    energy: float  # of the magnitudes, so that windows can be averaged
+
+    def first(self, n_bases: int) -> Window:
+        """Return the first of several factorisations, of `n_bases` each, by itself: one to look at and listen to."""
+        W, H = self.factors.W, self.factors.H
+        count = max(1, W.shape[1] // n_bases)
+        factors = Factors(W[:, :n_bases], count * H[:n_bases], self.factors.kl_divergence)
+        return replace(self, factors=factors, relation=self.relation[:, :n_bases])
+
+
+@dataclass(frozen=True)
+class Explanation(Window):
+    """What decided a sound's first window: its bases, and how much of each went to whom.
+
+    `relation` has a row per object of `objects`, L in all; `shares` sums to one over its rows.
+    """
+
+    objects: tuple[str, ...]  # L names
+    audible: tuple[str, ...]  # J names: the objects that the sound was divided among
+    shares: Tensor  # (J + 1, M), the rest last
+    stft: STFT  # of the factors
+    n_samples: int  # of the window
+
+
+class WindowStore:
+    """Analysed windows in a temporary file, in order: 0.15 MB for ten seconds. Their divergence and energy aren't kept.
+
+    Raises OSError that names the temporary folder when its disk is full.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the store)
+        self._count = 0
+
+    def add(self, window: Window) -> None:
+        """Keep one more window."""
+        scale = float(window.factors.H.max()) or 1.0
+        W, H = (x.numpy().astype(np.float16) for x in (window.factors.W, window.factors.H / scale))
+        try:
+            for x in (W, H, window.relation.numpy(), window.sound_scores.numpy(), np.float64(scale)):
+                np.save(self._file, x)
+            self._file.flush()  # what it can't write, it would say at the next seek
+        except OSError as error:
+            raise storage.full_disk(error, tempfile.gettempdir(), storage.TEMPORARY_REMEDY) from None
+        self._count += 1
+
+    def __iter__(self) -> Iterator[Window]:
+        """Give the windows from the first on; only one reader at a time, and none while windows are added."""
+        self._file.seek(0)
+        for _ in range(self._count):
+            W, H, relation, scores, scale = (torch.from_numpy(np.asarray(np.load(self._file))) for _ in range(5))
+            yield Window(Factors(W.float(), H.float() * scale.float(), 0.0), relation, scores, 0.0)
+
+
+def cut(
+    blocks: Iterable[NDArray[np.float32]], length: int, overlap: int
+) -> Iterator[tuple[NDArray[np.float32], int, bool]]:
+    """Cut a stream into overlapping windows: each with the number of its new samples, and whether it is the last.
+
+    All have `length` samples but the last, which has half as many to one and a half times as
+    many (or whatever there is), so that no window is too short to be factorised well.
+    """
+    held = np.zeros(0, np.float32)
+    known = 0  # samples at the start of `held` that an earlier window had
+    for block in blocks:
+        held = np.concatenate([held, block])
+        while len(held) > length + length // 2:
+            yield held[:length], length - known, False
+            held, known = held[length - overlap :], overlap
+    if len(held) > known:
+        yield held, len(held) - known, True
+
+
+def join(parts: Iterable[tuple[NDArray[np.float32], bool]], overlap: int) -> Iterator[NDArray[np.float32]]:
+    """Cross-fade windows `(J, …)`, each with whether it is the last, into one stream `(J, …)`; levels are kept."""
+    fade_in = np.sin(np.linspace(0, np.pi / 2, overlap, endpoint=False, dtype=np.float32)) ** 2
+    tail: NDArray[np.float32] | None = None
+    for part, last in parts:
+        if tail is not None:
+            shared = tail.shape[1]
+            part[:, :shared] = part[:, :shared] * fade_in[:shared] + tail * (1 - fade_in[:shared])
+        done = part.shape[1] if last else part.shape[1] - overlap
+        yield part[:, :done]
+        tail = part[:, done:]
+
+
+def padded(window: NDArray[np.float32], stft: STFT) -> Tensor:
+    """Pad a window shorter than the STFT's own with zeros."""
+    return torch.from_numpy(np.pad(window, (0, max(0, stft.n_fft - len(window)))))
+
+
+def resample(x: Tensor, n: int, step: float) -> Tensor:
+    """Interpolate the last axis at 0, step, 2 step, …: `(…, N)` → `(…, n)`."""
+    at = (torch.arange(n) * step).clamp_max(x.shape[-1] - 1)
+    left = at.long()
+    return torch.lerp(x[..., left], x[..., (left + 1).clamp_max(x.shape[-1] - 1)], at - left)
