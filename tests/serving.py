@@ -152,7 +152,7 @@ class Server:
 
     def folders(self) -> list[Path]:
         """Whatever is left of jobs."""
-        return [p for p in Path(self.config.results).iterdir() if p.name != "examples"]
+        return [p for p in Path(self.config.results).iterdir() if p.name not in ("examples", "network.txt")]
 
 
 @contextmanager

@@ -44,9 +44,12 @@ from avsep.records import ClipError, Reason
 from avsep.separation import Separator
 from avsep.service import answers, jobs, service
 from avsep.service.config import ServiceConfig
-from avsep.service.jobs import JobWorker, OutOfTime, as_failure, fail
+from avsep.service.failures import as_failure
+from avsep.service.jobs import JobWorker, fail
 from avsep.service.results import NoSuchJob, ResultStore, StoreFull
+from avsep.service.state import Failure
 from avsep.service.uploads import BadUpload, download, public_addresses
+from avsep.service.work import OutOfTime
 from avsep.videos import VideoSeparator
 from pipelines import serve
 
@@ -482,7 +485,7 @@ def test_what_a_url_brings_is_bounded_and_redirects_are_checked(tmp_path):
             assert error.value.status == status, path
         with largest_file(500), pytest.raises(OSError) as full:
             fetch(f"{base}/file")
-        assert as_failure(full.value)["status"] == 507
+        assert as_failure(full.value).status == 507
         started = time.monotonic()
         with pytest.raises(BadUpload):
             fetch(f"{base}/slow", 0.5)
@@ -769,7 +772,7 @@ def test_the_store_gives_up_work_that_nobody_touches(tmp_path):
     job = store.create()
     (tmp_path / f".{'0' * 32}.12345678").mkdir()  # a deletion that was killed
     store.sweep()
-    assert store.job(job)["status"] == "uploading"
+    assert store.job(job).status == "uploading"
     time.sleep(0.3)
     store.sweep()
     assert os.listdir(tmp_path) == []
@@ -805,19 +808,19 @@ def test_a_deleted_job_s_folder_is_not_made_again(tmp_path, model, sound, monkey
     monkeypatch.setattr(jobs, "_STEP_S", 1e9)  # nobody looks whether the job is still there
     config = ServiceConfig(model, str(tmp_path))
 
-    def elsewhere(_: str, waveform: np.ndarray, seeds: Sequence[int], config: ExtractionConfig) -> Future:
+    def elsewhere(waveforms: Sequence[np.ndarray], seeds: Sequence[int], config: ExtractionConfig) -> Future:
         with contextlib.suppress(NoSuchJob):
             store.delete(job)
         future: Future = Future()
-        future.set_result([factorize(waveform, seed, config) for seed in seeds])
+        future.set_result([factorize(w, seed, config) for w, seed in zip(waveforms, seeds, strict=True)])
         return future
 
-    worker = JobWorker(config, elsewhere)
+    worker = JobWorker(config, factorize=elsewhere)
     store, job = worker.store, worker.store.create()
     shutil.copy(sound, store.path(job) / "upload")
     store.update(job, status="queued", options={}, queued=time.time())
     worker(job)
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ["network.txt"]
 
 
 def test_the_store_is_used_by_many_at_once(tmp_path):
@@ -852,11 +855,11 @@ def test_settings_come_from_the_environment():
 
 
 def test_what_failures_mean():
-    assert as_failure(ClipError(Reason.TOO_LONG, "more than 5 s"))["status"] == 413
-    assert as_failure(ClipError(Reason.UNREADABLE, "not media"))["status"] == 422
-    assert as_failure(ClipError(Reason.UNREADABLE, "killed", transient=True))["status"] == 503
-    assert as_failure(OSError(errno.ENOSPC, "full"))["status"] == 507
-    assert as_failure(OSError(errno.EIO, "broken"))["status"] == 500
+    assert as_failure(ClipError(Reason.TOO_LONG, "more than 5 s")).status == 413
+    assert as_failure(ClipError(Reason.UNREADABLE, "not media")).status == 422
+    assert as_failure(ClipError(Reason.UNREADABLE, "killed", transient=True)).status == 503
+    assert as_failure(OSError(errno.ENOSPC, "full")).status == 507
+    assert as_failure(OSError(errno.EIO, "broken")).status == 500
 
 
 @pytest.mark.parametrize("left", ["tracks.01234567.part", "tracks"])
@@ -873,8 +876,8 @@ def test_work_that_was_under_way_is_taken_up_again(tmp_path, model, sound, left)
         wait(lambda: server.client.get(f"/v1/separations/{job}").json()["status"] == "done")
         assert not part.exists() and not (store.path(job) / "upload").exists()
         JobWorker(server.config)(job)  # once more does nothing
-        fail(store, job, {"status": 503, "reason": "late", "detail": ""})
-        assert store.job(job)["status"] == "done"
+        fail(store, job, Failure(status=503, reason="late", detail=""))
+        assert store.job(job).status == "done"
 
 
 def test_a_request_that_a_device_can_t_do_spoils_no_other(model):
