@@ -9,22 +9,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import ctypes
-import errno
 import logging
 import os
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from pipelines import arguments_of, begin
@@ -51,26 +45,21 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from avsep.factors import Factors, factorize_clips
-from avsep.service import connections, hotmodel
+from avsep.factors import ExtractionConfig
+from avsep.service import connections, hotmodel, place
 from avsep.service.config import ENVIRONMENT, ServiceConfig, log
-from avsep.service.hotmodel import HotModel
+from avsep.service.device import Device, Together
 from avsep.service.jobs import JobWorker
+from avsep.service.memory import ALLOCATOR, spare_memory
+from avsep.service.work import Busy, WorkerLost
 from avsep.vision import LabellerUnavailable
 from pipelines import cluster, console, runners
 from pipelines.console import fail, say
 
 _LOST_AFTER = 3  # workers that died at one job
 _TAKEN = 2  # jobs that a replica has: one in work, and one that waits beside it
-_TOGETHER = 16  # requests that a device does at once
-_WORKER = {  # its environment
-    "OMP_NUM_THREADS": "1",
-    # glibc gives each thread an arena and large blocks back to the system: 9,000 page faults a clip, and growth
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 28),
-}
 _INGRESS = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
 _PATIENCE = {  # on a machine full of work Serve's own processes answer late; else it kills them
     "RAY_worker_niceness": "0",  # clients wait; Ray's 15 is for batch work
@@ -86,35 +75,45 @@ class Separating:
         console.log_as_asked()
         cluster.one_thread()
         self._on_device = on_device
-        self._worker = JobWorker(config, None if on_device is None else self._ask)
+        self._worker = JobWorker(config) if on_device is None else JobWorker(config, self._label, self._factorize)
 
     async def __call__(self, job_id: str) -> None:
         """Do a job of the store."""
         self._loop = asyncio.get_running_loop()
         await asyncio.to_thread(self._worker, job_id)
 
-    def _ask(self, stage: str, *arguments: Any) -> Future:
-        return asyncio.run_coroutine_threadsafe(self._asked(stage, arguments), self._loop)
+    def _label(self, pictures: NDArray[np.uint8], sha256: str) -> Future:
+        return self._begun(self._on_device.label, pictures, sha256)
 
-    async def _asked(self, stage: str, arguments: tuple[Any, ...]) -> Any:
-        """Have a device do a stage; one that died is begun anew."""
-        from ray import exceptions
+    def _factorize(
+        self, waveforms: Sequence[NDArray[np.float32]], seeds: Sequence[int], extraction: ExtractionConfig
+    ) -> Future:
+        return self._begun(self._on_device.factorize, waveforms, seeds, extraction)
 
-        for left in reversed(range(_LOST_AFTER)):
-            response = self._on_device.remote(stage, *arguments)
-            try:
-                result = await response
-            except asyncio.CancelledError:
-                response.cancel()
-                raise
-            except exceptions.RayActorError:
-                if not left:
-                    raise
-            else:
-                break
+    def _begun(self, method: Any, *arguments: Any) -> Future:
+        return asyncio.run_coroutine_threadsafe(_asked(method, *arguments), self._loop)
+
+
+async def _asked(method: Any, *arguments: Any) -> Any:
+    """Have a replica do something; where it dies, another is asked. Raises Busy, WorkerLost, or what it returned."""
+    from ray import exceptions
+    from ray.serve.exceptions import BackPressureError
+
+    for _ in range(_LOST_AFTER):
+        response = method.remote(*arguments)
+        try:
+            result = await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except BackPressureError:
+            raise Busy from None
+        except exceptions.RayActorError:
+            continue
         if isinstance(result, Exception):
             raise result
         return result
+    raise WorkerLost
 
 
 class OnDevice:
@@ -123,74 +122,27 @@ class OnDevice:
     def __init__(self, config: ServiceConfig) -> None:
         console.log_as_asked()
         cluster.one_thread()
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if self.device == "cpu":
+        self._device = Device(config, "cuda" if torch.cuda.is_available() else "cpu")
+        if self._device.device == "cpu":
             log.warning("Ray gives a GPU, but torch finds none: it is done on the CPU")
-        self._model = HotModel(config.model, config.weights, config.limits(), self.device)
-        self.sizes: dict[str, Counter[int]] = {"label": Counter(), "factorize": Counter()}
-        self._stages = {"label": self._together("label", self.label)}
-        self._stages["factorize"] = self._together("factorize", self.factorize)
+        self._label, self._factorize = Together(self._device.label), Together(self._device.factorize)
 
-    async def __call__(self, stage: str, *request: Any) -> Any:
-        """Do a stage; an exception is returned."""
-        return await self._stages[stage](request)
+    async def label(self, *request: Any) -> Any:
+        """Classify pictures, as `LabelBy`; an exception is returned."""
+        return await self._label(*request)
+
+    async def factorize(self, *request: Any) -> Any:
+        """Factorise waveforms, as `FactorizeBy`; an exception is returned."""
+        return await self._factorize(*request)
 
     def check_health(self) -> None:
         """Have Serve begin this replica anew where an error of the GPU's spoils all that follows."""
-        if self.device == "cuda":
+        if self._device.device == "cuda":
             torch.cuda.synchronize()
 
     async def batch_sizes(self) -> dict[str, Counter[int]]:
         """Say of how many requests each stage's batches were."""
-        return self.sizes
-
-    def _together(self, stage: str, function: Callable[[list[Any]], list[Any]]) -> Callable[[Any], Awaitable[Any]]:
-        """Take requests one by one and do them in batches: what comes during one is the next."""
-        from ray import serve
-
-        free = asyncio.Lock()
-
-        async def work(requests: list[Any]) -> list[Any]:
-            async with free:
-                self.sizes[stage][len(requests)] += 1
-                return await asyncio.to_thread(each, function, requests)
-
-        batched = serve.batch(work, max_batch_size=_TOGETHER)
-
-        async def ask(request: Any) -> Any:
-            async with free:  # Serve closes a batch 10 ms after its first request, whether or not it can begin
-                pass
-            return await batched(request)
-
-        return ask
-
-    def label(self, requests: list[Any]) -> list[Any]:
-        """Classify each request's pictures; None for another network than the present model's."""
-        labeller = self._model().labeller
-        mine = [p for p, sha256 in requests if not isinstance(labeller, str) and sha256 == labeller.sha256]
-        if not mine or isinstance(labeller, str):
-            return [None] * len(requests)
-        logits = iter(labeller(np.concatenate(mine)).split([len(p) for p in mine]))
-        return [next(logits).numpy() if sha256 == labeller.sha256 else None for _, sha256 in requests]
-
-    def factorize(self, requests: list[Any]) -> list[Any]:
-        """Factorise each request's waveform with its seeds, those of one configuration together."""
-        found: dict[int, list[Factors]] = {}
-        for extraction in {c for _, _, c in requests}:  # two where a model is being replaced
-            rows = [i for i, r in enumerate(requests) if r[2] == extraction]
-            waveforms = [requests[i][0] for i in rows for _ in requests[i][1]]
-            seeds = [seed for i in rows for seed in requests[i][1]]
-            factors = iter(factorize_clips(waveforms, seeds, extraction, self.device))
-            found |= {i: [next(factors) for _ in requests[i][1]] for i in rows}
-        return [found[i] for i in range(len(requests))]
-
-
-def each(function: Callable[[list[Any]], list[Any]], requests: list[Any]) -> list[Any]:
-    """Do requests together; where that fails, each by itself: nobody's fails for another's fault."""
-    try:
-        return function(requests)
-    except Exception as error:
-        return [error] if len(requests) == 1 else [each(function, [r])[0] for r in requests]
+        return {"label": self._label.sizes, "factorize": self._factorize.sizes}
 
 
 class Ingress:
@@ -208,34 +160,18 @@ class Ingress:
         return make_app(Service(self._config, self._run))
 
     async def _run(self, job_id: str) -> None:
-        """Have a replica do a job; one whose replica died is given to another."""
-        from ray import exceptions
-        from ray.serve.exceptions import BackPressureError
-
-        from avsep.service.work import Busy, WorkerLost
-
-        for _ in range(_LOST_AFTER):
-            try:
-                await self._separating.remote(job_id)
-                return
-            except BackPressureError:
-                raise Busy from None
-            except exceptions.RayActorError:
-                continue
-        raise WorkerLost
+        """Have a replica do a job."""
+        await _asked(self._separating, job_id)
 
 
 class Listening(Ingress):
     """The same where one machine is all: it listens itself, so that no byte goes through a proxy."""
 
     async def __init__(self, config: ServiceConfig, separating: Any, port: int) -> None:  # type: ignore[misc]
-        from avsep.service.api import make_app
-        from avsep.service.service import Service
-
         super().__init__(config, separating)
-        self._slots = asyncio.Semaphore(_TAKEN * replicas(config))
+        self._slots = asyncio.Semaphore(_TAKEN * config.n_replicas)
         listener = socket.create_server((config.host, port), backlog=1024)
-        self._server = connections.server(make_app(Service(config, self._run)))
+        self._server = connections.server(self.__serve_build_asgi_app__())
         self._serving = asyncio.get_running_loop().create_task(self._server.serve(sockets=[listener]))
         while not self._server.started:
             await asyncio.sleep(0.02)
@@ -255,11 +191,6 @@ class Listening(Ingress):
         """Answer what has come; Serve waits for it."""
         self._server.should_exit = True
         await self._serving
-
-
-def replicas(config: ServiceConfig) -> int:
-    """Say how many processes are to separate, unless an operator's `serve.yaml` does."""
-    return config.replicas or max(1, len(os.sched_getaffinity(0)))
 
 
 def devices(config: ServiceConfig) -> int:
@@ -282,10 +213,10 @@ def build(arguments: dict[str, Any], port: int | None = None) -> Any:
     separating = serve.deployment(
         Separating,
         name="separating",
-        num_replicas=replicas(config),
+        num_replicas=config.n_replicas,
         max_ongoing_requests=_TAKEN,
         max_queued_requests=config.max_pending + config.max_uploads,
-        ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": _WORKER}},
+        ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1", **ALLOCATOR}}},
         health_check_period_s=5,
         graceful_shutdown_timeout_s=60,
     )
@@ -308,31 +239,6 @@ def build(arguments: dict[str, Any], port: int | None = None) -> Any:
         graceful_shutdown_timeout_s=20,
     )
     return ingress.bind(config, separating.bind(config, *shared), *([] if port is None else [port]))
-
-
-@contextlib.contextmanager
-def results_folder(given: str, port: int) -> Iterator[str]:
-    """Give the folder of results: the operator's, or one of this port that is emptied before and after."""
-    if given:
-        os.makedirs(given, mode=0o700, exist_ok=True)
-        yield os.path.abspath(given)
-        return
-    # of a fixed name, so that what a killed service left is found by the next one
-    folder = Path(tempfile.gettempdir(), f"avsep-serve-{os.getuid()}-{port}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        fail(f"{folder} isn't ours; remove it or set {ENVIRONMENT}RESULTS to another folder")
-    try:
-        empty(folder)
-        yield str(folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def empty(folder: Path) -> None:
-    """Remove what an earlier service left."""
-    for entry in folder.iterdir():
-        shutil.rmtree(entry, ignore_errors=True)
 
 
 def start(config: ServiceConfig, port: int, results: str) -> None:
@@ -360,32 +266,18 @@ def start(config: ServiceConfig, port: int, results: str) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Serve until interrupted."""
     console.absolute(arguments, "model")
-    config = ServiceConfig.from_environment(os.environ, model=arguments.model)
-    check_address(config.host, arguments.port)
+    config, port = ServiceConfig.from_environment(os.environ, model=arguments.model), arguments.port
     try:
+        place.check_address(config.host, port)
         hotmodel.check_model(config)  # a mistake is one line, before anything is started
+        with place.results_folder(config.results, port) as results:
+            serve = serve_here if arguments.in_process else serve_on_ray
+            serve(replace(config, results=results), port)
+    except place.PlaceError as error:
+        fail(str(error))
     except LabellerUnavailable as error:
         fail(f"the picture network of {config.model}, or {ENVIRONMENT}WEIGHTS: {error}")
-    with results_folder(config.results, arguments.port) as results:
-        serve = serve_here if arguments.in_process else serve_on_ray
-        serve(replace(config, results=results), arguments.port)
     return console.DONE
-
-
-def check_address(host: str, port: int) -> None:
-    """Raise UsageError where nobody can listen."""
-    if not 0 < port < 1 << 16:
-        fail(f"--port {port}: it must lie in 1…65535")
-    with contextlib.closing(socket.socket()) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except PermissionError:
-            fail(f"--port {port}: only administrators may use it; give one from 1024 up")
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                fail(f"--port {port}: another program uses it; give a free one")
-            fail(f"{ENVIRONMENT}HOST={host}: {error.strerror}; give an IPv4 address of this machine, or 0.0.0.0")
 
 
 def serve_on_ray(config: ServiceConfig, port: int) -> None:
@@ -402,39 +294,13 @@ def serve_on_ray(config: ServiceConfig, port: int) -> None:
 
 
 def serve_here(config: ServiceConfig, port: int) -> None:
-    """Serve until interrupted, from this process alone: jobs are done in threads, one unless config.replicas says."""
-    from avsep.service.api import make_app
-    from avsep.service.service import Service
+    """Serve until interrupted, from this process alone."""
+    from avsep.service.local import listening
 
     spare_memory()
     cluster.one_thread()
-    workers = [JobWorker(config) for _ in range(config.replicas or 1)]
-    pool = ThreadPoolExecutor(len(workers))
-
-    def work(job_id: str) -> None:
-        worker = workers.pop()
-        try:
-            worker(job_id)
-        finally:
-            workers.append(worker)
-
-    async def run_job(job_id: str) -> None:
-        await asyncio.get_running_loop().run_in_executor(pool, work, job_id)
-
-    server = connections.server(make_app(Service(config, run_job)))
-    listener = socket.create_server((config.host, port), backlog=1024)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        while thread.is_alive() and not server.started:
-            thread.join(0.02)
-        if not server.started:
-            fail(f"--port {port}: the server didn't start; its message is above")
+    with listening(config, port):
         wait_for_the_end(config, port)
-    finally:
-        server.should_exit = True
-        thread.join()
-        pool.shutdown(wait=False, cancel_futures=True)  # what is at work ends when its folder goes
 
 
 def wait_for_the_end(config: ServiceConfig, port: int) -> None:
@@ -445,15 +311,6 @@ def wait_for_the_end(config: ServiceConfig, port: int) -> None:
     say(f"http://{config.host}:{port}/ is ready; Ctrl-C ends it")
     stop.wait()
     say("stopping")
-
-
-def spare_memory() -> None:
-    """Set this process's allocator as _WORKER sets a replica's."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
-        for option, name in (
-            (-8, "MALLOC_ARENA_MAX"), (-3, "MALLOC_MMAP_THRESHOLD_"), (-1, "MALLOC_TRIM_THRESHOLD_"),
-        ):  # fmt: skip
-            ctypes.CDLL(None).mallopt(option, int(_WORKER[name]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

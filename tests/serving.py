@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import signal
@@ -12,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from avsep.objects import object_index
 from avsep.service.api import make_app
 from avsep.service.config import ServiceConfig
 from avsep.service.jobs import JobWorker
+from avsep.service.local import Threads
 from avsep.service.service import Service
 from avsep.stft import STFT
 
@@ -112,21 +111,8 @@ class Server:
 
     def __init__(self, config: ServiceConfig, workers: int = 1) -> None:
         self.config = config
-        worker = [JobWorker(config) for _ in range(workers)]
-        self._pool = ThreadPoolExecutor(workers)
-        free = list(worker)
-
-        def work(job_id: str) -> None:
-            mine = free.pop()
-            try:
-                mine(job_id)
-            finally:
-                free.append(mine)
-
-        async def run(job_id: str) -> None:
-            await asyncio.get_running_loop().run_in_executor(self._pool, work, job_id)
-
-        self.service = Service(config, run)
+        self._threads = Threads([JobWorker(config) for _ in range(workers)])
+        self.service = Service(config, self._threads)
         self.app = make_app(self.service)
         settings = uvicorn.Config(self.app, "127.0.0.1", 0, log_level="critical", lifespan="on")
         self._server = uvicorn.Server(settings)
@@ -141,7 +127,7 @@ class Server:
         self.client.close()
         self._server.should_exit = True
         self._thread.join(20)
-        self._pool.shutdown()
+        self._threads.close()
 
     def post(self, path: Path, headers: dict[str, str] | None = None, **fields: str) -> httpx.Response:
         with path.open("rb") as file:

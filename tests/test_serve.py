@@ -44,6 +44,7 @@ from avsep.records import ClipError, Reason
 from avsep.separation import Separator
 from avsep.service import answers, jobs, service
 from avsep.service.config import ServiceConfig
+from avsep.service.device import Device, each
 from avsep.service.failures import as_failure
 from avsep.service.jobs import JobWorker, fail
 from avsep.service.results import NoSuchJob, ResultStore, StoreFull
@@ -51,7 +52,6 @@ from avsep.service.state import Failure
 from avsep.service.uploads import BadUpload, download, public_addresses
 from avsep.service.work import OutOfTime
 from avsep.videos import VideoSeparator
-from pipelines import serve
 
 
 @pytest.fixture(scope="module")
@@ -883,11 +883,11 @@ def test_work_that_was_under_way_is_taken_up_again(tmp_path, model, sound, left)
 def test_a_request_that_a_device_can_t_do_spoils_no_other(model):
     waveform, config = tone("dog", 2.0), Separator.load(model).extraction
     requests = [
-        (waveform, range(3), config),
-        (np.full_like(waveform, np.nan), [0], config),
-        (waveform[:9000], [7], config),
+        ([waveform] * 3, range(3), config),
+        ([np.full_like(waveform, np.nan)], [0], config),
+        ([waveform[:9000]], [7], config),
     ]
-    first, second, third = serve.each(serve.OnDevice(ServiceConfig(model)).factorize, requests)
+    first, second, third = each(Device(ServiceConfig(model), "cpu").factorize, requests)
     assert isinstance(second, ValueError)
     for factors, seed in zip(first, range(3), strict=True):
         torch.testing.assert_close(factors.W, factorize(waveform, seed, config).W)

@@ -1,4 +1,5 @@
 """The routes of the service itself: its model, its state, files to try it with, and the page."""
+# ruff: noqa: D103  (a route's summary says it)
 
 from __future__ import annotations
 

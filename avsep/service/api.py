@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -73,7 +74,7 @@ async def _any(request: Request, error: Exception) -> Response:
     return Problem.of(failure).response()
 
 
-_HANDLERS = {
+_HANDLERS: dict[type[Exception], Any] = {
     Problem: _problem,
     NoSuchJob: _no_such_job,
     HTTPException: _http,

@@ -75,6 +75,11 @@ class ServiceConfig:
                 raise ValueError(f"{ENVIRONMENT}TOKEN is empty; give what clients must send, or unset it to let all in")
         return cls(**values)
 
+    @property
+    def n_replicas(self) -> int:
+        """How many processes are to separate."""
+        return self.replicas or max(1, len(os.sched_getaffinity(0)))
+
     def store(self) -> ResultStore:
         """Return the store of results; its folder is made where there is none."""
         os.makedirs(self.results, mode=0o700, exist_ok=True)

@@ -21,7 +21,7 @@ _SETTLED_S = 1.0  # a model whose files changed later than that may still be in 
 
 Files = VideoSeparator | AnyFiles  # separates files
 # Reads a model directory for a device.
-Load = Callable[[str, str], Separates]
+Load = Callable[[str, str], Separates | Separator]
 
 
 class HotModel:

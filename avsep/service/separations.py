@@ -1,4 +1,5 @@
 """The routes of separations: make one, follow it, and fetch what it found."""
+# ruff: noqa: D103  (a route's summary says it)
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class State(_Kept):
         return self.status in FINISHED
 
     def changed(self, **values: Any) -> State:
-        """Return a copy with other values. TypeError for a field that there isn't, ValueError for a value that can't be."""
+        """Return a copy with other values. Raises TypeError for an unknown field, ValueError for a wrong value."""
         if unknown := values.keys() - State.model_fields.keys():
             raise TypeError(f"a job's state has no {', '.join(sorted(unknown))}")
         return State.model_validate({**dict(self), **values})
