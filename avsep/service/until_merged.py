@@ -97,8 +97,13 @@ class AnyFiles:
         step("listening", 0.0)
         plan: Any = self.separator.plan([waveform], objects)
         plan.n_samples = len(waveform)
-        step("separating", 0.5)
-        write_wavs(plan, plan.render([waveform]), out, rate, mixture, parents)
+
+        def rendered() -> Iterator[NDArray[np.float32]]:
+            for estimates in plan.render([waveform]):
+                yield estimates
+                step("separating", 1.0)
+
+        write_wavs(plan, rendered(), out, rate, mixture, parents)
         origin = "given" if objects is not None else "sound"
         report = {
             "sample_rate": rate,
