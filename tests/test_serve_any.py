@@ -3,50 +3,17 @@
 import asyncio
 import io
 import zipfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pytest
 import soundfile
 from fastapi.testclient import TestClient
-from numpy.typing import NDArray
-from serving import PITCH, RATE, tone, write_sound, write_video
+from serving import PITCH, RATE, Bands, tone, write_sound, write_video
 
 from avsep.service.api import make_app
 from avsep.service.config import ServiceConfig
 from avsep.service.jobs import JobWorker
 from avsep.service.service import Service
-
-BETWEEN_HZ = 500
-
-
-@dataclass
-class Bands:
-    """What lies below 500 Hz, and what lies above."""
-
-    sample_rate: int = RATE
-    objects: tuple[str, ...] = ("low", "high")
-
-    def plan(self, blocks: Iterable[NDArray], objects=None, seen=None) -> "Bands.Planned":
-        list(blocks)
-        return Bands.Planned(tuple(objects or self.objects))
-
-    @dataclass
-    class Planned:
-        objects: tuple[str, ...]
-        confidence: dict[str, float] = field(default_factory=lambda: {"low": 1.0, "high": 1.0})
-        silent: tuple[str, ...] = ()
-        explanation: None = None
-
-        def render(self, blocks: Iterable[NDArray]) -> Iterator[NDArray]:
-            for block in blocks:
-                X = np.fft.rfft(block)
-                low = np.fft.rfftfreq(len(block), 1 / RATE) < BETWEEN_HZ
-                parts = {"low": X * low, "high": X * ~low}
-                estimates = [np.fft.irfft(parts[name], len(block)) for name in self.objects]
-                yield np.stack([*estimates, block - sum(estimates)]).astype(np.float32)
 
 
 @pytest.fixture
