@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import logging
 import os
 import signal
@@ -43,24 +44,18 @@ def parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     begin(parser())  # what follows takes seconds
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
-from avsep.factors import ExtractionConfig
 from avsep.service import connections, hotmodel, place
-from avsep.service.config import ENVIRONMENT, ServiceConfig, log
+from avsep.service.config import ServiceConfig, UnusableSettings
 from avsep.service.device import Device, Together
 from avsep.service.jobs import JobWorker
-from avsep.service.memory import ALLOCATOR, spare_memory
+from avsep.service.memory import ANSWERING, SEPARATING, spare_memory
 from avsep.service.work import Busy, WorkerLost
-from avsep.vision import LabellerUnavailable
 from pipelines import cluster, console, runners
 from pipelines.console import fail, say
 
 _LOST_AFTER = 3  # workers that died at one job
 _TAKEN = 2  # jobs that a replica has: one in work, and one that waits beside it
-_INGRESS = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+_DEVICE = {"num_cpus": 0, "num_gpus": 1}
 _PATIENCE = {  # on a machine full of work Serve's own processes answer late; else it kills them
     "RAY_worker_niceness": "0",  # clients wait; Ray's 15 is for batch work
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1",
@@ -74,21 +69,14 @@ class Separating:
     def __init__(self, config: ServiceConfig, on_device: Any = None) -> None:
         console.log_as_asked()
         cluster.one_thread()
-        self._on_device = on_device
-        self._worker = JobWorker(config) if on_device is None else JobWorker(config, self._label, self._factorize)
+        stages = () if on_device is None else (on_device.label, on_device.factorize)
+        label, factorize = [functools.partial(self._begun, stage) for stage in stages] or (None, None)
+        self._worker = JobWorker(config, label, factorize)
 
     async def __call__(self, job_id: str) -> None:
         """Do a job of the store."""
         self._loop = asyncio.get_running_loop()
         await asyncio.to_thread(self._worker, job_id)
-
-    def _label(self, pictures: NDArray[np.uint8], sha256: str) -> Future:
-        return self._begun(self._on_device.label, pictures, sha256)
-
-    def _factorize(
-        self, waveforms: Sequence[NDArray[np.float32]], seeds: Sequence[int], extraction: ExtractionConfig
-    ) -> Future:
-        return self._begun(self._on_device.factorize, waveforms, seeds, extraction)
 
     def _begun(self, method: Any, *arguments: Any) -> Future:
         return asyncio.run_coroutine_threadsafe(_asked(method, *arguments), self._loop)
@@ -122,9 +110,7 @@ class OnDevice:
     def __init__(self, config: ServiceConfig) -> None:
         console.log_as_asked()
         cluster.one_thread()
-        self._device = Device(config, "cuda" if torch.cuda.is_available() else "cpu")
-        if self._device.device == "cpu":
-            log.warning("Ray gives a GPU, but torch finds none: it is done on the CPU")
+        self._device = Device(config)
         self._label, self._factorize = Together(self._device.label), Together(self._device.factorize)
 
     async def label(self, *request: Any) -> Any:
@@ -137,8 +123,7 @@ class OnDevice:
 
     def check_health(self) -> None:
         """Have Serve begin this replica anew where an error of the GPU's spoils all that follows."""
-        if self._device.device == "cuda":
-            torch.cuda.synchronize()
+        self._device.check()
 
     async def batch_sizes(self) -> dict[str, Counter[int]]:
         """Say of how many requests each stage's batches were."""
@@ -193,20 +178,12 @@ class Listening(Ingress):
         await self._serving
 
 
-def devices(config: ServiceConfig) -> int:
-    """Say how many processes are to label and factorise on GPUs."""
-    import ray
-
-    if config.devices >= 0 or not ray.is_initialized():
-        return max(0, config.devices)
-    return int(ray.cluster_resources().get("GPU", 0))
-
-
 def build(arguments: dict[str, Any], port: int | None = None) -> Any:
     """Build the Serve application, for `serve run` and `deploy/serve.yaml`: ServiceConfig's fields by name.
 
     With a port it listens there itself, for one machine; else requests come through Serve's proxies.
     """
+    import ray
     from ray import serve
 
     config = ServiceConfig.from_environment(os.environ, **arguments)
@@ -216,18 +193,16 @@ def build(arguments: dict[str, Any], port: int | None = None) -> Any:
         num_replicas=config.n_replicas,
         max_ongoing_requests=_TAKEN,
         max_queued_requests=config.max_pending + config.max_uploads,
-        ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1", **ALLOCATOR}}},
+        ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": SEPARATING}},
         health_check_period_s=5,
         graceful_shutdown_timeout_s=60,
     )
-    shared = []
-    if n_devices := devices(config):
+    shared, n_devices = [], config.devices
+    if n_devices < 0:
+        n_devices = int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else 0
+    if n_devices:
         on_device = serve.deployment(
-            OnDevice,
-            name="on_device",
-            num_replicas=n_devices,
-            max_ongoing_requests=200,
-            ray_actor_options={"num_cpus": 0, "num_gpus": 1},
+            OnDevice, name="on_device", num_replicas=n_devices, max_ongoing_requests=200, ray_actor_options=_DEVICE
         )
         shared.append(on_device.bind(config))
     ingress = serve.deployment(
@@ -235,7 +210,10 @@ def build(arguments: dict[str, Any], port: int | None = None) -> Any:
         name="ingress",
         max_ongoing_requests=200,
         max_queued_requests=200,
-        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _INGRESS}},
+        ray_actor_options={
+            "num_cpus": 0,
+            "runtime_env": {"env_vars": ANSWERING},
+        },
         graceful_shutdown_timeout_s=20,
     )
     return ingress.bind(config, separating.bind(config, *shared), *([] if port is None else [port]))
@@ -246,17 +224,14 @@ def start(config: ServiceConfig, port: int, results: str) -> None:
     from ray import exceptions, serve
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it names a proxy's port, on which nobody listens here
+    encoding = "JSON" if console.as_json() else "TEXT"
     try:
         serve.start(proxy_location="Disabled")
         serve.run(
             build({"model": config.model, "results": results}, port),
             name="avsep",
             route_prefix="/",
-            logging_config={
-                "log_level": "WARNING",
-                "enable_access_log": False,
-                "encoding": "JSON" if console.as_json() else "TEXT",
-            },
+            logging_config={"log_level": "WARNING", "enable_access_log": False, "encoding": encoding},
         )
     except (exceptions.RayError, RuntimeError) as error:
         why = str(error).strip().splitlines()[0].rstrip(".")
@@ -273,10 +248,8 @@ def run(arguments: argparse.Namespace) -> int:
         with place.results_folder(config.results, port) as results:
             serve = serve_here if arguments.in_process else serve_on_ray
             serve(replace(config, results=results), port)
-    except place.PlaceError as error:
+    except UnusableSettings as error:
         fail(str(error))
-    except LabellerUnavailable as error:
-        fail(f"the picture network of {config.model}, or {ENVIRONMENT}WEIGHTS: {error}")
     return console.DONE
 
 

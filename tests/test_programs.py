@@ -18,7 +18,7 @@ from serving import PITCH, free_port, wait, write_model, write_sound
 import pipelines
 from avsep import storage
 from avsep.report import Report
-from avsep.service import place
+from avsep.service import config, place
 from pipelines import cluster, collect, console, demo, evaluate, runners, train
 
 ROOT = Path(__file__).parent.parent
@@ -307,7 +307,7 @@ def test_where_nobody_can_listen_is_told_with_the_remedy():
             ("127.0.0.1", taken.getsockname()[1], "another program uses it; give a free one"),
             ("192.0.2.77", free_port(), "AVSEP_SERVE_HOST=192.0.2.77: .*; give an IPv4 address of this machine"),
         ):
-            with pytest.raises(place.PlaceError, match=words):
+            with pytest.raises(config.UnusableSettings, match=words):
                 place.check_address(host, port)
 
 

@@ -970,7 +970,7 @@ def test_a_request_that_a_device_can_t_do_spoils_no_other(model):
         ([np.full_like(waveform, np.nan)], [0], config),
         ([waveform[:9000]], [7], config),
     ]
-    first, second, third = each(Device(ServiceConfig(model), "cpu").factorize, requests)
+    first, second, third = each(Device(ServiceConfig(model)).factorize, requests)
     assert isinstance(second, ValueError)
     for factors, seed in zip(first, range(3), strict=True):
         torch.testing.assert_close(factors.W, factorize(waveform, seed, config).W)

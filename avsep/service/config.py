@@ -18,6 +18,10 @@ ENVIRONMENT = "AVSEP_SERVE_"
 log = logging.getLogger("avsep.service")
 
 
+class UnusableSettings(Exception):
+    """A service can't start so: one line that names the value, the rule and the remedy."""
+
+
 @dataclass(frozen=True)
 class ServiceConfig:
     """What a service runs, and what its clients may; `AVSEP_SERVE_TOKEN=…` and the like set it."""

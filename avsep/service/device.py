@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from avsep.factors import ExtractionConfig, Factors, factorize_clips
-from avsep.service.config import ServiceConfig
+from avsep.service.config import ServiceConfig, log
 from avsep.service.hotmodel import HotModel
 from avsep.service.work import OtherNetwork
 
@@ -21,11 +22,18 @@ ToFactorize = tuple[Sequence[NDArray[np.float32]], Sequence[int], ExtractionConf
 
 
 class Device:
-    """Labels and factorises on one device, with the model that is in use."""
+    """Labels and factorises on a GPU, or on the CPU where torch finds none, with the model that is in use."""
 
-    def __init__(self, config: ServiceConfig, device: str) -> None:
-        self.device = device
-        self._model = HotModel(config.model, config.weights, config.limits(), device)
+    def __init__(self, config: ServiceConfig) -> None:
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self._device == "cpu":
+            log.warning("torch finds no GPU: its work is done on the CPU")
+        self._model = HotModel(config.model, config.weights, config.limits(), self._device)
+
+    def check(self) -> None:
+        """Raise RuntimeError where an error of the GPU's spoils all that follows."""
+        if self._device == "cuda":
+            torch.cuda.synchronize()
 
     def label(self, requests: Sequence[ToLabel]) -> list[NDArray[np.float32] | Exception]:
         """Classify each request's pictures; OtherNetwork for those of another one than the present model's."""
@@ -44,7 +52,7 @@ class Device:
             rows = [i for i, r in enumerate(requests) if r[2] == extraction]
             waveforms = [w for i in rows for w in requests[i][0]]
             seeds = [seed for i in rows for seed in requests[i][1]]
-            factors = iter(factorize_clips(waveforms, seeds, extraction, self.device))
+            factors = iter(factorize_clips(waveforms, seeds, extraction, self._device))
             found |= {i: [next(factors) for _ in requests[i][1]] for i in rows}
         return [found[i] for i in range(len(requests))]
 

@@ -11,7 +11,7 @@ from avsep import storage
 from avsep.model import CONFIG_FILE, LABELLER_FILE, MODEL_FILES, ModelConfig, training_facts
 from avsep.separation import Separator
 from avsep.service.answers import Card
-from avsep.service.config import ServiceConfig, log
+from avsep.service.config import ENVIRONMENT, ServiceConfig, UnusableSettings, log
 from avsep.service.until_merged import AnyFiles, Separates
 from avsep.videos import FileLimits, VideoSeparator
 from avsep.vision import LabellerUnavailable
@@ -90,10 +90,13 @@ def _settled(stamp: Stamp) -> bool:
 
 
 def check_model(config: ServiceConfig) -> None:
-    """Load what a service will; ValueError, OSError or LabellerUnavailable say what can't be used."""
+    """Load what a service will; ValueError, OSError or UnusableSettings say what can't be used."""
     separate = VideoSeparator.load(config.model, config.weights)
     if config.weights is not None or storage.exists(storage.join(config.model, LABELLER_FILE)):
-        _ = separate.labeller
+        try:
+            _ = separate.labeller
+        except LabellerUnavailable as error:
+            raise UnusableSettings(f"the picture network of {config.model}, or {ENVIRONMENT}WEIGHTS: {error}") from None
 
 
 def model_card(directory: str) -> Card:

@@ -11,9 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from avsep.service import connections
 from avsep.service.api import make_app
-from avsep.service.config import ServiceConfig
+from avsep.service.config import ServiceConfig, UnusableSettings
 from avsep.service.jobs import JobWorker
-from avsep.service.place import PlaceError
 from avsep.service.service import Service
 
 
@@ -44,7 +43,7 @@ class Threads:
 def listening(config: ServiceConfig, port: int) -> Iterator[None]:
     """Serve from this process alone, with as many workers as `config.replicas` says, or one, until the block ends.
 
-    Raises PlaceError where the server doesn't start.
+    Raises UnusableSettings where the server doesn't start.
     """
     threads = Threads([JobWorker(config) for _ in range(config.replicas or 1)])
     server = connections.server(make_app(Service(config, threads)))
@@ -55,7 +54,7 @@ def listening(config: ServiceConfig, port: int) -> Iterator[None]:
         while thread.is_alive() and not server.started:
             thread.join(0.02)
         if not server.started:
-            raise PlaceError(f"--port {port}: the server didn't start; its message is above")
+            raise UnusableSettings(f"--port {port}: the server didn't start; its message is above")
         yield
     finally:
         server.should_exit = True

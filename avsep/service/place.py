@@ -11,27 +11,23 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from avsep.service.config import ENVIRONMENT
-
-
-class PlaceError(Exception):
-    """Nobody can listen, or keep results, there: one line that names the value, the rule and the remedy."""
+from avsep.service.config import ENVIRONMENT, UnusableSettings
 
 
 def check_address(host: str, port: int) -> None:
-    """Raise PlaceError where nobody can listen."""
+    """Raise UnusableSettings where nobody can listen."""
     if not 0 < port < 1 << 16:
-        raise PlaceError(f"--port {port}: it must lie in 1…65535")
+        raise UnusableSettings(f"--port {port}: it must lie in 1…65535")
     with contextlib.closing(socket.socket()) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except PermissionError:
-            raise PlaceError(f"--port {port}: only administrators may use it; give one from 1024 up") from None
+            raise UnusableSettings(f"--port {port}: only administrators may use it; give one from 1024 up") from None
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                raise PlaceError(f"--port {port}: another program uses it; give a free one") from None
-            raise PlaceError(
+                raise UnusableSettings(f"--port {port}: another program uses it; give a free one") from None
+            raise UnusableSettings(
                 f"{ENVIRONMENT}HOST={host}: {error.strerror}; give an IPv4 address of this machine, or 0.0.0.0"
             ) from None
 
@@ -47,7 +43,7 @@ def results_folder(given: str, port: int) -> Iterator[str]:
     folder = Path(tempfile.gettempdir(), f"avsep-serve-{os.getuid()}-{port}")
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise PlaceError(f"{folder} isn't ours; remove it or set {ENVIRONMENT}RESULTS to another folder")
+        raise UnusableSettings(f"{folder} isn't ours; remove it or set {ENVIRONMENT}RESULTS to another folder")
     try:
         _empty(folder)
         yield str(folder)
