@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+
+from avsep.objects import AUDIOSET_23, Vocabulary
 
 _ID = "8c2f4f0de1a54b0d9a4f3f1f0c7be6a1"
 _BASE = f"/v1/separations/{_ID}"
@@ -89,8 +91,10 @@ class SeparatedObject(BaseModel):
     name: str
     found: Literal["given", "pictures", "sound"] = _text("why it is here: it was named, seen or heard")
     confidence: float = _text("the probability that it sounds, by sound and pictures")
-    familiarity: float = _text("how like the model's training its sound is, in [0, 1]; it bounds the confidence")
-    sound_score: float = _text("its share of the sound")
+    familiarity: float | None = _text(
+        "how like the model's training its sound is, in [0, 1]; it bounds the confidence; null where nobody measures it"
+    )
+    sound_score: float | None = _text("its share of the sound; null where the separator doesn't say")
     picture_score: float | None = _text("how much it is seen; null where nobody looked")
     visible: bool | None = _text("whether it is seen; null where nobody looked")
     silent: bool = _text("here, but not heard: its sound is zero")
@@ -121,13 +125,15 @@ class Result(BaseModel):
     sample_rate: int
     objects_from: Literal["given", "pictures", "sound"] = _text("how the objects were found")
     note: str = _text("what to know of this result, or nothing")
-    bases: Literal["own", "learned", "both"]
+    bases: Literal["own", "learned", "both"] | None = _text(
+        "what it was taken apart into; null for nothing of that kind"
+    )
     objects: list[SeparatedObject]
     rest: Audio = _text("what is no object's")
     mixture: Audio
     heard: dict[str, float] = _text("every object's share of the sound, from 1 % up")
     windows: list[WindowHeard] = _text("the same over time, from 5 % up")
-    relation: Relation
+    relation: Relation | None = _text("null where the separator has no bases to relate")
     frame: str | None = _text("a picture of the video")
     archive: str = _text("all of it in a ZIP")
     timings: dict[str, float] = _text("in seconds")
@@ -185,22 +191,40 @@ class Limits(BaseModel):
     free_bytes: int = _text("the room that there is now for one more upload with its result")
 
 
-class ModelInfo(BaseModel):
-    """The model in use."""
+class Card(BaseModel):
+    """What a model says of itself; null for what its separator hasn't."""
 
-    recipe: str
+    recipe: str | None = None
     objects: list[str]
     learned: list[str] = _text("those that it was trained on")
-    trained_on: dict[str, Any] = _text("what it learned from, as far as it says so: clips, clips_by_label, …")
+    trained_on: dict[str, Any] = _text(
+        "what it learned from, as far as it says so: clips, clips_by_label, …", default_factory=dict
+    )
     sample_rate: int
-    n_fft: int
-    hop_length: int
-    n_bases: int
-    bases: str
-    dictionary: bool
-    labeller: str
-    window_s: float
-    versions: dict[str, str]
+    n_fft: int | None = None
+    hop_length: int | None = None
+    n_bases: int | None = None
+    bases: str | None = None
+    dictionary: bool = False
+    labeller: str | None = _text("the picture network in use; null where there is none", default=None)
+    window_s: float | None = None
+    versions: dict[str, str] = {}
+    _vocabulary: Vocabulary = PrivateAttr(AUDIOSET_23)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What its objects are, and what clients may call them."""
+        return self._vocabulary
+
+    def knowing(self, vocabulary: Vocabulary) -> Self:
+        """Return it with a vocabulary."""
+        self._vocabulary = vocabulary
+        return self
+
+
+class ModelInfo(Card):
+    """The model in use."""
+
     limits: Limits
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import soundfile
 
-from avsep.service.jobs import as_failure
+from avsep.service.failures import as_failure
 
 _FILE_CHUNK = 1 << 18
 _VORBIS_BLOCK = 4096  # libvorbis puts what it is given on the stack
@@ -27,7 +27,7 @@ def converted(path: Path, kind: str) -> Path | bytes:
         _encode(path, part, kind)
         part.replace(target)
     except (OSError, soundfile.LibsndfileError) as error:
-        if not path.exists() or as_failure(error)["status"] != 507:
+        if not path.exists() or as_failure(error).status != 507:
             raise
         memory = io.BytesIO()
         _encode(path, memory, kind)

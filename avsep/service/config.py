@@ -18,6 +18,10 @@ ENVIRONMENT = "AVSEP_SERVE_"
 log = logging.getLogger("avsep.service")
 
 
+class UnusableSettings(Exception):
+    """A service can't start so: one line that names the value, the rule and the remedy."""
+
+
 @dataclass(frozen=True)
 class ServiceConfig:
     """What a service runs, and what its clients may; `AVSEP_SERVE_TOKEN=…` and the like set it."""
@@ -74,6 +78,11 @@ class ServiceConfig:
             if not values["token"]:
                 raise ValueError(f"{ENVIRONMENT}TOKEN is empty; give what clients must send, or unset it to let all in")
         return cls(**values)
+
+    @property
+    def n_replicas(self) -> int:
+        """How many processes are to separate."""
+        return self.replicas or max(1, len(os.sched_getaffinity(0)))
 
     def store(self) -> ResultStore:
         """Return the store of results; its folder is made where there is none."""

@@ -4,37 +4,47 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
+from collections.abc import Callable
 
 from avsep import storage
 from avsep.model import CONFIG_FILE, LABELLER_FILE, MODEL_FILES, ModelConfig, training_facts
-from avsep.service.config import ServiceConfig, log
+from avsep.separation import Separates, Separator
+from avsep.service.answers import Card
+from avsep.service.config import ENVIRONMENT, ServiceConfig, UnusableSettings, log
 from avsep.videos import FileLimits, VideoSeparator
 from avsep.vision import LabellerUnavailable
 
 _SETTLED_S = 1.0  # a model whose files changed later than that may still be in the writing
 
+Load = Callable[[str, str], Separates]  # reads a model directory for a device
+
 
 class HotModel:
-    """A loaded model that follows its directory: replaced there, the next call gets the new one.
+    """A loaded separator that follows its directory: replaced there, the next call gets the new one.
 
-    A new model that can't be loaded changes nothing but `problem`.
+    `load` reads the directory; without it, it is one that `pipelines.train` wrote. A new model that
+    can't be loaded changes nothing but `problem`.
     """
 
-    def __init__(self, directory: str, weights: str | None, limits: FileLimits, device: str = "cpu") -> None:
-        self._arguments = (directory, weights, limits, device)
+    def __init__(
+        self, directory: str, weights: str | None, limits: FileLimits, device: str = "cpu", load: Load | None = None
+    ) -> None:
+        self._directory, self._weights, self._limits, self._device = directory, weights, limits, device
+        self._load_separator = load or (lambda directory, _: Separator.load(directory))
         self.problem = ""
         self._stamp = model_stamp(directory)
         self._loaded = self._load()
 
     def _load(self) -> VideoSeparator:
-        loaded = VideoSeparator.load(*self._arguments)
+        separator = self._load_separator(self._directory, self._device)
+        own = self._directory if isinstance(separator, Separator) else None
+        loaded = VideoSeparator(separator, own, self._weights, self._limits, self._device)
         _ = loaded.labeller  # now, and not in the first client's time
         return loaded
 
     def __call__(self) -> VideoSeparator:
         """Give the present model."""
-        stamp = model_stamp(self._arguments[0])
+        stamp = model_stamp(self._directory)
         if stamp != self._stamp and _settled(stamp):
             try:
                 loaded = self._load()
@@ -46,6 +56,10 @@ class HotModel:
                 self._loaded = loaded
             self._stamp = stamp
         return self._loaded
+
+    def card(self) -> Card:
+        """Describe the present model."""
+        return card_of(self())
 
 
 Stamp = tuple[tuple[str, int, int, int], ...]
@@ -70,38 +84,48 @@ def _settled(stamp: Stamp) -> bool:
 
 
 def check_model(config: ServiceConfig) -> None:
-    """Load what a service will; ValueError, OSError or LabellerUnavailable say what can't be used."""
+    """Load what a service will; ValueError, OSError or UnusableSettings say what can't be used."""
     separate = VideoSeparator.load(config.model, config.weights)
     if config.weights is not None or storage.exists(storage.join(config.model, LABELLER_FILE)):
-        _ = separate.labeller
+        try:
+            _ = separate.labeller
+        except LabellerUnavailable as error:
+            raise UnusableSettings(f"the picture network of {config.model}, or {ENVIRONMENT}WEIGHTS: {error}") from None
 
 
-def trained_on(config: ModelConfig) -> dict[str, Any]:
-    """Say what a model learned from, as far as it says so itself."""
-    return {name: fact for name, fact in training_facts(config).items() if name != "recipe" and fact is not None}
+def model_card(directory: str) -> Card:
+    """Describe a model directory without loading its weights; its picture network is the configured one."""
+    dictionary = storage.exists(storage.join(directory, "dictionary.safetensors"))
+    return _card(ModelConfig.read(directory), dictionary)
 
 
-def learned(config: ModelConfig) -> list[str]:
-    """List the objects that clips of the model's training had: of others it can't tell the sound."""
+def card_of(files: VideoSeparator) -> Card:
+    """Describe a loaded model; of one without bases little is known."""
+    network = None if isinstance(files.labeller, str) else files.labeller.architecture
+    if isinstance(files.separator, Separator):
+        model = files.separator.model
+        return _card(model.config, model.dictionary is not None).model_copy(update={"labeller": network})
+    objects = list(files.separator.objects)
+    card = Card(objects=objects, learned=objects, sample_rate=files.separator.sample_rate, labeller=network)
+    return card.knowing(files.config.vocabulary)
+
+
+def _card(config: ModelConfig, dictionary: bool) -> Card:
+    facts = training_facts(config)
     counts = config.training.get("clips_by_label")
-    return [name for name in config.objects if counts is None or counts.get(name)]
-
-
-def model_card(directory: str) -> dict[str, Any]:
-    """Describe a model directory without loading its weights."""
-    config = ModelConfig.read(directory)
-    return {
-        "recipe": config.recipe,
-        "objects": list(config.objects),
-        "learned": learned(config),
-        "trained_on": trained_on(config),
-        "sample_rate": config.stft.sample_rate,
-        "n_fft": config.stft.n_fft,
-        "hop_length": config.stft.hop_length,
-        "n_bases": config.extraction.n_bases,
-        "bases": config.separation.bases,
-        "dictionary": storage.exists(storage.join(directory, "dictionary.safetensors")),
-        "labeller": config.labeller.architecture,
-        "window_s": config.separation.window_s,
-        "versions": config.versions,
-    }
+    card = Card(
+        recipe=config.recipe,
+        objects=list(config.objects),
+        learned=[name for name in config.objects if counts is None or counts.get(name)],
+        trained_on={name: fact for name, fact in facts.items() if name != "recipe" and fact is not None},
+        sample_rate=config.stft.sample_rate,
+        n_fft=config.stft.n_fft,
+        hop_length=config.stft.hop_length,
+        n_bases=config.extraction.n_bases,
+        bases=config.separation.bases,
+        dictionary=dictionary,
+        labeller=config.labeller.architecture,
+        window_s=config.separation.window_s,
+        versions=config.versions,
+    )
+    return card.knowing(config.vocabulary)

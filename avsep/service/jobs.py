@@ -8,47 +8,57 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import soundfile
+import numpy as np
+from numpy.typing import NDArray
 
-from avsep import fetching, media, storage
+from avsep import fetching, media
+from avsep.factors import ExtractionConfig, Factorize
 from avsep.fetching import EgressIdentity
-from avsep.model import ModelConfig
-from avsep.records import ClipError, Reason, Segment
+from avsep.records import ClipError, Segment
+from avsep.separation import Separator
 from avsep.service.config import ServiceConfig, log
-from avsep.service.hotmodel import HotModel, learned, trained_on
-from avsep.service.results import FINISHED, UPLOAD, NoSuchJob, ResultStore, StoreFull
-from avsep.service.uploads import BadUpload, download
-from avsep.service.window import TRACKS, write_window
+from avsep.service.failures import as_failure
+from avsep.service.hotmodel import HotModel, Load, card_of
+from avsep.service.results import UPLOAD, NoSuchJob, ResultStore
+from avsep.service.state import Failure, FoundObject, Outcome, State
+from avsep.service.uploads import download
+from avsep.service.window import TRACKS, KeptWindow, write_frame
+from avsep.service.work import FactorizeBy, LabelBy, OtherNetwork, OutOfTime
+from avsep.stages import Label
+from avsep.videos import FileSeparation, VideoSeparator
 
 _STEP_S = 0.25  # between looks at the store
 _SWEEP_S = 2.0
 _BLIND = "the pictures were not looked at: this service has no picture network"
 _LEAST_BYTE_RATE = 4000  # of media that don't say how long they are
 _BESIDE_BYTES = 1 << 16  # of a result, beside its sounds
-_TOO_MUCH = (Reason.TOO_LONG, Reason.TOO_LARGE)
-
-
-class OutOfTime(Exception):
-    """A job took longer than a service's jobs may."""
 
 
 class JobWorker:
     """Do jobs, one at a time; whatever happens, the job's state says it.
 
-    `elsewhere` does stages in other processes, as `VideoSeparator` takes it.
+    `load` reads the model, as `HotModel` takes it. `label` and `factorize` do those stages in other processes, for
+    the model that a job is done with.
     """
 
-    def __init__(self, config: ServiceConfig, elsewhere: Callable[..., Future] | None = None) -> None:
+    def __init__(
+        self,
+        config: ServiceConfig,
+        label: LabelBy | None = None,
+        factorize: FactorizeBy | None = None,
+        load: Load | None = None,
+    ) -> None:
         self.config, self.store = config, config.store()
-        self._elsewhere = elsewhere
-        self.model = HotModel(config.model, config.weights, config.limits())
+        self._label, self._factorize = label, factorize
+        self.model = HotModel(config.model, config.weights, config.limits(), load=load)
+        self._told: VideoSeparator | None = None
         self._one = threading.Lock()
+        self._present()
 
     def __call__(self, job_id: str) -> None:
         """Separate a job's upload; returns when the job is done, has failed or is gone."""
@@ -61,7 +71,7 @@ class JobWorker:
                 if not self._there(job_id):  # deleted, so files can't be opened
                     return
                 failure = as_failure(error)
-                if failure["reason"] == "internal":
+                if failure.reason == "internal":
                     log.exception("job %s", job_id)
                 fail(self.store, job_id, failure)
 
@@ -71,65 +81,58 @@ class JobWorker:
         except NoSuchJob:
             return False
 
+    def _present(self) -> VideoSeparator:
+        """Give the present model; that it has changed is told to the ingress."""
+        separate = self.model()
+        if separate is not self._told:
+            self._told = separate
+            with contextlib.suppress(OSError):  # a full disk
+                self.store.tell_network(card_of(separate).labeller)
+        return separate
+
     def _work(self, job_id: str) -> None:
-        if self.store.job(job_id)["status"] in FINISHED:
+        if self.store.job(job_id).is_finished:
             return  # another worker was thought dead, and was not
         job = self.store.update(job_id, status="running", started=time.time())
-        folder, options = self.store.path(job_id), job["options"]
-        deadline = job["queued"] + self.config.max_work_s
-        looked = swept = 0.0
+        folder = self.store.path(job_id)
         part = folder / f"{TRACKS}.{secrets.token_hex(4)}.part"  # what a worker that died left stays beside it
-        counted = False
-
-        def step(stage: str, done: float) -> None:
-            nonlocal looked, swept, counted
-            now = time.time()
-            if now > deadline:
-                raise OutOfTime
-            if now - looked >= _STEP_S:
-                looked = now
-                self.store.update(job_id, stage=stage, progress=round(done, 3))
-            if now - swept >= _SWEEP_S:  # what is being written counts as it grows
-                swept = now
-                self.store.sweep()
-            if stage == "separating" and not counted:  # now it is known how many sounds there are
-                counted = True
-                reserve(self.config, self.store, job_id, len(list(part.iterdir())))
-
-        if options.get("url"):
-            self._fetch(options["url"], folder, lambda: step("fetching", 0.0), deadline)
+        separate = self._present()
+        steps = _Steps(self.config, self.store, job, part, card_of(separate).sample_rate)
+        if job.options.url:
+            self._fetch(job.options.url, folder, lambda: steps("fetching", 0.0), steps.deadline)
             measure(self.config, self.store, job_id)
-        separate = self.model()
-        given = (options.get("objects"), options.get("bases"))
-        # without parents, so that a deleted job's folder isn't made again
-        done = separate(folder / UPLOAD, part, *given, step, mixture=True, elsewhere=self._elsewhere, parents=False)
-        write_window(folder, done)
+        try:
+            done = self._separate(separate, job, part, steps, self._label)
+        except OtherNetwork:  # while a model is replaced: this one's is here
+            done = self._separate(separate, job, part, steps, None)
+        kept = KeptWindow.of(done.plan)
+        if kept is not None:
+            kept.write(folder)
+        has_frame = write_frame(folder, done.pictures)
         try:
             part.rename(folder / TRACKS)
         except OSError:
-            if self.store.job(job_id)["status"] in FINISHED:
+            if self.store.job(job_id).is_finished:
                 return
             _remove(folder, TRACKS)  # of a worker that died before it could say that it was done
             part.rename(folder / TRACKS)
-        ended = time.time()
-        timings = {"queued_s": round(job["started"] - job["queued"], 3), **done.report["timings"]}
-        timings["total_s"] = round(ended - job["queued"], 3)
-        model = {"recipe": separate.separator.model.config.recipe, **separate.separator.model.config.versions}
-        blind = _BLIND if done.report["labeller"] is None and len(done.pictures) else ""
-        note = "; ".join(filter(None, (done.report.pop("unlearned"), *done.notes, blind)))
-        known = learned(separate.separator.model.config)
-        result = {
-            **done.report,
-            "objects": [{**o, "learned": o["name"] in known} for o in done.report["objects"]],
-            "note": note,
-            "timings": timings,
-            "trained_on": trained_on(separate.separator.model.config),
-            "model": model,
-            "has_frame": bool(len(done.pictures)),
-        }
+        result = outcome(job, separate, done).model_copy(update={"has_frame": has_frame, "explained": kept is not None})
         self.store.sweep()  # while this one is in progress: others make room, or there is none
         _remove(folder, f"{TRACKS}.*.part", "fetched")
         self.store.finish(job_id, "done", stage="done", progress=1.0, result=result)
+
+    def _separate(
+        self, separate: VideoSeparator, job: State, part: Path, steps: _Steps, label: LabelBy | None
+    ) -> FileSeparation:
+        if self._factorize is not None and isinstance(separate.separator, Separator):
+            factorize = _with(self._factorize, separate.separator.extraction)
+            separate = separate.elsewhere(_label_of(separate, label), factorize)
+        given = None if job.options.objects is None else list(job.options.objects)
+        # without parents, so that a deleted job's folder isn't made again
+        return separate(
+            part.parent / UPLOAD, part, given, job.options.bases, steps,
+            mixture=True, parents=False,
+        )  # fmt: skip
 
     def _fetch(self, url: str, folder: Path, step: Any, deadline: float) -> None:
         """Bring what a client named to the job's folder."""
@@ -150,6 +153,69 @@ class JobWorker:
         os.replace(result.path, target)
 
 
+class _Steps:
+    """Tells a job's progress, stops what works on it at its deadline or when it is deleted, and keeps room for it."""
+
+    def __init__(self, config: ServiceConfig, store: ResultStore, job: State, part: Path, sample_rate: int) -> None:
+        self._store, self._job_id, self._part, self._sample_rate = store, job.id, part, sample_rate
+        self.deadline = (job.queued or job.created) + config.max_work_s
+        self._looked = self._swept = 0.0
+        self._counted = False
+
+    def __call__(self, stage: str, done: float) -> None:
+        """Note the stage and how much is done in [0, 1]. Raises OutOfTime, NoSuchJob or StoreFull."""
+        now = time.time()
+        if now > self.deadline:
+            raise OutOfTime
+        if now - self._looked >= _STEP_S:
+            self._looked = now
+            self._store.update(self._job_id, stage=stage, progress=round(done, 3))
+        if now - self._swept >= _SWEEP_S:  # what is being written counts as it grows
+            self._swept = now
+            self._store.sweep()
+        if stage == "separating" and not self._counted:  # now it is known how many sounds there are
+            self._counted = True
+            reserve(self._store, self._job_id, len(list(self._part.iterdir())), self._sample_rate)
+
+
+def outcome(job: State, separate: VideoSeparator, done: FileSeparation) -> Outcome:
+    """Say what a separation found, as far as it is no file's."""
+    card, report = card_of(separate), done.report
+    timings = {"queued_s": round((job.started or 0.0) - (job.queued or 0.0), 3), **report["timings"]}
+    timings["total_s"] = round(time.time() - (job.queued or 0.0), 3)
+    blind = _BLIND if report["labeller"] is None and len(done.pictures) else ""
+    notes = (report["unlearned"], *done.notes, blind)
+    return Outcome.model_validate(
+        {
+            **report,
+            "objects": [
+                FoundObject.model_validate({**o, "learned": o["name"] in card.learned}) for o in report["objects"]
+            ],
+            "note": "; ".join(filter(None, notes)),
+            "timings": timings,
+            "trained_on": card.trained_on,
+            "model": {"recipe": card.recipe, **card.versions} if card.recipe else card.versions,
+        }
+    )
+
+
+def _with(factorize: FactorizeBy, extraction: ExtractionConfig) -> Factorize:
+    """Factorise as one model does."""
+    return lambda waveforms, seeds: factorize(waveforms, seeds, extraction)
+
+
+def _label_of(separate: VideoSeparator, label: LabelBy | None) -> Label | None:
+    """Label with one model's own picture network; None where it has none."""
+    own = separate.labeller
+    if label is None or isinstance(own, str):
+        return None
+
+    def classify(pictures: NDArray[np.uint8]) -> Future:
+        return label(pictures, own.sha256)
+
+    return Label(own.looking(separate.config.extraction.looks), classify)
+
+
 def measure(config: ServiceConfig, store: ResultStore, job_id: str) -> None:
     """Note how long an upload's sound is by its header, as far as that can be read."""
     upload = store.path(job_id) / UPLOAD
@@ -159,16 +225,16 @@ def measure(config: ServiceConfig, store: ResultStore, job_id: str) -> None:
         store.update(job_id, duration_s=min(duration_s, config.max_duration_s))
 
 
-def reserve(config: ServiceConfig, store: ResultStore, job_id: str, n_tracks: int) -> None:
+def reserve(store: ResultStore, job_id: str, n_tracks: int, sample_rate: int) -> None:
     """Keep room for an upload that was measured and for `n_tracks` sounds; StoreFull where there is none."""
-    n_samples = round(ModelConfig.read(config.model).stft.sample_rate * store.job(job_id).get("duration_s", 0.0))
+    n_samples = round(sample_rate * store.job(job_id).duration_s)
     size = (store.path(job_id) / UPLOAD).stat().st_size
     store.reserve(job_id, size + 4 * n_samples * n_tracks + _BESIDE_BYTES)
 
 
-def fail(store: ResultStore, job_id: str, failure: dict[str, Any]) -> None:
+def fail(store: ResultStore, job_id: str, failure: Failure) -> None:
     """Keep a job's failure and nothing else of it; one that is done stays so."""
-    if store.job(job_id)["status"] == "done":
+    if store.job(job_id).status == "done":
         return
     _remove(store.path(job_id), TRACKS, f"{TRACKS}.*.part", "fetched")
     store.finish(job_id, "failed", error=failure)
@@ -178,41 +244,3 @@ def _remove(folder: Path, *patterns: str) -> None:
     for pattern in patterns:
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
-
-
-_PLAIN = {  # with the decoder's own words, where they help
-    Reason.EMPTY: "the file has nothing in it that can be heard",
-    Reason.UNREADABLE: "this can't be read as a video or sound: it is damaged, protected, or another kind of file; "
-    "what can be read is MP4, MOV, MKV, WebM, AVI, MP3, M4A, WAV, FLAC, OGG and most others",
-    Reason.NO_AUDIO: "the file has no sound; there is nothing to separate",
-    Reason.TRUNCATED: "the file is incomplete: it {}; copy or download it again",
-    Reason.TOO_SHORT: "the sound is too short to separate: {}",
-    Reason.TOO_LONG: "the sound is too long: {}, the most that this service takes; send a part of it, "
-    "or use the command 'avsep separate', which takes any length",
-    Reason.TOO_LARGE: "the pictures or streams are too large: {}; send a smaller version, or the sound alone",
-    Reason.TIMEOUT: "it took too long to decode the file; convert it to MP4 or WAV first",
-    Reason.CRASHED_DECODER: "the decoder gives up on this file; convert it to MP4 or WAV first",
-}
-
-
-def as_failure(error: BaseException) -> dict[str, Any]:
-    """Say what an exception means to a client: `status` of HTTP, `reason` to branch on, `detail` to read."""
-    if isinstance(error, ClipError):
-        if error.transient and error.reason != Reason.TIMEOUT:
-            return {"status": 503, "reason": str(error.reason), "detail": "the work was disturbed; try again"}
-        status = 413 if error.reason in _TOO_MUCH else 422
-        plain = _PLAIN.get(error.reason, "{}").format(error.detail)
-        cause = {} if error.detail in plain else {"cause": error.detail}
-        return {"status": status, "reason": str(error.reason), "detail": plain, **cause}
-    if isinstance(error, BadUpload):
-        return {"status": error.status, "reason": "upload", "detail": error.detail}
-    if isinstance(error, OutOfTime):
-        return {"status": 503, "reason": "out_of_time", "detail": "the work took longer than this service allows"}
-    if isinstance(error, StoreFull) or (isinstance(error, OSError) and error.errno in storage.FULL):
-        return {"status": 507, "reason": "storage_full", "detail": "there is no room for results; try again later"}
-    if isinstance(error, soundfile.LibsndfileError):  # it forgets errno: a short write
-        return {"status": 507, "reason": "storage_full", "detail": "the result can't be written; try again later"}
-    if isinstance(error, ValueError):
-        log.warning("unusable: %s", error)
-        return {"status": 422, "reason": "unusable", "detail": "this can't be separated"}
-    return {"status": 500, "reason": "internal", "detail": "the service failed; its log says why"}

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 
 from avsep.service.answers import PROBLEM, ProblemBody
+from avsep.service.state import Failure
 
 _RETRY_S = 2
 JSON = "application/json"
@@ -21,6 +22,11 @@ class Problem(Exception):
     def __init__(self, status: int, detail: str, reason: str = "", cause: str = "") -> None:
         super().__init__(detail)
         self.status, self.detail, self.reason, self.cause = status, detail, reason, cause
+
+    @classmethod
+    def of(cls, failure: Failure) -> Problem:
+        """Answer with a job's failure."""
+        return cls(failure.status, failure.detail, failure.reason, failure.cause)
 
     def response(self) -> JSONResponse:
         """Return the answer."""

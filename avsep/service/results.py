@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import random
 import re
@@ -17,12 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from avsep.service.state import FINISHED, UNFINISHED, State, Status
+
 _ID = re.compile(r"[0-9a-f]{32}")
 _STATUS = "job.json"
+_NETWORK = "network.txt"
 UPLOAD = "upload"
 _RECOUNT_S = 60.0  # after which a finished job is looked at again: FLACs are added as they are asked for
-UNFINISHED = ("uploading", "queued", "running")
-FINISHED = ("done", "failed")
 
 
 class NoSuchJob(Exception):
@@ -49,14 +49,14 @@ class ResultStore:
     stale_s: float = 1800.0  # unfinished work that nobody has touched for this long is given up
     _reserving: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
     # finished jobs as they were when last looked at: state, bytes, and the time to look again
-    _known: dict[str, tuple[dict[str, Any], int, float]] = field(default_factory=dict, repr=False, compare=False)
+    _known: dict[str, tuple[State, int, float]] = field(default_factory=dict, repr=False, compare=False)
 
     def create(self) -> str:
         """Make an empty job and return its id."""
         job_id = secrets.token_hex(16)
         self._folder(job_id).mkdir(mode=0o700)
         try:
-            self._write(job_id, {"id": job_id, "status": "uploading", "created": time.time(), "progress": 0.0})
+            self._write(State(id=job_id, status="uploading", created=time.time()))
         except OSError:
             shutil.rmtree(self._folder(job_id), ignore_errors=True)
             raise
@@ -95,7 +95,7 @@ class ResultStore:
         stored = held = 0
         for job_id, state, size in self._jobs():
             stored += size
-            held += _held({**state, "reserved": reserved.get(job_id, state.get("reserved", 0))}, size)
+            held += _held(state, size, reserved.get(job_id, state.reserved))
         return min(self.max_bytes, stored + _free(self.root)) - held
 
     def path(self, job_id: str) -> Path:
@@ -105,22 +105,21 @@ class ResultStore:
             raise NoSuchJob(job_id)
         return folder
 
-    def job(self, job_id: str) -> dict[str, Any]:
+    def job(self, job_id: str) -> State:
         """Read a job's state; NoSuchJob also where a crash of the machine left half of it."""
         try:
-            state: dict[str, Any] = json.loads((self._folder(job_id) / _STATUS).read_bytes())
+            return State.read((self._folder(job_id) / _STATUS).read_bytes())
         except (FileNotFoundError, NotADirectoryError, ValueError):
             raise NoSuchJob(job_id) from None
-        return state
 
-    def update(self, job_id: str, **values: Any) -> dict[str, Any]:
-        """Change some of a job's state."""
-        state = {**self.job(job_id), **values}
+    def update(self, job_id: str, **values: Any) -> State:
+        """Change some fields of a job's state, and return it."""
+        state = self.job(job_id).changed(**values)
         self._known.pop(job_id, None)
-        self._write(job_id, state)
+        self._write(state)
         return state
 
-    def finish(self, job_id: str, status: str, **values: Any) -> None:
+    def finish(self, job_id: str, status: Status, **values: Any) -> None:
         """Say how a job ended; what was uploaded goes."""
         (self.path(job_id) / UPLOAD).unlink(missing_ok=True)
         self.update(job_id, status=status, finished=time.time(), **values)
@@ -146,14 +145,14 @@ class ResultStore:
         used, count, stored = n_bytes, 0, 0
         for job_id, state, size in self._jobs():
             no_jobs.discard(job_id)
-            over = now - state.get("finished", now) > self.ttl_s
-            if over or (state["status"] in UNFINISHED and now - state["updated"] > self.stale_s):
+            over = state.finished is not None and now - state.finished > self.ttl_s
+            if over or (not state.is_finished and now - state.updated > self.stale_s):
                 with contextlib.suppress(NoSuchJob):
                     self.delete(job_id)
                 continue
-            used, count, stored = used + max(size, _held(state, size)), count + 1, stored + size
-            if state["status"] in FINISHED:
-                finished.append((state["finished"], job_id, size))
+            used, count, stored = used + max(size, _held(state, size, state.reserved)), count + 1, stored + size
+            if state.is_finished:
+                finished.append((state.finished or 0.0, job_id, size))
         for entry in map(self.root.joinpath, no_jobs):
             with contextlib.suppress(FileNotFoundError):  # others are deleting too
                 if now - entry.stat().st_mtime > self.stale_s:
@@ -168,20 +167,33 @@ class ResultStore:
         if used > most or count > self.max_jobs:
             raise StoreFull(f"{count} jobs in progress hold {used - n_bytes} of {most} bytes")
 
+    def tell_network(self, name: str | None) -> None:
+        """Keep which picture network the workers use, for `network`; None: they have none."""
+        part = self.root / f"{_NETWORK}.{secrets.token_hex(4)}"
+        part.write_text(name or "")
+        part.replace(self.root / _NETWORK)
+
+    def network(self) -> str | None:
+        """Name the picture network that the workers use; None where they have none, or none has begun."""
+        try:
+            return (self.root / _NETWORK).read_text() or None
+        except FileNotFoundError:
+            return None
+
     def usage(self) -> dict[str, int]:
         """Count jobs by status, and the bytes of all."""
-        counts = dict.fromkeys((*UNFINISHED, *FINISHED), 0)
+        counts: dict[str, int] = dict.fromkeys((*UNFINISHED, *FINISHED), 0)
         n_bytes = 0
         for _, state, size in self._jobs():
-            counts[state["status"]] += 1
+            counts[state.status] += 1
             n_bytes += size
         return {**counts, "bytes": n_bytes}
 
     def unfinished(self) -> list[str]:
         """List the jobs that are queued or running."""
-        return [job_id for job_id, state, _ in self._jobs() if state["status"] in ("queued", "running")]
+        return [job_id for job_id, state, _ in self._jobs() if state.status in ("queued", "running")]
 
-    def _jobs(self) -> Iterator[tuple[str, dict[str, Any], int]]:
+    def _jobs(self) -> Iterator[tuple[str, State, int]]:
         now, job_ids = time.monotonic(), self._names()
         for job_id in job_ids:
             known = self._known.get(job_id)
@@ -191,8 +203,8 @@ class ResultStore:
                 except NoSuchJob:
                     continue
                 known = state, _size(self.root / job_id), now + _RECOUNT_S * random.uniform(0.5, 1.5)
-                if state["status"] in FINISHED:
-                    slim = {"status": state["status"], "finished": state["finished"]}
+                if state.is_finished:
+                    slim = State(id=job_id, status=state.status, created=state.created, finished=state.finished)
                     self._known[job_id] = (slim, *known[1:])
             yield job_id, known[0], known[1]
         for gone in self._known.keys() - set(job_ids):
@@ -207,22 +219,22 @@ class ResultStore:
             raise NoSuchJob(job_id)
         return self.root / job_id
 
-    def _write(self, job_id: str, state: dict[str, Any]) -> None:
-        folder = self._folder(job_id)
+    def _write(self, state: State) -> None:
+        folder = self._folder(state.id)
         part = folder / f".{_STATUS}.{secrets.token_hex(4)}"
         try:
-            part.write_text(json.dumps({**state, "updated": time.time()}))
+            part.write_text(state.written())
             part.replace(folder / _STATUS)
         except FileNotFoundError:
-            raise NoSuchJob(job_id) from None
+            raise NoSuchJob(state.id) from None
         except OSError:
             part.unlink(missing_ok=True)
             raise
 
 
-def _held(state: dict[str, Any], size: int) -> int:
+def _held(state: State, size: int, reserved: int) -> int:
     """Bytes that no other job may have: those of an unfinished job, or more that are reserved for it."""
-    return max(size, state.get("reserved", 0)) if state["status"] in UNFINISHED else 0
+    return 0 if state.is_finished else max(size, reserved)
 
 
 def _free(folder: Path) -> int:

@@ -11,20 +11,21 @@ import shutil
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 from fastapi import Request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.concurrency import run_in_threadpool
 
 from avsep.service import hotmodel, jobs
+from avsep.service.answers import Card
 from avsep.service.config import ServiceConfig
-from avsep.service.jobs import as_failure
+from avsep.service.failures import as_failure
 from avsep.service.problems import Problem
 from avsep.service.requests import parse_options
 from avsep.service.results import UPLOAD, NoSuchJob, StoreFull
+from avsep.service.state import Options, State
 from avsep.service.uploads import Uploads, client_of, receive_multipart
-from avsep.service.work import Busy, WorkerLost
+from avsep.service.work import Busy, OutOfTime, WorkerLost
 
 _SWEEP_S = 15.0
 _PROBES = 4  # files whose headers are read together
@@ -33,61 +34,64 @@ VERSION = importlib.metadata.version("avsep")
 log = logging.getLogger("avsep.service")
 
 
-# ------------------------------------------------------------------------------- the service
-
-
 class Metrics:
     """What Prometheus is told."""
 
     def __init__(self, service: Service) -> None:
-        self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "avsep_requests", "HTTP requests", ["method", "route", "status"], registry=self.registry
-        )
+        self._service = service
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("avsep_requests", "HTTP requests", ["method", "route", "status"], registry=registry)
         self.seconds = Histogram(
-            "avsep_request_seconds",
-            "HTTP requests' duration",
-            ["route"],
+            "avsep_request_seconds", "HTTP requests' duration", ["route"], registry=registry,
             buckets=(0.01, 0.05, 0.2, 0.5, 1, 2, 5, 10, 30, 60),
-            registry=self.registry,
-        )
-        self.separations = Counter("avsep_separations", "Finished separations", ["outcome"], registry=self.registry)
+        )  # fmt: skip
+        self.separations = Counter("avsep_separations", "Finished separations", ["outcome"], registry=registry)
         self.stages = Histogram(
-            "avsep_stage_seconds",
-            "Stages of separations",
-            ["stage"],
+            "avsep_stage_seconds", "Stages of separations", ["stage"], registry=registry,
             buckets=(0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300),
-            registry=self.registry,
-        )
-        self.sound = Counter("avsep_sound_seconds", "Separated sound", registry=self.registry)
-        pending = Gauge("avsep_pending", "Unfinished separations", registry=self.registry)
+        )  # fmt: skip
+        self.sound = Counter("avsep_sound_seconds", "Separated sound", registry=registry)
+        pending = Gauge("avsep_pending", "Unfinished separations", registry=registry)
         pending.set_function(lambda: service.working)
-        uploads = Gauge("avsep_uploads", "Unfinished uploads", registry=self.registry)
+        uploads = Gauge("avsep_uploads", "Unfinished uploads", registry=registry)
         uploads.set_function(lambda: len(service.uploads))
-        limit = Gauge("avsep_pending_limit", "How many are taken at once", registry=self.registry)
+        limit = Gauge("avsep_pending_limit", "How many are taken at once", registry=registry)
         limit.set(service.config.max_pending)
-        stored = Gauge("avsep_stored_jobs", "Jobs in the store", ["status"], registry=self.registry)
-        bytes_ = Gauge("avsep_stored_bytes", "Bytes in the store", registry=self.registry)
+        self._stored = Gauge("avsep_stored_jobs", "Jobs in the store", ["status"], registry=registry)
+        self._bytes = Gauge("avsep_stored_bytes", "Bytes in the store", registry=registry)
 
-        def usage() -> None:
-            counts = service.store.usage()
-            bytes_.set(counts.pop("bytes"))
-            for status, count in counts.items():
-                stored.labels(status).set(count)
-
-        self.usage = usage
+    def count(self, job: State) -> None:
+        """Count a job that is finished."""
+        self.separations.labels(job.error.reason if job.error else job.status).inc()
+        if job.result:
+            self.sound.inc(job.result.duration_s)
+            for stage, seconds in job.result.timings.items():
+                self.stages.labels(stage.removesuffix("_s")).observe(seconds)
 
     def expose(self) -> bytes:
         """Return the text format."""
-        self.usage()
+        counts = self._service.store.usage()
+        self._bytes.set(counts.pop("bytes"))
+        for status, count in counts.items():
+            self._stored.labels(status).set(count)
         return generate_latest(self.registry)
 
 
 class Service:
-    """Jobs in progress, and the store they end in."""
+    """Jobs in progress, and the store they end in.
 
-    def __init__(self, config: ServiceConfig, run: Callable[[str], Awaitable[None]]) -> None:
+    `run` does a job of the store, wherever that is. `describe` reads the model's card; without it, it is the card of
+    the directory `config.model`.
+    """
+
+    def __init__(
+        self,
+        config: ServiceConfig,
+        run: Callable[[str], Awaitable[None]],
+        describe: Callable[[], Card] | None = None,
+    ) -> None:
         self.config, self.store, self._run = config, config.store(), run
+        self._describe = describe or (lambda: hotmodel.model_card(config.model))
         self.working = 0  # jobs that wait or are done
         self.uploads = Uploads(
             config.max_uploads,
@@ -99,16 +103,16 @@ class Service:
         self._probing, self._reserving = asyncio.Semaphore(_PROBES), asyncio.Lock()
         self.metrics = Metrics(self)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._card: dict[str, Any] | None = None
+        self._card: Card | None = None
         with contextlib.suppress(OSError, ValueError):
-            self._card = hotmodel.model_card(config.model)
+            self._card = self._describe()
         self._examples: list[Path] | None = None
         self._examples_lock = asyncio.Lock()
 
-    def card(self) -> dict[str, Any]:
+    def card(self) -> Card:
         """Describe the model; as it last was while its directory holds none, as in training. Problem (503) before."""
         try:
-            self._card = hotmodel.model_card(self.config.model)
+            self._card = self._describe()
         except (OSError, ValueError) as error:
             log.warning("the model can't be described: %s", error)
             if self._card is None:
@@ -138,13 +142,9 @@ class Service:
                 upload = self.store.path(job_id) / UPLOAD
                 kind = request.headers.get("content-type", "")
                 fields = await receive_multipart(body, kind, upload, self.config.max_upload_bytes)
-                options = parse_options(
-                    fields,
-                    has_file=upload.exists(),
-                    urls=self.config.allow_urls,
-                    dictionary=self.card()["dictionary"],
-                )
-                await self._reserve(job_id, options)
+                card = self.card()
+                options = parse_options(fields, has_file=upload.exists(), urls=self.config.allow_urls, card=card)
+                await self._reserve(job_id, options, card.sample_rate)
                 self.store.update(job_id, status="queued", options=options, queued=time.time())
             except BaseException:
                 with contextlib.suppress(NoSuchJob):
@@ -152,18 +152,18 @@ class Service:
                 raise
             return job_id, self.start(job_id)
 
-    async def _reserve(self, job_id: str, options: dict[str, Any]) -> None:
+    async def _reserve(self, job_id: str, options: Options, sample_rate: int) -> None:
         """Keep the room that a job will need, as far as that is known before it is begun."""
-        n_tracks = len(options.get("objects", range(_USUAL_OBJECTS))) + 2  # with the rest and the mixture
-        if "url" not in options:
+        n_objects = _USUAL_OBJECTS if options.objects is None else len(options.objects)
+        if not options.url:
             async with self._probing:
                 await run_in_threadpool(jobs.measure, self.config, self.store, job_id)
         async with self._reserving:
             try:
-                if "url" in options:
+                if options.url:
                     await run_in_threadpool(self.store.reserve, job_id, self.config.max_upload_bytes)
-                else:
-                    await run_in_threadpool(jobs.reserve, self.config, self.store, job_id, n_tracks)
+                else:  # with the rest and the mixture
+                    await run_in_threadpool(jobs.reserve, self.store, job_id, n_objects + 2, sample_rate)
             except StoreFull:
                 self.store.delete(job_id)  # before the next one asks
                 raise
@@ -181,28 +181,19 @@ class Service:
         failure = None
         try:
             await asyncio.wait_for(self._run(job_id), self.config.max_work_s + 30)
-        except Busy:
-            failure = {"status": 503, "reason": "busy", "detail": "too many separations wait; try again later"}
-        except WorkerLost:
-            failure = {"status": 503, "reason": "worker_lost", "detail": "the work was lost; try again later"}
+        except (Busy, WorkerLost) as error:
+            failure = as_failure(error)
         except TimeoutError:
-            failure = as_failure(jobs.OutOfTime())
+            failure = as_failure(OutOfTime())
         except Exception as error:
             log.exception("job %s", job_id)
             failure = as_failure(error)
         finally:
             self.working -= 1
         with contextlib.suppress(NoSuchJob, OSError):
-            if failure is not None and self.store.job(job_id)["status"] not in ("done", "failed"):
+            if failure is not None and not self.store.job(job_id).is_finished:
                 jobs.fail(self.store, job_id, failure)
-            self._count(self.store.job(job_id))
-
-    def _count(self, job: dict[str, Any]) -> None:
-        self.metrics.separations.labels(job["error"]["reason"] if "error" in job else job["status"]).inc()
-        if "result" in job:
-            self.metrics.sound.inc(job["result"]["duration_s"])
-            for stage, seconds in job["result"]["timings"].items():
-                self.metrics.stages.labels(stage.removesuffix("_s")).observe(seconds)
+            self.metrics.count(self.store.job(job_id))
 
     async def sweep_forever(self) -> None:
         """Let results expire."""
@@ -220,6 +211,12 @@ class Service:
                     await run_in_threadpool(render_examples, folder)
                 self._examples = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
         return {p.stem: p for p in self._examples}
+
+
+async def service_of(request: Request) -> Service:
+    """Return the service that an application answers for."""
+    service: Service = request.app.state.service
+    return service
 
 
 def render_examples(folder: Path) -> None:

@@ -1,7 +1,8 @@
-"""What is kept of a separation's first window: relation map, basis sounds, frame."""
+"""What is kept of a separation's first window, where its separator explains itself, and a picture of the video."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,92 +13,126 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from avsep import plots
-from avsep.objects import OBJECT_NAMES
+from avsep.separation import REST, Planned
 from avsep.stft import STFT
-from avsep.videos import MIXTURE, FileSeparation
+from avsep.videos import MIXTURE
 
 TRACKS = "tracks"  # a result's folder of WAVs
-WINDOW_FILE, FRAME_FILE = "window.npz", "frame.png"
+_WINDOW, _FRAME = "window.npz", "frame.png"
 
 
-def write_window(folder: Path, done: FileSeparation) -> None:
-    """Keep the first window's bases, for the relation map and for listening to each."""
-    plan = done.plan
-    window = plan.first_window.first(plan.separator.extraction.n_bases)
-    indices = [i for i, name in zip(plan.indices, plan.objects, strict=True) if name not in plan.silent]
-    n_samples = plan.n_samples if plan.n_samples <= plan.length + plan.length // 2 else plan.length
-    stft = plan.separator.stft
-    np.savez(
-        folder / WINDOW_FILE,
-        W=window.factors.W.numpy(),
-        H=window.factors.H.numpy(),
-        energy=window.factors.basis_energy.numpy(),
-        relation=window.relation.numpy(),
-        shares=plan.separator.shares(window, indices, plan.least(window, indices)).numpy(),
-        names=np.array([plan.separator.model.config.objects[i] for i in indices], dtype=str),
-        n_samples=n_samples,
-        stft=np.array([stft.sample_rate, stft.n_fft, stft.hop_length]),
-    )
-    if len(done.pictures):
-        picture = Image.fromarray(done.pictures[len(done.pictures) // 2])
-        picture.save(folder / FRAME_FILE, compress_level=1)
+@dataclass(frozen=True)
+class KeptWindow:
+    """The first window's M bases, and what became of them: to be drawn, and listened to one by one."""
+
+    objects: tuple[str, ...]  # L names
+    relation: NDArray[np.float32]  # (L, M), scores
+    audible: tuple[str, ...]  # J names
+    shares: NDArray[np.float32]  # (J + 1, M): how much of each basis went to each audible object and, last, to the rest
+    W: NDArray[np.float32]  # (F, M)
+    H: NDArray[np.float32]  # (M, N)
+    energy: NDArray[np.float32]  # (M,), summing to one
+    n_samples: int
+    stft: STFT
+
+    @classmethod
+    def of(cls, plan: Planned) -> KeptWindow | None:
+        """Take from a plan what is to be kept; None where it explains nothing."""
+        found = plan.explanation
+        if found is None:
+            return None
+        return cls(
+            objects=found.objects,
+            relation=found.relation.numpy(),
+            audible=found.audible,
+            shares=found.shares.numpy(),
+            W=found.factors.W.numpy(),
+            H=found.factors.H.numpy(),
+            energy=found.factors.basis_energy.numpy(),
+            n_samples=found.n_samples,
+            stft=found.stft,
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write it into a job's folder."""
+        np.savez(
+            folder / _WINDOW,
+            objects=np.array(self.objects, dtype=str),
+            audible=np.array(self.audible, dtype=str),
+            n_samples=self.n_samples,
+            stft=np.array([self.stft.sample_rate, self.stft.n_fft, self.stft.hop_length]),
+            **{name: getattr(self, name) for name in ("relation", "shares", "W", "H", "energy")},
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> KeptWindow:
+        """Read what `write` wrote."""
+        with np.load(folder / _WINDOW) as arrays:
+            found: dict[str, Any] = dict(arrays)
+        found |= {name: tuple(found[name].tolist()) for name in ("objects", "audible")}
+        return cls(**{**found, "n_samples": int(found["n_samples"]), "stft": STFT(*found["stft"].tolist())})
+
+    def map(self) -> dict[str, Any]:
+        """Say how the bases relate to the objects, the loudest basis first, as `answers.RelationMap`.
+
+        `posteriors` `(L + 1, M)` is each basis's softmax over the objects and, last, noise.
+        """
+        order = np.argsort(-self.energy, kind="stable")
+        scores = np.concatenate([self.relation, np.zeros_like(self.relation[:1])])
+        scores = np.exp(scores - scores.max(0))
+        return {
+            "objects": [*self.objects, "noise"],
+            "posteriors": np.round((scores / scores.sum(0))[:, order], 4).tolist(),
+            "audible": [*self.audible, REST],
+            "shares": np.round(self.shares[:, order], 4).tolist(),
+            "basis": order.tolist(),
+            "energy": np.round(self.energy[order], 5).tolist(),
+            "start_s": 0.0,
+            "duration_s": self.n_samples / self.stft.sample_rate,
+        }
+
+    @torch.inference_mode()
+    def sound(self, basis: int, mixture: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Filter one basis alone out of the window's mixture, `(S,)` → `(S,)`; all of them add up to it.
+
+        Raises IndexError for a basis that there isn't.
+        """
+        if not 0 <= basis < self.W.shape[1]:
+            raise IndexError(basis)
+        waveform = torch.from_numpy(np.pad(mixture, (0, max(0, self.stft.n_fft - len(mixture)))))
+        V = torch.from_numpy(self.W @ self.H)
+        part = torch.from_numpy(np.outer(self.W[:, basis], self.H[basis]))
+        mask = torch.where(V > 0, part / V.clamp_min(1e-30), 1.0 / self.W.shape[1])
+        return self.stft.inverse(mask * self.stft(waveform), len(waveform)).numpy()[: len(mixture)]
 
 
-def read_window(folder: Path) -> dict[str, NDArray]:
-    """Read what `write_window` kept."""
-    with np.load(folder / WINDOW_FILE) as arrays:
-        return dict(arrays)
+def write_frame(folder: Path, pictures: NDArray[np.uint8]) -> bool:
+    """Keep the middle one of a video's pictures, `(n, height, width, 3)`; False where there is none."""
+    if not len(pictures):
+        return False
+    Image.fromarray(pictures[len(pictures) // 2]).save(frame_path(folder), compress_level=1)
+    return True
 
 
 def frame_path(folder: Path) -> Path:
     """Where a job's picture is, if it has one."""
-    return folder / FRAME_FILE
+    return folder / _FRAME
 
 
 def relation(folder: Path) -> dict[str, Any]:
-    """Say how the first window's bases relate to the objects, the loudest basis first.
-
-    `posteriors` `(L + 1, M)` is each basis's softmax over the objects and, last, noise; `shares`
-    `(J + 1, M)` is what became of it: how much went to each audible object and, last, to the rest.
-    """
-    w = read_window(folder)
-    order = np.argsort(-w["energy"], kind="stable")
-    scores = np.concatenate([w["relation"], np.zeros_like(w["relation"][:1])])
-    scores = np.exp(scores - scores.max(0))
-    return {
-        "objects": [*OBJECT_NAMES[: len(scores) - 1], "noise"],
-        "posteriors": np.round((scores / scores.sum(0))[:, order], 4).tolist(),
-        "audible": [*w["names"].tolist(), "_rest"],
-        "shares": np.round(w["shares"][:, order], 4).tolist(),
-        "basis": order.tolist(),
-        "energy": np.round(w["energy"][order], 5).tolist(),
-        "start_s": 0.0,
-        "duration_s": int(w["n_samples"]) / int(w["stft"][0]),
-    }
+    """Read a job's relation map, as data."""
+    return KeptWindow.read(folder).map()
 
 
 def relation_png(folder: Path) -> bytes:
-    """Draw the relation map beside the picture."""
-    w = read_window(folder)
+    """Draw a job's relation map beside its picture."""
+    kept = KeptWindow.read(folder)
     picture = np.asarray(Image.open(frame_path(folder))) if frame_path(folder).exists() else None
-    return plots.relation_map(w["relation"], OBJECT_NAMES, w["energy"], picture, w["names"].tolist())
+    return plots.relation_map(kept.relation, kept.objects, kept.energy, picture, kept.audible)
 
 
-@torch.inference_mode()
 def basis_sound(folder: Path, basis: int) -> tuple[NDArray[np.float32], int]:
-    """Filter one basis alone out of the first window, `(S,)`, and give the sample rate.
-
-    All of them add up to the mixture. Raises IndexError for a basis that there isn't.
-    """
-    w = read_window(folder)
-    if not 0 <= basis < w["W"].shape[1]:
-        raise IndexError(basis)
-    stft = STFT(*w["stft"].tolist())
-    n_samples = int(w["n_samples"])
-    mixture, _ = soundfile.read(folder / TRACKS / f"{MIXTURE}.wav", n_samples, dtype="float32")
-    waveform = torch.from_numpy(np.pad(mixture, (0, max(0, stft.n_fft - n_samples))))
-    V = torch.from_numpy(w["W"] @ w["H"])
-    part = torch.from_numpy(np.outer(w["W"][:, basis], w["H"][basis]))
-    mask = torch.where(V > 0, part / V.clamp_min(1e-30), 1.0 / w["W"].shape[1])
-    sound = stft.inverse(mask * stft(waveform), len(waveform))
-    return sound.numpy()[:n_samples], stft.sample_rate
+    """Filter one basis alone out of a job's first window, `(S,)`, and give the sample rate; IndexError for none."""
+    kept = KeptWindow.read(folder)
+    mixture, _ = soundfile.read(folder / TRACKS / f"{MIXTURE}.wav", kept.n_samples, dtype="float32")
+    return kept.sound(basis, mixture), kept.stft.sample_rate

@@ -1,6 +1,19 @@
-"""The errors of work done elsewhere."""
+"""Work that is done elsewhere: how it is asked for, and how it fails."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avsep.factors import ExtractionConfig
+
+# Pictures `(n, size, size, 3)` and the SHA-256 of the network that is to see them → future logits `(n, 1000)`.
+LabelBy = Callable[[NDArray[np.uint8], str], Future]
+# Waveforms, a seed for each, and how → future Factors, one for each.
+FactorizeBy = Callable[[Sequence[NDArray[np.float32]], Sequence[int], ExtractionConfig], Future]
 
 
 class Busy(Exception):
@@ -9,3 +22,11 @@ class Busy(Exception):
 
 class WorkerLost(Exception):
     """Whoever did the work died, again and again."""
+
+
+class OutOfTime(Exception):
+    """A job took longer than a service's jobs may."""
+
+
+class OtherNetwork(Exception):
+    """Another picture network is in use where the pictures were sent: a model is being replaced."""

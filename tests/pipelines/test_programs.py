@@ -17,7 +17,8 @@ import pytest
 import pipelines
 from avsep import evaluation, results_report, storage
 from avsep.report import Report
-from pipelines import cluster, collect, console, demo, evaluate, runners, serve, train
+from avsep.service import config, place
+from pipelines import cluster, collect, console, demo, evaluate, runners, train
 from tests.support.serving import PITCH, free_port, wait, write_model, write_sound
 
 ROOT = Path(__file__).parents[2]
@@ -278,8 +279,8 @@ def test_where_nobody_can_listen_is_told_with_the_remedy():
             ("127.0.0.1", taken.getsockname()[1], "another program uses it; give a free one"),
             ("192.0.2.77", free_port(), "AVSEP_SERVE_HOST=192.0.2.77: .*; give an IPv4 address of this machine"),
         ):
-            with pytest.raises(console.UsageError, match=words):
-                serve.check_address(host, port)
+            with pytest.raises(config.UnusableSettings, match=words):
+                place.check_address(host, port)
 
 
 # -------------------------------------------------------------------------------------- the report

@@ -1,5 +1,6 @@
 """The service's API on a real port, without Ray: answers, limits, faults."""
 
+import asyncio
 import contextlib
 import errno
 import http.server
@@ -23,18 +24,23 @@ import pytest
 import soundfile
 import torch
 
-from avsep import media
+from avsep import media, vision
 from avsep.dictionary import BasisDictionary
 from avsep.factors import ExtractionConfig, factorize
+from avsep.model import LABELLER_FILE
 from avsep.records import ClipError, Reason
 from avsep.separation import Separator
 from avsep.service import answers, jobs, service
 from avsep.service.config import ServiceConfig
-from avsep.service.jobs import JobWorker, OutOfTime, as_failure, fail
+from avsep.service.device import Device, Together, each
+from avsep.service.failures import as_failure
+from avsep.service.jobs import JobWorker, fail
+from avsep.service.requests import describe
 from avsep.service.results import NoSuchJob, ResultStore, StoreFull
+from avsep.service.state import Failure
 from avsep.service.uploads import BadUpload, download, public_addresses
+from avsep.service.work import OtherNetwork, OutOfTime
 from avsep.videos import VideoSeparator
-from pipelines import serve
 from tests.support.serving import (
     PITCH,
     RATE,
@@ -243,6 +249,16 @@ def test_what_the_service_says_of_itself(server):
     text = server.client.get("/metrics").text
     for name in ("avsep_requests_total", "avsep_request_seconds_bucket", "avsep_pending", "avsep_stored_bytes"):
         assert name in text
+
+
+def test_the_picture_network_in_use_is_named(tmp_path):
+    """The model is configured with another one than the one that it carries."""
+    folder = tmp_path / "model"
+    write_model(folder)
+    network = vision.build_network("shufflenet_v2_x0_5", 2).eval()
+    vision.ImageLabeller("shufflenet_v2_x0_5", network, "", (0, 1)).save(folder / LABELLER_FILE)
+    with serving(tmp_path, str(folder)) as server:
+        assert server.client.get("/v1/model").json()["labeller"] == "shufflenet_v2_x0_5"
 
 
 def test_the_model_stays_described_while_another_is_written(tmp_path, model):
@@ -475,7 +491,7 @@ def test_what_a_url_brings_is_bounded_and_redirects_are_checked(tmp_path):
             assert error.value.status == status, path
         with largest_file(500), pytest.raises(OSError) as full:
             fetch(f"{base}/file")
-        assert as_failure(full.value)["status"] == 507
+        assert as_failure(full.value).status == 507
         started = time.monotonic()
         with pytest.raises(BadUpload):
             fetch(f"{base}/slow", 0.5)
@@ -762,10 +778,32 @@ def test_the_store_gives_up_work_that_nobody_touches(tmp_path):
     job = store.create()
     (tmp_path / f".{'0' * 32}.12345678").mkdir()  # a deletion that was killed
     store.sweep()
-    assert store.job(job)["status"] == "uploading"
+    assert store.job(job).status == "uploading"
     time.sleep(0.3)
     store.sweep()
     assert os.listdir(tmp_path) == []
+
+
+def test_a_store_of_the_version_before_is_read(tmp_path):
+    store = ResultStore(tmp_path)
+    job = store.create()
+    found = {"name": "dog", "file": "dog.wav", "from": "sound", "confidence": 0.9, "familiarity": 1.0, "doubt": ""}
+    found |= {"sound_score": 0.4, "picture_score": None, "visible": None, "silent": False, "learned": True}
+    result = {"sample_rate": 8000, "duration_s": 6.0, "objects_from": "sound", "note": "", "labeller": None}
+    result |= {"objects": [found], "rest": "_rest.wav", "heard": {"dog": 0.4}, "bases": "own", "has_frame": False}
+    result |= {"windows": [{"start_s": 0.0, "end_s": 6.0, "heard": {"dog": 0.4}}], "timings": {"total_s": 1.0}}
+    result |= {"model": {"recipe": "default"}, "trained_on": {"clips": 9}}
+    state = {"id": job, "status": "done", "created": 1e9, "progress": 1.0, "options": {"objects": ["dog"]}}
+    state |= {"queued": 1e9, "started": 1e9, "stage": "done", "duration_s": 6.0, "reserved": 9, "result": result}
+    (tmp_path / job / "job.json").write_text(json.dumps({**state, "finished": 2e9, "updated": 2e9}))
+    kept = store.job(job)
+    assert kept.options.objects == ("dog",) and kept.result and kept.result.objects[0].found == "sound"
+    told = describe(kept, 60.0)
+    assert told.result and told.result.relation is None  # its first window is of another form
+    assert told.result.objects[0].audio.wav == f"/v1/separations/{job}/tracks/dog.wav"
+    assert store.update(job, progress=0.5).result == kept.result
+    with pytest.raises(TypeError, match="no progres"):
+        store.update(job, progres=1)
 
 
 def test_a_job_without_room_leaves_no_folder(tmp_path):
@@ -778,19 +816,19 @@ def test_a_deleted_jobs_folder_is_not_made_again(tmp_path, model, sound, monkeyp
     monkeypatch.setattr(jobs, "_STEP_S", 1e9)  # nobody looks whether the job is still there
     config = ServiceConfig(model, str(tmp_path))
 
-    def elsewhere(_: str, waveform: np.ndarray, seeds: Sequence[int], config: ExtractionConfig) -> Future:
+    def elsewhere(waveforms: Sequence[np.ndarray], seeds: Sequence[int], config: ExtractionConfig) -> Future:
         with contextlib.suppress(NoSuchJob):
             store.delete(job)
         future: Future = Future()
-        future.set_result([factorize(waveform, seed, config) for seed in seeds])
+        future.set_result([factorize(w, seed, config) for w, seed in zip(waveforms, seeds, strict=True)])
         return future
 
-    worker = JobWorker(config, elsewhere)
+    worker = JobWorker(config, factorize=elsewhere)
     store, job = worker.store, worker.store.create()
     shutil.copy(sound, store.path(job) / "upload")
     store.update(job, status="queued", options={}, queued=time.time())
     worker(job)
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ["network.txt"]
 
 
 def test_the_store_is_used_by_many_at_once(tmp_path):
@@ -825,11 +863,11 @@ def test_settings_come_from_the_environment():
 
 
 def test_what_failures_mean():
-    assert as_failure(ClipError(Reason.TOO_LONG, "more than 5 s"))["status"] == 413
-    assert as_failure(ClipError(Reason.UNREADABLE, "not media"))["status"] == 422
-    assert as_failure(ClipError(Reason.UNREADABLE, "killed", transient=True))["status"] == 503
-    assert as_failure(OSError(errno.ENOSPC, "full"))["status"] == 507
-    assert as_failure(OSError(errno.EIO, "broken"))["status"] == 500
+    assert as_failure(ClipError(Reason.TOO_LONG, "more than 5 s")).status == 413
+    assert as_failure(ClipError(Reason.UNREADABLE, "not media")).status == 422
+    assert as_failure(ClipError(Reason.UNREADABLE, "killed", transient=True)).status == 503
+    assert as_failure(OSError(errno.ENOSPC, "full")).status == 507
+    assert as_failure(OSError(errno.EIO, "broken")).status == 500
 
 
 @pytest.mark.parametrize("left", ["tracks.01234567.part", "tracks"])
@@ -846,18 +884,66 @@ def test_work_that_was_under_way_is_taken_up_again(tmp_path, model, sound, left)
         wait(lambda: server.client.get(f"/v1/separations/{job}").json()["status"] == "done")
         assert not part.exists() and not (store.path(job) / "upload").exists()
         JobWorker(server.config)(job)  # once more does nothing
-        fail(store, job, {"status": 503, "reason": "late", "detail": ""})
-        assert store.job(job)["status"] == "done"
+        fail(store, job, Failure(status=503, reason="late", detail=""))
+        assert store.job(job).status == "done"
+
+
+def test_another_picture_network_elsewhere_means_this_one_here(model, tmp_path, video):
+    """A device may have taken up a new model before a worker has."""
+    asked = []
+
+    def future(result: object, error: Exception | None = None) -> Future:
+        answer: Future = Future()
+        answer.set_exception(error) if error else answer.set_result(result)
+        return answer
+
+    def label(pictures: np.ndarray, sha256: str) -> Future:
+        asked.append(sha256)
+        return future(None, OtherNetwork())
+
+    def factorize_by(waveforms: Sequence[np.ndarray], seeds: Sequence[int], config: ExtractionConfig) -> Future:
+        return future([factorize(w, seed, config) for w, seed in zip(waveforms, seeds, strict=True)])
+
+    worker = JobWorker(ServiceConfig(model, str(tmp_path)), label, factorize_by)
+    job = worker.store.create()
+    shutil.copy(video, worker.store.path(job) / "upload")
+    worker.store.update(job, status="queued", queued=time.time())
+    worker(job)
+    result = worker.store.job(job).result
+    assert len(asked) == 1 and result and result.objects_from == "pictures"
+
+
+def test_a_device_does_requests_together_and_returns_each_failure():
+    begun = threading.Event()
+
+    def halve(requests: list[tuple[int]]) -> list[float]:
+        begun.wait(10)
+        if any(number == 3 for (number,) in requests):
+            raise ValueError(3)
+        return [number / 2 for (number,) in requests]
+
+    async def ask() -> list:
+        together = Together(halve, most=4)
+        answers = [asyncio.ensure_future(together(number)) for number in range(8)]
+        await asyncio.sleep(0.05)
+        answers[7].cancel()
+        begun.set()
+        given = await asyncio.gather(*answers[:7])
+        assert sum(size * count for size, count in together.sizes.items()) == 7 and max(together.sizes) > 1
+        return given
+
+    given = asyncio.run(ask())
+    assert isinstance(given.pop(3), ValueError) and given == [0, 0.5, 1, 2, 2.5, 3]
 
 
 def test_a_request_that_a_device_cannot_do_spoils_no_other(model):
     waveform, config = tone("dog", 2.0), Separator.load(model).extraction
     requests = [
-        (waveform, range(3), config),
-        (np.full_like(waveform, np.nan), [0], config),
-        (waveform[:9000], [7], config),
+        ([waveform] * 3, range(3), config),
+        ([np.full_like(waveform, np.nan)], [0], config),
+        ([waveform[:9000]], [7], config),
     ]
-    first, second, third = serve.each(serve.OnDevice(ServiceConfig(model)).factorize, requests)
+    first, second, third = each(Device(ServiceConfig(model)).factorize, requests)
     assert isinstance(second, ValueError)
     for factors, seed in zip(first, range(3), strict=True):
         torch.testing.assert_close(factors.W, factorize(waveform, seed, config).W)

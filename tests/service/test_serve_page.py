@@ -7,7 +7,7 @@ import pytest
 
 from tests.support import chromium
 from tests.support.chromium import Page
-from tests.support.serving import PITCH, Server, serving, wait, write_model, write_sound, write_video
+from tests.support.serving import PITCH, Bands, Server, serving, wait, write_model, write_sound, write_video
 
 pytestmark = [
     pytest.mark.browser,
@@ -504,3 +504,28 @@ def test_the_apis_page_shows_answers_and_schemas(page: Page, server):
     for look in (1200, 360):
         page.look(look)
         assert page.run("document.documentElement.scrollWidth") <= look
+
+
+def test_a_separator_without_bases_has_sounds_and_no_map(tmp_path, video):
+    with (
+        serving(tmp_path, "bands", load=lambda *_: Bands(), max_upload_bytes=3_000_000) as server,
+        Page(tmp_path / "profile") as page,
+    ):
+        page.open(server.url)
+        page.wait("document.querySelectorAll('#objects input').length === 2")
+        page.choose_file("#file", video)
+        page.wait("!document.querySelector('#result').hidden")
+        names = page.run("[...document.querySelectorAll('.track h3')].map(h => h.textContent)")
+        assert names == ["low", "high", "the rest"]
+        hints = page.run("[...document.querySelectorAll('.track .hint')].map(p => p.textContent)")
+        assert hints == ["over 99 % sure that it is heard"] * 2 + ["everything else"]
+        shown = "['#map', '#png'].map(id => document.querySelector(id).checkVisibility())"
+        page.wait("document.querySelector('#zip').href.endsWith('archive.zip')")
+        assert page.run(shown) == [False, False]
+        page.click("#play")
+        page.wait(MIXER % "mixer.playing")
+        low, high = page.run(LISTEN)
+        page.click(track("low", "Mute"))
+        muted = page.run(LISTEN)
+        assert muted[0] < low - 20 and muted[1] > high - 6
+        assert page.errors == []

@@ -22,6 +22,7 @@ import torch
 from avsep import vision
 from avsep.model import LABELLER_FILE
 from avsep.objects import OBJECTS, object_index
+from avsep.service import place
 from avsep.service.config import ServiceConfig
 from avsep.service.connections import HEAD_S
 from pipelines import runners, serve
@@ -300,8 +301,8 @@ def _alive(pid: int) -> bool:
 
 def test_what_a_killed_service_left_is_removed_by_the_next(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with serve.results_folder("", 8000) as folder:
+    with place.results_folder("", 8000) as folder:
         Path(folder, "left").mkdir()
-        with serve.results_folder("", 8000) as again:
+        with place.results_folder("", 8000) as again:
             assert again == folder and os.listdir(folder) == []
     assert os.listdir(tmp_path) == []

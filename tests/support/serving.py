@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import signal
@@ -11,9 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import numpy as np
 import soundfile
 import torch
 import uvicorn
+from numpy.typing import NDArray
 
 from avsep import media
 from avsep.factors import ExtractionConfig
@@ -29,7 +29,9 @@ from avsep.model import Model, ModelConfig, NetworkConfig, SeparationConfig
 from avsep.objects import object_index
 from avsep.service.api import make_app
 from avsep.service.config import ServiceConfig
+from avsep.service.hotmodel import Load
 from avsep.service.jobs import JobWorker
+from avsep.service.local import Threads
 from avsep.service.service import Service
 from avsep.stft import STFT
 
@@ -62,6 +64,33 @@ def write_model(folder: Path, n_iter: int = 60, recipe: str = "tones", **trainin
             network.subconcepts.weight[object_index(name), unit] = 20.0
     Model(config, network).save(str(folder))
     return str(folder)
+
+
+@dataclass
+class Bands:
+    """A separator without bases or a network: what lies below 500 Hz, and what lies above."""
+
+    sample_rate: int = RATE
+    objects: tuple[str, ...] = ("low", "high")
+
+    def plan(self, blocks: Iterable[NDArray], objects=None, seen=None) -> Bands.Planned:
+        list(blocks)
+        return Bands.Planned(tuple(objects or self.objects))
+
+    @dataclass
+    class Planned:
+        objects: tuple[str, ...]
+        confidence: dict[str, float] = field(default_factory=lambda: {"low": 1.0, "high": 1.0})
+        silent: tuple[str, ...] = ()
+        explanation: None = None
+
+        def render(self, blocks: Iterable[NDArray]) -> Iterator[NDArray]:
+            for block in blocks:
+                X = np.fft.rfft(block)
+                low = np.fft.rfftfreq(len(block), 1 / RATE) < 500
+                parts = {"low": X * low, "high": X * ~low}
+                estimates = [np.fft.irfft(parts[name], len(block)) for name in self.objects]
+                yield np.stack([*estimates, block - sum(estimates)]).astype(np.float32)
 
 
 def tone(name: str, seconds: float) -> np.ndarray:
@@ -113,23 +142,11 @@ def waiting_client(url: str, file: Path) -> Iterator[None]:
 class Server:
     """The application on a port of loopback, with workers in threads in place of Serve's replicas."""
 
-    def __init__(self, config: ServiceConfig, workers: int = 1) -> None:
+    def __init__(self, config: ServiceConfig, workers: int = 1, load: Load | None = None) -> None:
         self.config = config
-        worker = [JobWorker(config) for _ in range(workers)]
-        self._pool = ThreadPoolExecutor(workers)
-        free = list(worker)
-
-        def work(job_id: str) -> None:
-            mine = free.pop()
-            try:
-                mine(job_id)
-            finally:
-                free.append(mine)
-
-        async def run(job_id: str) -> None:
-            await asyncio.get_running_loop().run_in_executor(self._pool, work, job_id)
-
-        self.service = Service(config, run)
+        working = [JobWorker(config, load=load) for _ in range(workers)]
+        self._threads = Threads(working)
+        self.service = Service(config, self._threads, working[0].model.card if load else None)
         self.app = make_app(self.service)
         settings = uvicorn.Config(self.app, "127.0.0.1", 0, log_level="critical", lifespan="on")
         self._server = uvicorn.Server(settings)
@@ -144,7 +161,7 @@ class Server:
         self.client.close()
         self._server.should_exit = True
         self._thread.join(20)
-        self._pool.shutdown()
+        self._threads.close()
 
     def post(self, path: Path, headers: dict[str, str] | None = None, **fields: str) -> httpx.Response:
         with path.open("rb") as file:
@@ -155,14 +172,14 @@ class Server:
 
     def folders(self) -> list[Path]:
         """Whatever is left of jobs."""
-        return [p for p in Path(self.config.results).iterdir() if p.name != "examples"]
+        return [p for p in Path(self.config.results).iterdir() if p.name not in ("examples", "network.txt")]
 
 
 @contextmanager
-def serving(folder: Path, model: str, workers: int = 1, **limits: Any) -> Iterator[Server]:
+def serving(folder: Path, model: str, workers: int = 1, load: Load | None = None, **limits: Any) -> Iterator[Server]:
     results = folder / "results"
     results.mkdir(parents=True, exist_ok=True)
-    server = Server(ServiceConfig(model, str(results), **limits), workers)
+    server = Server(ServiceConfig(model, str(results), **limits), workers, load)
     try:
         yield server
     finally:

@@ -411,7 +411,7 @@ function cancel() {
 /** Fetch a finished job's sounds and fill the mixer. */
 async function present(here) {
   const { job, job: { result } } = here;
-  const heard = result.objects.filter((o) => !o.silent).sort((a, b) => b.sound_score - a.sound_score);
+  const heard = result.objects.filter((o) => !o.silent).sort((a, b) => (b.sound_score ?? 0) - (a.sound_score ?? 0));
   const parts = [...heard, { name: REST, audio: result.rest }];
   here.mixer = new Mixer(result.duration_s > LONG_S ? result.sample_rate / 2 : result.sample_rate);
   const buffers = await load(here, parts.map((p) => p.audio));
@@ -425,11 +425,12 @@ async function present(here) {
   pictureOf(here);
   $("seek").max = mixer.duration;
   link($("zip"), result.archive, `separation-${job.id.slice(0, 8)}.zip`);
-  link($("png"), result.relation.png, "relation_map.png");
+  $("map").hidden = $("png").hidden = !result.relation; // a separator without bases has none
+  if (result.relation) link($("png"), result.relation.png, "relation_map.png");
   $("result-title").focus();
   requestAnimationFrame(() => tick(here));
   await drawAll(here).catch((error) => here.stay() ?? complain(error));
-  await showMap(here).catch((error) => here.stay() ?? complain(error));
+  if (result.relation) await showMap(here).catch((error) => here.stay() ?? complain(error));
 }
 
 /** Fetch and decode sounds, in a small format where the browser knows it. */
@@ -553,7 +554,7 @@ async function remove() {
 function describe(part) {
   if (part.name === REST) return "everything else";
   return [
-    `${Math.round(part.sound_score * 100)} % of the sound`,
+    part.sound_score !== null && `${Math.round(part.sound_score * 100)} % of the sound`,
     part.visible === true && "seen in the picture",
     part.visible === false && "not seen",
     part.found !== "given" && `${sure(part.confidence)} that it is heard`,
@@ -967,23 +968,24 @@ $("token-form").onsubmit = (event) => {
 };
 
 /** Offer the objects that the model learned, and show which it did not. */
-function offer(objects) {
-  learned = objects.filter((o) => o.learned).map((o) => o.name);
-  const tick = ({ name, learned: known }) => {
+function offer(model) {
+  learned = model.learned;
+  const unknown = model.objects.filter((name) => !learned.includes(name));
+  const tick = (known) => (name) => {
     const label = document.createElement("label");
     const box = Object.assign(document.createElement("input"), { type: "checkbox", value: name, disabled: !known });
     if (!known) box.setAttribute("aria-describedby", "unlearned-why");
     label.append(box, titled(name));
     return label;
   };
-  $("objects").replaceChildren(...objects.filter((o) => o.learned).map(tick));
-  $("unlearned").replaceChildren(...objects.filter((o) => !o.learned).map(tick));
-  $("unlearned-box").hidden = learned.length === objects.length;
+  $("objects").replaceChildren(...learned.map(tick(true)));
+  $("unlearned").replaceChildren(...unknown.map(tick(false)));
+  $("unlearned-box").hidden = !unknown.length;
 }
 
 async function begin() {
-  offer(await (await ask("v1/objects")).json());
   const model = await (await ask("v1/model")).json();
+  offer(model);
   limits = model.limits;
   $("limits").textContent = `Up to ${lasting(limits.max_duration_s)} and ${roundMegabytes(limits.max_upload_bytes)}. `
     + `It stays on this server, and its sounds are deleted after ${lasting(limits.results_ttl_s)}.`;
