@@ -88,8 +88,10 @@ class VideoSeparator:
     def labeller(self) -> ImageLabeller | str:
         """The picture network, or why there is none; weights that are there and unusable raise LabellerUnavailable.
 
-        That of `weights`, else the model's own, else one that needs no download.
+        That of `weights`, else the model's own, else one that needs no download; none for a separator of other objects.
         """
+        if not set(self.separator.objects) & set(OBJECT_NAMES):
+            return "the separator has none of the objects that pictures are asked for"
         config = self.config.labeller
         if self.weights is not None:
             return ImageLabeller.load(config.architecture, self.weights, self.device)
