@@ -18,6 +18,7 @@ import yaml
 from avsep import cli
 from avsep.service import config
 from deploy import cost, pages
+from tests.support.house import SHARED
 
 ROOT = Path(__file__).parent.parent
 TEXTS = sorted(
@@ -203,7 +204,7 @@ def test_texts_with_commands_are_among_those_read() -> None:
 
 def test_the_programs_page_is_current() -> None:
     assert pages.PAGE.read_text() == pages.page(), "run python deploy/pages.py"
-    shared = {"__init__", "recipes", "console", "cluster", "progress", "runners", "downloads"}
+    shared = {"__init__", *SHARED}
     programs = {p.stem for p in (ROOT / "pipelines").glob("*.py")} - shared
     assert set(pages.WRITES) == programs
 

@@ -13,6 +13,7 @@ import avsep
 from avsep.learning.finetuning import FinetuningConfig
 from avsep.objects import AUDIOSET_23
 from pipelines import RECIPES, finetune, recipes
+from tests.support.house import SHARED
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,7 +24,7 @@ FLOORS = (
     "media",
     "model masks windows separators separation baselines plots report",
     "fetching vision shards work manifest audioset synthetic",
-    "stages learning",
+    "stages extraction learning",
     "files videos evaluation results results_report audit duplicates datacard",
     "service commands",
     "cli",
@@ -35,7 +36,6 @@ FILES = sorted(
 MODULES = [".".join(f.with_suffix("").parts).removesuffix(".__init__") for f in FILES]
 ROOMS = sorted({m.split(".")[0] for m in MODULES})
 PIPELINES = sorted(p.stem for p in (ROOT / "pipelines").glob("*.py") if p.stem != "__init__")
-SHARED = {"recipes", "console", "cluster", "progress", "runners", "downloads"}  # what pipelines may import of pipelines
 
 # Every flag of every command. A new one needs a reason, and a line here.
 FLAGS = {
