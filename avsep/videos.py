@@ -88,10 +88,10 @@ class VideoSeparator:
     def labeller(self) -> ImageLabeller | str:
         """The picture network, or why there is none; weights that are there and unusable raise LabellerUnavailable.
 
-        That of `weights`, else the model's own, else one that needs no download; none for a separator of other objects.
+        That of `weights`, else the model's own, else one that needs no download; none where no object has a look.
         """
-        if not set(self.separator.objects) & set(OBJECT_NAMES):
-            return "the separator has none of the objects that pictures are asked for"
+        if not any(o.imagenet for o in self.config.vocabulary):
+            return "pictures aren't looked at: none of the objects has ImageNet classes"
         config = self.config.labeller
         if self.weights is not None:
             return ImageLabeller.load(config.architecture, self.weights, self.device)
