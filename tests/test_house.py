@@ -22,7 +22,7 @@ FLOORS = (
     "media",
     "model separation baselines plots report",
     "fetching vision shards work manifest audioset synthetic",
-    "stages learning",
+    "stages extraction learning",
     "videos evaluation audit duplicates datacard",
     "service commands",
     "cli",
@@ -34,7 +34,10 @@ FILES = sorted(
 MODULES = [".".join(f.with_suffix("").parts).removesuffix(".__init__") for f in FILES]
 ROOMS = sorted({m.split(".")[0] for m in MODULES})
 PIPELINES = sorted(p.stem for p in (ROOT / "pipelines").glob("*.py") if p.stem != "__init__")
-SHARED = {"recipes", "console", "cluster", "progress", "runners", "downloads"}  # what pipelines may import of pipelines
+SHARED = {  # what pipelines may import of pipelines
+    "recipes", "console", "cluster", "progress", "runners", "actors", "devices", "downloads", "shardtasks",
+    "training_workers", "training_steps",
+}  # fmt: skip
 
 # Every flag of every command. A new one needs a reason, and a line here.
 FLAGS = {
