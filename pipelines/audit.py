@@ -55,10 +55,10 @@ from apache_beam.pvalue import AsSingleton, TaggedOutput
 logging.disable(logging.NOTSET)
 
 
-Work = tuple[str, DataFile, str, frozenset[str]]  # kind, file, digest, ids of rejections that stand
+FileToCheck = tuple[str, DataFile, str, frozenset[str]]  # kind, file, digest, ids of rejections that stand
 
 
-def check(work: Work, clips: str) -> Iterator[pa.Table | TaggedOutput]:
+def check(work: FileToCheck, clips: str) -> Iterator[pa.Table | TaggedOutput]:
     """Check one file: facts of its clips, and a report."""
     cluster.one_thread()
     report, facts = audit.check_file(clips, *work)
@@ -115,7 +115,7 @@ def read_report(path: str) -> Report:
     return report
 
 
-def build(pipeline: beam.Pipeline, work: list[Work], clips: str, path: str) -> None:
+def build(pipeline: beam.Pipeline, work: list[FileToCheck], clips: str, path: str) -> None:
     """Lay out the pass over the files of `clips`, to a report at `path`."""
     checked = (
         pipeline
@@ -139,10 +139,10 @@ def build(pipeline: beam.Pipeline, work: list[Work], clips: str, path: str) -> N
     )
 
 
-def plan(commits: Sequence[shards.Commit]) -> list[Work]:
+def plan(commits: Sequence[shards.Commit]) -> list[FileToCheck]:
     """List the files to check."""
     standing = shards.rejection_files(commits)
-    work: list[Work] = []
+    work: list[FileToCheck] = []
     for c in commits:
         if c.clips:
             work.append(("clips", c.clips, c.digest, frozenset()))

@@ -75,7 +75,7 @@ _SCRATCH_RATE = 3e-3  # learning rate from scratch
 
 
 def keep_images(*item: Any) -> tuple[int, int]:
-    """Run tuning Ray task."""
+    """Run one Ray task."""
     cluster.one_thread()
     return albums.keep_images(*item)
 
@@ -111,7 +111,7 @@ def start(arguments: argparse.Namespace, vocabulary: Vocabulary) -> tuple[ImageL
         try:
             return finetuning.untrained(architecture, FinetuningConfig.seed, vocabulary), False
         except ValueError:
-            fail(f"--architecture {architecture}: torchvision has no such classifier; give tuning such as {_SMALL}")
+            fail(f"--architecture {architecture}: torchvision has no such classifier; give one such as {_SMALL}")
     try:
         with storage.local_file(source) as path:
             labeller = ImageLabeller.load(arguments.architecture or DEFAULT_ARCHITECTURE, path)
@@ -133,7 +133,7 @@ def tell_epoch(row: dict[str, float], epochs: int) -> None:
 
 
 def fit(run: FinetuningRun, device: str) -> None:
-    """Run tuning Ray Train worker."""
+    """Run one Ray Train worker."""
     import ray.train
 
     context = ray.train.get_context()

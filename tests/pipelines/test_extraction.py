@@ -1,7 +1,9 @@
 """The extraction's driver when things go wrong: two drivers, dead workers, full disks, failing stores."""
 
+import functools
 import json
 import os
+import pickle
 import re
 import resource
 import signal
@@ -21,7 +23,7 @@ from avsep.audit import check_commits
 from avsep.extraction import Extraction
 from avsep.factors import DataConfig, ExtractionConfig
 from avsep.records import ClipRecord, Rejection, Segment
-from pipelines import console, extract, runners, shardtasks
+from pipelines import console, downloads, extract, runners, shardtasks
 from pipelines.progress import Progress
 from tests.benchmarks import extraction_driver as simulation
 from tests.support.sounds import table
@@ -79,6 +81,32 @@ def test_segments_too_large_together_are_done_one_after_the_other(tmp_path, enou
         with pytest.raises(console.UsageError, match="with its 4 segments, though with none of them alone; give"):
             shardtasks.extract_shards(works, made, runners.InProcess(), progress)
         assert shards.read_ids(str(tmp_path)) == ([], [])
+
+
+def test_a_run_ends_with_one_line_once_no_download_is_worth_a_try(tmp_path):
+    """The worker raises what a budget said, and the driver ends: no segment is rejected for it."""
+
+    def process(*_):
+        raise pickle.loads(pickle.dumps(fetching.Stopped("update yt-dlp")))  # as it comes from another process
+
+    segments = [Segment("s", "youtube:aaaaaaaaaaa", 0.0, 1.0, "train", labels=("dog",))]
+    made, progress = Extraction(str(tmp_path), factors.ExtractionConfig(), CONFIGURATION, process), Progress("x", 1, "s")
+    works = work.plan_work(shards.read_state(str(tmp_path)), segments)
+    with pytest.raises(console.UsageError, match=r"^update yt-dlp$"):
+        shardtasks.extract_shards(works, made, runners.InProcess(), progress)
+    assert shards.read_ids(str(tmp_path)) == ([], [])
+
+
+def test_a_shared_budget_keeps_what_was_spent(tmp_path):
+    make = functools.partial(downloads.BudgetKeeper, [], [], 3600.0, str(tmp_path))
+    (caller,) = runners.InProcess().actors(make, 1, gpus=0)
+    budget = downloads.SharedBudget(caller)
+    lease = budget.acquire("m", "youtube:x")
+    assert isinstance(lease, fetching.Lease) and isinstance(budget.acquire("m", "youtube:x"), fetching.Wait)
+    budget.report(lease, None)
+    left_s, (status,) = budget.outlook(10)
+    assert left_s > 0 and status.outcomes == {"ok": 1}
+    assert "machine m" in json.loads((tmp_path / downloads.EGRESS_FILE).read_text())["identities"]
 
 
 def test_a_second_driver_on_the_same_output_refuses(sounds, tmp_path, capfd):
