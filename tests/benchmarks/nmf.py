@@ -5,6 +5,7 @@ python -m tests.benchmarks.nmf --rounds 2 --iterations 50 --processes 1
 """
 
 import functools
+import importlib.util
 import time
 import warnings
 from collections.abc import Callable
@@ -46,13 +47,6 @@ def sides(n_bases: int, n_iter: int, quick: bool = False) -> dict[str, Callable[
         problem.run(n_iter)
         return problem.factors()
 
-    def plain_torch() -> tuple[torch.Tensor, torch.Tensor]:
-        W, H = W0.clone(), H0.clone()
-        for _ in range(n_iter):
-            W *= (V / (W @ H).clamp_min(1e-20)) @ H.T / H.sum(1)
-            H *= W.T @ (V / (W @ H).clamp_min(1e-20)) / W.sum(0)[:, None]
-        return W, H
-
     def plain_numpy() -> tuple[np.ndarray, np.ndarray]:
         W, H = w0.copy(), h0.copy()
         for _ in range(n_iter):
@@ -64,7 +58,7 @@ def sides(n_bases: int, n_iter: int, quick: bool = False) -> dict[str, Callable[
         "avsep": ours,
         "avsep accelerated": functools.partial(ours, accelerated=True),
         "torch in blocks (avsep's fallback)": in_blocks,
-        "torch": plain_torch,
+        "torch": functools.partial(plain_torch, V, W0, H0, n_iter),
         "numpy": plain_numpy,
         "scikit-learn float32": functools.partial(scikit_learn, v, w0, h0, n_iter, np.float32),
     }
@@ -76,6 +70,26 @@ def sides(n_bases: int, n_iter: int, quick: bool = False) -> dict[str, Callable[
     if torch.cuda.is_available():
         found["avsep on the GPU, a clip of 64"] = functools.partial(on_gpu, V, n_bases, n_iter)
     return found
+
+
+def plain_torch(V: torch.Tensor, W0: torch.Tensor, H0: torch.Tensor, n_iter: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the multiplicative updates as one writes them down, of one clip or of a batch, on any device."""
+    W, H = W0.clone(), H0.clone()
+    for _ in range(n_iter):
+        W *= (V / (W @ H).clamp_min(1e-20)) @ H.mT / H.sum(-1).unsqueeze(-2)
+        H *= W.mT @ (V / (W @ H).clamp_min(1e-20)) / W.sum(-2).unsqueeze(-1)
+    return W, H
+
+
+def with_torchnmf(
+    V: torch.Tensor, W0: torch.Tensor, H0: torch.Tensor, n_iter: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run torchnmf's updates of one clip, on any device; ImportError where it isn't installed."""
+    from torchnmf.nmf import NMF as TorchNMF
+
+    model = TorchNMF(W=W0.clone(), H=H0.T.clone()).to(V.device)
+    model.fit(V.T, beta=1, tol=0, max_iter=n_iter)
+    return model.W.detach(), model.H.detach().T
 
 
 def scikit_learn(v: np.ndarray, w0: np.ndarray, h0: np.ndarray, n_iter: int, dtype: type) -> tuple:
@@ -107,16 +121,9 @@ def peers(V: torch.Tensor, W0: torch.Tensor, H0: torch.Tensor, n_iter: int) -> d
         found["librosa"] = with_librosa
     except ImportError:
         print("librosa isn't installed: pip install -e '.[bench]'")
-    try:
-        from torchnmf.nmf import NMF as TorchNMF
-
-        def with_torchnmf() -> tuple[torch.Tensor, torch.Tensor]:
-            model = TorchNMF(W=W0.clone(), H=H0.T.clone())
-            model.fit(V.T, beta=1, tol=0, max_iter=n_iter)
-            return model.W.detach(), model.H.detach().T
-
-        found["torchnmf"] = with_torchnmf
-    except ImportError:
+    if importlib.util.find_spec("torchnmf"):
+        found["torchnmf"] = functools.partial(with_torchnmf, V, W0, H0, n_iter)
+    else:
         print("torchnmf isn't installed: pip install -e '.[bench]'")
     return found
 
