@@ -6,7 +6,6 @@ python -m tests.benchmarks.nmf --rounds 2 --iterations 50 --processes 1
 
 import functools
 import importlib.util
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -67,8 +66,6 @@ def sides(n_bases: int, n_iter: int, quick: bool = False) -> dict[str, Callable[
     if not quick:
         found["scikit-learn float64"] = functools.partial(scikit_learn, v, w0, h0, n_iter, np.float64)
         found |= peers(V, W0, H0, n_iter)
-    if torch.cuda.is_available():
-        found["avsep on the GPU, a clip of 64"] = functools.partial(on_gpu, V, n_bases, n_iter)
     return found
 
 
@@ -128,25 +125,6 @@ def peers(V: torch.Tensor, W0: torch.Tensor, H0: torch.Tensor, n_iter: int) -> d
     return found
 
 
-def on_gpu(V: torch.Tensor, n_bases: int, n_iter: int, n_clips: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factorise a batch on the GPU."""
-    batch = V.cuda().expand(n_clips, *V.shape).contiguous()
-    W, H = nmf.factorize(batch, n_bases, n_iter=n_iter)
-    torch.cuda.synchronize()
-    return W[0].cpu(), H[0].cpu()
-
-
-def gpu_rate(V: torch.Tensor, n_bases: int, n_iter: int, n_clips: int = 1024) -> float:
-    """Return clips a second on the GPU, the clips already there."""
-    batch = V.cuda().expand(n_clips, *V.shape).contiguous()
-    nmf.factorize(batch[:64], n_bases, n_iter=5)
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    nmf.factorize(batch, n_bases, n_iter=n_iter)
-    torch.cuda.synchronize()
-    return n_clips / (time.perf_counter() - started)
-
-
 def divergences(found: dict[str, Callable[[], Any]]) -> dict[str, float]:
     """Run each side once and return its final divergence."""
     V = spectrogram()
@@ -176,9 +154,6 @@ def main() -> None:
         for ours in ("avsep", "avsep accelerated"):
             measure.table(f"seconds a clip, {n} process(es) at once", ours, times, notes)
         figures[f"seconds, {n} processes"] = times
-    if torch.cuda.is_available():
-        figures["clips a second on the GPU"] = gpu_rate(spectrogram(), arguments.bases, arguments.iterations)
-        print(f"\non the GPU {figures['clips a second on the GPU']:.0f} clips/s")
     measure.write(arguments.json, figures)
 
 
