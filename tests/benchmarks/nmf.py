@@ -15,12 +15,13 @@ import torch
 
 from avsep import nmf, nmf_amx, nmf_cpu
 from avsep.stft import STFT
-from avsep.synthetic import SceneConfig, render_scene
 from tests.benchmarks import measure
 
 
 def spectrogram(number: int = 0) -> torch.Tensor:
     """Return magnitudes of a rendered 10 s clip, (2401, 201)."""
+    from avsep.synthetic import SceneConfig, render_scene  # here, so that what needs no clip needs no ffmpeg
+
     return STFT()(torch.as_tensor(render_scene(number, "train", 5, SceneConfig(seconds=10)).mix)).abs()
 
 

@@ -16,7 +16,6 @@ from avsep.model import Model, ModelConfig, label_config
 from avsep.objects import OBJECT_NAMES
 from avsep.separation import Separator
 from avsep.stages import factorize_clips
-from avsep.synthetic import SceneConfig, render_scene
 from avsep.vision import ImageLabeller, build_network
 from pipelines import recipes
 from tests.benchmarks import measure
@@ -32,6 +31,8 @@ def separator(n_bases: int = 25) -> Separator:
 
 def sides(seconds: int, n_objects: int, device: str = "cpu") -> dict[str, Callable[[], Any]]:
     """Objects given, and found in ten pictures (whose decoding extraction measures); on a device what is done there."""
+    from avsep.synthetic import SceneConfig, render_scene  # here, so that who takes the separator needs no ffmpeg
+
     model, names = separator(), OBJECT_NAMES[:n_objects]
     if device != "cpu":
         model.factorize_all = lambda sound, seeds: factorize_clips(
