@@ -14,9 +14,6 @@ import torch
 from avsep.vision import ImageLabeller, build_network
 from tests.benchmarks import measure
 
-_FLOPS = {"resnet152": 2 * 11.51e9}  # a picture of 224 × 224; multiplications and additions
-_H200_BFLOAT16 = 989e12  # FLOP/s, dense
-
 
 def sides(architecture: str, n_pictures: int) -> dict[str, Callable[[], Any]]:
     """The bare network, the labeller on it, and on all that it is shown of a clip of ten pictures."""
@@ -39,17 +36,6 @@ def sides(architecture: str, n_pictures: int) -> dict[str, Callable[[], Any]]:
     }
 
 
-def gpu_share(architecture: str, n_pictures: int = 4096) -> float:
-    """Return the labeller's share of an H200's bfloat16 peak, the copies to it and back included."""
-    labeller = ImageLabeller(architecture, build_network(architecture, 1000).eval().cuda(), "", None, "cuda")
-    size = labeller.preprocessing.size
-    images = torch.randint(0, 256, (n_pictures, size, size, 3), dtype=torch.uint8)
-    labeller(images[:512], batch_size=256)
-    seconds = measure.seconds(lambda: labeller(images, batch_size=256))
-    print(f"\non the GPU {n_pictures / seconds:.0f} pictures/s")
-    return n_pictures * _FLOPS[architecture] / seconds / _H200_BFLOAT16
-
-
 def main() -> None:
     """Run the command."""
     p = measure.parser(__doc__ or "")
@@ -64,9 +50,6 @@ def main() -> None:
     for n in arguments.processes:
         figures[f"seconds, {n} processes"] = times = measure.compare(make, arguments.rounds, n)
         measure.table(f"{n} process(es) at once", "avsep", times)
-    if torch.cuda.is_available() and arguments.architecture in _FLOPS:
-        figures["share of the GPU's peak"] = share = gpu_share(arguments.architecture)
-        print(f"{share:.0%} of an H200's bfloat16 peak")
     measure.write(arguments.json, figures)
 
 

@@ -5,7 +5,7 @@ python -m tests.benchmarks.nmf --rounds 2 --iterations 50 --processes 1
 """
 
 import functools
-import time
+import importlib.util
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,12 +16,13 @@ import torch
 from avsep import nmf
 from avsep.nmf import amx, cpu, kl
 from avsep.stft import STFT
-from avsep.synthetic import SceneConfig, render_scene
 from tests.benchmarks import measure
 
 
 def spectrogram(number: int = 0) -> torch.Tensor:
     """Return magnitudes of a rendered 10 s clip, (2401, 201)."""
+    from avsep.synthetic import SceneConfig, render_scene  # here, so that what needs no clip needs no ffmpeg
+
     return STFT()(torch.as_tensor(render_scene(number, "train", 5, SceneConfig(seconds=10)).mix)).abs()
 
 
@@ -47,13 +48,6 @@ def sides(n_bases: int, n_iter: int, quick: bool = False) -> dict[str, Callable[
         problem.run(n_iter)
         return problem.factors()
 
-    def plain_torch() -> tuple[torch.Tensor, torch.Tensor]:
-        W, H = W0.clone(), H0.clone()
-        for _ in range(n_iter):
-            W *= (V / (W @ H).clamp_min(1e-20)) @ H.T / H.sum(1)
-            H *= W.T @ (V / (W @ H).clamp_min(1e-20)) / W.sum(0)[:, None]
-        return W, H
-
     def plain_numpy() -> tuple[np.ndarray, np.ndarray]:
         W, H = w0.copy(), h0.copy()
         for _ in range(n_iter):
@@ -65,7 +59,7 @@ def sides(n_bases: int, n_iter: int, quick: bool = False) -> dict[str, Callable[
         "avsep": ours,
         "avsep accelerated": functools.partial(ours, accelerated=True),
         "torch in blocks (avsep's fallback)": in_blocks,
-        "torch": plain_torch,
+        "torch": functools.partial(plain_torch, V, W0, H0, n_iter),
         "numpy": plain_numpy,
         "scikit-learn float32": functools.partial(scikit_learn, v, w0, h0, n_iter, np.float32),
     }
@@ -74,9 +68,27 @@ def sides(n_bases: int, n_iter: int, quick: bool = False) -> dict[str, Callable[
     if not quick:
         found["scikit-learn float64"] = functools.partial(scikit_learn, v, w0, h0, n_iter, np.float64)
         found |= peers(V, W0, H0, n_iter)
-    if torch.cuda.is_available():
-        found["avsep on the GPU, a clip of 64"] = functools.partial(on_gpu, V, n_bases, n_iter)
     return found
+
+
+def plain_torch(V: torch.Tensor, W0: torch.Tensor, H0: torch.Tensor, n_iter: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the multiplicative updates as one writes them down, of one clip or of a batch, on any device."""
+    W, H = W0.clone(), H0.clone()
+    for _ in range(n_iter):
+        W *= (V / (W @ H).clamp_min(1e-20)) @ H.mT / H.sum(-1).unsqueeze(-2)
+        H *= W.mT @ (V / (W @ H).clamp_min(1e-20)) / W.sum(-2).unsqueeze(-1)
+    return W, H
+
+
+def with_torchnmf(
+    V: torch.Tensor, W0: torch.Tensor, H0: torch.Tensor, n_iter: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run torchnmf's updates of one clip, on any device; ImportError where it isn't installed."""
+    from torchnmf.nmf import NMF as TorchNMF
+
+    model = TorchNMF(W=W0.clone(), H=H0.T.clone()).to(V.device)
+    model.fit(V.T, beta=1, tol=0, max_iter=n_iter)
+    return model.W.detach(), model.H.detach().T
 
 
 def scikit_learn(v: np.ndarray, w0: np.ndarray, h0: np.ndarray, n_iter: int, dtype: type) -> tuple:
@@ -108,37 +120,11 @@ def peers(V: torch.Tensor, W0: torch.Tensor, H0: torch.Tensor, n_iter: int) -> d
         found["librosa"] = with_librosa
     except ImportError:
         print("librosa isn't installed: pip install -e '.[bench]'")
-    try:
-        from torchnmf.nmf import NMF as TorchNMF
-
-        def with_torchnmf() -> tuple[torch.Tensor, torch.Tensor]:
-            model = TorchNMF(W=W0.clone(), H=H0.T.clone())
-            model.fit(V.T, beta=1, tol=0, max_iter=n_iter)
-            return model.W.detach(), model.H.detach().T
-
-        found["torchnmf"] = with_torchnmf
-    except ImportError:
+    if importlib.util.find_spec("torchnmf"):
+        found["torchnmf"] = functools.partial(with_torchnmf, V, W0, H0, n_iter)
+    else:
         print("torchnmf isn't installed: pip install -e '.[bench]'")
     return found
-
-
-def on_gpu(V: torch.Tensor, n_bases: int, n_iter: int, n_clips: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factorise a batch on the GPU."""
-    batch = V.cuda().expand(n_clips, *V.shape).contiguous()
-    W, H = nmf.factorize(batch, n_bases, n_iter=n_iter)
-    torch.cuda.synchronize()
-    return W[0].cpu(), H[0].cpu()
-
-
-def gpu_rate(V: torch.Tensor, n_bases: int, n_iter: int, n_clips: int = 1024) -> float:
-    """Return clips a second on the GPU, the clips already there."""
-    batch = V.cuda().expand(n_clips, *V.shape).contiguous()
-    nmf.factorize(batch[:64], n_bases, n_iter=5)
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    nmf.factorize(batch, n_bases, n_iter=n_iter)
-    torch.cuda.synchronize()
-    return n_clips / (time.perf_counter() - started)
 
 
 def divergences(found: dict[str, Callable[[], Any]]) -> dict[str, float]:
@@ -170,9 +156,6 @@ def main() -> None:
         for ours in ("avsep", "avsep accelerated"):
             measure.table(f"seconds a clip, {n} process(es) at once", ours, times, notes)
         figures[f"seconds, {n} processes"] = times
-    if torch.cuda.is_available():
-        figures["clips a second on the GPU"] = gpu_rate(spectrogram(), arguments.bases, arguments.iterations)
-        print(f"\non the GPU {figures['clips a second on the GPU']:.0f} clips/s")
     measure.write(arguments.json, figures)
 
 

@@ -16,7 +16,7 @@ from avsep.factors import ExtractionConfig
 from avsep.model import Model, ModelConfig, label_config
 from avsep.objects import OBJECT_NAMES
 from avsep.separation import Separator
-from avsep.synthetic import SceneConfig, render_scene
+from avsep.stages import factorize_clips
 from avsep.vision import ImageLabeller, build_network
 from pipelines import recipes
 from tests.benchmarks import measure
@@ -32,12 +32,18 @@ def separator(n_bases: int = 25) -> Separator:
     return Separator(Model(config, config.build().eval(), None, BasisContext().eval()))
 
 
-def sides(seconds: int, n_objects: int) -> dict[str, Callable[[], Any]]:
-    """Objects given, and found in ten pictures (whose decoding extraction measures)."""
+def sides(seconds: int, n_objects: int, device: str = "cpu") -> dict[str, Callable[[], Any]]:
+    """Objects given, and found in ten pictures (whose decoding extraction measures); on a device what is done there."""
+    from avsep.synthetic import SceneConfig, render_scene  # here, so that who takes the separator needs no ffmpeg
+
     model, names = separator(), OBJECT_NAMES[:n_objects]
+    if device != "cpu":
+        model.factorize_all = lambda sound, seeds: factorize_clips(
+            [sound.numpy()] * len(seeds), seeds, model.extraction, device
+        )
     mix = torch.as_tensor(render_scene(0, "test", 5, SceneConfig(seconds=10), 2).mix)
     mix = mix.repeat(-(-seconds // 10))[: 48_000 * seconds]
-    labeller = ImageLabeller("resnet152", build_network("resnet152", 1000).eval(), "")
+    labeller = ImageLabeller("resnet152", build_network("resnet152", 1000).eval().to(device), "", None, device)
     images = np.random.default_rng(0).integers(0, 256, (10, 320, 427, 3), np.uint8)
     labels = label_config(labeller.architecture, "tiles")
 

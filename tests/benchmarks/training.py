@@ -10,7 +10,7 @@ python -m tests.benchmarks.training --clips 180477 --epochs 140 --gpu    # the w
 import functools
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from avsep import shards
 from avsep.factors import DataConfig, ExtractionConfig
 from avsep.learning import bags, training
 from avsep.learning.bags import load_bags
+from avsep.miml import activation_statistics
 from avsep.model import Labelling, ModelConfig
 from avsep.objects import OBJECT_NAMES
 from avsep.records import ClipRecord
@@ -60,6 +61,7 @@ def write(folder: Path, n_clips: int, hdf5: bool) -> None:
         with h5py.File(folder / "clips.h5", "w") as f:
             f["bases"] = np.stack([bases[i % _A_SHARD].T for i in range(n_clips)])  # float16, as the shards
             f["labels"] = np.eye(23, dtype=bool)[np.arange(n_clips) % 23]
+            f["statistics"] = activation_statistics(torch.zeros(1, 25, 201)).expand(n_clips, -1, -1).numpy()
 
 
 def network(device: str = "cpu") -> tuple[Any, Any, training.TrainingConfig]:
@@ -91,21 +93,27 @@ def sides(folder: Path, batch_size: int) -> dict[str, Callable[[], Any]]:
         def __len__(self) -> int:
             return len(self.file["bases"])
 
-        def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-            return torch.from_numpy(self.file["bases"][i]), torch.from_numpy(self.file["labels"][i])
+        def __getitem__(self, i: int) -> list[torch.Tensor]:
+            return [torch.from_numpy(self.file[name][i]) for name in ("bases", "labels", "statistics")]
 
     def plain() -> None:
-        model, optimiser, _ = theirs
-        model.train()
-        for bases, labels in torch.utils.data.DataLoader(Clips(), batch_size, shuffle=True):
-            weight = torch.full(bases.shape[:2], 0.2)
-            relation = model.relation(bases.float(), weight > 0)
-            loss = training.LOSSES["partial_label"](relation, labels, weight, None).mean()
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
+        plain_epoch(theirs[0], theirs[1], torch.utils.data.DataLoader(Clips(), batch_size, shuffle=True))
 
     return {"avsep": epoch, "avsep, clips in memory": functools.partial(epoch, held), "plain loop over HDF5": plain}
+
+
+def plain_epoch(model: Any, optimiser: torch.optim.Optimizer, batches: Iterable[Sequence[torch.Tensor]]) -> None:
+    """Train over batches of bases, labels and statistics as one writes it down, in float32 where the network is."""
+    device = next(model.parameters()).device
+    model.train()
+    for batch in batches:
+        bases, labels, statistics = (x.to(device) for x in batch)
+        weight = torch.full(bases.shape[:2], 0.2, device=device)
+        relation = model.relation(bases.float(), weight > 0, statistics)
+        loss = training.LOSSES["partial_label"](relation, labels, weight, None).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
 
 
 def on_gpu(folder: Path, epochs: int, batch_size: int) -> float:

@@ -16,7 +16,6 @@ import pytest
 import soundfile
 
 from avsep import cli, commands, storage
-from avsep.objects import OBJECT_NAMES
 from tests.support.tones import DOG, RATE, VIOLIN, model, tone
 
 ROOT = Path(__file__).parents[2]
@@ -289,7 +288,3 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(model_dir, tmp_path) -> None:
     assert process.returncode == 130
     assert [line for line in said.splitlines() if not re.match(r"\w+: \d+%$", line)] == ["avsep separate: interrupted"]
     assert not out.exists()
-
-
-def test_every_objects_sound_is_known_as_an_output() -> None:
-    assert set(commands._WAVS) == {f"{n}.wav" for n in (*OBJECT_NAMES, "_rest")}

@@ -90,7 +90,10 @@ def test_a_run_ends_with_one_line_once_no_download_is_worth_a_try(tmp_path):
         raise pickle.loads(pickle.dumps(fetching.Stopped("update yt-dlp")))  # as it comes from another process
 
     segments = [Segment("s", "youtube:aaaaaaaaaaa", 0.0, 1.0, "train", labels=("dog",))]
-    made, progress = Extraction(str(tmp_path), factors.ExtractionConfig(), CONFIGURATION, process), Progress("x", 1, "s")
+    made, progress = (
+        Extraction(str(tmp_path), factors.ExtractionConfig(), CONFIGURATION, process),
+        Progress("x", 1, "s"),
+    )
     works = work.plan_work(shards.read_state(str(tmp_path)), segments)
     with pytest.raises(console.UsageError, match=r"^update yt-dlp$"):
         shardtasks.extract_shards(works, made, runners.InProcess(), progress)

@@ -232,15 +232,15 @@ def test_a_damaged_model_is_named_by_each_program_that_loads_one(run, rendered, 
         "pipelines.serve": lambda: serve.main(["--model", model]),
     }
     for setting, reason in (
-        ({"n_iter": -1}, "n_iter is -1; it must lie in 1…100000"),
-        ({"objects": ["dog", "cow"]}, "objects are 2, dog, cow…; they must be the 23 of avsep/objects.py"),
+        ({"extraction": config["extraction"] | {"n_iter": -1}}, "extraction.n_iter is -1; it must lie in 1…100000"),
+        ({"vocabulary": [{"name": "dog"}, {"name": "dog"}]}, "the objects dog and dog have one name"),
     ):
         (damaged / "config.json").write_text(json.dumps(config | setting))
         for program, main in programs.items():
             capfd.readouterr()
             assert main() == 2
             (line,) = capfd.readouterr().err.splitlines()
-            assert line.startswith(f"{program}: {model} is no model of format 3: config.json: {reason}"), line
+            assert line.startswith(f"{program}: {model} is no model of format 4: config.json: {reason}"), line
 
     (damaged / "config.json").write_text(json.dumps(config))
     weights = (damaged / "miml.safetensors").read_bytes()
@@ -861,9 +861,9 @@ def test_ray_is_started_again_where_its_raylet_gave_up_its_own_agent(tmp_path):
     """The first agent writes its ports later than the 15 s that its raylet gives it."""
     (tmp_path / "sitecustomize.py").write_text(LATE)
     program = (
-        "from pipelines import execution\n"
+        "from pipelines import runners\n"
         "def double(x): return 2 * x\n"
-        "with execution.session() as runner: print(list(runner.map(double, [(2,)])))\n"
+        "with runners.session() as runner: print(list(runner.map(double, [(2,)])))\n"
     )
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     before = ray_processes()

@@ -211,10 +211,10 @@ def descendants(pid: int) -> dict[int, str]:
 PROXIED = """
 import os, sys, time
 from ray import serve
-from pipelines import execution
+from pipelines import runners
 from pipelines.serve import build
 os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "avsep.service.connections.guard_serve_proxy"
-with execution.session():
+with runners.session():
     serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[4])})
     serve.run(build({"model": sys.argv[2]}), name="avsep", route_prefix="/")
     try:
