@@ -11,17 +11,13 @@ from typing import Any, NoReturn
 from avsep import console
 
 EXAMPLES = """examples:
-  avsep separate duet.mp4 --model out/run/model
-  avsep separate duet.mp4 --model out/run/model --out out/duet --objects violin,dog
+  avsep separate duet.mp4
+  avsep separate duet.mp4 --objects violin,dog --out out/duet
   avsep separate videos/*.mp4 more/ --model out/run/model --out out/sounds
   avsep inspect out/run/model
   avsep label duet.mp4
   avsep label duet.mp4 --labeller efficientnet_lite2
 """
-_MODEL = (
-    "--model is needed: avsep comes with no model yet. `python -m pipelines.demo` trains a small one, out/demo/model, "
-    "in some minutes; pipelines.train makes one from your own videos"
-)
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="any file that ffmpeg reads, sound alone, too; a folder, whose videos and sounds are meant; or a pattern",
     )
-    s.add_argument("--model", help="the model folder that pipelines.train wrote")
+    s.add_argument("--model", help="a folder that pipelines.train wrote (default: the starter model)")
     s.add_argument(
         "--out",
         help="folder for the WAVs and separation.json (default: separated/NAME); of several files, a folder, or a "
@@ -122,9 +118,7 @@ def _mistake(arguments: dict[str, Any]) -> str:
     """Say what is wrong with local paths, as far as that can be told at once; "" for nothing."""
     if "model" in arguments:
         model = arguments["model"]
-        if model is None:
-            return _MODEL
-        if _is_local(model) and not os.path.isfile(os.path.join(model, "config.json")):
+        if model is not None and _is_local(model) and not os.path.isfile(os.path.join(model, "config.json")):
             return f"--model {model} holds no config.json; give the model folder that pipelines.train wrote"
     weights = arguments.get("weights")
     if weights and _is_local(weights) and not os.path.isfile(weights):

@@ -24,7 +24,7 @@ import pyarrow as pa
 import soundfile
 from tqdm import tqdm
 
-from avsep import shards, storage
+from avsep import shards, starter, storage
 from avsep.console import complain, lost, say
 from avsep.factors import ExtractionConfig
 from avsep.files import SUFFIXES, Step, pictures
@@ -49,9 +49,10 @@ _REMEDIES = {
 
 
 def separate(
-    files: Sequence[str], model: str, out: str | None, objects: str | None, weights: str | None, track: int = 1
+    files: Sequence[str], model: str | None, out: str | None, objects: str | None, weights: str | None, track: int = 1
 ) -> int:
     """Run `avsep separate`; of several files those that can't be separated are told, and give status 1."""
+    model = starter.PATH if model is None else model
     found, left_out = find_files(files)
     if left_out:
         more = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from avsep import nmf, storage, windows
+from avsep import nmf, starter, storage, windows
 from avsep.context import pair_features
 from avsep.factors import Factorize, Factors, factorize
 from avsep.familiarity import deserved, familiarity
@@ -74,9 +74,9 @@ class Separator:
             raise ValueError(f"bases are {self.config.bases!r}, and the model has no dictionary: run pipelines.collect")
 
     @classmethod
-    def load(cls, model_dir: storage.AnyPath) -> Separator:
-        """Load the model directory that `pipelines.train` (and `collect`) wrote."""
-        return cls(Model.load(model_dir))
+    def load(cls, model_dir: storage.AnyPath | None = None) -> Separator:
+        """Load the model directory that `pipelines.train` (and `collect`) wrote; None: the starter model."""
+        return cls(Model.load(starter.PATH if model_dir is None else model_dir))
 
     @property
     def sample_rate(self) -> int:

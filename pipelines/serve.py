@@ -22,9 +22,11 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
+from avsep import starter
 from pipelines import arguments_of, begin
 
 EXAMPLES = """examples:
+  python -m pipelines.serve
   python -m pipelines.serve --model out/demo/model
   AVSEP_SERVE_HOST=0.0.0.0 AVSEP_SERVE_TOKEN=secret python -m pipelines.serve --model out/demo/model --port 8080
   python -m pipelines.serve --model out/demo/model --in-process    # ready in seconds, one job at a time
@@ -35,7 +37,11 @@ EXAMPLES = """examples:
 def parser() -> argparse.ArgumentParser:
     """Describe the command."""
     p = arguments_of("serve", __doc__, EXAMPLES)
-    p.add_argument("--model", required=True, help="the model folder that pipelines.train wrote; may be replaced later")
+    p.add_argument(
+        "--model",
+        default=starter.PATH,
+        help="a model folder that pipelines.train wrote; may be replaced later (default: the starter model)",
+    )
     p.add_argument("--port", type=int, default=8000, help="on AVSEP_SERVE_HOST, else on this machine alone")
     p.add_argument("--in-process", action="store_true", help="all in one process without Ray")
     return p

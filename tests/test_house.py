@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the ground up: a room (a folder) or a flat file may import those of its line, and of the lines above (DESIGN.md).
 FLOORS = (
-    "stft nmf objects metrics miml context evidence lite looks limits console",
+    "stft nmf objects metrics miml context evidence lite looks limits console starter",
     "storage tables records lock factors dictionary familiarity",
     "media",
     "model masks windows separators separation baselines plots report",
@@ -241,7 +241,7 @@ SIGNATURES = {
     "dictionary.BasisDictionary.load": "(path)",
     "separation.ratio_masks": "(magnitudes, power=1.0)",
     "separation.separate": "(waveform, masks, stft)",
-    "separation.Separator.load": "(model_dir)",
+    "separation.Separator.load": "(model_dir=None)",
     "metrics.si_sdr": "(reference, estimate)",
     "metrics.bss_eval": "(references, estimates, *, filter_length=512)",
     "records.validate": "(record, vocabulary=AUDIOSET_23)",

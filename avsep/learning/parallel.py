@@ -80,8 +80,7 @@ class SharedBatchNorm(nn.BatchNorm1d):
         if not self.training:
             return super().forward(input)
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        input = input.float()  # sums over many rows, under autocast too
-        x = input.float()  # under autocast it comes in bfloat16
+        x = input.float()  # sums over many rows: under autocast it comes in bfloat16
         count = add_up(torch.tensor(float(len(x)), device=x.device))
         mean = _Sum.apply(x.sum(0)) / count
         centred = x - mean

@@ -200,6 +200,14 @@ def test_each_worker_reads_its_own_files_once(files, monkeypatch):
         assert abs(sizes[0] - sizes[1]) <= max(counts)
 
 
+def test_shared_batch_norm_gives_back_the_type_that_it_got() -> None:
+    """Under autocast what follows would else run in float32."""
+    norm = parallel.SharedBatchNorm(3).train()
+    rows = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    found, plain = norm(rows.bfloat16()), torch.nn.BatchNorm1d(3)(rows)
+    assert found.dtype == torch.bfloat16 and torch.allclose(found.float(), plain, atol=0.03)
+
+
 def fit(rank: int, one: run.TrainingRun) -> None:
     run.fit(one)
 
