@@ -50,9 +50,9 @@ def test_windows_cover_a_sound_exactly_and_its_parts_add_up(n_samples: int, bloc
     planned = Separator(model(n_iter=1)).plan(blocks, ["dog"])
     spans = [(start, stop) for start, stop, _ in planned.window_scores]
     assert (spans[0][0], spans[-1][1]) == (0, n_samples)
-    assert all(later[0] == earlier[1] - planned.overlap for earlier, later in pairwise(spans))
-    assert all(stop - start == planned.length for start, stop in spans[:-1])
-    assert spans[-1][1] - spans[-1][0] <= planned.length * 1.5
+    assert all(later[0] == earlier[1] - planned.heard.overlap for earlier, later in pairwise(spans))
+    assert all(stop - start == planned.heard.length for start, stop in spans[:-1])
+    assert spans[-1][1] - spans[-1][0] <= planned.heard.length * 1.5
     np.testing.assert_allclose(np.concatenate(list(planned.render(blocks)), 1).sum(0), sound, atol=1e-4)
 
 

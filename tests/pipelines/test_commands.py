@@ -202,7 +202,6 @@ def test_files_of_a_store_are_found(memory_folder) -> None:
         ["separate", "nosuch.wav", "--model", "MODEL"],
         ["separate", "SOUND", "--model", "nosuch"],
         ["separate", "SOUND", "--model", "SOUND"],
-        ["separate", "SOUND"],
         ["separate", "SOUND", "--model", "MODEL", "--weights", "nosuch.pth"],
         ["separate", "SOUND", "--model", "MODEL", "--out", ""],
         ["inspect", "nosuch"],

@@ -256,8 +256,8 @@ def test_a_damaged_model_is_named_by_each_program_that_loads_one(run, rendered, 
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"avsep separate: weights {damaged}/labeller.safetensors doesn't fit resnet152: ")
 
-    stft = config["stft"] | {"sample_rate": RATE // 2}
-    (damaged / "config.json").write_text(json.dumps(config | {"stft": stft}))
+    extraction = config["extraction"] | {"stft": config["extraction"]["stft"] | {"sample_rate": RATE // 2}}
+    (damaged / "config.json").write_text(json.dumps(config | {"extraction": extraction}))
     assert evaluate.main(["--model", str(run / "run" / "model"), "--paper-model", model, *evaluation_of]) == 2
     assert f"--paper-model {model} works at {RATE // 2} Hz and --model at {RATE} Hz; give" in capfd.readouterr().err
 

@@ -39,8 +39,7 @@ from avsep.service.requests import describe
 from avsep.service.results import NoSuchJob, ResultStore, StoreFull
 from avsep.service.state import Failure
 from avsep.service.uploads import BadUpload, download, public_addresses
-from avsep.service.work import OtherNetwork, OutOfTime
-from avsep.videos import VideoSeparator
+from avsep.service.work import OtherNetwork
 from tests.support.serving import (
     PITCH,
     RATE,
@@ -948,16 +947,3 @@ def test_a_request_that_a_device_cannot_do_spoils_no_other(model):
     for factors, seed in zip(first, range(3), strict=True):
         torch.testing.assert_close(factors.W, factorize(waveform, seed, config).W)
     torch.testing.assert_close(third[0].H, factorize(waveform[:9000], 7, config).H)
-
-
-def test_a_wait_for_a_device_ends_with_the_work(model, sound, tmp_path):
-    never: Future = Future()
-
-    def step(stage: str, done: float) -> None:
-        if stage == "listening" and time.monotonic() > deadline:
-            raise OutOfTime
-
-    deadline = time.monotonic() + 0.6
-    with pytest.raises(OutOfTime):
-        VideoSeparator.load(model)(sound, tmp_path / "out", step=step, elsewhere=lambda *_: never)
-    assert never.cancelled() and time.monotonic() < deadline + 20

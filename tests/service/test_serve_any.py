@@ -42,7 +42,7 @@ def test_any_separator_can_be_served(client, tmp_path):
         found, rate = soundfile.read(io.BytesIO(client.get(entry["audio"]["wav"]).content), dtype="float32")
         expected = tone(pitch, 6)
         assert rate == RATE and ((found - expected) ** 2).sum() < 0.1 * (expected**2).sum()
-        assert entry["confidence"] == 1 and entry["sound_score"] is entry["familiarity"] is entry["visible"] is None
+        assert entry["confidence"] == 1 and entry["familiarity"] is entry["visible"] is None
 
 
 def test_without_bases_there_is_no_map_and_the_answer_says_why(client, tmp_path):
@@ -62,7 +62,7 @@ def test_its_objects_are_the_model_s(client, tmp_path):
     assert model["labeller"] is model["n_bases"] is model["recipe"] is None
     assert [o["name"] for o in client.get("/v1/objects").json()] == ["low", "high"]
     sound = write_sound(tmp_path / "duet.wav")
-    for fields, words in (({"objects": "dog"}, "it has low, high"), ({"bases": "own"}, "without bases")):
+    for fields, words in (({"objects": "dog"}, "the objects are low, high"), ({"bases": "own"}, "without bases")):
         with sound.open("rb") as file:
             answer = client.post("/v1/separations", files={"file": file}, data=fields)
         assert answer.status_code == 422 and words in answer.json()["detail"]
