@@ -15,7 +15,6 @@ import pytest
 import soundfile
 import torch
 from numpy.typing import NDArray
-from test_separation import DOG, RATE, VIOLIN, model, tone
 
 from avsep import commands, evaluation, results, results_report
 from avsep.factors import factorize
@@ -24,6 +23,7 @@ from avsep.report import Report
 from avsep.separation import Separates, Separator, Whole, render_whole
 from avsep.videos import VideoSeparator
 from pipelines import evaluate
+from tests.support.tones import DOG, RATE, VIOLIN, model, tone
 
 
 @dataclass
