@@ -12,6 +12,7 @@ import torch
 
 from avsep import evidence, plots, shards, stages, storage
 from avsep.familiarity import Familiarity
+from avsep.fetching.sources import origin
 from avsep.learning import bags, practice, training
 from avsep.learning.run import (
     MIXTURES_FILE,
@@ -75,9 +76,7 @@ def count_sources(files: Sequence[str]) -> dict[str, int]:
     for file in files:
         table = shards.read_table(file, ["split", "source"])
         for split, source in zip(*(table.column(c).to_pylist() for c in ("split", "source")), strict=True):
-            web = source.startswith(("http://", "https://"))
-            kind = "YouTube" if source.startswith("youtube:") else "web addresses" if web else "files"
-            counts[kind] += split == "train"
+            counts[origin(source)] += split == "train"
     return {kind: count for kind, count in counts.most_common() if count}
 
 
