@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from avsep.fetching import youtube
 from avsep.objects import AUDIOSET_23, Vocabulary
 from avsep.records import SCHEMA_VERSION, SEGMENT_SCHEMA, SPLITS
 
@@ -179,7 +180,7 @@ def select_segments(
     names = pa.array(vocabulary.names).take(pa.array(present.nonzero()[1]))
     columns = {
         "segment_id": segment_id,
-        "source": pc.binary_join_element_wise("youtube", ytid, ":"),
+        "source": pc.binary_join_element_wise(youtube.SCHEME, ytid, ":"),
         "start_s": rows["start_s"],
         "end_s": rows["end_s"],
         "split": pa.array([split or hash_split(s) for s in segment_id.to_pylist()], pa.string()),

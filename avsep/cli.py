@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from avsep import console
+from avsep import console, storage
 
 EXAMPLES = """examples:
   avsep separate duet.mp4
@@ -131,7 +131,7 @@ def _mistake(arguments: dict[str, Any]) -> str:
 
 
 def _is_local(path: str) -> bool:
-    return "://" not in path and not path.startswith("youtube:")
+    return not storage.is_uri(path)
 
 
 if __name__ == "__main__":

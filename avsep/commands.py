@@ -125,7 +125,7 @@ def _matches(text: str) -> list[str]:
 
 
 def _is_folder(path: str) -> bool:
-    if path.startswith(("http://", "https://", "youtube:")):
+    if path.startswith(("http://", "https://")) or storage.is_opaque(path):
         return False
     return storage.is_directory(path) if storage.is_uri(path) else os.path.isdir(path)
 

@@ -33,6 +33,7 @@ class Looking:
     way: str
     size: int  # pixels, either way
     crop: float = CENTRE  # of the short side, in the look at the middle
+    resampling: Image.Resampling = Image.Resampling.BICUBIC
 
     def __call__(self, images: NDArray[np.uint8]) -> Views:
         """Cut the looks out of a clip's pictures, `(n, height, width, 3)`, each squeezed into the network's square."""
@@ -42,7 +43,7 @@ class Looking:
             picture = Image.fromarray(images[i])
             for x, y, w, h in parts:
                 box = (x * width, y * height, min(width, (x + w) * width), min(height, (y + h) * height))
-                cut.append(np.asarray(picture.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)))
+                cut.append(np.asarray(picture.resize((self.size, self.size), self.resampling, box=box)))
                 owners.append(i)
         crops = np.stack(cut) if cut else np.zeros((0, self.size, self.size, 3), np.uint8)
         return Views(crops, tuple(owners), n_images)

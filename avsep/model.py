@@ -34,7 +34,10 @@ CONFIG_FILE, NETWORK_FILE, DICTIONARY_FILE, LABELLER_FILE, FAMILIARITY_FILE = (
     "familiarity.safetensors",
 )
 MODEL_FILES = (CONFIG_FILE, NETWORK_FILE, DICTIONARY_FILE, LABELLER_FILE, FAMILIARITY_FILE)
-_LATER = ("separation.fine_masks",)  # settings that a model of this format may lack: it gets their defaults
+_LATER = (
+    "separation.fine_masks",
+    "extraction.factorizer",
+)  # settings that a model of this format may lack: it gets their defaults
 _SHARE, _POWER, _SURELY = (0.0, 1.0), (0.0, 100.0), 1e-9
 _RANGES: dict[str, tuple[float, float]] = {  # of the configuration's numbers: beyond them no run ends well, or at all
     "extraction.stft.sample_rate": (1, 1_000_000),

@@ -440,12 +440,13 @@ def names_cell(names: Sequence[str] | None) -> str:
 
 
 def file_id(source: str) -> str:
-    """Return a source's name without folders and suffix, the id of a segment that has no other.
+    """Return a source's name without scheme, folders and suffix, the id of a segment that has no other.
 
     >>> file_id("videos/duet.mp4"), file_id("youtube:abc")
     ('duet', 'abc')
     """
-    return os.path.splitext(storage.name(source.removeprefix("youtube:")))[0]
+    name = source.partition(":")[2] if storage.is_opaque(source) else storage.name(source)
+    return os.path.splitext(name)[0]
 
 
 def describe_sources(sources: Iterable[str]) -> str:

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from avsep import nmf, starter, storage, windows
+from avsep import starter, storage, windows
 from avsep.context import pair_features
-from avsep.factors import Factorize, Factors, factorize
+from avsep.factors import Factorize, Factors, factorize, get_factorizer
 from avsep.familiarity import deserved, familiarity
 from avsep.limits import LOUDEST
 from avsep.masks import at_least, basis_shares, ratio_masks, separate
@@ -69,6 +69,7 @@ class Separator:
         fine = self.config.fine_masks and self.config.bases == "own" and self.config.assignment == "soft"
         self.mask_stft = _finer(self.stft) if fine else self.stft
         self.extraction = model.config.extraction
+        self._factorizer = get_factorizer(self.extraction.factorizer)
         self._factorize = factorize
         if self.config.bases != "own" and model.dictionary is None:
             raise ValueError(f"bases are {self.config.bases!r}, and the model has no dictionary: run pipelines.collect")
@@ -170,14 +171,14 @@ class Separator:
         H = windows.resample(H, V.shape[0], self.mask_stft.hop_length / self.stft.hop_length)
         bins = windows.resample(W.T, V.shape[1], self.stft.n_fft / self.mask_stft.n_fft).clamp_min(1e-6)
         runs = zip(H.split(self.extraction.n_bases), bins.split(self.extraction.n_bases), strict=True)
-        fitted = [nmf.infer_activations(V, h.T, H0=w, n_iter=_FINE_ITERATIONS) for h, w in runs]
+        fitted = [self._factorizer.infer_activations(V, h.T, H0=w, n_iter=_FINE_ITERATIONS) for h, w in runs]
         return torch.cat(fitted).T, H
 
     def _refit(self, V: Tensor, bases: Sequence[Tensor]) -> Tensor:
         """Hold stacked bases fixed, find their activations, and return each part's `W_j H_j`."""
         if not any(W.shape[1] for W in bases):
             return V.new_zeros(len(bases), *V.shape)
-        H = nmf.infer_activations(V, torch.cat(list(bases), 1), n_iter=self.config.n_iter)
+        H = self._factorizer.infer_activations(V, torch.cat(list(bases), 1), n_iter=self.config.n_iter)
         parts = H.split([W.shape[1] for W in bases])
         return torch.stack([W @ h for W, h in zip(bases, parts, strict=True)])
 

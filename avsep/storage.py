@@ -37,14 +37,26 @@ _WEB_SILENCE_S = 30.0  # of a web server
 _METADATA_S = 10.0  # a new pod's metadata server takes some seconds
 _GOOGLE = re.compile(r"google::cloud::Status\(\w+: (?:[^,]*, with a last message of )?(?P<cause>.*?) error_info=", re.S)
 _OPTION = re.compile(r"[?&](access_key|secret_key|session_token|endpoint_override|region|scheme)=")
+_OPAQUE = re.compile(r"[a-z][a-z0-9]+:[^\s:./\\*?\[]+")
 _TEMPORARY = re.compile(r"(?P<before>.*)\.(?P<pid>\d+)\.[0-9a-f]+\.tmp")
 
 
 def is_uri(path: AnyPath) -> bool:
-    """Tell `s3://bucket/key` and `youtube:ID` from local paths, whose names may hold colons too."""
+    """Tell URIs, `s3://bucket/key` and opaque ones, from local paths, whose names may hold colons too."""
     path = os.fspath(path)
     scheme, separator, _ = path.partition("://")
-    return path.startswith("youtube:") or (bool(separator) and "/" not in scheme and len(scheme) > 1)
+    return is_opaque(path) or (bool(separator) and "/" not in scheme and len(scheme) > 1)
+
+
+def is_opaque(path: AnyPath) -> bool:
+    """Tell `scheme:id`, which no file system opens, from paths: it has neither slash, suffix, blank nor pattern.
+
+    A local file or folder of such a name is written with its folder.
+
+    >>> [is_opaque(p) for p in ("tape:a1", "take:1.wav", "./tape:a1", "Duo: Live")]
+    [True, False, False, False]
+    """
+    return _OPAQUE.fullmatch(os.fspath(path)) is not None
 
 
 def filesystem(path: AnyPath) -> tuple[pafs.FileSystem, str]:
@@ -65,6 +77,8 @@ def filesystem(path: AnyPath) -> tuple[pafs.FileSystem, str]:
     if not is_uri(path):
         return pafs.LocalFileSystem(), _utf8(os.path.abspath(path))
     _check_uri(path)
+    if is_opaque(path):
+        raise ValueError(f"{path} is no path; write ./{path} for a file or folder of this name")
     if path.startswith("s3://"):
         inner = path.removeprefix("s3://").rstrip("/")
         return _s3(*_s3_settings(inner.split("/")[0])), inner
@@ -505,8 +519,8 @@ def local_file(path: str) -> Iterator[Path]:
         with _readable_name(Path(os.path.abspath(path))) as local:
             yield local
         return
-    if path.startswith("youtube:"):
-        raise ValueError(f"{path}: pipelines.extract downloads from YouTube; give a file here")
+    if is_opaque(path):
+        raise ValueError(f"{path}: pipelines.extract downloads such; give a file here, one of this name as ./{path}")
     fs, inner = filesystem(path)
     if isinstance(fs, pafs.LocalFileSystem):
         yield Path(inner)

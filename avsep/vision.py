@@ -11,6 +11,7 @@ import re
 import socket
 import sys
 import urllib.parse
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -31,6 +33,7 @@ DEFAULT_ARCHITECTURE = "resnet152"
 NO_DOWNLOAD = "efficientnet_lite2"  # its weights come with the package's dependencies
 _BFLOAT16_FROM = 10_000_000  # parameters; smaller networks gain nothing
 _CPU_BATCH, _SMALL_CPU_BATCH = 10, 4  # pictures; 40 take 1.4 times as long each
+_NAMED_HASH = re.compile(r"-([0-9a-f]{8,64})$")  # a file's name may end in the start of its SHA-256
 _BFLOAT16_ERROR = 0.01  # of the logits' range, at most
 
 
@@ -46,6 +49,7 @@ class Preprocessing:
     crop: float = looks.CENTRE  # of the short side, in the look at the middle that it was measured with
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    resampling: Image.Resampling = Image.Resampling.BICUBIC  # of what it looks at, to its size
 
     def __call__(self, images: Tensor) -> Tensor:
         """Scale `(n, height, width, 3)` uint8 to mean and deviation, `(n, 3, height, width)`, channels last."""
@@ -54,10 +58,25 @@ class Preprocessing:
         return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-_OF_LITE = ((127 / 255,) * 3, (128 / 255,) * 3)
-_LITE = {
-    "efficientnet_lite0": Preprocessing(224, 0.875, *_OF_LITE),
-    "efficientnet_lite2": Preprocessing(260, 0.89, *_OF_LITE),
+@dataclass(frozen=True)
+class PictureNetwork:
+    """A kind of picture network: an entry of `NETWORKS`. Its published weights are over ImageNet's 1000 classes."""
+
+    build: Callable[[int], nn.Module]  # number of outputs → untrained network, (n, 3, size, size) → logits
+    preprocessing: Preprocessing = Preprocessing()
+    weights: str | Callable[[], str] | None = None  # a web address, or what gives an installed file; None: none
+
+
+def _lite(variant: str, size: int, crop: float) -> PictureNetwork:
+    look = Preprocessing(size, crop, (127 / 255,) * 3, (128 / 255,) * 3)
+    build = functools.partial(lite.EfficientNetLite, variant)
+    return PictureNetwork(build, look, functools.partial(lite.published_file, variant))
+
+
+# Picture networks by architecture; other names are classifiers of torchvision.
+NETWORKS: dict[str, PictureNetwork] = {
+    "efficientnet_lite0": _lite("efficientnet_lite0", 224, 0.875),
+    "efficientnet_lite2": _lite("efficientnet_lite2", 260, 0.89),
 }
 
 
@@ -84,21 +103,19 @@ class ImageLabeller:
         """Load a picture network by name.
 
         Args:
-            architecture: `efficientnet_lite0` or `efficientnet_lite2`, whose weights need no download,
-                or a classifier that `torchvision.models.get_model` knows.
+            architecture: a name in `NETWORKS`, such as `efficientnet_lite0` and `efficientnet_lite2`, whose
+                weights need no download, or a classifier that `torchvision.models.get_model` knows.
             weights: a file or URI. `.safetensors` as `save` writes it names its own architecture
                 and classes; a `.pth` state dict whose name ends in 8 or more hex digits, as
-                torchvision's do, is checked against them. None takes torchvision's ImageNet
-                weights (V1), from its cache or the internet.
+                torchvision's do, is checked against them. None takes the published ImageNet
+                weights (torchvision's V1), installed, from torch's cache or the internet.
 
         Raises:
             LabellerUnavailable: no internet and no cached copy, no such file, a file that is
                 damaged or doesn't fit.
         """
-        if weights is None and architecture in lite.VARIANTS:
-            weights = _lite_file(architecture)
         if weights is None:
-            return cls._load_published(architecture, device)
+            weights = _published_file(architecture)
         try:
             with storage.local_file(str(weights)) as path:
                 return cls._load_file(architecture, str(weights), path, device)
@@ -110,7 +127,7 @@ class ImageLabeller:
         if not path.is_file():
             raise LabellerUnavailable(f"weights {weights}: no such file; give a .pth or .safetensors file")
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        expected = re.search(r"-([0-9a-f]{8,64})$", storage.name(weights).rsplit(".", 1)[0])
+        expected = _NAMED_HASH.search(storage.name(weights).rsplit(".", 1)[0])
         if expected and not sha256.startswith(expected[1]):
             raise LabellerUnavailable(
                 f"weights {weights}: its SHA-256 starts with {sha256[:8]}, its name says {expected[1]}; "
@@ -137,25 +154,6 @@ class ImageLabeller:
             raise LabellerUnavailable(f"weights {weights} holds NaN or infinity; copy the file again")
         return cls(architecture, network.eval().to(device), sha256, classes, device, way)
 
-    @classmethod
-    def _load_published(cls, architecture: str, device: str) -> ImageLabeller:
-        published = published_weights(architecture)
-        cached = Path(torch.hub.get_dir(), "checkpoints", published.url.rsplit("/", 1)[-1])
-        try:
-            if not cached.exists():
-                with socket.create_connection((urllib.parse.urlsplit(published.url).hostname or "", 443), timeout=10):
-                    pass  # else a firewall would let the download hang
-            state = published.get_state_dict(progress=True, check_hash=True)
-        except (OSError, RuntimeError) as error:
-            raise LabellerUnavailable(
-                f"the ImageNet weights of {architecture} can't be downloaded ({error}); "
-                f"fetch {published.url} elsewhere and pass --weights FILE"
-            ) from None
-        network = build_network(architecture, N_IMAGENET_CLASSES)
-        network.load_state_dict(state)
-        sha256 = hashlib.sha256(cached.read_bytes()).hexdigest()
-        return cls(architecture, network.eval().to(device), sha256, None, device)
-
     @functools.cached_property
     def preprocessing(self) -> Preprocessing:
         """What the network expects of its input."""
@@ -169,7 +167,8 @@ class ImageLabeller:
 
     def looking(self, way: str) -> looks.Looking:
         """Return how pictures are looked at for this network, `way` unless it was trained for another."""
-        return looks.Looking(self.way or way, self.preprocessing.size, self.preprocessing.crop)
+        look = self.preprocessing
+        return looks.Looking(self.way or way, look.size, look.crop, look.resampling)
 
     def evidence(self, images: NDArray[np.uint8], way: str) -> Tensor:
         """Look at a clip's pictures, `(n, height, width, 3)` → `(n, 1000)`, as `looks.Views.evidence` says."""
@@ -239,16 +238,31 @@ def _torchvision() -> ModuleType:
         leave()
 
 
+def network_of(architecture: str) -> PictureNetwork:
+    """Describe an architecture: its entry in `NETWORKS`, else torchvision's classifier of that name."""
+    if architecture in NETWORKS:
+        return NETWORKS[architecture]
+
+    def build(n_outputs: int) -> nn.Module:
+        return _torchvision().models.get_model(architecture, weights=None, num_classes=n_outputs)
+
+    try:
+        published = published_weights(architecture)
+    except LabellerUnavailable:  # known, but without weights of ImageNet, or unknown
+        return PictureNetwork(build)
+    look = published.transforms()
+    size, short = look.crop_size[0], look.resize_size[0]
+    return PictureNetwork(build, Preprocessing(size, size / short, tuple(look.mean), tuple(look.std)), published.url)
+
+
 def preprocessing_of(architecture: str) -> Preprocessing:
     """Return what an architecture's published weights expect of their input."""
-    if architecture in _LITE:
-        return _LITE[architecture]
-    try:
-        transforms = published_weights(architecture).transforms()
-    except LabellerUnavailable:  # known, but without weights of ImageNet
-        return Preprocessing()
-    size, short = transforms.crop_size[0], transforms.resize_size[0]
-    return Preprocessing(size, size / short, tuple(transforms.mean), tuple(transforms.std))
+    return network_of(architecture).preprocessing
+
+
+def build_network(architecture: str, n_outputs: int) -> nn.Module:
+    """Build an untrained classifier with `n_outputs` logits."""
+    return network_of(architecture).build(n_outputs)
 
 
 def published_weights(architecture: str) -> Any:
@@ -256,26 +270,49 @@ def published_weights(architecture: str) -> Any:
     try:
         return _torchvision().models.get_model_weights(architecture)["IMAGENET1K_V1"]
     except (ValueError, KeyError):
-        raise LabellerUnavailable(
-            f"{architecture!r} is no picture network with ImageNet weights: give {', '.join(lite.VARIANTS)}, "
-            "or a classifier of torchvision, such as resnet152"
-        ) from None
+        raise _unknown(architecture) from None
 
 
-def _lite_file(architecture: str) -> str:
+def _unknown(architecture: str) -> LabellerUnavailable:
+    return LabellerUnavailable(
+        f"{architecture!r} is no picture network with ImageNet weights: give {', '.join(NETWORKS)}, "
+        "or a classifier of torchvision, such as resnet152"
+    )
+
+
+def _published_file(architecture: str) -> str:
+    """Return the path of an architecture's ImageNet weights, downloaded where they aren't installed or cached."""
+    weights = network_of(architecture).weights
+    if weights is None:
+        raise _unknown(architecture)
+    if isinstance(weights, str):
+        return _downloaded(architecture, weights)
     try:
-        return lite.published_file(architecture)
+        return weights()
     except ImportError as error:
         raise LabellerUnavailable(
             f"{architecture}: its weights aren't installed ({error}); pip install avsep anew"
         ) from None
 
 
-def build_network(architecture: str, n_outputs: int) -> nn.Module:
-    """Build an untrained classifier with `n_outputs` logits."""
-    if architecture in lite.VARIANTS:
-        return lite.EfficientNetLite(architecture, n_outputs)
-    return _torchvision().models.get_model(architecture, weights=None, num_classes=n_outputs)
+def _downloaded(architecture: str, url: str) -> str:
+    """Return the path of a file in torch's cache, brought there first where need be."""
+    cached = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
+    address = urllib.parse.urlsplit(url)
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        if not cached.exists():
+            with socket.create_connection((address.hostname or "", port), timeout=10):
+                pass  # else a firewall would let the download hang
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            named = _NAMED_HASH.search(cached.stem)
+            torch.hub.download_url_to_file(url, str(cached), named and named[1])
+    except (OSError, RuntimeError) as error:
+        raise LabellerUnavailable(
+            f"the ImageNet weights of {architecture} can't be downloaded ({error}); "
+            f"fetch {url} elsewhere and pass --weights FILE"
+        ) from None
+    return str(cached)
 
 
 class _Cast(nn.Module):

@@ -8,22 +8,70 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Protocol
 
 import pyarrow.fs as pafs
 
 from avsep import media, storage
+from avsep.fetching import youtube
 from avsep.records import ClipError, Reason, Segment
 
-_YOUTUBE_ID = re.compile(r"[0-9A-Za-z_-]{11}")
 _SUFFIXES = (  # of owned files, pictures and sound before sound alone
     *(".mkv", ".mp4", ".webm", ".m4v", ".mov", ".avi", ".flv", ".ts"),
     *(".flac", ".wav", ".m4a", ".opus", ".ogg", ".mp3", ".aac"),
 )
 
 
+class Site(Protocol):
+    """Where sources `SCHEME:ID` are: a module of this folder, such as `youtube`."""
+
+    SCHEME: str  # of small letters and digits
+    NAME: str  # as people know it
+    ID: re.Pattern[str]  # of a whole id, without `.`, `:` and slashes
+    ID_RULE: str  # the same in words
+    PAGE: str  # the web address, with {} for the id, of what yt-dlp is to download
+    FILES: tuple[str, ...]  # how users name a whole video's file, without suffix, with {} for the id
+
+
+_SITES: tuple[Site, ...] = (youtube,)
+SCHEMES: dict[str, Site] = {site.SCHEME: site for site in _SITES}
+
+
+def site_of(source: str) -> tuple[Site, str] | None:
+    """Return a source's site and the id there; None where it names none."""
+    scheme, _, rest = source.partition(":")
+    return (SCHEMES[scheme], rest) if scheme in SCHEMES else None
+
+
+def is_web(source: str) -> bool:
+    """Tell whether a source is a web address."""
+    return source.startswith(("http://", "https://"))
+
+
+def is_fetched(source: str) -> bool:
+    """Tell whether a source has to be fetched: `youtube:ID` or another site's, `http://…`, `https://…`."""
+    return is_web(source) or site_of(source) is not None
+
+
 def is_remote(segment: Segment) -> bool:
-    """Tell whether a segment's source has to be fetched: `youtube:ID`, `http://…`, `https://…`."""
-    return segment.source.startswith(("youtube:", "http://", "https://"))
+    """Tell whether a segment's source has to be fetched, as `is_fetched` does."""
+    return is_fetched(segment.source)
+
+
+def forms() -> str:
+    """Say what sources that are fetched look like.
+
+    >>> forms()
+    'http://…, https://… or youtube:ID'
+    """
+    *some, last = ["http://…", "https://…", *(f"{scheme}:ID" for scheme in SCHEMES)]
+    return f"{', '.join(some)} or {last}"
+
+
+def origin(source: str) -> str:
+    """Say where a source is: a site's name, `web addresses` or `files`."""
+    site = site_of(source)
+    return site[0].NAME if site else "web addresses" if is_web(source) else "files"
 
 
 def store_path(store: str, segment_id: str) -> str:
@@ -39,8 +87,8 @@ def find_media(folder: str, segments: Iterable[Segment]) -> dict[str, str]:
     """Find the remote segments whose media are in a folder or its subfolders → {segment_id: path}.
 
     Taken are the store's own files, and files that users own under common names: the segment's
-    id; YTID with the excerpt's start, or start and end, in milliseconds, seconds or seconds padded
-    to six digits; YTID alone; each also with AudioSet's `Y` in front. `within` says which part of
+    id; the video's, in each of its site's `FILES` forms, with the excerpt's start, or start and end, in
+    milliseconds, seconds or seconds padded to six digits; the video's alone. `within` says which part of
     such a file is the segment. The folder is listed once.
     """
     wanted: dict[str, list[tuple[int, Segment]]] = {}
@@ -67,7 +115,7 @@ def within(segment: Segment, path: str) -> Segment:
     """Return the segment with `path` as its source and its times as they are in that file.
 
     A file that isn't longer than the segment (1 s over is let pass) is the excerpt, and so is a
-    longer one that is named by the excerpt's start; a longer one named by YTID alone is the whole
+    longer one that is named by the excerpt's start; a longer one named by the video's id alone is the whole
     video. Raises ClipError when the file can't be read.
     """
     if path.endswith(f"/{_key(segment.segment_id)}"):
@@ -81,8 +129,7 @@ def within(segment: Segment, path: str) -> Segment:
     if duration_s is not None and duration_s <= length_s + media.SLACK_S and math.isfinite(length_s):
         return replace(segment, source=path, start_s=0.0, end_s=length_s)
     stem = os.path.splitext(storage.name(path))[0]
-    video = segment.source.removeprefix("youtube:")
-    if stem in (video, f"Y{video}") or not math.isfinite(length_s):
+    if stem in _video_names(segment.source) or not math.isfinite(length_s):
         return replace(segment, source=path)
     return replace(segment, source=path, start_s=0.0, end_s=length_s)
 
@@ -90,24 +137,29 @@ def within(segment: Segment, path: str) -> Segment:
 def names_of(segment: Segment) -> list[str]:
     """List the names that a segment's file may have, without suffix, best first."""
     names = [segment.segment_id]
-    if segment.source.startswith("youtube:"):
-        video = segment.source.removeprefix("youtube:")
+    if videos := _video_names(segment.source):
         times = [segment.start_s] if segment.end_s is None else [segment.start_s, segment.end_s]
         forms = [[f"{1000 * t:.0f}" for t in times], [f"{t:.3f}" for t in times]]
         if all(t.is_integer() for t in map(float, times)):
             forms += [[f"{t:06.0f}" for t in times], [f"{t:.0f}" for t in times]]
         endings = ["_" + "_".join(written) for form in forms for written in (form, form[:1])]
-        names += [f"{y}{video}{ending}" for ending in [*endings, ""] for y in ("", "Y")]
+        names += [f"{video}{ending}" for ending in [*endings, ""] for video in videos]
     return list(dict.fromkeys(names))
 
 
+def _video_names(source: str) -> list[str]:
+    """List the names of a whole video's file, without suffix."""
+    found = site_of(source)
+    return [form.format(found[1]) for form in found[0].FILES] if found else []
+
+
 def url_of(source: str) -> str:
-    """Return a source's web address; ValueError where it has none."""
-    if source.startswith(("http://", "https://")):
+    """Return a source's web address; ValueError where it has none, ClipError where the site has no such ids."""
+    if is_web(source):
         return source
-    if not source.startswith("youtube:"):
-        raise ValueError(f"{source} is not to be fetched: youtube:ID, http:// and https:// are")
-    video = source.removeprefix("youtube:")
-    if not _YOUTUBE_ID.fullmatch(video):
-        raise ClipError(Reason.REMOVED, f"{video!r} is no YouTube id: 11 letters, digits, _ or -")
-    return f"https://www.youtube.com/watch?v={video}"
+    if (found := site_of(source)) is None:
+        raise ValueError(f"{source} is not to be fetched: that is {forms()}")
+    site, video = found
+    if not site.ID.fullmatch(video):
+        raise ClipError(Reason.REMOVED, f"{video!r} is no {site.NAME} id: {site.ID_RULE}")
+    return site.PAGE.format(video)

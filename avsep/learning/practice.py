@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avsep import nmf
 from avsep.context import TOP_SHARE, BasisContext, pair_features
 from avsep.evidence import LabelQuality
+from avsep.factors import DEFAULT_FACTORIZER, get_factorizer
 from avsep.learning.bags import Bags
 from avsep.learning.training import warp_frequencies
 from avsep.miml import MIML, activation_statistics, basis_posteriors, energy_shares
@@ -108,7 +108,14 @@ def as_bags(practices: Sequence[Practice]) -> Bags:
 
 
 def mix_solos(
-    solos: Sequence[Solo], n_objects: int, n_bins: int, n_bases: int, n_frames: int, seed: int, n_iter: int = 150
+    solos: Sequence[Solo],
+    n_objects: int,
+    n_bins: int,
+    n_bases: int,
+    n_frames: int,
+    seed: int,
+    n_iter: int = 150,
+    factorizer: str = DEFAULT_FACTORIZER,
 ) -> Practice:
     """Mix solos of one to three objects, each changed in pitch, colour, level and time, and factorise the mixture.
 
@@ -116,6 +123,7 @@ def mix_solos(
         solos: of at least two objects.
         n_objects, n_bins, n_bases, n_frames: L, F, M, N.
         seed: everything follows from it.
+        factorizer: that of the clips, by name.
     """
     rng = np.random.default_rng(seed)
     by_object: dict[int, list[Solo]] = {}
@@ -130,7 +138,7 @@ def mix_solos(
     noise = _noise(parts.shape[1:], rng) * parts.square().sum(0).mean().sqrt()
     parts = torch.cat([parts, noise.abs().unsqueeze(0)])
     V = (torch.polar(parts[:-1], phases).sum(0) + noise).abs()
-    W, H = nmf.factorize(V, n_bases, n_iter=n_iter, seeds=seed)
+    W, H = get_factorizer(factorizer).factorize(V, n_bases, n_iter=n_iter, seeds=seed)
     shares = torch.zeros(n_objects + 1, n_bases)
     shares[[*chosen, n_objects]] = source_shares(parts, W, H)
     bases = torch.zeros(n_bases, n_bins)

@@ -12,6 +12,7 @@ import torch
 
 from avsep import evidence, plots, shards, stages, storage
 from avsep.familiarity import Familiarity
+from avsep.fetching.sources import origin
 from avsep.learning import bags, practice, training
 from avsep.learning.run import (
     MIXTURES_FILE,
@@ -34,7 +35,7 @@ _MAPS = 4  # relation maps drawn
 _AT_ONCE = 10  # practice mixtures of a task
 
 Solos = dict[str, list[practice.Solo]]  # by split
-Batch = tuple[list[practice.Solo], int, int, int, int, range]  # arguments of `mix_batch`
+Batch = tuple[list[practice.Solo], int, int, int, int, range, str]  # arguments of `mix_batch`
 
 
 # --------------------------------------------------------------------------------------- clips
@@ -75,9 +76,7 @@ def count_sources(files: Sequence[str]) -> dict[str, int]:
     for file in files:
         table = shards.read_table(file, ["split", "source"])
         for split, source in zip(*(table.column(c).to_pylist() for c in ("split", "source")), strict=True):
-            web = source.startswith(("http://", "https://"))
-            kind = "YouTube" if source.startswith("youtube:") else "web addresses" if web else "files"
-            counts[kind] += split == "train"
+            counts[origin(source)] += split == "train"
     return {kind: count for kind, count in counts.most_common() if count}
 
 
@@ -117,14 +116,16 @@ def plan_mixtures(parts: Sequence[Solos], split: str, wanted: int, config: Model
     kept = [s for i in sorted(objects) for s in [t for t in solos if t.object_index == i][:_SOLOS_AN_OBJECT]]
     n_frames = int(np.median([s.activations.shape[1] for s in kept]))
     shape = (len(config.objects), *config.extraction.shape, n_frames)
-    return [(kept, *shape, range(i, min(i + _AT_ONCE, wanted))) for i in range(0, wanted, _AT_ONCE)]
+    starts, factorizer = range(0, wanted, _AT_ONCE), config.extraction.factorizer
+    return [(kept, *shape, range(i, min(i + _AT_ONCE, wanted)), factorizer) for i in starts]
 
 
 def mix_batch(
-    solos: list[practice.Solo], n_objects: int, n_bins: int, n_bases: int, n_frames: int, seeds: range
+    solos: list[practice.Solo], n_objects: int, n_bins: int, n_bases: int, n_frames: int, seeds: range, factorizer: str
 ) -> tuple[int, list[practice.Practice]]:
     """Make some practice mixtures; return them with the first one's number."""
-    return seeds[0], [practice.mix_solos(solos, n_objects, n_bins, n_bases, n_frames, seed) for seed in seeds]
+    shape = n_objects, n_bins, n_bases, n_frames
+    return seeds[0], [practice.mix_solos(solos, *shape, seed, factorizer=factorizer) for seed in seeds]
 
 
 def keep_mixtures(out: str, made: Mapping[str, list[practice.Practice]]) -> list[practice.Practice]:

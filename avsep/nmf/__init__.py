@@ -2,4 +2,6 @@
 
 from avsep.nmf.kl import factorize, infer_activations, kl_divergence
 
-__all__ = ["factorize", "infer_activations", "kl_divergence"]
+divergence = kl_divergence  # what makes this room a `factors.Factorizer`
+
+__all__ = ["divergence", "factorize", "infer_activations", "kl_divergence"]

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib
-import operator
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from avsep.nmf import amx, code, cpu
 from avsep.nmf.code import FLOOR, TINY
+from avsep.nmf.ends import check_magnitudes, checked_start, draw_start, normalise, scale_of, whole_number
 
 _CPU_BLOCK = 128  # rows of V whose V/(WH) stays in a core's cache between the two updates
 
@@ -51,21 +50,21 @@ def factorize(
     Raises:
         ValueError: V is negative, infinite or NaN somewhere, the shapes disagree, or a number isn't whole or in range.
     """
-    V = _check_magnitudes(V)
+    V = check_magnitudes(V)
     lead, (n_bins, n_frames) = V.shape[:-2], V.shape[-2:]
-    n_bases, n_iter = _whole("n_bases", n_bases, 1), _whole("n_iter", n_iter)
+    n_bases, n_iter = whole_number("n_bases", n_bases, 1), whole_number("n_iter", n_iter)
     flat = V.reshape(-1, n_bins, n_frames)
-    scale = _scale(flat)
+    scale = scale_of(flat)
     flat = flat * scale
-    W, H = _start(flat, n_bases, seeds)
+    W, H = draw_start(flat, n_bases, seeds)
     if W0 is not None:
-        W = _checked_start("W0", W0, (*lead, n_bins, n_bases), W)
+        W = checked_start("W0", W0, (*lead, n_bins, n_bases), W)
     if H0 is not None:
-        H = _checked_start("H0", H0, (*lead, n_bases, n_frames), H) * scale
+        H = checked_start("H0", H0, (*lead, n_bases, n_frames), H) * scale
     if n_iter:
-        W, H = W * _scale(W), H * _scale(H)  # no update depends on the level of those before
+        W, H = W * scale_of(W), H * scale_of(H)  # no update depends on the level of those before
     _update(flat, W, H, n_iter, update_bases=True, accelerated=accelerated)
-    W, H = _normalise(W, H)
+    W, H = normalise(W, H)
     H /= scale
     return W.reshape(*lead, n_bins, n_bases), H.reshape(*lead, n_bases, n_frames)
 
@@ -87,21 +86,21 @@ def infer_activations(V: Tensor, W: Tensor, *, n_iter: int = 100, H0: Tensor | N
     Raises:
         ValueError: negative or non-finite input, shapes that disagree, or `n_iter` below 0 or not whole.
     """
-    V, n_iter = _check_magnitudes(V), _whole("n_iter", n_iter)
+    V, n_iter = check_magnitudes(V), whole_number("n_iter", n_iter)
     lead, (n_bins, n_frames) = V.shape[:-2], V.shape[-2:]
     n_bases = W.shape[-1]
     if W.shape != (*lead, n_bins, n_bases):
         raise ValueError(f"W is {tuple(W.shape)}; for V {tuple(V.shape)} it must be {(*lead, n_bins, 'M')}")
     flat = V.reshape(-1, n_bins, n_frames)
-    scale = _scale(flat)
+    scale = scale_of(flat)
     flat = flat * scale
-    W = _check_magnitudes(W).reshape(-1, n_bins, n_bases).to(V.device)
-    level_of_W = _scale(W)
+    W = check_magnitudes(W).reshape(-1, n_bins, n_bases).to(V.device)
+    level_of_W = scale_of(W)
     W = W * level_of_W
     column_sums = W.sum(-2, keepdim=True).mT  # (B, M, 1)
     H = torch.where(column_sums > 0, 1 / column_sums.clamp_min(TINY), 0.0).expand(-1, -1, n_frames)
     if H0 is not None:
-        H = torch.where(column_sums > 0, _checked_start("H0", H0, (*lead, n_bases, n_frames), H), 0.0)
+        H = torch.where(column_sums > 0, checked_start("H0", H0, (*lead, n_bases, n_frames), H), 0.0)
         H = H / H.amax(-2, keepdim=True).clamp_min(TINY)
     sums = (column_sums * H).sum(-2, keepdim=True)
     H = H * torch.where(sums > 0, flat.sum(-2, keepdim=True) / sums.clamp_min(TINY), 0.0)  # WH has V's sums
@@ -134,63 +133,6 @@ def kl_divergence(V: Tensor, W: Tensor, H: Tensor) -> Tensor:
         terms = torch.where(v > 0, v / wh, 1.0).log_().mul_(v).sub_(v).add_(wh)  # torch's xlogy is slow
         total += terms.sum((-2, -1), dtype=torch.float64)
     return total
-
-
-def _check_magnitudes(V: Tensor) -> Tensor:
-    if V.ndim < 2:
-        raise ValueError(f"a matrix of shape {tuple(V.shape)} was given; (…, F, N) is needed")
-    if 0 in V.shape[-2:]:
-        raise ValueError(f"a matrix of shape {tuple(V.shape)} was given; it needs at least one row and one column")
-    V = V.detach().to(torch.float32)
-    low, high = (float(x) for x in V.aminmax()) if V.numel() else (0.0, 0.0)
-    if not (low >= 0 and high < float("inf")):  # NaN fails both comparisons
-        raise ValueError(
-            f"magnitudes range from {low} to {high}; they must be finite and non-negative: pass abs() of a spectrogram"
-        )
-    return V
-
-
-def _whole(name: str, value: Any, least: int = 0, most: int = 2**63 - 1) -> int:
-    """Take an int, or a scalar of numpy or torch that is one."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or not least <= number <= most:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number from {least} to {most}")
-    return number
-
-
-def _scale(X: Tensor) -> Tensor:
-    """Return the power of two, `(B, 1, 1)`, that brings each matrix's maximum to between a half and one, or nearer."""
-    peak = X.amax((1, 2), keepdim=True)
-    return torch.ldexp(torch.ones_like(peak), -torch.frexp(peak).exponent.clamp(-120, 120))
-
-
-_SEEDS = -(2**63), 2**64 - 1  # that torch takes
-
-
-def _start(V: Tensor, n_bases: int, seeds: Sequence[int] | int | None) -> tuple[Tensor, Tensor]:
-    """Draw positive W and H on the CPU, so that every device starts alike; `WH` has V's mean."""
-    n_clips, n_bins, n_frames = V.shape
-    if not isinstance(seeds, Sized) or getattr(seeds, "ndim", 1) == 0:
-        seeds = [_whole("seeds", 0 if seeds is None else seeds, *_SEEDS)] * n_clips
-    if len(seeds) != n_clips:
-        raise ValueError(f"{len(seeds)} seeds for {n_clips} clips: give one a clip, or a single int")
-    W = torch.empty(n_clips, n_bins, n_bases)
-    H = torch.empty(n_clips, n_bases, n_frames)
-    for i, seed in enumerate(seeds):
-        generator = torch.Generator().manual_seed(_whole("a seed", seed, *_SEEDS))
-        W[i] = torch.rand(n_bins, n_bases, generator=generator) + 0.1
-        H[i] = torch.rand(n_bases, n_frames, generator=generator) + 0.1
-    level = (V.mean((-2, -1), keepdim=True) / n_bases).sqrt()
-    return W.to(V.device) * level, H.to(V.device) * level
-
-
-def _checked_start(name: str, start: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    if tuple(start.shape) != shape:
-        raise ValueError(f"{name} is {tuple(start.shape)}; it must be {shape}")
-    return _check_magnitudes(start).to(like.device).reshape(like.shape).clone()
 
 
 def _update(V: Tensor, W: Tensor, H: Tensor, n_iter: int, *, update_bases: bool, accelerated: bool = False) -> None:
@@ -336,12 +278,3 @@ def _ratio(V: Tensor, W: Tensor, H: Tensor, *, out: Tensor) -> None:
     """`out ← V / (W H)`, with 0 where both are 0 and a finite value where only WH is."""
     torch.bmm(W, H, out=out)
     torch.div(V, out.clamp_min_(FLOOR), out=out)
-
-
-def _normalise(W: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale each basis to maximum one and its activations inversely; `WH` is unchanged."""
-    peak = W.amax(-2, keepdim=True)
-    used = (peak > TINY) & (H.amax(-1).unsqueeze(-2) > 0)
-    W = torch.where(used, W / peak.clamp_min(TINY), 0.0)
-    H = torch.where(used.mT, H * peak.mT, 0.0)
-    return W, H

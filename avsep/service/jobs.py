@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from avsep import fetching, media
 from avsep.factors import ExtractionConfig, Factorize
-from avsep.fetching import EgressIdentity
+from avsep.fetching import EgressIdentity, sources
 from avsep.records import ClipError, Segment
 from avsep.separation import Separator
 from avsep.service.config import ServiceConfig, log
@@ -138,7 +138,7 @@ class JobWorker:
         """Bring what a client named to the job's folder."""
         left = min(self.config.max_upload_s, deadline - time.time())
         target = folder / UPLOAD
-        if not url.startswith("youtube:"):
+        if sources.is_web(url):
             download(url, target, self.config.max_upload_bytes, left, step=step)
             return
         options = fetching.FetchOptions(

@@ -6,6 +6,7 @@ import http
 from datetime import UTC, datetime
 from typing import Any
 
+from avsep.fetching import sources
 from avsep.separation import REST
 from avsep.service.answers import Audio, Card, Job, ProblemBody, Relation, Result, SeparatedObject
 from avsep.service.config import ServiceConfig
@@ -67,8 +68,8 @@ def parse_options(fields: dict[str, list[str]], *, has_file: bool, urls: bool, c
         raise Problem(422, "send either a 'file' or a 'url'" if url else "send a video or sound as the field 'file'")
     if url and not urls:
         raise Problem(403, "this service takes files only, no URLs")
-    if url and not url.startswith(("http://", "https://", "youtube:")):
-        raise Problem(422, "a 'url' is http://…, https://… or youtube:ID")
+    if url and not sources.is_fetched(url):
+        raise Problem(422, f"a 'url' is {sources.forms()}")
     objects = _objects(fields["objects"], card) if "objects" in fields else None
     return Options(url=url or None, objects=objects, bases=_bases(fields.get("bases", [""])[0], card))
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from avsep import nmf
-from avsep.nmf import amx, cpu, kl
+from avsep.nmf import amx, cpu, ends, kl
 from avsep.stft import STFT
 from tests.benchmarks import measure
 
@@ -30,7 +30,7 @@ def sides(n_bases: int, n_iter: int, quick: bool = False) -> dict[str, Callable[
     """Every implementation, ready to run; each returns its (W, H)."""
     warnings.simplefilter("ignore")
     V = spectrogram()
-    W0, H0 = (x[0] for x in kl._start(V.unsqueeze(0), n_bases, 0))
+    W0, H0 = (x[0] for x in ends.draw_start(V.unsqueeze(0), n_bases, 0))
     v, w0, h0 = (x.numpy() for x in (V, W0, H0))
 
     def ours(accelerated: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

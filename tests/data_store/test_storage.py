@@ -31,6 +31,13 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         ("s3://bucket/key", True),
         ("memory://x", True),
         ("youtube:-_abc", True),
+        ("anysite:1", True),
+        ("take:1.wav", False),
+        ("./take:1", False),
+        ("take:1/a", False),
+        ("take:*", False),
+        ("C:a", False),
+        ("run:12:30", False),
         ("/a/b.mp4", False),
         ("a.mp4", False),
         ("C:/a.mp4", False),
@@ -414,7 +421,7 @@ def test_what_a_web_server_says_is_told(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"can't be reached: .*Connection refused"), storage.local_file(address):
         pass
     with (
-        pytest.raises(ValueError, match=r"pipelines.extract downloads from YouTube"),
+        pytest.raises(ValueError, match=r"^youtube:abc: pipelines.extract downloads such; give a file here"),
         storage.local_file("youtube:abc"),
     ):
         pass

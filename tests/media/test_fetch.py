@@ -44,6 +44,7 @@ from avsep.fetching import (
     within,
     ytdlp,
 )
+from avsep.fetching.sources import SCHEMES, forms, is_remote, origin
 from avsep.media import cut
 from avsep.records import ClipError, Reason, Segment, validate
 
@@ -487,6 +488,37 @@ def test_sources_that_are_none(store: str, options: FetchOptions) -> None:
         fetch(segment("/a/film.mp4"), store, budget(), options)
     with pytest.raises(ClipError, match="no YouTube id"):
         fetch(segment("youtube:../../etc"), store, budget(), options)
+
+
+class Tapes:
+    """A site with ids of its own, served from loopback."""
+
+    SCHEME, NAME = "tape", "Tapes"
+    ID, ID_RULE = re.compile("[a-z]{4}"), "four small letters"
+    FILES = ("tape-{}",)
+
+    def __init__(self, server: Server) -> None:
+        self.PAGE = server.url("ok/{}.mp4")
+
+
+def test_another_site_is_an_entry(
+    files: Path, server: Server, store: str, options: FetchOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sources are fetched, its ids checked, its files known; another scheme is refused in one line."""
+    monkeypatch.setitem(SCHEMES, "tape", Tapes(server))
+    wanted = segment("tape:film")
+    assert is_remote(wanted) and origin(wanted.source) == "Tapes" and origin("youtube:x") == "YouTube"
+    result = fetch(wanted, store, budget(), options)
+    assert len(media.decode(Path(result.path)).images) == 2 and set(server.requests) == {"/ok/film.mp4"}
+    owned = files.parent / f"{files.name}-owned" / "tape-film_2.mp4"
+    owned.parent.mkdir()
+    owned.write_bytes((files / "film.mp4").read_bytes())
+    assert find_media(str(owned.parent), [wanted]) == {"a": str(owned)}
+    assert forms() == "http://…, https://…, youtube:ID or tape:ID"
+    with pytest.raises(ClipError, match="'FILM' is no Tapes id: four small letters"):
+        fetch(segment("tape:FILM"), store, budget(), options)
+    with pytest.raises(ValueError, match=r"disc:film is not to be fetched: that is http://…, .* or tape:ID$"):
+        fetch(segment("disc:film"), store, budget(), options)
 
 
 # Trying again

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from avsep import nmf
-from avsep.nmf import amx, code, cpu, kl
+from avsep.nmf import amx, code, cpu, ends, kl
 from avsep.stft import STFT
 from avsep.synthetic import SceneConfig, render_scene
 
@@ -76,16 +76,16 @@ def test_the_kernel_does_what_torch_does(n_bins: int, n_frames: int, n_bases: in
 def test_matrix_units_are_as_exact_as_float32() -> None:
     """200 iterations end as near to float64's factors as those of the vector units do."""
     V, n_bases = sounding(3), 25
-    W0, H0 = (x[0] for x in kl._start(V[None], n_bases, 0))
+    W0, H0 = (x[0] for x in ends.draw_start(V[None], n_bases, 0))
     W, H, V_64 = W0.double(), H0.double(), V.double()
     for _ in range(200):
         W *= (V_64 / (W @ H).clamp_min(1e-20)) @ H.T / H.sum(1)
         H *= W.T @ (V_64 / (W @ H).clamp_min(1e-20)) / W.sum(0)[:, None]
-    exact = kl._normalise(W.float(), H.float())
+    exact = ends.normalise(W.float(), H.float())
 
     def distance(problem: code.Problem) -> float:
         problem.run(200)
-        found = kl._normalise(*problem.factors())
+        found = ends.normalise(*problem.factors())
         return max(float((a - b).square().mean().sqrt() / b.max()) for a, b in zip(found, exact, strict=True))
 
     *on_vectors, on_matrices = (distance(p) for p in problems(V, W0, H0))

@@ -1,7 +1,11 @@
+import functools
 import hashlib
+import http.server
 import json
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +13,12 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
+from PIL import Image
 from torch import Tensor, nn
 
 from avsep import lite, storage, synthetic, vision
 from avsep.objects import object_index, object_scores
-from avsep.vision import ImageLabeller, LabellerUnavailable, Preprocessing, build_network
+from avsep.vision import NETWORKS, ImageLabeller, LabellerUnavailable, PictureNetwork, Preprocessing, build_network
 
 TINY = "squeezenet1_1"  # the smallest of torchvision's with 1000 classes: 5 MB
 CLASSES = (889, 0, 420)
@@ -262,6 +267,61 @@ def test_files_that_do_not_fit_are_one_line_each(pth: Path, tmp_path: Path) -> N
     expected = r"'nosuchnet' is no picture network .*: give efficientnet_lite0, efficientnet_lite2, or a class"
     with pytest.raises(LabellerUnavailable, match=expected):
         ImageLabeller.load("nosuchnet")
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[Path, str, list[str]]]:
+    """A folder, its address on loopback, and what was asked for there."""
+    asked: list[str] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_request(self, *_: object) -> None:
+            asked.append(self.path)
+
+    (tmp_path / "www").mkdir()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=tmp_path / "www")) as s:
+        threading.Thread(target=s.serve_forever, daemon=True).start()
+        yield tmp_path / "www", f"http://127.0.0.1:{s.server_port}", asked
+        s.shutdown()
+
+
+def blots(n_outputs: int) -> nn.Module:
+    """Logits of the mean colour."""
+    torch.manual_seed(3)
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, n_outputs))
+
+
+def test_another_picture_network_is_an_entry(
+    served: tuple[Path, str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are downloaded once, its pictures cut, resized and scaled as it says; it is saved and loaded."""
+    folder, address, asked = served
+    torch.save(blots(1000).state_dict(), folder / "plain.pth")
+    name = f"blots-{hashlib.sha256((folder / 'plain.pth').read_bytes()).hexdigest()[:8]}.pth"
+    (folder / "plain.pth").rename(folder / name)
+    look = Preprocessing(8, 0.5, (0.0,) * 3, (0.5,) * 3, Image.Resampling.NEAREST)
+    monkeypatch.setitem(NETWORKS, "blots", PictureNetwork(blots, look, f"{address}/{name}"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    labeller, again = ImageLabeller.load("blots"), ImageLabeller.load("blots")
+    assert asked == [f"/{name}"] and labeller.sha256 == again.sha256
+    image = pictures(1, 32)
+    with torch.inference_mode():
+        middle = torch.from_numpy(image[:, 9:24:2, 9:24:2])  # of NEAREST, every second pixel of the middle half
+        expected = blots(1000)(middle.permute(0, 3, 1, 2) / 255 / 0.5)
+    torch.testing.assert_close(labeller.evidence(image, "centre"), expected)
+    small = ImageLabeller("blots", blots(3), "", CLASSES)
+    small.save(tmp_path / "small.safetensors")
+    back = ImageLabeller.load(weights=tmp_path / "small.safetensors")
+    assert torch.equal(back(image), small(image)) and back.preprocessing == look
+    with pytest.raises(LabellerUnavailable, match="give efficientnet_lite0, efficientnet_lite2, blots, or a class"):
+        ImageLabeller.load("nosuchnet")
+    monkeypatch.setitem(NETWORKS, "blots", PictureNetwork(blots, look, f"{address}/blots-00000000.pth"))
+    with pytest.raises(LabellerUnavailable, match=r"of blots can't be downloaded \(.*404.*fetch .*pass --weights FILE"):
+        ImageLabeller.load("blots")
+    monkeypatch.setitem(NETWORKS, "blots", PictureNetwork(blots, look))
+    with pytest.raises(LabellerUnavailable, match="'blots' is no picture network with ImageNet weights"):
+        ImageLabeller.load("blots")
 
 
 def test_loading_a_file_never_runs_code_from_it(tmp_path: Path) -> None:
