@@ -18,6 +18,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import generated
 import numpy as np
 import soundfile
 import sources
@@ -187,6 +188,8 @@ def main() -> None:
         folder, version = fetch(font.package, out)
         for object_, name, x in effects(folder / font.path):
             keep(object_, font.source, name, font.package, version, font.licence, x)
+        for object_, name, x in generated.sounds():
+            keep(object_, "generated", name, "", "", "this project's own", x)
         for of in sources.RECORDINGS:
             folder, version = fetch(of.package, out)
             n = 0

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from scipy.signal import fftconvolve
+from scipy.fft import irfft, rfft
+from scipy.signal import oaconvolve
 
 RATE, SECONDS = 48_000, 10
 LENGTH = RATE * SECONDS
@@ -27,8 +28,12 @@ VEHICLES = {"car", "train", "plane", "motorcycle"}
 ANIMALS = {"cat", "dog", "chicken", "frog"}
 RINGING = {"banjo", "acoustic_guitar", "electric_guitar", "drum", "harp", "marimba", "piano"}
 CHORDS = {"acoustic_guitar", "electric_guitar", "piano", "accordion", "harp", "harmonica", "drum", "banjo", "marimba"}
-BOWED_OR_BLOWN = {"violin", "cello", "flute", "saxophone", "trombone", "french_horn", "harmonica", "offscreen_winds", "offscreen_brass"}
+BOWED = {"violin", "cello", "offscreen_ensembles"}
+BLOWN = {"flute", "saxophone", "trombone", "french_horn", "harmonica", "offscreen_winds", "offscreen_brass"}
 LOOPED = {"offscreen_effects", "offscreen_people", "offscreen_animals", "offscreen_things", "offscreen_speech"}
+_HERTZ = np.fft.rfftfreq(LENGTH, 1 / RATE).astype(np.float32)
+_OCTAVES = np.log2(np.maximum(_HERTZ, 30) / 30)  # above 30 Hz
+_COARSE = np.linspace(0, 9.7, 200)
 Bank = dict[str, dict[str, list[str]]]  # object: source: files
 
 
@@ -63,8 +68,8 @@ def played(x: np.ndarray, rng: np.random.Generator, semitones: float, vibrato: b
     t = np.arange(int((len(x) - 1) / factor * 0.99)) / RATE
     rate, depth = rng.uniform(4, 7), rng.uniform(8, 45) / 1200 * np.log(2)
     onset = np.clip((t - rng.uniform(0, 0.3)) / 0.3, 0, 1)
-    position = factor * (t - depth / (2 * np.pi * rate) * onset * np.cos(2 * np.pi * rate * t + rng.uniform(0, 6))) * RATE
-    y = np.interp(position, np.arange(len(x)), x).astype(np.float32)
+    swing = depth / (2 * np.pi * rate) * onset * np.cos(2 * np.pi * rate * t + rng.uniform(0, 6))
+    y = np.interp(factor * (t - swing) * RATE, np.arange(len(x)), x).astype(np.float32)
     return y * (1 + rng.uniform(0, 0.25) * onset * np.sin(2 * np.pi * rate * t + rng.uniform(0, 6))).astype(np.float32)
 
 
@@ -89,8 +94,10 @@ def tune(object_: str, files: list[str], rng: np.random.Generator) -> np.ndarray
     """Play an instrument: a phrase of some notes of one source."""
     y = np.zeros(LENGTH, np.float32)
     files = [files[i] for i in rng.permutation(len(files))[: rng.integers(4, 14)]]
-    tempo, tuning = rng.uniform(0.5, 1.6), rng.normal(0, 0.6) + (rng.choice([-3, -2, 2, 3]) if rng.random() < 0.25 else 0)
-    vibrato = object_ in BOWED_OR_BLOWN and rng.random() < 0.6
+    tempo, tuning = rng.uniform(0.5, 1.6), rng.normal(0, 0.6)
+    if rng.random() < 0.25:
+        tuning += rng.choice([-3, -2, 2, 3])
+    vibrato = object_ in BOWED | BLOWN and rng.random() < 0.6
     chords = object_ in CHORDS and rng.random() < 0.4
     legato = rng.uniform(0.7, 1.1)
     t = rng.uniform(0, 0.6) if rng.random() < 0.8 else rng.uniform(0.6, 4)
@@ -171,18 +178,19 @@ def level(y: np.ndarray) -> np.ndarray:
 
 def coloured(y: np.ndarray, rng: np.random.Generator, decibels: float) -> np.ndarray:
     """Pass through a random equaliser of eight points of this deviation, and a tilt."""
-    octave = np.log2(np.maximum(np.fft.rfftfreq(LENGTH, 1 / RATE), 30) / 30)
-    gain = np.interp(octave, np.linspace(0, 9.7, 8), rng.normal(0, decibels, 8)) + rng.normal(0, decibels / 3) * (octave - 5)
-    return np.fft.irfft(np.fft.rfft(y) * 10 ** (np.clip(gain, -40, 25) / 20), LENGTH)
+    gain = np.interp(_COARSE, np.linspace(0, 9.7, 8), rng.normal(0, decibels, 8))
+    gain += rng.normal(0, decibels / 3) * (_COARSE - 5)
+    curve = np.interp(_OCTAVES, _COARSE, 10 ** (np.clip(gain, -40, 25) / 20)).astype(np.float32)
+    return irfft(rfft(y) * curve, LENGTH)
 
 
 def noise(rng: np.random.Generator) -> np.ndarray:
     """Noise of a random slope, sometimes swelling as wind does, with an RMS of one."""
-    f = np.maximum(np.fft.rfftfreq(LENGTH, 1 / RATE), 20)
-    x = np.fft.irfft(np.fft.rfft(rng.standard_normal(LENGTH)) * f ** -rng.uniform(0, 1.2), LENGTH)
+    slope = 2 ** (-rng.uniform(0, 1.2) * _OCTAVES)
+    x = irfft(rfft(rng.standard_normal(LENGTH, np.float32)) * slope, LENGTH)
     x = coloured(x, rng, rng.uniform(0, 5))
     if rng.random() < 0.5:
-        x *= 10 ** (np.interp(np.arange(LENGTH), np.linspace(0, LENGTH, 9), rng.normal(0, 5, 9)) / 20)
+        x = x * np.interp(np.arange(LENGTH), np.linspace(0, LENGTH, 9), 10 ** (rng.normal(0, 5, 9) / 20))
     return level(x)
 
 
@@ -198,27 +206,27 @@ class Room:
         if not self.seconds:
             return x
         n = int(self.seconds * RATE)
-        t = np.arange(n) / RATE
-        tail = rng.standard_normal(n) * 10 ** (-3 * t / self.seconds)
-        tail = np.fft.irfft(np.fft.rfft(tail) / (1 + (np.fft.rfftfreq(n, 1 / RATE) / rng.uniform(2000, 9000)) ** 2) ** 0.5, n)
+        t = np.arange(n, dtype=np.float32) / RATE
+        tail = rng.standard_normal(n, np.float32) * np.exp2(-9.97 * t / self.seconds, dtype=np.float32)
+        tail = irfft(rfft(tail) / (1 + (np.fft.rfftfreq(n, 1 / RATE) / rng.uniform(2000, 9000)) ** 2) ** 0.5, n)
         tail[: int(rng.uniform(0.003, 0.02) * RATE)] = 0
         for _ in range(6):  # early reflections
             tail[int(rng.uniform(0.003, 0.04) * RATE)] += rng.choice([-1, 1]) * rng.uniform(0.2, 1) * np.abs(tail).max()
-        wet = fftconvolve(x, tail.astype(np.float32))[:LENGTH].astype(np.float32)
+        wet = oaconvolve(x, tail.astype(np.float32))[:LENGTH].astype(np.float32)
         return level(x + level(wet) * 10 ** (self.wet / 20))
 
 
 def microphone(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Record: a band, a colour, noise, sometimes a limiter, then a level."""
-    f = np.fft.rfftfreq(LENGTH, 1 / RATE)
-    spectrum = np.fft.rfft(level(x))
+    f = _HERTZ
+    spectrum = rfft(level(x))
     if rng.random() < 0.5:
         low = np.exp(rng.uniform(np.log(40), np.log(250)))
         spectrum *= f**2 / (f**2 + low**2)
     if rng.random() < 0.4:
         high = np.exp(rng.uniform(np.log(3500), np.log(16_000)))
         spectrum /= 1 + (f / high) ** rng.choice([4, 8, 16])
-    x = level(np.fft.irfft(spectrum, LENGTH))
+    x = level(irfft(spectrum, LENGTH))
     x = x + noise(rng) * 10 ** (-np.abs(rng.normal(45, 12)) / 20)
     if rng.random() < 0.25:
         drive = rng.uniform(0.3, 1.2)

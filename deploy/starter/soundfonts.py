@@ -42,14 +42,14 @@ class Bank:
 
 
 class Patch:
-    """A Gravis Ultrasound patch: samples of an instrument, each for a range of frequencies."""
+    """A Gravis Ultrasound patch: samples of an instrument, each at a pitch of its own."""
 
     def __init__(self, path: Path) -> None:
         data = path.read_bytes()
         n_samples, at = data[198], 239  # after the file's, the instrument's and the layer's headers
         self._samples = []
         for _ in range(n_samples):
-            size, begin, end, rate, low, high, root = struct.unpack_from("<IIIHIII", data, at + 8)
+            size, begin, end, rate, _, _, root = struct.unpack_from("<IIIHIII", data, at + 8)
             mode = data[at + 55]
             raw = data[at + 96 : at + 96 + size]
             kind = ("u2" if mode & 2 else "<i2") if mode & 1 else ("u1" if mode & 2 else "i1")
@@ -57,13 +57,13 @@ class Patch:
             x = (x - (32768 if mode & 1 else 128) * bool(mode & 2)) / (32768 if mode & 1 else 128)
             width = 2 if mode & 1 else 1
             loop = (begin // width, end // width) if mode & 4 and end > begin else None
-            self._samples.append((low, high, root, rate, x, loop))
+            self._samples.append((root, rate, x, loop))
             at += 96 + size
 
     def note(self, key: int, seconds: float, decay_s: float | None) -> np.ndarray:
         """Play one note; `decay_s`, for what is struck or plucked, is the time in which it falls by 60 dB."""
         hertz = 440_000 * 2 ** ((key - 69) / 12)
-        low, high, root, rate, x, loop = min(self._samples, key=lambda s: abs(np.log(s[2] / hertz)))
+        root, rate, x, loop = min(self._samples, key=lambda s: abs(np.log(s[0] / hertz)))
         step = hertz / root * rate / RATE
         position = np.arange(int((seconds + _RELEASE_S) * RATE)) * step
         if loop:
@@ -77,7 +77,7 @@ class Patch:
 
     def hit(self) -> np.ndarray:
         """Play a drum's sample as it is."""
-        low, high, root, rate, x, _ = self._samples[0]
+        _, rate, x, _ = self._samples[0]
         return np.interp(np.arange(int(len(x) * RATE / rate)) * rate / RATE, np.arange(len(x)), x).astype(np.float32)
 
 

@@ -71,13 +71,16 @@ DRUM_KITS = (0, 8, 16, 32, 40)  # of bank 128: standard, room, power, jazz, brus
 # Sound effects of fluid-soundfont-gs: (bank, program) of each object; three keys each.
 EFFECTS = {
     "dog": ((1, 123),), "car": ((1, 125), (3, 125)), "train": ((6, 125),), "plane": ((7, 125),),
-    "offscreen_effects": ((1, 122), (2, 122), (3, 122), (4, 122), (5, 122), (2, 123), (3, 123), (1, 126), (2, 126), (5, 126)),
+    "offscreen_effects": ((1, 122), (2, 122), (3, 122), (4, 122), (5, 122), (2, 123), (3, 123),
+                          (1, 126), (2, 126), (5, 126)),
 }  # fmt: skip
 EFFECTS_FONT = Soundfont("fluidgs", "fluid-soundfont-gs", "usr/share/sounds/sf2/FluidR3_GS.sf2", "MIT")
 
 _CC3, _GPL2 = "CC-BY-SA-3.0", "GPL-2+"
 _WESNOTH = "wesnoth-1.16-data"
 _OPENTTD = "openttd-opensfx"
+_OPENSFX = "CC-BY-SA-3.0, or as its readme says of a file: CC-BY-3.0, CC0 or public domain"
+_BTANKS = "GPL-2+ with an exception for the engine"
 RECORDINGS = (
     Recordings("cat", "scratch", "scratch", ("*/Animal/Cat.mp3", "*/Animal/Kitten.wav", "*/Animal/Meow.wav"), _CC3),
     Recordings("dog", "scratch", "scratch", ("*/Animal/Dog?.wav", "*/Animal/WolfHowl.wav"), _CC3),
@@ -100,18 +103,20 @@ RECORDINGS = (
     Recordings("frog", "tuxpaint", "tuxpaint-stamps-default", ("*/amphibians/frog.ogg",), "GPL-2"),
     Recordings("frog", "widelands", "widelands-data", ("*/animals/frog.ogg",), _GPL2),
     Recordings("car", "torcs", "torcs-data", tuple(f"*/torcs/data/sound/{n}.wav" for n in (
-        "206_engine", "935", "944", "alpha-romeo", "cleanviper", "clkdtmb2", "corolla1400hi2", "engine-1", "evo7_engine*",
+        "206_engine", "935", "944", "alpha-romeo", "cleanviper",
+        "clkdtmb2", "corolla1400hi2", "engine-1", "evo7_engine*",
         "f360", "ferrari*", "ford*", "gt40", "impreza2002_engine", "lamborghinidiablo", "lotus", "mclarenf1", "nsx",
         "porsche_engine", "renault-v10", "viper*", "xj220")), _GPL2),
-    Recordings("car", "btanks", "btanks-data", ("*/engine-car.ogg", "*/engine-start.ogg", "*/engine-vehicle.ogg"), _GPL2),
+    Recordings("car", "btanks", "btanks-data", ("*/engine-car.ogg", "*/engine-[sv]*.ogg"), _BTANKS),
     Recordings("car", "lincity", "lincity-ng-data", ("*/Trafic*.wav",), _GPL2),
-    Recordings("car", "micropolis", "micropolis-data", ("*/heavytraffic.wav", "*/honkhonk-*.wav", "*/ignition.wav"), "GPL-3+"),
+    Recordings("car", "micropolis", "micropolis-data", ("*/heavytraffic.wav", "*/honkhonk*.wav", "*/ignition.wav"),
+               "GPL-3+"),
     Recordings("car", "opencity", "opencity-data", ("*/wroum.wav",), _GPL2),
     Recordings("car", "scratch", "scratch", ("*/CarPassing.wav",), _CC3),
-    Recordings("train", "btanks", "btanks-data", ("*/train.ogg",), _GPL2),
-    Recordings("train", "rili", "ri-li-data", ("*/speed.wav", "*/wagon.wav"), _GPL2),
-    Recordings("train", "openttd", _OPENTTD, tuple(f"*/opensfx.cat:{i:02d}" for i in (4, 5, 10, 13, 65, 71)), "CC-BY-3.0 or CC0"),
-    Recordings("plane", "openttd", _OPENTTD, tuple(f"*/opensfx.cat:{i:02d}" for i in (8, 9, 59, 61, 69)), "CC-BY-3.0 or CC0"),
+    Recordings("train", "btanks", "btanks-data", ("*/train.ogg",), _BTANKS),
+    Recordings("train", "rili", "ri-li-data", ("*/speed.wav", "*/wagon.wav"), "GPL-2 or GPL-3"),
+    Recordings("train", "openttd", _OPENTTD, tuple(f"*/opensfx.cat:{i:02d}" for i in (4, 5, 10, 13, 65, 71)), _OPENSFX),
+    Recordings("plane", "openttd", _OPENTTD, tuple(f"*/opensfx.cat:{i:02d}" for i in (8, 9, 59, 61, 69)), _OPENSFX),
     Recordings("plane", "searchandrescue", "searchandrescue-data", ("*/jet_engine_*.wav",), "GPL-2"),
     Recordings("plane", "lincity", "lincity-ng-data", ("*/ParklandPlane*.wav",), _GPL2),
     Recordings("plane", "crrcsim", "crrcsim-data", ("*/electric.wav", "*/fan.wav"), "GPL-2"),
@@ -129,8 +134,8 @@ RECORDINGS = (
           ("ColomboAcousticDrumkit", ("*.flac",), "GPL-2+ with an exception for music"),
           ("ForzeeStereo", ("C*.wav", "HiHat*.wav", "Kick*.wav", "Ride*.wav", "Snare*.wav", "Tom*.wav"), "GPL-2"),
           ("Millo_MultiLayered*", ("bd*", "cr*", "f*", "h*", "ride*", "rsnare*", "s[dr]*", "t*"), "GPL-2"))),
-    *(Recordings("offscreen_speech", f"asterisk-{lang}", f"asterisk-core-sounds-{lang}-wav", ("*/sounds/*/*.wav",), _CC3)
-      for lang in ("en", "fr", "es", "it", "ru")),
+    *(Recordings("offscreen_speech", f"asterisk-{lang}", f"asterisk-core-sounds-{lang}-wav", ("*/sounds/*/*.wav",), cc)
+      for lang, cc in (("en", _CC3), ("fr", _CC3), ("es", _CC3), ("it", "CC-BY-3.0"), ("ru", "CC-BY-3.0"))),
     Recordings("offscreen_speech", "tuxpaint", "tuxpaint-stamps-default", ("*_desc*.ogg",), "GPL-2"),
     Recordings("offscreen_people", "scratch", "scratch", ("*/Human/*", "*/Vocals/*"), _CC3),
     Recordings("offscreen_animals", "scratch", "scratch", (
