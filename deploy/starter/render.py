@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import soundfile
 from scipy.fft import irfft, rfft
-from scipy.signal import oaconvolve
 
 RATE, SECONDS = 48_000, 10
 LENGTH = RATE * SECONDS
@@ -157,7 +156,7 @@ def engine(files: list[str], rng: np.random.Generator) -> np.ndarray:
 
 
 def perform(object_: str, bank: Bank, rng: np.random.Generator) -> np.ndarray:
-    """Ten seconds of one object from one source, coloured, with an RMS of one."""
+    """Ten seconds of one object from one source, coloured: their spectrum."""
     by_source = bank[object_]
     names = sorted(by_source)
     weight = np.array([len(by_source[n]) for n in names]) ** 0.4
@@ -168,30 +167,26 @@ def perform(object_: str, bank: Bank, rng: np.random.Generator) -> np.ndarray:
         y = calls(files, rng)
     else:
         y = tune(object_, files, rng)
-    return level(coloured(y, rng, np.abs(rng.normal(0, 4.5))))
+    return coloured(rfft(y), rng, np.abs(rng.normal(0, 4.5)))
 
 
-def level(y: np.ndarray) -> np.ndarray:
-    """Bring to an RMS of one."""
-    return (y / (np.sqrt(np.mean(y**2)) + 1e-9)).astype(np.float32)
+def level(spectrum: np.ndarray, decibels: float = 0.0) -> np.ndarray:
+    """Bring a sound, given as its spectrum, to an RMS of so many dB."""
+    power = 2 * float(np.vdot(spectrum, spectrum).real) / LENGTH**2
+    return spectrum * np.float32(10 ** (decibels / 20) / np.sqrt(power + 1e-12))
 
 
-def coloured(y: np.ndarray, rng: np.random.Generator, decibels: float) -> np.ndarray:
+def coloured(spectrum: np.ndarray, rng: np.random.Generator, decibels: float) -> np.ndarray:
     """Pass through a random equaliser of eight points of this deviation, and a tilt."""
     gain = np.interp(_COARSE, np.linspace(0, 9.7, 8), rng.normal(0, decibels, 8))
     gain += rng.normal(0, decibels / 3) * (_COARSE - 5)
-    curve = np.interp(_OCTAVES, _COARSE, 10 ** (np.clip(gain, -40, 25) / 20)).astype(np.float32)
-    return irfft(rfft(y) * curve, LENGTH)
+    return spectrum * np.interp(_OCTAVES, _COARSE, 10 ** (np.clip(gain, -40, 25) / 20)).astype(np.float32)
 
 
 def noise(rng: np.random.Generator) -> np.ndarray:
-    """Noise of a random slope, sometimes swelling as wind does, with an RMS of one."""
-    slope = 2 ** (-rng.uniform(0, 1.2) * _OCTAVES)
-    x = irfft(rfft(rng.standard_normal(LENGTH, np.float32)) * slope, LENGTH)
-    x = coloured(x, rng, rng.uniform(0, 5))
-    if rng.random() < 0.5:
-        x = x * np.interp(np.arange(LENGTH), np.linspace(0, LENGTH, 9), 10 ** (rng.normal(0, 5, 9) / 20))
-    return level(x)
+    """Noise of a random slope and colour: its spectrum."""
+    white = rng.standard_normal((len(_OCTAVES), 2), np.float32).view(np.complex64)[:, 0]
+    return coloured(white * np.exp2(-np.float32(rng.uniform(0, 1.2)) * _OCTAVES), rng, rng.uniform(0, 5))
 
 
 class Room:
@@ -201,33 +196,30 @@ class Room:
         self.seconds = float(np.exp(rng.uniform(np.log(0.1), np.log(1.6)))) if rng.random() < share else 0.0
         self.wet = rng.uniform(-18, -1)
 
-    def hears(self, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Add the reverberation, from a place of its own."""
+    def hears(self, spectrum: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Add the reverberation, from a place of its own; what rings beyond the end comes at the beginning."""
         if not self.seconds:
-            return x
+            return level(spectrum)
         n = int(self.seconds * RATE)
         t = np.arange(n, dtype=np.float32) / RATE
-        tail = rng.standard_normal(n, np.float32) * np.exp2(-9.97 * t / self.seconds, dtype=np.float32)
-        tail = irfft(rfft(tail) / (1 + (np.fft.rfftfreq(n, 1 / RATE) / rng.uniform(2000, 9000)) ** 2) ** 0.5, n)
+        tail = np.zeros(LENGTH, np.float32)
+        tail[:n] = rng.standard_normal(n, np.float32) * np.exp2(-9.97 * t / self.seconds, dtype=np.float32)
         tail[: int(rng.uniform(0.003, 0.02) * RATE)] = 0
         for _ in range(6):  # early reflections
-            tail[int(rng.uniform(0.003, 0.04) * RATE)] += rng.choice([-1, 1]) * rng.uniform(0.2, 1) * np.abs(tail).max()
-        wet = oaconvolve(x, tail.astype(np.float32))[:LENGTH].astype(np.float32)
-        return level(x + level(wet) * 10 ** (self.wet / 20))
+            tail[int(rng.uniform(0.003, 0.04) * RATE)] += rng.choice([-1, 1]) * rng.uniform(0.5, 3)
+        dull = 1 / np.sqrt(1 + (_HERTZ / np.float32(rng.uniform(2000, 9000))) ** 2)
+        return level(level(spectrum) + level(spectrum * rfft(tail) * dull, self.wet))
 
 
-def microphone(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Record: a band, a colour, noise, sometimes a limiter, then a level."""
-    f = _HERTZ
-    spectrum = rfft(level(x))
+def microphone(spectrum: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Record: a band, noise, sometimes a limiter, then a level."""
     if rng.random() < 0.5:
         low = np.exp(rng.uniform(np.log(40), np.log(250)))
-        spectrum *= f**2 / (f**2 + low**2)
+        spectrum = spectrum * (_HERTZ**2 / (_HERTZ**2 + low**2)).astype(np.float32)
     if rng.random() < 0.4:
         high = np.exp(rng.uniform(np.log(3500), np.log(16_000)))
-        spectrum /= 1 + (f / high) ** rng.choice([4, 8, 16])
-    x = level(irfft(spectrum, LENGTH))
-    x = x + noise(rng) * 10 ** (-np.abs(rng.normal(45, 12)) / 20)
+        spectrum = spectrum / (1 + (_HERTZ / high) ** rng.choice([4, 8, 16])).astype(np.float32)
+    x = irfft(level(spectrum) + level(noise(rng), -np.abs(rng.normal(45, 12))), LENGTH)
     if rng.random() < 0.25:
         drive = rng.uniform(0.3, 1.2)
         x = np.tanh(x * drive) / drive
@@ -254,16 +246,16 @@ def clip(number: int, bank: Bank, seed: int) -> tuple[np.ndarray, list[str]]:
     rest = [o for o in objects if o != first]
     chosen = [first, *(rest[i] for i in rng.permutation(len(rest)))][:n]
     room = Room(rng)
-    mix = np.zeros(LENGTH, np.float32)
+    mix = np.zeros(len(_HERTZ), np.complex64)
     for object_ in chosen:
-        mix += room.hears(perform(object_, bank, rng), rng) * 10 ** (rng.uniform(-4.5, 4.5) / 20)
+        mix += room.hears(perform(object_, bank, rng), rng) * np.float32(10 ** (rng.uniform(-4.5, 4.5) / 20))
     n_others = int(rng.integers(1, 4)) if not chosen else int(rng.random() < OFFSCREEN)
     for _ in range(n_others):
         other = others[rng.integers(len(others))] if rng.random() < 0.8 else ""
         x = perform(other, bank, rng) if other else noise(rng)
-        mix += room.hears(x, rng) * 10 ** (rng.uniform(-16, -2) / 20)
+        mix += room.hears(x, rng) * np.float32(10 ** (rng.uniform(-16, -2) / 20))
     x = microphone(mix, rng)
-    return (codec(x, rng) if rng.random() < 0.35 else x), sorted(chosen)
+    return (codec(x, rng) if rng.random() < 0.3 else x), sorted(chosen)
 
 
 def write(number: int, bank: Bank, seed: int, out: Path, split: str) -> list[str]:
