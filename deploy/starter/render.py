@@ -253,7 +253,7 @@ def clip(number: int, bank: Bank, seed: int) -> tuple[np.ndarray, list[str]]:
     for _ in range(n_others):
         other = others[rng.integers(len(others))] if rng.random() < 0.8 else ""
         x = perform(other, bank, rng) if other else noise(rng)
-        mix += room.hears(x, rng) * np.float32(10 ** (rng.uniform(-16, -2) / 20))
+        mix += room.hears(x, rng) * np.float32(10 ** (rng.uniform(-15, 0) / 20))
     x = microphone(mix, rng)
     return (codec(x, rng) if rng.random() < 0.3 else x), sorted(chosen)
 
