@@ -21,8 +21,8 @@ from scipy.fft import irfft, rfft
 
 RATE, SECONDS = 48_000, 10
 LENGTH = RATE * SECONDS
-N_OBJECTS = (0.07, 0.33, 0.42, 0.18)  # shares of clips of none, one, two and three objects
-OFFSCREEN = 0.3  # share of the others that have another sound, too
+N_OBJECTS = (0.16, 0.31, 0.37, 0.16)  # shares of clips of none, one, two and three objects
+OFFSCREEN = 0.4  # share of the others that have another sound, too
 VEHICLES = {"car", "train", "plane", "motorcycle"}
 ANIMALS = {"cat", "dog", "chicken", "frog"}
 RINGING = {"banjo", "acoustic_guitar", "electric_guitar", "drum", "harp", "marimba", "piano"}
