@@ -314,7 +314,7 @@ def test_another_picture_network_is_an_entry(
     small.save(tmp_path / "small.safetensors")
     back = ImageLabeller.load(weights=tmp_path / "small.safetensors")
     assert torch.equal(back(image), small(image)) and back.preprocessing == look
-    with pytest.raises(LabellerUnavailable, match="give efficientnet_lite0, .*, blots, or a class"):
+    with pytest.raises(LabellerUnavailable, match=r"give efficientnet_lite0, .*, blots, or a class"):
         ImageLabeller.load("nosuchnet")
     monkeypatch.setitem(NETWORKS, "blots", PictureNetwork(blots, look, f"{address}/blots-00000000.pth"))
     with pytest.raises(LabellerUnavailable, match=r"of blots can't be downloaded \(.*404.*fetch .*pass --weights FILE"):
