@@ -520,7 +520,7 @@ def local_file(path: str) -> Iterator[Path]:
             yield local
         return
     if is_opaque(path):
-        raise ValueError(f"{path}: pipelines.extract downloads such; give a file here, one of this name as ./{path}")
+        raise ValueError(f"{path} is no file: pipelines.extract fetches such, of sites it knows; a file: ./{path}")
     fs, inner = filesystem(path)
     if isinstance(fs, pafs.LocalFileSystem):
         yield Path(inner)

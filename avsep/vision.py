@@ -274,8 +274,9 @@ def published_weights(architecture: str) -> Any:
 
 
 def _unknown(architecture: str) -> LabellerUnavailable:
+    known = [name for name, network in NETWORKS.items() if network.weights]
     return LabellerUnavailable(
-        f"{architecture!r} is no picture network with ImageNet weights: give {', '.join(NETWORKS)}, "
+        f"{architecture!r} is no picture network with ImageNet weights: give {', '.join(known)}, "
         "or a classifier of torchvision, such as resnet152"
     )
 

@@ -93,7 +93,7 @@ def train_labeller(path: str) -> float:
     """Train the picture network on drawn pictures and save it; return its accuracy on others."""
     cluster.one_thread()
     names: list[str | None] = [*synthetic.OBJECTS, None]
-    index = {o.name: o.imagenet[0] for o in OBJECTS}
+    index = {o.name: o.imagenet[0] for o in OBJECTS if o.imagenet}
     classes = [index[n] if n else _EMPTY_SCENE for n in names]
     drawn = [draw_pictures(n, _PICTURES_A_CLASS + _HELD_OUT, SEED * 100 + i) for i, n in enumerate(names)]
     shown, kept = (np.concatenate([d[part] for d in drawn]) for part in (slice(_HELD_OUT, None), slice(_HELD_OUT)))

@@ -59,11 +59,7 @@ def is_remote(segment: Segment) -> bool:
 
 
 def forms() -> str:
-    """Say what sources that are fetched look like.
-
-    >>> forms()
-    'http://…, https://… or youtube:ID'
-    """
+    """Say what sources that are fetched look like: `http://…, https://… or youtube:ID`."""
     *some, last = ["http://…", "https://…", *(f"{scheme}:ID" for scheme in SCHEMES)]
     return f"{', '.join(some)} or {last}"
 

@@ -421,7 +421,7 @@ def test_what_a_web_server_says_is_told(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"can't be reached: .*Connection refused"), storage.local_file(address):
         pass
     with (
-        pytest.raises(ValueError, match=r"^youtube:abc: pipelines.extract downloads such; give a file here"),
+        pytest.raises(ValueError, match=r"^youtube:abc is no file: pipelines.extract fetches such.* \./youtube:abc$"),
         storage.local_file("youtube:abc"),
     ):
         pass

@@ -514,7 +514,7 @@ def test_another_site_is_an_entry(
     owned.parent.mkdir()
     owned.write_bytes((files / "film.mp4").read_bytes())
     assert find_media(str(owned.parent), [wanted]) == {"a": str(owned)}
-    assert forms() == "http://…, https://…, youtube:ID or tape:ID"
+    assert forms().startswith("http://…, https://…, youtube:ID") and forms().endswith(" or tape:ID")
     with pytest.raises(ClipError, match="'FILM' is no Tapes id: four small letters"):
         fetch(segment("tape:FILM"), store, budget(), options)
     with pytest.raises(ValueError, match=r"disc:film is not to be fetched: that is http://…, .* or tape:ID$"):

@@ -113,7 +113,7 @@ def test_model_directory_holds_what_the_contract_names(run):
         25,
         "default",
     )
-    assert len(config["vocabulary"]) == 23
+    assert len(config["vocabulary"]) == len(OBJECT_NAMES)
     for figure in ("loss.png", "relation_maps"):
         assert (run / "run" / figure).exists()
     assert any((run / "run" / "relation_maps").iterdir())
