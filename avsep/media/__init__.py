@@ -6,7 +6,7 @@ From the ground up: `ffmpeg` (the supervised child), `faults`, `excerpt`, `sound
 from avsep.limits import DecodeLimits
 from avsep.media.ffmpeg import Listening, MediaInfo, die_with_parent, ffmpeg_executable, or_inf, probe
 from avsep.media.faults import SLACK_S, reaches
-from avsep.media.sound import iter_audio, listen
+from avsep.media.sound import as_it_is, iter_audio, listen
 from avsep.media.decode import decode
 from avsep.media.cut import CutOptions, cut
 
@@ -16,6 +16,7 @@ __all__ = [
     "DecodeLimits",
     "Listening",
     "MediaInfo",
+    "as_it_is",
     "cut",
     "decode",
     "die_with_parent",
