@@ -25,7 +25,7 @@ FLOORS = (
     "model masks windows separators separation baselines plots report",
     "fetching vision shards work manifest audioset synthetic",
     "stages extraction learning",
-    "files videos evaluation results results_report audit duplicates datacard",
+    "files videos outputs stems evaluation results results_report audit duplicates datacard",
     "service commands",
     "cli",
 )
