@@ -69,6 +69,9 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--two-stems", metavar="OBJECT", help="write OBJECT and no_OBJECT, all the rest, alone")
     s.add_argument("--format", default="wav", choices=("wav", "flac", "mp3"), help="of the sounds (default: wav)")
     s.add_argument("--mono", action="store_true", help="one channel at the model's sample rate, not as the file is")
+    s.add_argument(
+        "--video", dest="with_video", action="store_true", help="the pictures, too, with each object's sound"
+    )
     s.add_argument("--track", type=int, default=1, help="which of several audio tracks, counted from 1")
     i = commands.add_parser("inspect", help="what is in a shard, an extraction's folder or a model", **shown)
     i.add_argument("path", help="a .parquet file or a folder")

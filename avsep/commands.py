@@ -37,13 +37,14 @@ from avsep.videos import FileSeparation, VideoSeparator
 from avsep.vision import DEFAULT_ARCHITECTURE, NO_DOWNLOAD, ImageLabeller, LabellerUnavailable
 
 _REPORT, _MAP = "separation.json", "relation_map.png"
-_SOUND = re.compile(rf"[a-z0-9_]+\.({'|'.join(FORMATS)})")  # an object's name, or the rest's
+_FILE = re.compile(rf"[a-z0-9_]+\.({'|'.join(FORMATS)}|mp4|mkv)")  # an object's, or the rest's
 _OUT = "separated"  # unless --out names another folder
 _SAY_EVERY_S = 5.0
 _NAMED = 5  # files that are left out
 _REMEDIES = {
     Reason.MISSING: "check the path",
     Reason.NO_AUDIO: "give a file with sound",
+    Reason.NO_VIDEO: "give a file with pictures, or leave out --video",
     Reason.UNREADABLE: "give a video or sound that ffmpeg reads",
 }
 
@@ -58,6 +59,7 @@ def separate(
     two_stems: str | None = None,
     format: str = "wav",
     mono: bool = False,
+    with_video: bool = False,
 ) -> int:
     """Run `avsep separate`; of several files those that can't be separated are told, and give status 1."""
     model = starter.PATH if model is None else model
@@ -66,11 +68,11 @@ def separate(
         more = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
         say(f"left out, as neither video nor sound by their names: {', '.join(left_out[:_NAMED])}{more}")
     folders = _folders(out, found, alone=list(files) == found)
-    check_outputs(folders, model, Output(format=format))
+    check_outputs(folders, model, Output(format=format, video=with_video))
     separate_video = _load(model, weights)
     names = None if objects is None else _object_names(objects, separate_video.config.vocabulary)
     one = None if two_stems is None else separate_video.config.vocabulary.find(two_stems)
-    output = Output(mono, format, one)
+    output = Output(mono, format, one, with_video)
     say(describe_training(separate_video.config))
     failed = 0
     for file, folder in folders.items():
@@ -196,7 +198,7 @@ def check_outputs(folders: Mapping[str, str], model: str | None, output: Output 
         ours = _owned(folder)
         for path in storage.list_files(folder):
             name = storage.name(path).lower()
-            written = _SOUND.fullmatch(name) and name.endswith((".wav", f".{output.format}"))
+            written = _FILE.fullmatch(name) and name.endswith(output.suffixes)
             if not written and name not in (_REPORT, _MAP) and storage.name(path) not in ours:
                 continue
             for file in folders:
@@ -324,7 +326,7 @@ def _earlier_files(out: str, output: Output) -> list[str]:
     for path in storage.list_files(out):
         name = storage.name(path)
         if name not in ours:
-            if not name.lower().endswith((".wav", f".{output.format}")) and name not in (_REPORT, _MAP):
+            if not name.lower().endswith(output.suffixes) and name not in (_REPORT, _MAP):
                 continue
             raise ValueError(f"{out} holds {name}, which no separation wrote; give another --out")
         if name != _REPORT:
@@ -339,7 +341,7 @@ def _owned(out: str) -> set[str]:
         files = report.get("files")
         if files is None:  # of an earlier version
             files = [*(f"{o['name']}.wav" for o in report["objects"]), report["rest"]]
-        known = all(map(_SOUND.fullmatch, files))
+        known = all(map(_FILE.fullmatch, files))
     except (AttributeError, FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return set()
     return {*files, _REPORT, _MAP} if known else set()

@@ -31,6 +31,7 @@ class Shape:
     n_channels: int = 1
     listening: Listening | None = None
     duration_s: float = 0.0
+    container: str = ""  # the suffix of videos, where some are written
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,12 @@ class Output:
     mono: bool = False  # one channel at the separator's sample rate, else as the file is
     format: str = "wav"
     two_stems: str | None = None  # an object: it and all the rest
+    video: bool = False  # the file's pictures, too, with each object's sound
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """What the names of files may end with that are written."""
+        return (".wav", f".{self.format}", *((".mp4", ".mkv") if self.video else ()))
 
     def check(self, shape: Shape) -> None:
         """Raise ValueError where the format can't hold such sounds."""
@@ -56,6 +63,15 @@ class Output:
         """Return the sounds' names, that of what is left last."""
         return [*objects, REST] if self.two_stems is None else [self.two_stems, f"no_{self.two_stems}"]
 
+    def videos(self, objects: Sequence[str], shape: Shape) -> dict[str, str]:
+        """Name the video of each sound that has one, both with their suffixes."""
+        if not self.video:
+            return {}
+        named = {name: name for name in self.names(objects)[: 1 if self.two_stems else -1]}
+        if self.two_stems:
+            named[f"no_{self.two_stems}"] = f"without_{self.two_stems}"
+        return {f"{sound}.{self.format}": f"{video}.{shape.container}" for sound, video in named.items()}
+
     def described(
         self, objects: Sequence[str], shape: Shape, files: Sequence[str], entries: Sequence[dict[str, Any]]
     ) -> dict[str, Any]:
@@ -63,6 +79,8 @@ class Output:
         written = self.names(objects)
         for entry in entries:
             entry["file"] = f"{entry['name']}.{self.format}" if entry["name"] in written else None
+            if self.video:
+                entry["video"] = self.videos(objects, shape).get(entry["file"])
         return {
             "sample_rate": shape.sample_rate,
             "channels": shape.n_channels,

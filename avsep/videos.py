@@ -169,10 +169,16 @@ class VideoSeparator:
             parts = stems.carry_over(rendered, channels, shape.sample_rate, resolution)
         shape = replace(shape, duration_s=source.n_samples / separator.sample_rate)
         files, clipped = write_sounds(plan.objects, parts, out, shape, output, mixture, parents)
+        for sound, name in output.videos(plan.objects, shape).items():
+            patience.tell("writing videos", 1.0)
+            limits = replace(self.limits.decode, timeout_s=max(self.limits.decode.timeout_s, shape.duration_s))
+            media.mux(video, out / sound, shape.n_channels, out / name, limits=limits)
+            files.append(name)
+        other = f"mp4 can't hold these pictures: the videos are {shape.container}" if shape.container == "mkv" else ""
         timings["separate_s"] = clock()
         report = self._report(separator, plan, tally, given, looked)
         report |= output.described(plan.objects, shape, files, report["objects"])
-        report["note"] = "; ".join(filter(None, (*source.notes, looked.note, clipped)))
+        report["note"] = "; ".join(filter(None, (*source.notes, looked.note, clipped, other)))
         report["timings"] = {name: round(seconds, 3) for name, seconds in timings.items()}
         return FileSeparation(report, plan, source.pictures, tuple(files), tuple(source.notes))
 
@@ -184,7 +190,9 @@ class VideoSeparator:
             if (rate, listening.layout) != (model_rate, "mono"):
                 shape = Shape(rate, listening.n_channels, listening)
         output.check(shape)
-        return shape
+        return replace(
+            shape, container=media.picture_container(video, limits=self.limits.decode) if output.video else ""
+        )
 
     def _for_a_file(self, bases: str | None, patience: _Patience) -> Separates:
         """Return the separator, or one for a single file where bases are asked for or others factorise."""

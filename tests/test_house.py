@@ -57,7 +57,9 @@ FLAGS = {
         "--protocol", "--replace", "--in-process",
     },
     "serve": {"--model", "--port", "--in-process"},
-    "avsep separate": {"--model", "--out", "--objects", "--weights", "--track", "--two-stems", "--format", "--mono"},
+    "avsep separate": {
+        "--model", "--out", "--objects", "--weights", "--track", "--two-stems", "--format", "--mono", "--video",
+    },
     "avsep inspect": set(),
     "avsep label": {"--weights", "--labeller"},
 }  # fmt: skip

@@ -1,6 +1,6 @@
 """The ffmpeg edge: media files in, arrays out, bounded in time and memory.
 
-From the ground up: `ffmpeg` (the supervised child), `faults`, `excerpt`, `sound`, `decode`, `cut`.
+From the ground up: `ffmpeg` (the supervised child), `faults`, `excerpt`, `sound`, `decode`, `cut`, `mux`.
 """
 
 from avsep.limits import DecodeLimits
@@ -9,6 +9,7 @@ from avsep.media.faults import SLACK_S, reaches
 from avsep.media.sound import as_it_is, iter_audio, listen
 from avsep.media.decode import decode
 from avsep.media.cut import CutOptions, cut
+from avsep.media.mux import mux, picture_container
 
 __all__ = [
     "SLACK_S",
@@ -23,7 +24,9 @@ __all__ = [
     "ffmpeg_executable",
     "iter_audio",
     "listen",
+    "mux",
     "or_inf",
+    "picture_container",
     "probe",
     "reaches",
 ]

@@ -163,6 +163,7 @@ class Header:
     indexed: bool  # whether seeking finds the key frame before a time
     tracks: tuple[Track, ...] = ()
     picture: int | None = None  # ffmpeg's number of the picture stream
+    picture_codec: str = ""
     format: str = ""
 
 
@@ -258,6 +259,7 @@ def _parse_header(log: str, n_bytes: int = 0) -> Header | None:
         indexed=not begin[1].startswith("mpeg"),
         tracks=tuple(_track(*described) for described in audio),
         picture=video[0][0] if video else None,
+        picture_codec=re.split("[ ,]", video[0][1])[0] if video else "",
         format=begin[1],
     )
 
@@ -277,13 +279,14 @@ def input_of(path: Path, limits: DecodeLimits, link: tuple[int, int] | None = No
     """Return an input of ffmpeg's that opens recorded media alone."""
     import ffmpeg  # nobody needs it who has waveforms already
 
+    # more channels without a layout are microphones or instruments as often as loudspeakers
+    options = {"guess_layout_max": 2} | options
     part = "subfile,,start,{},end,{},,:".format(*link) if link else ""
     return ffmpeg.input(
         f"{part}file:{path.absolute()}",
         protocol_whitelist="file,subfile" if link else "file",
         format_whitelist=_FORMATS,
         threads=limits.threads,
-        guess_layout_max=2,  # more channels without a layout are microphones or instruments as often as loudspeakers
         **options,
     )
 

@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from numpy.typing import NDArray
 
-from avsep import cli, stems
+from avsep import cli, commands, stems
 from avsep.media import ffmpeg_executable
-from avsep.separation import Separator, render_whole
+from avsep.outputs import Output
+from avsep.separation import Separator, Whole, render_whole
 from avsep.stft import STFT
+from avsep.videos import VideoSeparator
 from tests.support.tones import DOG, PITCH, RATE, VIOLIN, model
 
 PAN = {DOG: (1.0, 0.3), VIOLIN: (0.2, 1.0)}
@@ -246,3 +249,79 @@ def test_what_a_format_clips_is_told(model_dir: str, tmp_path: Path) -> None:
         assert separate(*command) == 0
         said = json.loads((out / "separation.json").read_text())["note"]
         assert note in said and ("clips" in said) == bool(note)
+
+
+# ---------------------------------------------------------------------------------- the pictures with a sound
+
+
+def packets(path: Path, at: str = "0:V:0") -> tuple[float, list[str]]:
+    """When a stream's first packet is shown, in s after the file's start, and the packets' sizes and checksums."""
+    lines = run_ffmpeg("-i", path, "-map", at, "-c", "copy", "-f", "framecrc", "-").splitlines()
+    tick = next(eval(line.split(": ")[1]) for line in lines if line.startswith("#tb"))
+    rows = [line.replace(" ", "").split(",") for line in lines if line[0] != "#"]
+    return min(int(r[2]) for r in rows) * tick, [",".join(r[4:6]) for r in rows]
+
+
+def by_halves(file: Path, out: Path, **output: object) -> dict:
+    """Separate a file by a separator of two objects that nobody sees, half of the sound each."""
+    halves = Whole(lambda x, names: torch.stack([x / 2 for _ in names]), RATE, ("low", "high"))
+    return commands.separate_file(str(file), None, str(out), None, None, VideoSeparator(halves), 1, Output(**output))
+
+
+def lag_s(sound: NDArray, of: NDArray, rate: int) -> float:
+    """How much later one sound comes than another."""
+    n = 1 << (len(sound) + len(of)).bit_length()
+    found = np.fft.irfft(np.fft.rfft(sound, n) * np.conj(np.fft.rfft(of, n)), n)
+    at = int(found.argmax())
+    return (at if at < n // 2 else at - n) / rate
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "container"),
+    [
+        ("a.mp4", ["libx264", "-bf", "2", "-c:a", "aac"], "mp4"),
+        ("late.mkv", ["libx264", "-c:a", "pcm_f32le"], "mp4"),
+        ("late.ts", ["mpeg2video", "-c:a", "aac"], "mp4"),
+        ("a.webm", ["libvpx", "-c:a", "libopus"], "mkv"),
+    ],
+)
+def test_pictures_are_untouched_and_stay_with_the_sound(
+    tmp_path: Path, name: str, codec: list[str], container: str
+) -> None:
+    write(tmp_path / "duet.wav", sum(panned(8000).values()), 8000)
+    picture = ["-f", "lavfi", "-i", "testsrc=s=32x32:r=25:d=4"]
+    offset = ["-itsoffset", "0.7"] if "late" in name else []
+    file, out = tmp_path / name, tmp_path / "out"
+    sound = [*offset, "-i", tmp_path / "duet.wav", "-ar", "48000"]
+    run_ffmpeg(*picture, *sound, "-c:v", *codec, "-pix_fmt", "yuv420p", file)
+    report = by_halves(file, out, two_stems="low", video=True)
+    shown_s, pictures = packets(file)
+    zero_s = lag_s(decoded(file, tmp_path)[0], 2 * read(out / "low.wav")[0], 48_000)
+    assert ("mp4 can't hold these pictures" in report["note"]) == (container == "mkv")
+    for stem, video in (("low", "low"), ("no_low", "without_low")):
+        written = out / f"{video}.{container}"
+        assert written.name in report["files"]
+        at_s, same = packets(written)
+        assert same == pictures
+        heard = decoded(written, tmp_path)
+        later_s = lag_s(heard[0], read(out / f"{stem}.wav")[0], 48_000)
+        assert heard.shape[0] == 2 and abs((at_s - later_s) - (shown_s - zero_s)) < 0.02
+
+
+def test_a_sound_has_no_pictures_to_write(model_dir: str, tmp_path: Path, capfd) -> None:
+    file, out = write(tmp_path / "duet.wav", sum(panned(8000).values()), 8000), tmp_path / "out"
+    assert separate(file, "--model", model_dir, "--out", out, "--video") == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "no video stream; give a file with pictures, or leave out --video" in line and not out.exists()
+
+
+def test_each_object_gets_a_video_and_the_next_run_takes_it_away(tmp_path: Path) -> None:
+    write(tmp_path / "duet.wav", sum(panned(8000, 6).values()), 8000)
+    file, out = tmp_path / "surround.mp4", tmp_path / "out"
+    picture = ["-f", "lavfi", "-i", "color=s=16x16:r=5:d=3"]
+    run_ffmpeg(*picture, "-guess_layout_max", 8, "-i", tmp_path / "duet.wav", "-c:v", "mpeg4", "-c:a", "aac", file)
+    by_halves(file, out, video=True)
+    assert {"low.mp4", "high.mp4"} == {p.name for p in out.iterdir() if p.suffix == ".mp4"}
+    assert decoded(out / "low.mp4", tmp_path).shape[0] == 6
+    by_halves(file, out)
+    assert not list(out.glob("*.mp4"))
