@@ -33,6 +33,11 @@ class Shape:
     duration_s: float = 0.0
     container: str = ""  # the suffix of videos, where some are written
 
+    @property
+    def note(self) -> str:
+        """Say that videos aren't mp4."""
+        return f"mp4 can't hold these pictures: the videos are {self.container}" if self.container == "mkv" else ""
+
 
 @dataclass(frozen=True)
 class Output:

@@ -155,18 +155,13 @@ class VideoSeparator:
         looked = self._look(source.pictures, patience)
         timings["look_s"] = clock()
         plan = _listen(separator, source, given, looked, patience.tell)
-        if output.two_stems and (output.two_stems not in plan.objects or output.two_stems in plan.silent):
-            given = list(dict.fromkeys([*plan.objects, output.two_stems]))  # who asks for it says that it is there
+        one = output.two_stems
+        if one and (one not in plan.objects or one in plan.silent):
+            given = list(dict.fromkeys([*plan.objects, one]))  # who asks for it says that it is there
             plan = _listen(separator, source, given, looked, patience.tell)
         timings["listen_s"] = clock()
         tally = _Tally()
-        rendered = _rendered(plan, source, tally, patience.tell)
-        if shape.listening is None:
-            parts: Iterator[NDArray[np.float32]] = (estimates[:, None] for estimates in rendered)
-        else:
-            channels = source.channels(shape.sample_rate, shape.listening)
-            resolution = stems.gains_stft(separator, separator.sample_rate)
-            parts = stems.carry_over(rendered, channels, shape.sample_rate, resolution)
+        parts = _in_shape(_rendered(plan, source, tally, patience.tell), separator, source, shape)
         shape = replace(shape, duration_s=source.n_samples / separator.sample_rate)
         files, clipped = write_sounds(plan.objects, parts, out, shape, output, mixture, parents)
         for sound, name in output.videos(plan.objects, shape).items():
@@ -174,11 +169,10 @@ class VideoSeparator:
             limits = replace(self.limits.decode, timeout_s=max(self.limits.decode.timeout_s, shape.duration_s))
             media.mux(video, out / sound, shape.n_channels, out / name, limits=limits)
             files.append(name)
-        other = f"mp4 can't hold these pictures: the videos are {shape.container}" if shape.container == "mkv" else ""
         timings["separate_s"] = clock()
         report = self._report(separator, plan, tally, given, looked)
         report |= output.described(plan.objects, shape, files, report["objects"])
-        report["note"] = "; ".join(filter(None, (*source.notes, looked.note, clipped, other)))
+        report["note"] = "; ".join(filter(None, (*source.notes, looked.note, clipped, shape.note)))
         report["timings"] = {name: round(seconds, 3) for name, seconds in timings.items()}
         return FileSeparation(report, plan, source.pictures, tuple(files), tuple(source.notes))
 
@@ -362,6 +356,17 @@ def _rendered(plan: Planned, source: WholeFile, tally: _Tally, step: Step) -> It
         yield estimates
         tally.add(estimates)
         step("separating", _LISTENING + _SEPARATING * min(1.0, tally.n_samples / source.n_samples))
+
+
+def _in_shape(
+    rendered: Iterator[NDArray[np.float32]], separator: Separates, source: WholeFile, shape: Shape
+) -> Iterator[NDArray[np.float32]]:
+    """Give estimates of the mono mix, `(J + 1, …)`, the channels and rate of what is written, `(J + 1, C, …)`."""
+    if shape.listening is None:
+        return (estimates[:, None] for estimates in rendered)
+    channels = source.channels(shape.sample_rate, shape.listening)
+    resolution = stems.gains_stft(separator, separator.sample_rate)
+    return stems.carry_over(rendered, channels, shape.sample_rate, resolution)
 
 
 def _loudest_first(shares: Mapping[str, float], least: float) -> dict[str, float]:
