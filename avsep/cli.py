@@ -13,6 +13,7 @@ from avsep import console, storage
 EXAMPLES = """examples:
   avsep separate duet.mp4
   avsep separate duet.mp4 --objects violin,dog --out out/duet
+  avsep separate duet.mp4 --two-stems violin --format flac
   avsep separate videos/*.mp4 more/ --model out/run/model --out out/sounds
   avsep inspect out/run/model
   avsep label duet.mp4
@@ -50,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     commands = p.add_subparsers(dest="command", required=True)
     commands.type = str  # what follows a command is checked by its own parser
     shown: dict[str, Any] = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    s = commands.add_parser("separate", help="one WAV per object, and the rest", **shown)
+    s = commands.add_parser("separate", help="one sound per object, and the rest", **shown)
     s.add_argument(
         "files",
         nargs="+",
@@ -60,11 +61,17 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--model", help="a folder that pipelines.train wrote (default: the starter model)")
     s.add_argument(
         "--out",
-        help="folder for the WAVs and separation.json (default: separated/NAME); of several files, a folder, or a "
+        help="folder for the sounds and separation.json (default: separated/NAME); of several files, a folder, or a "
         "pattern, for one folder per file",
     )
     s.add_argument("--objects", help="comma-separated names; without it the pictures decide, or the sound")
     s.add_argument("--weights", help="weights of the picture network, in place of the model's own or torchvision's")
+    s.add_argument("--two-stems", metavar="OBJECT", help="write OBJECT and no_OBJECT, all the rest, alone")
+    s.add_argument("--format", default="wav", choices=("wav", "flac", "mp3"), help="of the sounds (default: wav)")
+    s.add_argument("--mono", action="store_true", help="one channel at the model's sample rate, not as the file is")
+    s.add_argument(
+        "--video", dest="with_video", action="store_true", help="the pictures, too, with each object's sound"
+    )
     s.add_argument("--track", type=int, default=1, help="which of several audio tracks, counted from 1")
     i = commands.add_parser("inspect", help="what is in a shard, an extraction's folder or a model", **shown)
     i.add_argument("path", help="a .parquet file or a folder")

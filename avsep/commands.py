@@ -30,26 +30,36 @@ from avsep.factors import ExtractionConfig
 from avsep.files import SUFFIXES, Step, pictures
 from avsep.model import CONFIG_FILE, Labelling, Model, describe_training, label_config, training_facts
 from avsep.objects import Vocabulary
+from avsep.outputs import AS_IT_IS, FORMATS, Output
 from avsep.records import ClipError, Reason
-from avsep.separation import REST, Explanation, Separator
+from avsep.separation import Explanation, Separator
 from avsep.videos import FileSeparation, VideoSeparator
 from avsep.vision import DEFAULT_ARCHITECTURE, NO_DOWNLOAD, ImageLabeller, LabellerUnavailable
 
 _REPORT, _MAP = "separation.json", "relation_map.png"
-_REST_FILE = f"{REST}.wav"
-_WAV = re.compile(r"[a-z0-9_]+\.wav")  # an object's name, or the rest's
+_FILE = re.compile(rf"[a-z0-9_]+\.({'|'.join(FORMATS)}|mp4|mkv)")  # an object's, or the rest's
 _OUT = "separated"  # unless --out names another folder
 _SAY_EVERY_S = 5.0
 _NAMED = 5  # files that are left out
 _REMEDIES = {
     Reason.MISSING: "check the path",
     Reason.NO_AUDIO: "give a file with sound",
+    Reason.NO_VIDEO: "give a file with pictures, or leave out --video",
     Reason.UNREADABLE: "give a video or sound that ffmpeg reads",
 }
 
 
 def separate(
-    files: Sequence[str], model: str | None, out: str | None, objects: str | None, weights: str | None, track: int = 1
+    files: Sequence[str],
+    model: str | None,
+    out: str | None,
+    objects: str | None,
+    weights: str | None,
+    track: int = 1,
+    two_stems: str | None = None,
+    format: str = "wav",
+    mono: bool = False,
+    with_video: bool = False,
 ) -> int:
     """Run `avsep separate`; of several files those that can't be separated are told, and give status 1."""
     model = starter.PATH if model is None else model
@@ -58,14 +68,16 @@ def separate(
         more = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
         say(f"left out, as neither video nor sound by their names: {', '.join(left_out[:_NAMED])}{more}")
     folders = _folders(out, found, alone=list(files) == found)
-    check_outputs(folders, model)
+    check_outputs(folders, model, Output(format=format, video=with_video))
     separate_video = _load(model, weights)
     names = None if objects is None else _object_names(objects, separate_video.config.vocabulary)
+    one = None if two_stems is None else separate_video.config.vocabulary.find(two_stems)
+    output = Output(mono, format, one, with_video)
     say(describe_training(separate_video.config))
     failed = 0
     for file, folder in folders.items():
         try:
-            _tell(folder, separate_file(file, model, folder, names, weights, separate_video, track))
+            _tell(folder, separate_file(file, model, folder, names, weights, separate_video, track, output))
         except (ClipError, LabellerUnavailable, OSError, ValueError, soundfile.LibsndfileError) as error:
             complain(f"avsep separate: {_mistake(error, file, folder)}")
             failed += 1
@@ -173,7 +185,7 @@ def _name(file: str, level: int) -> str:
     return stem if level == 0 and stem else name
 
 
-def check_outputs(folders: Mapping[str, str], model: str | None) -> None:
+def check_outputs(folders: Mapping[str, str], model: str | None, output: Output = AS_IT_IS) -> None:
     """Raise ValueError where a file to be separated, or the model's folder, is where a separation writes or deletes.
 
     By whatever name: through links, and in the folder of another file.
@@ -183,9 +195,11 @@ def check_outputs(folders: Mapping[str, str], model: str | None) -> None:
             raise ValueError(f"--out {folder} is a file; give a folder")
         if model is not None and storage.same(folder, model):
             raise ValueError(f"--out {folder} is the model's folder; give another one")
+        ours = _owned(folder)
         for path in storage.list_files(folder):
             name = storage.name(path).lower()
-            if not _WAV.fullmatch(name) and name not in (_REPORT, _MAP):
+            written = _FILE.fullmatch(name) and name.endswith(output.suffixes)
+            if not written and name not in (_REPORT, _MAP) and storage.name(path) not in ours:
                 continue
             for file in folders:
                 if storage.same(file, path):
@@ -200,8 +214,9 @@ def separate_file(
     weights: str | None,
     separate_video: VideoSeparator | None = None,
     track: int = 1,
+    output: Output = AS_IT_IS,
 ) -> dict[str, Any]:
-    """Separate a whole file, whatever its length, into float32 WAVs that add up to its sound.
+    """Separate a whole file, whatever its length, into sounds that add up to its own.
 
     `separate_video` may hold any separator; without it the model of `model_dir` is loaded. The relation map is drawn
     where the separator explains itself. `video` and `out` may be URIs. What an earlier separation wrote to `out` stays
@@ -209,8 +224,8 @@ def separate_file(
     without usable sound, ValueError for unknown objects, a folder that holds others' files, or one where `video` would
     be overwritten.
     """
-    check_outputs({video: out}, model_dir)
-    earlier = _earlier_files(out)
+    check_outputs({video: out}, model_dir, output)
+    earlier = _earlier_files(out, output)
     if separate_video is None:
         if model_dir is None:
             raise ValueError("there is neither a model's folder nor a separator; give one")
@@ -218,13 +233,14 @@ def separate_file(
     with contextlib.ExitStack() as stack:
         path = stack.enter_context(storage.local_file(video))
         folder = stack.enter_context(_staging(out))
-        done = separate_video(path, folder, objects, step=stack.enter_context(_progress()), track=track)
+        step = stack.enter_context(_progress())
+        done = separate_video(path, folder, objects, step=step, track=track, output=output)
         report: dict[str, Any] = {"source": video}
         if isinstance(separate_video.separator, Separator):
             report["model"] = {"path": model_dir, **training_facts(separate_video.config)}
         report |= done.report
         report["note"] = "; ".join(filter(None, (report.pop("unlearned"), report["note"])))
-        written = [f"{name}.wav" for name in (*done.plan.objects, REST)]
+        written = list(done.files)
         if done.plan.explanation is not None:
             report["relation_map"] = _MAP
             written.append(_MAP)
@@ -267,9 +283,9 @@ def _staging(out: str) -> Iterator[Path]:
 
 def _publish(folder: Path, out: str, written: Sequence[str], earlier: Sequence[str]) -> None:
     """Move a finished separation to its place; whenever it is killed, the next one knows the files as its own."""
-    wavs = {name for name in (*written, *(storage.name(f) for f in earlier)) if name != _MAP} - {_REST_FILE}
-    begun = {"unfinished": True, "objects": [{"name": w.removesuffix(".wav")} for w in sorted(wavs)]}
-    storage.write_text(storage.join(out, _REPORT), json.dumps(begun | {"rest": _REST_FILE}) + "\n")
+    files = {name for name in (*written, *(storage.name(f) for f in earlier)) if name != _MAP}
+    begun = {"unfinished": True, "files": sorted(files)}
+    storage.write_text(storage.join(out, _REPORT), json.dumps(begun) + "\n")
     for name in written:
         _place(folder / name, storage.join(out, name))
     for file in earlier:
@@ -303,15 +319,15 @@ def _progress() -> Iterator[Step]:
         yield step
 
 
-def _earlier_files(out: str) -> list[str]:
-    """List an earlier separation's WAVs and map in a folder; ValueError for files there that are somebody else's."""
+def _earlier_files(out: str, output: Output) -> list[str]:
+    """List an earlier separation's sounds and map in a folder; ValueError for sounds there that are somebody else's."""
     ours = _owned(out)
     found = []
     for path in storage.list_files(out):
         name = storage.name(path)
-        if not name.lower().endswith(".wav") and name not in (_REPORT, _MAP):
-            continue
         if name not in ours:
+            if not name.lower().endswith(output.suffixes) and name not in (_REPORT, _MAP):
+                continue
             raise ValueError(f"{out} holds {name}, which no separation wrote; give another --out")
         if name != _REPORT:
             found.append(path)
@@ -322,10 +338,13 @@ def _owned(out: str) -> set[str]:
     """Return the names of an earlier separation's files in a folder, as its report tells them."""
     try:
         report = json.loads(storage.read_bytes(storage.join(out, _REPORT)))
-        wavs = {f"{o['name']}.wav" for o in report["objects"]} | {report["rest"]}
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        files = report.get("files")
+        if files is None:  # of an earlier version
+            files = [*(f"{o['name']}.wav" for o in report["objects"]), report["rest"]]
+        known = all(map(_FILE.fullmatch, files))
+    except (AttributeError, FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return set()
-    return {*wavs, _REPORT, _MAP} if all(map(_WAV.fullmatch, wavs)) else set()
+    return {*files, _REPORT, _MAP} if known else set()
 
 
 def _tell(out: str, report: Mapping[str, Any]) -> None:
@@ -339,7 +358,7 @@ def _tell(out: str, report: Mapping[str, Any]) -> None:
         sure = 1 - entry["confidence"] if entry["silent"] else entry["confidence"]
         told = "" if entry["from"] == "given" else f", {sure:.0%} sure"
         told += f"; {entry['doubt']}" if entry["doubt"] else ""
-        say(f"{storage.join(out, entry['file'])}: {state}, from {entry['from']}{told}")
+        say(f"{storage.join(out, entry['file'] or entry['name'])}: {state}, from {entry['from']}{told}")
     for name in (report["rest"], _REPORT):
         say(storage.join(out, name))
 

@@ -7,7 +7,6 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,13 +82,21 @@ class WholeFile:
             yield self._held
             return
         n_samples = 0
-        reading: dict[str, Any] = {"sample_rate": self._rate, "block": _BLOCK, "limits": self._limits.decode}
-        for block in media.iter_audio(self._video, listening=self._listening, **reading):
+        for block in self._read(self._rate, self._listening):
             n_samples += len(block)
             if n_samples > self._limits.max_duration_s * self._rate:  # headers may promise too little
                 raise _too_long(self._limits)
             yield block
         self.n_samples = n_samples
+
+    def channels(self, sample_rate: int, listening: media.Listening) -> Iterator[NDArray[np.float32]]:
+        """Read the sound from its start as `media.as_it_is` says, `(C, S)` at a time."""
+        return self._read(sample_rate, listening)
+
+    def _read(self, sample_rate: int, listening: media.Listening) -> Iterator[NDArray[np.float32]]:
+        block = _BLOCK // listening.n_channels
+        limits = self._limits.decode
+        return media.iter_audio(self._video, sample_rate=sample_rate, block=block, limits=limits, listening=listening)
 
 
 def _too_long(limits: FileLimits) -> ClipError:

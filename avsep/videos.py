@@ -1,4 +1,4 @@
-"""Separate whole files: a video or a sound in, one WAV per object and a report out."""
+"""Separate whole files: a video or a sound in, one sound per object and a report out."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 import torch
 from numpy.typing import NDArray
 
-from avsep import storage
+from avsep import media, stems, storage
 from avsep.factors import Factorize
 from avsep.files import NO_LIMITS, FileLimits, Step, WholeFile, no_step
 from avsep.model import LABELLER_FILE, Labelling, ModelConfig, label_config
 from avsep.objects import Vocabulary
+from avsep.outputs import MONO, Output, Shape, write_sounds
 from avsep.separation import REST, Planned, Separates, Separator
 from avsep.stages import Label
 from avsep.vision import NO_DOWNLOAD, ImageLabeller, LabellerUnavailable
 
-MIXTURE = "_mixture"
 _LOOK_S = 0.25  # between steps while other processes work
 _UNLIKE = 0.7  # familiarity below which an object's sound is said to be unlike the training
 _LISTENING, _SEPARATING = 0.7, 0.3  # shares of the time
@@ -34,11 +33,12 @@ _LISTENING, _SEPARATING = 0.7, 0.3  # shares of the time
 
 @dataclass
 class FileSeparation:
-    """What became of a file; the sounds are in WAVs."""
+    """What became of a file; the sounds are in files."""
 
     report: dict[str, Any]  # for `separation.json`
     plan: Planned
     pictures: NDArray[np.uint8]  # (n, height, width, 3)
+    files: tuple[str, ...]  # names of those with sounds
     notes: tuple[str, ...] = ()  # on the file itself
 
 
@@ -127,40 +127,66 @@ class VideoSeparator:
         mixture: bool = False,
         parents: bool = True,
         track: int = 1,
+        output: Output = MONO,
     ) -> FileSeparation:
-        """Separate a file of any length into float32 WAVs that add up to its sound.
+        """Separate a file of any length into sounds that add up to its own.
 
         Writes `OBJECT.wav`, `_rest.wav` and, if asked, `_mixture.wav` into `out`, under other names
-        until all are whole; without `parents`, only the last folder of `out` is made where there is
-        none. `objects` are those that are there; None lets pictures and sound decide. `bases` (own,
-        learned, both) overrides the model's choice. `track` counts the file's audio tracks from 1.
+        until all are whole; `output` says in what channels, sample rate and format. Without
+        `parents`, only the last folder of `out` is made where there is none. `objects` are those
+        that are there; None lets pictures and sound decide. `bases` (own, learned, both) overrides
+        the model's choice. `track` counts the file's audio tracks from 1.
 
-        Raises ClipError for a file without usable sound, ValueError for unknown objects or bases
-        that the separator hasn't, and whatever `step` raises.
+        Raises ClipError for a file without usable sound, ValueError for unknown objects, bases that
+        the separator hasn't or a format that can't hold the sound, and whatever `step` raises.
         """
         patience = _Patience(step)
         separator = self._for_a_file(bases, patience)
         given = None
         if objects is not None:
             given = [self.config.vocabulary.find(name) for name in objects]
+            given += [name for name in (output.two_stems,) if name and name not in given]
         timings, clock = {}, _Clock()
         patience.tell("decoding", 0.0)
+        shape = self._shape(video, separator.sample_rate, track, output)
         image_size = self.config.extraction.image_size
         source = WholeFile(video, separator.sample_rate, image_size, self.limits, patience.tell, track)
         timings["decode_s"] = clock()
         looked = self._look(source.pictures, patience)
         timings["look_s"] = clock()
         plan = _listen(separator, source, given, looked, patience.tell)
+        one = output.two_stems
+        if one and (one not in plan.objects or one in plan.silent):
+            given = list(dict.fromkeys([*plan.objects, one]))  # who asks for it says that it is there
+            plan = _listen(separator, source, given, looked, patience.tell)
         timings["listen_s"] = clock()
         tally = _Tally()
-        rendered = _rendered(plan, source, tally, patience.tell)
-        kind = "WAV" if source.n_samples * 4 < 4_000_000_000 else "RF64"  # WAV's sizes have 32 bits
-        write_wavs(plan.objects, rendered, out, separator.sample_rate, kind, mixture, parents)
+        parts = _in_shape(_rendered(plan, source, tally, patience.tell), separator, source, shape)
+        shape = replace(shape, duration_s=source.n_samples / separator.sample_rate)
+        files, clipped = write_sounds(plan.objects, parts, out, shape, output, mixture, parents)
+        for sound, name in output.videos(plan.objects, shape).items():
+            patience.tell("writing videos", 1.0)
+            limits = replace(self.limits.decode, timeout_s=max(self.limits.decode.timeout_s, shape.duration_s))
+            media.mux(video, out / sound, shape.n_channels, out / name, limits=limits)
+            files.append(name)
         timings["separate_s"] = clock()
         report = self._report(separator, plan, tally, given, looked)
-        report["note"] = "; ".join(filter(None, (*source.notes, looked.note)))
+        report |= output.described(plan.objects, shape, files, report["objects"])
+        report["note"] = "; ".join(filter(None, (*source.notes, looked.note, clipped, shape.note)))
         report["timings"] = {name: round(seconds, 3) for name, seconds in timings.items()}
-        return FileSeparation(report, plan, source.pictures, tuple(source.notes))
+        return FileSeparation(report, plan, source.pictures, tuple(files), tuple(source.notes))
+
+    def _shape(self, video: Path, model_rate: int, track: int, output: Output) -> Shape:
+        """Say in what channels and sample rate a file's sounds are written; ValueError where that can't be."""
+        shape = Shape(model_rate)
+        if not output.mono:
+            rate, listening = media.as_it_is(video, limits=self.limits.decode, track=track)
+            if (rate, listening.layout) != (model_rate, "mono"):
+                shape = Shape(rate, listening.n_channels, listening)
+        output.check(shape)
+        return replace(
+            shape, container=media.picture_container(video, limits=self.limits.decode) if output.video else ""
+        )
 
     def _for_a_file(self, bases: str | None, patience: _Patience) -> Separates:
         """Return the separator, or one for a single file where bases are asked for or others factorise."""
@@ -332,6 +358,17 @@ def _rendered(plan: Planned, source: WholeFile, tally: _Tally, step: Step) -> It
         step("separating", _LISTENING + _SEPARATING * min(1.0, tally.n_samples / source.n_samples))
 
 
+def _in_shape(
+    rendered: Iterator[NDArray[np.float32]], separator: Separates, source: WholeFile, shape: Shape
+) -> Iterator[NDArray[np.float32]]:
+    """Give estimates of the mono mix, `(J + 1, …)`, the channels and rate of what is written, `(J + 1, C, …)`."""
+    if shape.listening is None:
+        return (estimates[:, None] for estimates in rendered)
+    channels = source.channels(shape.sample_rate, shape.listening)
+    resolution = stems.gains_stft(separator, separator.sample_rate)
+    return stems.carry_over(rendered, channels, shape.sample_rate, resolution)
+
+
 def _loudest_first(shares: Mapping[str, float], least: float) -> dict[str, float]:
     """Name the objects of at least a share of the sound, the loudest first."""
     return {n: s for n, s in sorted(shares.items(), key=lambda x: -x[1]) if s >= least}
@@ -357,36 +394,3 @@ def unlike(objects: Sequence[str]) -> str:
     if not objects:
         return ""
     return f"the sound is unlike what the model was trained on: {', '.join(objects)} may be something else"
-
-
-def write_wavs(
-    objects: Sequence[str],
-    rendered: Iterator[NDArray[np.float32]],
-    out: Path,
-    sample_rate: int,
-    kind: str = "WAV",
-    mixture: bool = False,
-    parents: bool = True,
-) -> None:
-    """Write `OBJECT.wav`, `_rest.wav` and perhaps `_mixture.wav`, under other names until all are whole.
-
-    `kind` is soundfile's format: RF64 for sounds of more than 4 GB.
-    """
-    names = [*objects, REST, *([MIXTURE] if mixture else [])]
-    parts = [out / f"{name}.wav.part" for name in names]
-    out.mkdir(parents=parents, exist_ok=True)
-    try:
-        with contextlib.ExitStack() as stack:
-            files = [
-                stack.enter_context(soundfile.SoundFile(p, "w", sample_rate, 1, subtype="FLOAT", format=kind))
-                for p in parts
-            ]
-            for estimates in rendered:
-                rows = [*estimates, estimates.sum(0)] if mixture else estimates
-                for file, samples in zip(files, rows, strict=True):
-                    file.write(samples)
-        for part in parts:
-            part.replace(part.with_suffix(""))
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ FLOORS = (
     "model masks windows separators separation baselines plots report",
     "fetching vision shards work manifest audioset synthetic",
     "stages extraction learning",
-    "files videos evaluation results results_report audit duplicates datacard",
+    "files videos outputs stems evaluation results results_report audit duplicates datacard",
     "service commands",
     "cli",
 )
@@ -57,7 +57,9 @@ FLAGS = {
         "--protocol", "--replace", "--in-process",
     },
     "serve": {"--model", "--port", "--in-process"},
-    "avsep separate": {"--model", "--out", "--objects", "--weights", "--track"},
+    "avsep separate": {
+        "--model", "--out", "--objects", "--weights", "--track", "--two-stems", "--format", "--mono", "--video",
+    },
     "avsep inspect": set(),
     "avsep label": {"--weights", "--labeller"},
 }  # fmt: skip

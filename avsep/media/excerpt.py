@@ -91,17 +91,23 @@ def sound_filters(
     samples: str = "flt",
     layouts: str = "mono",
 ) -> str:
-    """Return ffmpeg's filters for what follows `lead_s` on its clock: `samples` is their format."""
+    """Return ffmpeg's filters for what follows `lead_s` on its clock: `samples` is their format.
+
+    `layouts` counts where the listening takes no layout of its own.
+    """
     bounded = math.isfinite(length_s)
     # atrim before aresample: the latter lets a start up to 1 ms early pass, and fills gaps of any length
     filters = [f"atrim=start={lead_s:.6f}" + (f":end={lead_s + length_s + 0.1:.6f}" if bounded else "")]
-    if listening.mix:
+    if listening.mix and not listening.layout:
         filters.append(f"aeval='{listening.mix}':c=mono")
     placed = "" if listening.timed else f":async=1:first_pts={round(lead_s * sample_rate)}"
     filters.append(f"aresample={sample_rate}{placed}:rematrix_maxval=1")
-    filters.append(f"aformat=sample_fmts={samples}:channel_layouts={layouts}:sample_rates={sample_rate}")
+    layouts = listening.layout or layouts
+    wanted = "" if " " in layouts else f":channel_layouts={layouts}"  # "3 channels" have no layout to convert to
+    filters.append(f"aformat=sample_fmts={samples}{wanted}:sample_rates={sample_rate}")
     if listening.timed:  # a change makes the filters anew: what counts from the start would start again
-        filters.append(f"aeval='val(0)|t-{lead_s:.6f}':c=stereo")
+        values = "|".join(f"val({c})" for c in range(listening.n_channels))
+        filters.append(f"aeval='{values}|t-{lead_s:.6f}':c={(2 << listening.n_channels) - 1:#x}")
     elif bounded:
         filters.append(f"atrim=end_sample={round(length_s * sample_rate)}")
     return ",".join(filters)
@@ -147,7 +153,7 @@ def _images(stream: bytearray) -> NDArray[np.uint8]:
 def samples_of(process: FFmpeg, sample_rate: int, timeout_s: float) -> Iterator[bytes]:
     """Give an excerpt's float32 samples as they come; TIMEOUT where none come for that long."""
     timed = process.listening is not None and process.listening.timed
-    placing = _Placing(sample_rate) if timed else None
+    placing = _Placing(sample_rate, process.listening.n_channels) if timed and process.listening else None
     for _, data in process.pieces(timeout_s, renewed=True):
         if placing is None:
             yield data
@@ -156,23 +162,25 @@ def samples_of(process: FFmpeg, sample_rate: int, timeout_s: float) -> Iterator[
 
 
 class _Placing:
-    """Put timed samples one after the other, and silence where their times leave a gap.
+    """Put timed samples, of all channels at a time, one after the other, and silence where times leave a gap.
 
     Times that go back or drift are not believed: formats without timestamps count them by a rate that
     holds no longer.
     """
 
-    def __init__(self, sample_rate: int) -> None:
-        self._rate = sample_rate
+    def __init__(self, sample_rate: int, n_channels: int = 1) -> None:
+        self._rate, self._n_channels = sample_rate, n_channels
         self._next_s: float | None = None  # where the samples that have come end
         self._rest = b""
 
     def __call__(self, data: bytes) -> Iterator[bytes]:
-        """Take pairs of float64, sample and time in s; give float32 samples."""
+        """Take rows of float64, the channels' samples and their time in s; give float32 samples."""
         data = self._rest + data
-        whole = len(data) // 16 * 16
+        width = 8 * (self._n_channels + 1)
+        whole = len(data) // width * width
         self._rest = data[whole:]
-        samples, times = np.frombuffer(data[:whole], "<f8").reshape(-1, 2).T
+        rows = np.frombuffer(data[:whole], "<f8").reshape(-1, self._n_channels + 1)
+        samples, times = rows[:, :-1], rows[:, -1]
         jumps = np.flatnonzero(np.abs(np.diff(times) * self._rate - 1) > 0.5) + 1
         for run in np.split(np.arange(len(samples)), jumps):
             if len(run):
@@ -186,7 +194,7 @@ class _Placing:
         if gap_s >= least_s:
             missing = round(gap_s * self._rate)
             for start in range(0, missing, CHUNK_BYTES):
-                yield bytes(4 * min(CHUNK_BYTES, missing - start))
+                yield bytes(4 * self._n_channels * min(CHUNK_BYTES, missing - start))
 
 
 def n_images(length_s: float) -> int:

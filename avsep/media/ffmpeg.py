@@ -47,6 +47,7 @@ _MIXED = {
 }
 # For aeval, whose ld(1) counts the channels.
 _SUM = "st(0,0);st(1,0);while(lt(ld(1),nb_in_channels),st(0,ld(0)+val(ld(1)){});st(1,ld(1)+1));ld(0)/nb_in_channels"
+_NAMED = {"mono": 1, "stereo": 2, "downmix": 2, "binaural": 2, "quad": 4, "hexagonal": 6, "octagonal": 8, "cube": 8}
 _OMNI = "val(0)"  # ambisonic W: what an omnidirectional microphone hears
 MEAN = _SUM.format("")
 ALTERNATING = _SUM.format("*(1-2*mod(ld(1),2))")  # of two channels half the difference
@@ -107,6 +108,7 @@ class Track:
     codec: str
     layout: str  # of its channels
     language: str
+    sample_rate: int = 0  # Hz; 0 where the header doesn't say
 
     @property
     def mix(self) -> str:
@@ -119,15 +121,37 @@ class Track:
         return ", ".join(filter(None, (self.codec, self.layout, self.language)))
 
 
+def count_channels(layout: str) -> int:
+    """Count the channels of a layout as ffmpeg names it; 0 for one that isn't known.
+
+    >>> [count_channels(name) for name in ("mono", "5.1(side)", "3.1.2", "6 channels (FL+FR)", "ambisonic 1", "?")]
+    [1, 6, 6, 6, 4, 0]
+    """
+    name = layout.partition("(")[0].strip()
+    if named := _NAMED.get(name):
+        return named
+    if count := re.match(r"(\d+) channels", name):
+        return int(count[1])
+    if order := re.fullmatch(r"ambisonic (\d+)", name):
+        return (int(order[1]) + 1) ** 2
+    return sum(map(int, name.split("."))) if re.fullmatch(r"\d+(\.\d+)+", name) else 0
+
+
 @dataclass(frozen=True)
 class Listening:
-    """How one channel of sound is taken from a file."""
+    """How sound is taken from a file: as one channel, or in a layout of its own."""
 
     track: int = 1  # counted from 1
     mix: str = ""  # an expression for aeval; empty: as ffmpeg mixes the layout
     timed: bool = False  # whether samples come with their times: those of sound whose parameters change
     endless: bool = False  # whether a WAV is read to the file's end, whatever its header says
     link: tuple[int, int] | None = None  # of an Ogg chain, where it starts and ends in the file, in bytes
+    layout: str = ""  # of the channels that are taken; empty: one, mixed
+
+    @property
+    def n_channels(self) -> int:
+        """How many channels come."""
+        return count_channels(self.layout) if self.layout else 1
 
 
 @dataclass(frozen=True)
@@ -139,6 +163,7 @@ class Header:
     indexed: bool  # whether seeking finds the key frame before a time
     tracks: tuple[Track, ...] = ()
     picture: int | None = None  # ffmpeg's number of the picture stream
+    picture_codec: str = ""
     format: str = ""
 
 
@@ -234,13 +259,15 @@ def _parse_header(log: str, n_bytes: int = 0) -> Header | None:
         indexed=not begin[1].startswith("mpeg"),
         tracks=tuple(_track(*described) for described in audio),
         picture=video[0][0] if video else None,
+        picture_codec=re.split("[ ,]", video[0][1])[0] if video else "",
         format=begin[1],
     )
 
 
 def _track(stream: int, language: str, words: str) -> Track:
-    layout = re.search(r"\d+ Hz, ([^,]+)", words)
-    return Track(stream, words.split(",")[0].split(" ")[0], layout[1] if layout else "", language.replace("und", ""))
+    sound = re.search(r"(\d+) Hz, ([^,]+)", words)
+    rate, layout = (int(sound[1]), sound[2]) if sound else (0, "")
+    return Track(stream, words.split(",")[0].split(" ")[0], layout, language.replace("und", ""), rate)
 
 
 def _never_filled(length: float) -> bool:
@@ -252,13 +279,14 @@ def input_of(path: Path, limits: DecodeLimits, link: tuple[int, int] | None = No
     """Return an input of ffmpeg's that opens recorded media alone."""
     import ffmpeg  # nobody needs it who has waveforms already
 
+    # more channels without a layout are microphones or instruments as often as loudspeakers
+    options = {"guess_layout_max": 2} | options
     part = "subfile,,start,{},end,{},,:".format(*link) if link else ""
     return ffmpeg.input(
         f"{part}file:{path.absolute()}",
         protocol_whitelist="file,subfile" if link else "file",
         format_whitelist=_FORMATS,
         threads=limits.threads,
-        guess_layout_max=2,  # more channels without a layout are microphones or instruments as often as loudspeakers
         **options,
     )
 

@@ -24,7 +24,7 @@ from avsep.media.faults import (
     probe_audio,
     silence_notes,
 )
-from avsep.media.ffmpeg import ALTERNATING, Changed, FFmpeg, Header, Listening, or_inf
+from avsep.media.ffmpeg import ALTERNATING, Changed, FFmpeg, Header, Listening, count_channels, or_inf
 from avsep.records import ClipError, Reason
 
 
@@ -51,6 +51,16 @@ def listen(path: Path, *, limits: DecodeLimits = DecodeLimits(), track: int = 1)
     return found, tuple(silence_notes(peak, header, track))
 
 
+def as_it_is(path: Path, *, limits: DecodeLimits = DecodeLimits(), track: int = 1) -> tuple[int, Listening]:
+    """Read what a track's header says: its sample rate in Hz, and how `iter_audio` takes all of its channels.
+
+    Channels of a layout that nobody knows are mixed to one. Raises as `iter_audio` does.
+    """
+    found = probe_audio(path, limits, Listening(track)).tracks[track - 1]
+    layout = found.layout if count_channels(found.layout) else "mono"
+    return found.sample_rate or 48_000, Listening(track, layout=layout)
+
+
 def iter_audio(
     path: Path,
     *,
@@ -61,6 +71,7 @@ def iter_audio(
 ) -> Iterator[NDArray[np.float32]]:
     """Decode a whole file's audio as `decode` does, `block` samples at a time, the last block shorter.
 
+    Blocks are `(block,)`, mixed to one channel, and `(C, block)` where the listening has a layout.
     Memory stays the same however long the file is: `max_duration_s` doesn't apply, and
     `timeout_s` bounds the wait for each piece. What channels have left of each other isn't looked
     for: `listen` does. Raises ClipError while iterating: MISSING, EMPTY, UNREADABLE, NO_AUDIO,
@@ -69,7 +80,8 @@ def iter_audio(
     if block < 1:
         raise ValueError(f"block is {block}; it must be a positive number of samples")
     header = probe_audio(path, limits, listening)
-    excerpt, n_samples = yield from _blocks(whole_sound(path, header, listening, sample_rate, limits), block)
+    sound = whole_sound(path, header, listening, sample_rate, limits)
+    excerpt, n_samples = yield from _blocks(sound, block, listening.n_channels if listening.layout else None)
     if excerpt.too_many_errors or (not n_samples and excerpt.returncode):
         raise ClipError(Reason.UNREADABLE, excerpt.last_words() or "nothing decodes")
     if not n_samples:
@@ -81,21 +93,25 @@ def iter_audio(
 
 
 def _blocks(
-    pieces: Generator[bytes, None, FFmpeg], block: int
+    pieces: Generator[bytes, None, FFmpeg], block: int, n_channels: int | None
 ) -> Generator[NDArray[np.float32], None, tuple[FFmpeg, int]]:
     """Divide float32 samples into blocks; return what `pieces` returns, and their number."""
-    n_samples, rest = 0, bytearray()
+    n_samples, rest, width = 0, bytearray(), 4 * (n_channels or 1)
+
+    def samples_of_rest(count: int) -> NDArray[np.float32]:
+        samples = check_samples(np.frombuffer(bytes(rest[: width * count]), "<f4"))
+        return samples if n_channels is None else samples.reshape(-1, n_channels).T
+
     while True:
         try:
             rest += next(pieces)
         except StopIteration as end:
-            samples = np.frombuffer(rest, "<f4", len(rest) // 4)
-            if len(samples):
-                yield check_samples(samples)
-            return end.value, n_samples + len(samples)
-        while len(rest) >= 4 * block:
-            yield check_samples(np.frombuffer(rest[: 4 * block], "<f4"))
-            del rest[: 4 * block]
+            if left := len(rest) // width:
+                yield samples_of_rest(left)
+            return end.value, n_samples + left
+        while len(rest) >= width * block:
+            yield samples_of_rest(block)
+            del rest[: width * block]
             n_samples += block
 
 

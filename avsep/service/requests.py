@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from avsep.fetching import sources
+from avsep.outputs import MIXTURE
 from avsep.separation import REST
 from avsep.service.answers import Audio, Card, Job, ProblemBody, Relation, Result, SeparatedObject
 from avsep.service.config import ServiceConfig
@@ -14,7 +15,6 @@ from avsep.service.names import find_objects
 from avsep.service.problems import AUDIO, JSON, Problem
 from avsep.service.state import Options, Outcome, State
 from avsep.service.window import TRACKS
-from avsep.videos import MIXTURE
 
 _MAX_WAIT_S = 60.0
 _ZIP = "application/zip"

@@ -16,6 +16,7 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
+from avsep.outputs import MIXTURE
 from avsep.separation import REST
 from avsep.service import window
 from avsep.service.answers import Job, RelationMap
@@ -26,7 +27,6 @@ from avsep.service.results import NoSuchJob, StoreFull
 from avsep.service.service import Service, service_of
 from avsep.service.state import Outcome
 from avsep.service.window import TRACKS
-from avsep.videos import MIXTURE
 
 Served = Annotated[Service, Depends(service_of)]
 router = APIRouter(prefix="/v1/separations", redirect_slashes=False)

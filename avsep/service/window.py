@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from avsep import plots
+from avsep.outputs import MIXTURE
 from avsep.separation import REST, Planned
 from avsep.stft import STFT
-from avsep.videos import MIXTURE
 
 TRACKS = "tracks"  # a result's folder of WAVs
 _WINDOW, _FRAME = "window.npz", "frame.png"
