@@ -17,10 +17,14 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import safetensors.torch
 import torch
+
+from avsep.model import label_config
+from avsep.vision import NO_DOWNLOAD
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -57,6 +61,8 @@ def describe(out: Path) -> None:
     config = json.loads((out / "config.json").read_text())
     config["training"]["about"] = "clips rendered from openly licensed sounds of Debian's packages"
     config["evidence"] |= EVIDENCE
+    config["labeller"] = {"architecture": NO_DOWNLOAD, "sha256": None}  # its clips had no pictures
+    config["labels"] = asdict(label_config(NO_DOWNLOAD, config["extraction"]["looks"]))
     (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
