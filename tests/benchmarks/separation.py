@@ -5,18 +5,18 @@ python -m tests.benchmarks.separation --rounds 1 --processes 1 --objects 2
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 import torch
 
 from avsep.context import BasisContext
-from avsep.factors import ExtractionConfig
-from avsep.model import Model, ModelConfig, label_config
+from avsep.factors import ExtractionConfig, factorize_clips
+from avsep.model import Labelling, Model, ModelConfig, label_config
 from avsep.objects import OBJECT_NAMES
 from avsep.separation import Separator
-from avsep.stages import factorize_clips
 from avsep.vision import ImageLabeller, build_network
 from pipelines import recipes
 from tests.benchmarks import measure
@@ -32,20 +32,26 @@ def separator(n_bases: int = 25) -> Separator:
     return Separator(Model(config, config.build().eval(), None, BasisContext().eval()))
 
 
+def factorize_there(waveforms: Sequence[Any], seeds: Sequence[int], config: ExtractionConfig, device: str) -> Future:
+    """Factorise windows on a device, as a separator has it done by others."""
+    future: Future = Future()
+    future.set_result(factorize_clips(waveforms, seeds, config, device))
+    return future
+
+
 def sides(seconds: int, n_objects: int, device: str = "cpu") -> dict[str, Callable[[], Any]]:
     """Objects given, and found in ten pictures (whose decoding extraction measures); on a device what is done there."""
     from avsep.synthetic import SceneConfig, render_scene  # here, so that who takes the separator needs no ffmpeg
 
     model, names = separator(), OBJECT_NAMES[:n_objects]
     if device != "cpu":
-        model.factorize_all = lambda sound, seeds: factorize_clips(
-            [sound.numpy()] * len(seeds), seeds, model.extraction, device
-        )
+        there = functools.partial(factorize_there, config=model.extraction, device=device)
+        model = Separator(model.model, factorize=there)
     mix = torch.as_tensor(render_scene(0, "test", 5, SceneConfig(seconds=10), 2).mix)
     mix = mix.repeat(-(-seconds // 10))[: 48_000 * seconds]
     labeller = ImageLabeller("resnet152", build_network("resnet152", 1000).eval().to(device), "", None, device)
     images = np.random.default_rng(0).integers(0, 256, (10, 320, 427, 3), np.uint8)
-    labels = label_config(labeller.architecture, "tiles")
+    labels = Labelling(label_config(labeller.architecture, "tiles"))
 
     def with_pictures() -> None:
         labels.scores(labeller.evidence(images, "tiles"))

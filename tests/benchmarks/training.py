@@ -19,8 +19,8 @@ import torch
 
 from avsep import shards
 from avsep.factors import DataConfig, ExtractionConfig
-from avsep.learning import bags, training
-from avsep.learning.bags import load_bags
+from avsep.learning import training
+from avsep.learning.bags import Bags, load_bags, shuffled_batches
 from avsep.miml import activation_statistics
 from avsep.model import Labelling, ModelConfig
 from avsep.objects import OBJECT_NAMES
@@ -81,10 +81,10 @@ def sides(folder: Path, batch_size: int) -> dict[str, Callable[[], Any]]:
     ours, theirs = network(), network()
     held = load_bags(files, Labelling(), "train")
 
-    def epoch(bags: bags.Bags | None = None) -> None:
+    def epoch(bags: Bags | None = None) -> None:
         bags = bags or load_bags(files, Labelling(), "train")
         assert bags is not None
-        training.train_epoch(ours[0], bags.shuffled_batches(bags, batch_size, 0), ours[1], ours[2], 0)
+        training.train_epoch(ours[0], shuffled_batches(bags, batch_size, 0), ours[1], ours[2], 0)
 
     class Clips(torch.utils.data.Dataset):
         def __init__(self) -> None:
@@ -124,7 +124,7 @@ def on_gpu(folder: Path, epochs: int, batch_size: int) -> float:
     model, optimiser, config = network("cuda")
     bags = bags.to("cuda")
     for number in range(epochs):
-        training.train_epoch(model, bags.shuffled_batches(bags, batch_size, number), optimiser, config, number)
+        training.train_epoch(model, shuffled_batches(bags, batch_size, number), optimiser, config, number)
     torch.cuda.synchronize()
     return time.perf_counter() - started
 

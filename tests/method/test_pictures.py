@@ -106,7 +106,7 @@ def test_the_main_job_from_pictures_alone(tmp_path: Path, capfd, monkeypatch) ->
     assert "pictures: efficientnet_lite0, looks: tiles" in capfd.readouterr().out
     configuration = shards.read_configuration(clips)
     assert (configuration["extraction"]["image_size"], configuration["labeller"]) == (288, "efficientnet_lite0")
-    labels = label_config("efficientnet_lite0", "tiles")
+    labels = Labelling(label_config("efficientnet_lite0", "tiles"))
     for record in shards.read_clips(clips):
         seen = labels.choose(labels.scores(torch.from_numpy(record.image_logits.astype(np.float32))))
         assert record.image_logits.shape == (3, 1000) and record.label_source == "pictures"
