@@ -1,5 +1,6 @@
 """Programs that one runs or submits: each reads files, maps a function of avsep over them, writes files."""
 
+import json
 import os
 import signal
 import sys
@@ -53,7 +54,9 @@ def begin(parser: ArgumentParser) -> None:
         if signal.getsignal(number) != signal.SIG_IGN:  # as a script's background job does
             signal.signal(number, stop)
     arguments = parser.parse_args() if parser.allow_abbrev else parser.parse_known_args()[0]
-    mistake = missing_input(arguments) or _bad_table(getattr(arguments, "segments", None))
+    mistake = missing_input(arguments) or _bad_table(
+        getattr(arguments, "segments", None), getattr(arguments, "model", None)
+    )
     if mistake and os.environ.get("AVSEP_LOG") != "json":  # there the program itself says so, as JSON
         parser.exit(UNUSABLE, f"{parser.prog}: {mistake}\n")
 
@@ -83,14 +86,24 @@ def _mistake(name: str, path: str) -> str:
     return f"{path} holds no {holds}; {remedy}" if holds and not os.path.exists(os.path.join(path, holds)) else ""
 
 
-def _bad_table(path: str | None) -> str:
-    """Say what is wrong with a small local table of segments; empty where nothing is, or it isn't one."""
+def _bad_table(path: str | None, model: str | None) -> str:
+    """Say what is wrong with a small local table of segments; empty where nothing is, or it isn't one.
+
+    With a model its objects are the model's; of a model that isn't here, or is broken, the program itself tells.
+    """
     if path is None or not os.path.isfile(path) or os.path.getsize(path) > _QUICK_BYTES:
         return ""
-    from avsep import records  # takes half a second
+    from avsep import objects, records  # takes half a second
 
+    vocabulary = objects.AUDIOSET_23
+    if model is not None:
+        try:
+            with open(os.path.join(model, "config.json"), encoding="utf-8") as f:
+                vocabulary = objects.Vocabulary.from_list(json.load(f)["vocabulary"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return ""
     try:
-        records.read_segments(path)
+        records.read_segments(path, vocabulary=vocabulary)
     except (ValueError, OSError) as error:
         return str(error)
     return ""

@@ -1,5 +1,6 @@
 """Other objects than the default's 23: from the manifest to the separated sound."""
 
+import contextlib
 import csv
 import json
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 import soundfile
 import torch
 
+import pipelines
 from avsep import audioset, shards
 from avsep.factors import DataConfig, ExtractionConfig
-from avsep.model import Model
+from avsep.model import Model, ModelConfig
 from avsep.objects import AUDIOSET_23, SoundObject, Vocabulary
 from avsep.records import ClipRecord, check_vocabularies, read_segments, read_vocabulary
 from avsep.separation import Separator
@@ -166,6 +168,24 @@ def test_a_table_takes_the_vocabulary_s_names_and_aliases(tmp_path: Path) -> Non
     assert segment.labels == ("tower_bell", "violin")
     (letter,) = (tmp_path / "m" / "dead_letters.jsonl").read_text().splitlines()
     assert "unknown object 'dog'; the objects are flute, drum, violin, tower_bell, crowd" in letter
+
+
+def test_a_table_beside_a_model_is_checked_by_the_model_s_objects(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the program's imports, as afterwards: the table says no vocabulary of its own."""
+    ModelConfig(vocabulary=Vocabulary.parse(FIVE)).write(tmp_path)
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # this process goes on
+    for name, label, refused in (("a", "church bell", ""), ("b", "dog", "unknown object 'dog'")):
+        table = tmp_path / f"{name}.csv"
+        table.write_text(f"source,labels\na.wav,{label}\n")
+        parser = pipelines.arguments_of("x", None, "")
+        parser.add_argument("--segments")
+        parser.add_argument("--model")
+        monkeypatch.setattr("sys.argv", ["x", "--segments", str(table), "--model", str(tmp_path)])
+        with pytest.raises(SystemExit) if refused else contextlib.nullcontext():
+            pipelines.begin(parser)
+        assert refused in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
