@@ -16,7 +16,6 @@ import time
 import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -384,7 +383,7 @@ def inspect(path: str) -> int:
                     say(f"{key.decode()}: {metadata[key].decode()}")
     elif storage.exists(storage.join(path, CONFIG_FILE)):
         model = Model.load(path)
-        say(json.dumps(asdict(model.config), indent=1))
+        say(json.dumps(model.config.as_dict(), indent=1))
         say(describe_training(model.config))
         say(f"network: {sum(p.numel() for p in model.network.parameters()):,} parameters")
         counts = model.dictionary.counts() if model.dictionary else None
