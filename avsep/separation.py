@@ -20,6 +20,7 @@ from avsep.limits import LOUDEST
 from avsep.masks import at_least, basis_shares, ratio_masks, separate
 from avsep.miml import basis_posteriors, energy_shares
 from avsep.model import Model, SeparationConfig
+from avsep.objects import Vocabulary
 from avsep.separators import Planned, Separates, Separation, Whole, render_whole
 from avsep.stft import STFT
 from avsep.windows import Explanation, Window, WindowStore
@@ -88,6 +89,11 @@ class Separator:
     def objects(self) -> tuple[str, ...]:
         """The model's objects, in the order of its relation maps' rows."""
         return self.model.config.objects
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The model's objects, and what people call them."""
+        return self.model.config.vocabulary
 
     @torch.inference_mode()
     def analyse(self, waveform: Tensor, seed: int = 0) -> Window:
@@ -285,10 +291,10 @@ class Separator:
             return None
         if isinstance(names, str):
             raise ValueError(f"objects are {names!r}; give a list of names")
-        own = [self.model.config.vocabulary.find(name) for name in names]
+        own = [self.vocabulary.find(name) for name in names]
         if len(set(own)) != len(own):
             raise ValueError(f"objects are {', '.join(names)}; name each once")
-        return [self.model.config.vocabulary.index(name) for name in own]
+        return [self.vocabulary.index(name) for name in own]
 
 
 @dataclass

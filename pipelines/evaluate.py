@@ -25,8 +25,6 @@ EXAMPLES = """examples:
       --out out/results
   python -m pipelines.evaluate --model out/run/model --paper-model out/paper/model --segments out/manifest \\
       --references clips/references --out out/results --given labels
-  python -m pipelines.evaluate --model out/run/model --segments out/manifest --references clips/references \\
-      --out out/pairs --protocol pairs
   python -m pipelines.evaluate --model out/run/model --compare before=out/last/model --compare tuned=out/tuned/model \\
       --segments out/manifest --references clips/references --out out/results
 """
@@ -38,11 +36,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", required=True, help="the model folder")
     p.add_argument("--paper-model", help="a model trained with --recipe paper, as a row beside it")
     p.add_argument(
-        "--compare",
-        action="append",
-        default=[],
-        metavar="NAME=DIR",
-        help="another model, as a row of that name; can be given several times",
+        "--compare", action="append", default=[], metavar="NAME=DIR", help="another model, a row by that name"
     )
     p.add_argument("--segments", required=True, help="a table, or a manifest's folder")
     p.add_argument("--references", required=True, help="folder of SEGMENT_ID/OBJECT.flac (or .wav) and _rest")
@@ -138,7 +132,7 @@ def evaluate_clip(job: Job, segments: Sequence[Segment]) -> ClipResult:
     loaded = separators(job.models)
     try:
         case = build_case(
-            segments, job.references, loaded["default"].sample_rate, job.protocol, _vocabulary(loaded["default"])
+            segments, job.references, loaded["default"].sample_rate, job.protocol, loaded["default"].vocabulary
         )
         return measure(case, loaded, job.given)
     except (ClipError, ValueError) as error:
@@ -149,12 +143,8 @@ def clip_section(job: Job, segments: Sequence[Segment], clip: ClipResult) -> Rep
     """Show one clip, or pair of clips, as the default separates it."""
     cluster.one_thread()
     default = separators(job.models)["default"]
-    case = build_case(segments, job.references, default.sample_rate, job.protocol, _vocabulary(default))
+    case = build_case(segments, job.references, default.sample_rate, job.protocol, default.vocabulary)
     return results_report.clip_section(segments, case, default, job.given, clip)
-
-
-def _vocabulary(separator: Separator) -> Vocabulary:
-    return separator.model.config.vocabulary
 
 
 def named_models(arguments: argparse.Namespace) -> tuple[Entry, ...]:
@@ -180,9 +170,9 @@ def check_models(models: Sequence[Entry]) -> None:
     """Load the models, so that a mistake is told before the work begins: several sample rates or vocabularies."""
     loaded = separators(tuple(models))
     rates = {name: separator.sample_rate for name, separator in loaded.items()}
-    own = _vocabulary(loaded["default"])
+    own = loaded["default"].vocabulary
     for m in models:
-        check_vocabularies("--model", own, m.directory, _vocabulary(loaded[m.name]))
+        check_vocabularies("--model", own, m.directory, loaded[m.name].vocabulary)
         if rates[m.name] != rates["default"]:
             flag = f"--paper-model {m.directory}" if m.name == "paper" else f"--compare {m.name}={m.directory}"
             fail(f"{flag} works at {rates[m.name]} Hz and --model at {rates['default']} Hz; give two of one rate")
@@ -217,7 +207,7 @@ def run(arguments: argparse.Namespace) -> int:
     inputs = ("model", "paper_model", "compare", "segments", "references")
     console.keep_apart(arguments, *inputs, writes=RESULTS)
     check_models(models)
-    segments = chosen_segments(arguments, _vocabulary(separators(models)["default"]))
+    segments = chosen_segments(arguments, separators(models)["default"].vocabulary)
     source = provenance(arguments, models, segments)
     check_free(arguments.out, source, arguments.replace)
     storage.make_directory(arguments.out)
@@ -225,9 +215,8 @@ def run(arguments: argparse.Namespace) -> int:
     with runners.session(arguments.in_process) as runner:
         cases, errors = choose(runner, segments, job)
         if not cases:
-            fail(
-                f"--protocol {job.protocol}: {arguments.segments} has too few clips with one object alone; leave it out"
-            )
+            few = f"{arguments.segments} has too few clips with one object alone; leave it out"
+            fail(f"--protocol {job.protocol}: {few}")
         clips = []
         with Progress("evaluate", len(cases), "clips") as progress:
             for clip in runner.map(evaluate_clip, ((job, c) for c in cases)):

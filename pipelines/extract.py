@@ -22,7 +22,6 @@ EXAMPLES = """examples:
   python -m pipelines.extract --segments out/manifest --out out/clips --retry-rejected timed_out missing
   python -m pipelines.extract --segments out/audioset --out out/clips --media out/media --rate 250
   python -m pipelines.extract --segments out/audioset --out out/clips --media out/media --until fetch
-  python -m pipelines.extract --segments out/manifest --out out/clips --in-process   # no Ray, for a debugger
 """
 
 
@@ -103,10 +102,8 @@ def tell_changes(extraction: Extraction, state: shards.State, segments: Sequence
     for line in changes.lines():
         say(line)
     if gone := len(state.clip_ids - {s.segment_id for s in segments}):
-        say(
-            f"{extraction.out} also holds {gone} clips of segments that the table doesn't have: they stay, and "
-            "training takes them; to be without them, give another --out"
-        )
+        remedy = "they stay, and training takes them; to be without them, give another --out"
+        say(f"{extraction.out} also holds {gone} clips of segments that the table doesn't have: {remedy}")
     return changes
 
 

@@ -20,8 +20,6 @@ _SMALL = "shufflenet_v2_x0_5"  # what is trained from scratch when no other is a
 EXAMPLES = """examples:
   python -m pipelines.finetune --segments out/manifest --clips out/clips --model out/run/model \\
       --out out/labeller --weights resnet152-394f9c45.pth
-  python -m pipelines.finetune --segments out/manifest --clips out/clips --model out/run/model \\
-      --out out/labeller --targets agreement
   python -m pipelines.finetune --segments out/manifest --out out/labeller --targets labels \\
       --architecture shufflenet_v2_x0_5
 """
@@ -159,8 +157,7 @@ def run(arguments: argparse.Namespace) -> int:
     model = Model.load(arguments.model) if arguments.model else None
     vocabulary = read_vocabulary(arguments.segments, model.config.vocabulary if model else AUDIOSET_23)
     if model is not None:
-        segments = f"--segments {arguments.segments}"
-        check_vocabularies(segments, vocabulary, f"--model {arguments.model}", model.config.vocabulary)
+        check_vocabularies("--segments", vocabulary, "--model", model.config.vocabulary)
     by_split: dict[str, list[Segment]] = {"train": [], "val": []}
     for s in read_segments(arguments.segments, say, vocabulary):
         by_split.get(s.split, []).append(s)
@@ -242,14 +239,8 @@ def album_files(
             path = storage.join(arguments.out, f"pictures-{looking.size}", albums.album_name(split, shard))
             files[split].append(path)
             if not storage.exists(path):
-                todo.append(
-                    (
-                        path,
-                        looking,
-                        shard.segments,
-                        {s.segment_id: known[s.segment_id] for s in shard.segments if s.segment_id in known},
-                    )
-                )
+                here = {s.segment_id: known[s.segment_id] for s in shard.segments if s.segment_id in known}
+                todo.append((path, looking, shard.segments, here))
     missing = 0
     with Progress("pictures", sum(len(t[2]) for t in todo), "clips") as progress:
         for count, lost in runner.map(keep_images, todo):

@@ -59,6 +59,7 @@ from avsep.manifest import (
     STAGING,
     WRITES,
     Block,
+    Plan,
     Reader,
     Report,
     add_samples,
@@ -145,6 +146,21 @@ def build(
     )
 
 
+def plan_of(args: argparse.Namespace) -> tuple[list[str], Plan]:
+    """Check arguments and input → its files, and how they are read. Raises ValueError or OSError."""
+    own = read_objects(storage.resolve(args.objects, ".")) if args.objects else None
+    if args.table:
+        if args.ontology or args.own_node_only:
+            raise ValueError("--ontology and --own-node-only go with --audioset, not with --table")
+        uris = [storage.resolve(args.table, ".")]
+        return uris, plan_table(uris[0], own)
+    if not args.ontology and not args.own_node_only:
+        raise ValueError("--audioset needs --ontology ontology.json (or --own-node-only to do without)")
+    uris = list(dict.fromkeys(storage.resolve(uri, ".") for uri in args.audioset))
+    ontology = storage.resolve(args.ontology, ".") if args.ontology else None
+    return uris, plan_audioset(uris, ontology, args.own_node_only, own or AUDIOSET_23)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit status."""
     try:
@@ -155,18 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = runners.beam_options(others)
         out = storage.resolve(args.out, ".")
         console.keep_apart(args, "table", "audioset", "ontology", "objects", writes=WRITES)
-        own = read_objects(storage.resolve(args.objects, ".")) if args.objects else None
-        if args.table:
-            if args.ontology or args.own_node_only:
-                raise ValueError("--ontology and --own-node-only go with --audioset, not with --table")
-            uris = [storage.resolve(args.table, ".")]
-            plan = plan_table(uris[0], own)
-        else:
-            if not args.ontology and not args.own_node_only:
-                raise ValueError("--audioset needs --ontology ontology.json (or --own-node-only to do without)")
-            uris = list(dict.fromkeys(storage.resolve(uri, ".") for uri in args.audioset))
-            ontology = storage.resolve(args.ontology, ".") if args.ontology else None
-            plan = plan_audioset(uris, ontology, args.own_node_only, own or AUDIOSET_23)
+        uris, plan = plan_of(args)
         pipeline = beam.Pipeline(options=options)
         staging = storage.join(out, STAGING)
         storage.make_directory(out)

@@ -170,6 +170,16 @@ def test_pipelines_do_not_import_each_other(pipeline: str) -> None:
     assert not others - allowed, f"pipelines.{pipeline} imports {sorted(others - allowed)}"
 
 
+@pytest.mark.parametrize("file", [*(f"avsep/{f}" for f in FILES), *(f"pipelines/{p}.py" for p in PIPELINES)])
+def test_functions_and_programs_are_short(file: str) -> None:
+    """A program has at most 300 lines, a function 60; one that emits machine code may say why not."""
+    text = (ROOT / file).read_text()
+    assert not file.startswith("pipelines/") or len(text.splitlines()) <= 300
+    functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    long = {n.name for n in functions if n.end_lineno and n.end_lineno - n.lineno >= 60}
+    assert not long - ({"_run"} if file == "avsep/nmf/amx.py" else set())
+
+
 def test_only_the_cli_parses_arguments_in_avsep() -> None:
     assert [m for m in MODULES if "argparse" in imports(path_of(m))] == ["cli"]
 
