@@ -34,6 +34,7 @@ CONFIG_FILE, NETWORK_FILE, DICTIONARY_FILE, LABELLER_FILE, FAMILIARITY_FILE = (
     "familiarity.safetensors",
 )
 MODEL_FILES = (CONFIG_FILE, NETWORK_FILE, DICTIONARY_FILE, LABELLER_FILE, FAMILIARITY_FILE)
+_COUNTED = 8  # objects whose clips are told one by one
 _LATER = (
     "separation.fine_masks",
     "extraction.factorizer",
@@ -345,9 +346,13 @@ def describe_training(config: ModelConfig) -> str:
     counts = facts["clips_by_label"]
     if counts is None:
         return f"this model doesn't say what it was trained on{f' ({about})' if about else ''}"
-    objects = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    each = ""
+    if len(counts) <= _COUNTED:
+        objects = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    else:
+        objects, each = ", ".join(counts), f", {min(counts.values()):,} to {max(counts.values()):,} of each"
     several = f"{len(counts)} object{'s' * (len(counts) != 1)} from {clips} clip{'s' * (clips != '1')}"
-    return f"this model learned {several}{f' ({about})' if about else ''}: {objects}"
+    return f"this model learned {several}{f' ({about})' if about else ''}{each}: {objects}"
 
 
 def add_training_facts(directory: storage.AnyPath, **facts: Any) -> None:

@@ -66,7 +66,7 @@ _SHOWN = 3  # test clips in the report
 _CANT_KNOW = (
     "A model that learned for two minutes from synthesised sounds knows these alone. It can't know real instruments, "
     "rooms and microphones, nor objects that weren't among its clips; of a sound unlike them it says so. The starter "
-    "model, which comes with the package, learned from recordings, and has never heard a synthesised clip."
+    "model, which comes with the package, learned from open recordings, and has never heard these clips."
 )
 
 
