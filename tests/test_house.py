@@ -17,7 +17,7 @@ from tests.support.house import SHARED
 
 ROOT = Path(__file__).parent.parent
 
-# From the ground up: a room (a folder) or a flat file may import those of its line, and of the lines above (DESIGN.md).
+# From the ground up: a room (a folder) or a flat file may import those of its line, and of the lines above.
 FLOORS = (
     "stft nmf objects metrics miml context evidence lite looks limits console starter",
     "storage tables records lock factors dictionary familiarity",
@@ -108,7 +108,7 @@ def test_the_walk_sees_every_kind_of_import(tmp_path: Path) -> None:
 
 
 def test_every_room_has_its_floor() -> None:
-    """A new one needs a place in FLOORS; DESIGN.md says which floors there are."""
+    """A new one needs a place in FLOORS."""
     assert set(ROOMS) == set(FLOOR_OF)
 
 
