@@ -43,7 +43,14 @@ class BoundedHttp(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Read."""
+        """Read, in pieces: a head that came in one would be complete before it is counted."""
+        piece = HEAD_BYTES // 4
+        for at in range(0, len(data), piece):
+            self._read(data[at : at + piece])
+            if self.transport.is_closing():
+                return
+
+    def _read(self, data: bytes) -> None:
         if self._chunk is not None:
             self._chunk += len(data)
         super().data_received(data)

@@ -178,3 +178,11 @@ def _answers(port: int) -> bool:
             return raw.recv(1000).startswith(b"HTTP/1.1 200 ")
         except ConnectionError:
             return False
+
+
+def test_a_head_that_comes_whole_in_one_read_is_too_large_all_the_same(port: int) -> None:
+    """A busy server finds all of it in the socket at once."""
+    with connected(port) as raw:
+        raw.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 50_000 + b"\r\n\r\n")
+        answer, _ = until_closed(raw)
+    assert answer.startswith(b"HTTP/1.1 431 ")

@@ -1,34 +1,23 @@
 """The service with a separator that has no model: no bases, no network, two objects of its own."""
 
-import asyncio
 import io
 import zipfile
 from pathlib import Path
 
+import httpx
 import pytest
 import soundfile
-from fastapi.testclient import TestClient
 
-from avsep.service.api import make_app
-from avsep.service.config import ServiceConfig
-from avsep.service.jobs import JobWorker
-from avsep.service.service import Service
-from tests.support.serving import PITCH, RATE, Bands, tone, write_sound, write_video
+from tests.support.serving import PITCH, RATE, Bands, serving, tone, write_sound, write_video
 
 
 @pytest.fixture
 def client(tmp_path):
-    config = ServiceConfig("bands", str(tmp_path / "results"))
-    worker = JobWorker(config, load=lambda *_: Bands())
-
-    async def run(job_id: str) -> None:
-        await asyncio.to_thread(worker, job_id)
-
-    with TestClient(make_app(Service(config, run, worker.model.card))) as opened:
-        yield opened
+    with serving(tmp_path, "bands", load=lambda *_: Bands()) as server:
+        yield server.client
 
 
-def post(client: TestClient, path: Path, **fields: str) -> dict:
+def post(client: httpx.Client, path: Path, **fields: str) -> dict:
     with path.open("rb") as file:
         answer = client.post("/v1/separations", files={"file": file}, data=fields)
     assert answer.status_code == 201, answer.text
