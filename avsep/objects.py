@@ -102,7 +102,7 @@ class Vocabulary:
         known: dict[str, tuple[str, ...]] = {}
         for o in self.objects:
             for name in (o.name, *o.aliases):
-                known[_key(name)] = (*known.get(_key(name), ()), o.name)
+                known[_key(name)] = tuple(dict.fromkeys((*known.get(_key(name), ()), o.name)))
         return known
 
     def index(self, name: str) -> int:
@@ -207,8 +207,8 @@ class Vocabulary:
     def parse(cls, text: str) -> Vocabulary:
         """Read a JSON list or a CSV table with the columns of `SoundObject`; all but `name` may be missing.
 
-        In CSV several values are separated by blanks or `;`, 281-285 is a span of ImageNet indices, and a line
-        that begins with # is a comment.
+        In CSV `;` separates several values, for indices and nodes a blank does, too; 281-285 is a span of
+        ImageNet indices, and a line that begins with # is a comment.
         Raises ValueError naming the object, the value and the rule.
 
         >>> Vocabulary.parse("name,imagenet,aliases\\noboe,683,hautbois\\ndog,151-268,").find("Hautbois")
@@ -231,7 +231,8 @@ def _entry(row: dict[str, Any]) -> dict[str, Any]:
     """Turn a CSV row's cells into what JSON holds of an object."""
     entry: dict[str, Any] = {"name": (row.pop("name") or "").strip()}
     for column, cell in row.items():
-        parts = re.split(r"[;\s]+", cell.strip()) if isinstance(cell, str) and cell.strip() else []
+        between = ";" if column == "aliases" else r"[;\s]"  # an alias may be of several words
+        parts = [p.strip() for p in re.split(between, cell or "") if p.strip()] if column != "beyond" else [cell]
         if column == "sound":
             entry |= {"sound": cell.strip()} if parts else {}
         elif column in ("imagenet", "published"):
