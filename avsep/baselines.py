@@ -12,8 +12,8 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from avsep.factors import Factors
-from avsep.masks import ratio_masks, separate
 from avsep.metrics import si_sdr
+from avsep.separation import ratio_masks, separate
 from avsep.stft import STFT
 
 

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from avsep.separation import resample
 from avsep.stft import STFT
-from avsep.windows import resample
 
 _WINDOW_S = 0.15  # of the gains, where a separator has none of its own
 _FRAMES = 32  # taken at a time

@@ -22,7 +22,7 @@ FLOORS = (
     "stft nmf objects metrics miml context evidence lite looks limits console starter",
     "storage tables records lock factors dictionary familiarity",
     "media",
-    "model masks windows separators separation baselines plots report",
+    "model separation baselines plots report",
     "fetching vision shards work manifest audioset synthetic",
     "stages extraction learning",
     "files videos outputs stems evaluation results results_report audit duplicates datacard",

@@ -260,16 +260,22 @@ def test_the_picture_network_in_use_is_named(tmp_path):
         assert server.client.get("/v1/model").json()["labeller"] == "shufflenet_v2_x0_5"
 
 
+def described(server):
+    """The model as the service describes it, but for the disk's room, which changes by itself."""
+    card = server.client.get("/v1/model").json()
+    return {**card, "limits": {k: v for k, v in card["limits"].items() if k != "free_bytes"}}
+
+
 def test_the_model_stays_described_while_another_is_written(tmp_path, model):
     folder = Path(shutil.copytree(model, tmp_path / "model"))
     with serving(tmp_path, str(folder)) as server:
         (folder / "config.json").write_text("{")
-        card = server.client.get("/v1/model").json()
+        card = described(server)
         assert card["recipe"] == "tones"
         (folder / "config.json").unlink()
-        assert server.client.get("/v1/model").json() == card
+        assert described(server) == card
         write_model(folder, recipe="second")
-        assert server.client.get("/v1/model").json() == {**card, "recipe": "second"}
+        assert described(server) == {**card, "recipe": "second"}
 
 
 def test_what_the_log_is_to_say_is_there(tmp_path, model, caplog):

@@ -12,37 +12,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from avsep import starter, storage, windows
+from avsep import starter, storage
 from avsep.context import pair_features
 from avsep.factors import Factorize, Factors, factorize, get_factorizer
 from avsep.familiarity import deserved, familiarity
 from avsep.limits import LOUDEST
-from avsep.masks import at_least, basis_shares, ratio_masks, separate
 from avsep.miml import basis_posteriors, energy_shares
 from avsep.model import Model, SeparationConfig
 from avsep.objects import Vocabulary
-from avsep.separators import Planned, Separates, Separation, Whole, render_whole
+from avsep.separation import windows
+from avsep.separation.masks import at_least, basis_shares, ratio_masks, separate
+from avsep.separation.separates import Separation
+from avsep.separation.windows import Explanation, Window, WindowStore
 from avsep.stft import STFT
-from avsep.windows import Explanation, Window, WindowStore
 
-__all__ = [
-    "REST",
-    "Explanation",
-    "Plan",
-    "Planned",
-    "Separates",
-    "Separation",
-    "Separator",
-    "Whole",
-    "Window",
-    "at_least",
-    "basis_shares",
-    "ratio_masks",
-    "render_whole",
-    "separate",
-]
-
-REST = "_rest"
 _UNHEARD = "the model hardly hears it: it is taken to be there because it was named, so its sound is a guess"
 _UNSURE = "the model is not sure that it sounds"
 _FAINT = 1e-3  # of the loudest window: what a fainter one seems to hold doesn't count

@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from avsep.separation.windows import Explanation, Window
 from avsep.stft import STFT
-from avsep.windows import Explanation, Window
 
+REST = "_rest"  # what is none of the objects'
 _SHOWN_S = 60  # of a sound in a notebook
 
 
