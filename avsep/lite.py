@@ -46,6 +46,7 @@ class EfficientNetLite(nn.Module):
         self._blocks = nn.ModuleList(blocks)
         self._conv_head = _SameConv(channels, _HEAD, 1)
         self._bn1 = _norm(_HEAD)
+        self._last = nn.ReLU6()  # a module, so that the maps can be seen
         self._fc = nn.Linear(_HEAD, n_outputs)
 
     def features(self, x: Tensor) -> Tensor:
@@ -53,7 +54,8 @@ class EfficientNetLite(nn.Module):
         x = F.relu6(self._bn0(self._conv_stem(x)))
         for block in self._blocks:
             x = block(x)
-        return F.relu6(self._bn1(self._conv_head(x)))
+        maps: Tensor = self._last(self._bn1(self._conv_head(x)))
+        return maps
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits."""

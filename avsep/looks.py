@@ -37,7 +37,7 @@ class Looking:
 
     def __call__(self, images: NDArray[np.uint8]) -> Views:
         """Cut the looks out of a clip's pictures, `(n, height, width, 3)`, each squeezed into the network's square."""
-        cut, owners = [], []
+        cut, owners, places = [], [], []
         n_images, height, width = images.shape[:3]
         for i, parts in enumerate(boxes(self.way, n_images, height, width, self.crop)):
             picture = Image.fromarray(images[i])
@@ -45,8 +45,9 @@ class Looking:
                 box = (x * width, y * height, min(width, (x + w) * width), min(height, (y + h) * height))
                 cut.append(np.asarray(picture.resize((self.size, self.size), self.resampling, box=box)))
                 owners.append(i)
+                places.append((x, y, w, h))
         crops = np.stack(cut) if cut else np.zeros((0, self.size, self.size, 3), np.uint8)
-        return Views(crops, tuple(owners), n_images)
+        return Views(crops, tuple(owners), n_images, tuple(places))
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Views:
     crops: NDArray[np.uint8]  # (k, size, size, 3)
     owners: tuple[int, ...]  # the picture of each, (k,)
     n_images: int
+    boxes: tuple[Box, ...] = ()  # what each shows of its picture, (k,)
 
     def evidence(self, logits: NDArray[np.float32] | Tensor) -> Tensor:
         """Join the crops' logits, `(k, 1000)`, into one row per picture, `(n_images, 1000)`.

@@ -11,7 +11,7 @@ import re
 import socket
 import sys
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -25,8 +25,8 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from avsep import lite, looks, storage
-from avsep.objects import N_IMAGENET_CLASSES
+from avsep import lite, locating, looks, storage
+from avsep.objects import AUDIOSET_23, N_IMAGENET_CLASSES, Vocabulary
 
 # Published thresholds belong to this network and these weights.
 DEFAULT_ARCHITECTURE = "resnet152"
@@ -175,18 +175,76 @@ class ImageLabeller:
         views = self.looking(way)(images)
         return views.evidence(self(views.crops))
 
-    @torch.inference_mode()
+    @functools.cached_property
+    def ending(self) -> locating.Ending | None:
+        """Where the network ends in global average pooling and a linear layer; None: it ends otherwise."""
+        return locating.ending_of(self._classify, self.device)
+
+    def locate(
+        self, images: NDArray[np.uint8], vocabulary: Vocabulary = AUDIOSET_23, way: str = "tiles"
+    ) -> NDArray[np.float32]:
+        """Say where objects are in a clip's pictures, `(n, height, width, 3)` → `(n, L, h, w)` in [0, 1].
+
+        A map's maximum is the object's probability in that picture, as `locating.whole_maps` says. Two of the same
+        object share a map. Raises LabellerUnavailable for a network that has no such maps.
+        """
+        _, maps = self.labels_and_maps(images, way, vocabulary.imagenet_classes())
+        if maps is None:
+            raise LabellerUnavailable(
+                f"{self.architecture} can't say where objects are: it doesn't end in global average pooling and a "
+                f"linear layer; take another picture network, such as {NO_DOWNLOAD}"
+            )
+        return maps.numpy()
+
+    def labels_and_maps(
+        self, images: NDArray[np.uint8], way: str, groups: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Look at a clip's pictures once: their evidence, `(n, 1000)`, and where objects are, `(n, L, h, w)`.
+
+        `groups` are the L objects' ImageNet classes. The maps are None where the network has none.
+        """
+        views = self.looking(way)(images)
+        seen = self.see(views.crops, groups)
+        maps = None if seen.cells is None else locating.whole_maps(images, views, seen.cells)
+        return views.evidence(seen.logits), maps
+
     def __call__(self, images: NDArray[np.uint8] | Tensor, batch_size: int | None = None) -> Tensor:
         """Classify RGB pictures of the network's size, `(n, height, width, 3)` uint8 → `(n, 1000)` float32 logits."""
+        return self.see(images, None, batch_size).logits
+
+    @torch.inference_mode()
+    def see(
+        self,
+        images: NDArray[np.uint8] | Tensor,
+        groups: Sequence[Sequence[int]] | None = None,
+        batch_size: int | None = None,
+    ) -> locating.Seen:
+        """Classify as `__call__` does; with objects' ImageNet classes as `groups` say also where these are."""
+        ending = None if groups is None else self.ending
         pixels = torch.as_tensor(images)
         batch_size = batch_size or (40 if self.device != "cpu" else _SMALL_CPU_BATCH if self._small else _CPU_BATCH)
-        outputs = []
+        outputs, cells = [], []
         for batch in pixels.split(batch_size):
-            logits = self._classify(self.preprocessing(batch.to(self.device)))
+            x = self.preprocessing(batch.to(self.device))
+            if ending is None or groups is None:
+                logits = self._classify(x).float()
+            else:
+                logits, features = ending.watch(self._classify, x)
+                own = [self._outputs(group) for group in groups]
+                cells.append(locating.object_cells(features, logits, ending.last.weight, own).cpu())
             outputs.append(logits.float().cpu())
+        found = None if ending is None or groups is None else torch.cat(cells or [torch.zeros(0, len(groups), 1, 1)])
+        return locating.Seen(self._of_imagenet(outputs), found)
+
+    def _outputs(self, group: Sequence[int]) -> list[int]:
+        """Return which of the network's outputs are of some ImageNet classes."""
+        return list(group) if self.classes is None else [i for i, c in enumerate(self.classes) if c in group]
+
+    def _of_imagenet(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Join batches of the network's outputs to logits of ImageNet's classes, `(n, 1000)`."""
         if not outputs:
             return torch.empty(0, N_IMAGENET_CLASSES)
-        logits = torch.cat(outputs)
+        logits = torch.cat(list(outputs))
         if self.classes is None:
             return logits
         full = torch.full((len(logits), N_IMAGENET_CLASSES), -torch.inf)
