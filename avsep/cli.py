@@ -18,6 +18,7 @@ EXAMPLES = """examples:
   avsep inspect out/run/model
   avsep label duet.mp4
   avsep label duet.mp4 --labeller efficientnet_lite2
+  avsep label duet.mp4 --model out/run/model
 """
 
 
@@ -75,15 +76,26 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--track", type=int, default=1, help="which of several audio tracks, counted from 1")
     i = commands.add_parser("inspect", help="what is in a shard, an extraction's folder or a model", **shown)
     i.add_argument("path", help="a .parquet file or a folder")
-    la = commands.add_parser("label", help="what the pictures show", **shown)
+    la = commands.add_parser(
+        "label",
+        help="what the pictures show, and where",
+        description="Say what a video's pictures show. Each label has its place in the picture that shows it best: "
+        "[left, top, right, bottom] as fractions of width and height. Two of the same object share a place.",
+        **shown,
+    )
     la.add_argument("video", metavar="FILE", help="a video")
+    la.add_argument(
+        "--model",
+        help="a model's folder, whose objects, picture network and thresholds are taken (default: the 23 objects, and "
+        "the picture network of --labeller)",
+    )
     la.add_argument("--weights", help="weights of the picture network, a .pth or .safetensors file")
     la.add_argument(
         "--labeller",
         "--architecture",  # its former name
         metavar="NAME",
         help="the picture network: efficientnet_lite0 or efficientnet_lite2, which need no download, or a classifier "
-        "of torchvision (default: the first to be had of resnet152 and efficientnet_lite2)",
+        "of torchvision (default: the model's; without one the first to be had of resnet152 and efficientnet_lite2)",
     )
     return p
 

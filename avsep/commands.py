@@ -27,6 +27,7 @@ from avsep import shards, starter, storage
 from avsep.console import complain, lost, say
 from avsep.factors import ExtractionConfig
 from avsep.files import SUFFIXES, Step, pictures
+from avsep.locating import Locations
 from avsep.model import CONFIG_FILE, Labelling, Model, describe_training, label_config, training_facts
 from avsep.objects import Vocabulary
 from avsep.outputs import AS_IT_IS, FORMATS, Output
@@ -250,12 +251,14 @@ def separate_file(
 
 
 def _relation_map(done: FileSeparation, window: Explanation) -> bytes:
-    """Draw the first window's relation map beside a picture from the file's middle."""
+    """Draw the first window's relation map beside the picture that shows most of the objects, and where they are."""
     from avsep import plots  # half a second, needed only at the end
 
-    picture = done.pictures[len(done.pictures) // 2] if len(done.pictures) else None
+    number = len(done.pictures) // 2 if done.locations is None else done.locations.best()
+    picture = done.pictures[number] if len(done.pictures) else None
+    marks = {} if done.locations is None else done.locations.marks(number)
     relation, energy = window.relation.numpy(), window.factors.basis_energy.numpy()
-    return plots.relation_map(relation, window.objects, energy, picture, done.plan.objects)
+    return plots.relation_map(relation, window.objects, energy, picture, done.plan.objects, marks=marks)
 
 
 @contextlib.contextmanager
@@ -399,21 +402,43 @@ def inspect(path: str) -> int:
     return 0
 
 
-def label(video: str, weights: str | None, labeller: str | None) -> int:
+def label(video: str, weights: str | None, labeller: str | None, model: str | None = None) -> int:
     """Run `avsep label`."""
+    network, way, labelling = _labelling(labeller, weights, model)
     with storage.local_file(video) as path:
-        found = pictures(path, ExtractionConfig.image_size)
+        found, times_s = pictures(path, ExtractionConfig.image_size)
     if len(found) == 0:
         raise ValueError(f"{video} has no pictures")
-    network = _labeller(labeller, weights)
-    way = network.looking(ExtractionConfig.looks).way
     say(f"pictures: {network.architecture}, looks: {way}")
-    config = Labelling(label_config(network.architecture, way))
-    scores = config.scores(network.evidence(found, way))
-    labels = config.choose(scores)
+    names = labelling.vocabulary.names
+    evidence, maps = network.labels_and_maps(found, way, labelling.groups)
+    if maps is None:
+        say(f"note: {network.no_maps}")
+    locations = None if maps is None else Locations.of(names, names, times_s, maps)
+    scores = labelling.scores(evidence)
+    labels = labelling.choose(scores)
     for i in scores.argsort(descending=True).tolist()[:10]:
-        say(f"{scores[i]:.3f}  {config.vocabulary.names[i]}{'  (label)' if labels[i] else ''}")
+        where = locations.surest(names[i]) if locations and labels[i] else None
+        place = f"  {where['box']} at {where['time_s']:g} s" if where else ""
+        say(f"{scores[i]:.3f}  {names[i]}{'  (label)' if labels[i] else ''}{place}")
     return 0
+
+
+def _labelling(name: str | None, weights: str | None, model: str | None) -> tuple[ImageLabeller, str, Labelling]:
+    """Return a picture network, how it looks at pictures, and how labels follow: a model's own, unless others are said.
+
+    Without a model the vocabulary is the default one.
+    """
+    if model is None:
+        network = _labeller(name, weights)
+        way = network.looking(ExtractionConfig.looks).way
+        return network, way, Labelling(label_config(network.architecture, way))
+    files = VideoSeparator.load(model, weights)
+    if name is not None:
+        files.labeller = ImageLabeller.load(name, weights)
+    if isinstance(files.labeller, str):
+        raise ValueError(f"--model {model}: {files.labeller}")
+    return files.labeller, files.labeller.looking(files.config.extraction.looks).way, files.labels
 
 
 def _labeller(name: str | None, weights: str | None) -> ImageLabeller:

@@ -21,6 +21,7 @@ SUFFIXES = (  # of the files of a folder that are taken for videos and sounds, i
 )
 _HELD_S = 60.0  # a file up to this long is decoded once and held; a longer one is read twice, in blocks
 _MAX_PICTURES = 60  # of a file that are labelled; a longer one is sampled evenly
+_MIDDLE_S = 0.5  # of a second: where in it its picture is taken
 _BLOCK = 1 << 20  # samples read at a time
 _LIMITS = media.DecodeLimits()
 
@@ -71,9 +72,10 @@ class WholeFile:
                 raise _too_long(limits) from None
             self._listening, self.notes = media.listen(video, limits=limits.decode, track=track)
             self.n_samples = round(sample_rate * (duration_s or 2 * held))  # a guess, where the header doesn't say
-            self.pictures = pictures(video, image_size, info, limits.decode, step)
+            self.pictures, self.times_s = pictures(video, image_size, info, limits.decode, step)
         else:
             self._held, self.pictures, self.notes = clip.waveform, clip.images, clip.notes
+            self.times_s = _every_second(self.pictures)
             self.n_samples = len(clip.waveform)
 
     def blocks(self) -> Iterator[NDArray[np.float32]]:
@@ -109,18 +111,25 @@ def pictures(
     info: media.MediaInfo | None = None,
     limits: media.DecodeLimits = _LIMITS,
     step: Step = no_step,
-) -> NDArray[np.uint8]:
-    """Decode pictures from all over a file, at most a minute's worth, as `media.decode` gives them."""
-    found: list[NDArray[np.uint8]] = []
+) -> tuple[NDArray[np.uint8], tuple[float, ...]]:
+    """Decode pictures from all over a file, at most a minute's worth, as `media.decode` gives them, and their times."""
+    found: list[tuple[float, NDArray[np.uint8]]] = []
     info = info or media.probe(video)
     if not info.has_video:
-        return np.zeros((0, 0, 0, 3), np.uint8)
+        return np.zeros((0, 0, 0, 3), np.uint8), ()
     decode = functools.partial(media.decode, video, image_size=image_size, limits=limits, sound=False)
     if info.duration_s is None or info.duration_s <= _MAX_PICTURES:
-        return decode(0, None if info.duration_s else _MAX_PICTURES).images
+        images = decode(0, None if info.duration_s else _MAX_PICTURES).images
+        return images, _every_second(images)
     for start in np.linspace(0, info.duration_s - 1, _MAX_PICTURES):
         step("decoding", 0.0)
         with contextlib.suppress(ClipError):  # a damaged stretch
-            found.append(decode(float(start), float(start) + 1).images)
-    same = [f for f in found if f.shape[1:] == found[0].shape[1:]]  # where a stream changes its size, the first
-    return np.concatenate(same) if same else np.zeros((0, 0, 0, 3), np.uint8)
+            found += [(float(start), image) for image in decode(float(start), float(start) + 1).images]
+    same = [(at, f) for at, f in found if f.shape == found[0][1].shape]  # where a stream changes its size, the first
+    times_s = tuple(at + _MIDDLE_S for at, _ in same)
+    return np.stack([f for _, f in same]) if same else np.zeros((0, 0, 0, 3), np.uint8), times_s
+
+
+def _every_second(images: NDArray[np.uint8]) -> tuple[float, ...]:
+    """Give the times of pictures that are a second apart."""
+    return tuple(i + _MIDDLE_S for i in range(len(images)))

@@ -213,6 +213,12 @@ class Locations:
             for i in np.flatnonzero(peaks >= least)
         ]
 
+    def surest(self, name: str) -> dict[str, Any] | None:
+        """Return the one of `boxes` in whose picture an object is seen best; None where it is nowhere."""
+        peaks = self.maps[:, self.objects.index(name)].max((1, 2))
+        at = round(self.times_s[int(peaks.argmax())], 3) if len(peaks) else None
+        return next((found for found in self.boxes(name) if found["time_s"] == at), None)
+
     def best(self) -> int:
         """Return the picture that shows most of the objects, and the surest: the number of it; 0 where none does."""
         if not len(self.maps) or not self.objects:

@@ -142,6 +142,11 @@ class Labelling:
     config: LabelConfig = field(default_factory=LabelConfig)
     vocabulary: Vocabulary = AUDIOSET_23
 
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """The ImageNet classes that show each object."""
+        return self.vocabulary.imagenet_classes(self.config.classes)
+
     def scores(self, image_logits: Tensor) -> Tensor:
         """Score each object in a clip's evidence, `(…, n_images, 1000)` → `(…, L)`."""
         return self.vocabulary.scores(image_logits, self.config.classes, joined=self.config.joined)

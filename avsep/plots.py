@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from avsep.stft import STFT
+
+Box = tuple[float, float, float, float]
+_BOX_COLOURS = ("#5cc4b7", "#e59a5f", "#98a3f0", "#dd8bbd", "#b3c45a", "#7fc0e3")
+_FRAME_WIDTH, _FRAME_DPI = 480, 100  # pixels at least, so that names can be read
 
 
 def _png(figure: Figure) -> bytes:
@@ -52,6 +57,7 @@ def relation_map(
     picture: NDArray[np.uint8] | None = None,
     highlighted: Sequence[str] = (),
     owners: Sequence[int] | None = None,
+    marks: Mapping[str, Box] | None = None,
 ) -> bytes:
     """Draw objects × bases, the loudest basis first, beside a frame of the clip.
 
@@ -61,6 +67,7 @@ def relation_map(
         basis_energy: `(M,)`.
         picture: `(height, width, 3)` uint8, or None.
         owners: each basis's true object, `(M,)` rows of the map (L for none), ringed; None when unknown.
+        marks: boxes to draw into the picture, as `located` takes them.
     """
     scores = np.concatenate([relation, np.zeros_like(relation[:1])])
     scores = np.exp(scores - scores.max(0))
@@ -70,8 +77,7 @@ def relation_map(
     if picture is not None:
         grid = figure.add_gridspec(1, 2, width_ratios=(1, 1.6))
         frame = figure.add_subplot(grid[0])
-        frame.imshow(picture)
-        frame.set_axis_off()
+        _draw_marked(frame, picture, marks or {})
         axes = figure.add_subplot(grid[1])
     else:
         axes = figure.subplots()
@@ -85,6 +91,40 @@ def relation_map(
     axes.set_xlabel("NMF bases, loudest first")
     figure.colorbar(image, ax=axes, label="p(object | basis)")
     return _png(figure)
+
+
+def located(picture: NDArray[np.uint8], marks: Mapping[str, Box]) -> bytes:
+    """Draw a picture, `(height, width, 3)`, with a box around each object and its name.
+
+    `marks` are boxes by name: left, top, right and bottom, as fractions of the picture's width and height.
+    """
+    height, width = picture.shape[:2]
+    inches = max(width, _FRAME_WIDTH) / _FRAME_DPI
+    figure = Figure((inches, inches * height / width), dpi=_FRAME_DPI)
+    _draw_marked(figure.add_axes((0, 0, 1, 1)), picture, marks)
+    return _png(figure)
+
+
+def _draw_marked(axes: Axes, picture: NDArray[np.uint8], marks: Mapping[str, Box]) -> None:
+    """Draw a picture, and boxes in colours of their own; names stand inside their boxes, one below the other."""
+    height, width = picture.shape[:2]
+    axes.imshow(picture, extent=(0, width, height, 0), interpolation="bilinear")
+    axes.set_axis_off()
+    corners: list[tuple[float, float]] = []
+    for i, (name, (left, top, right, bottom)) in enumerate(marks.items()):
+        colour = _BOX_COLOURS[i % len(_BOX_COLOURS)]
+        x, y = left * width, top * height
+        for edge, line in (("black", 3.5), (colour, 2.0)):  # seen on any ground
+            box = Rectangle((x, y), (right - left) * width, (bottom - top) * height, fill=False, ec=edge, lw=line)
+            axes.add_patch(box)
+        y += 0.075 * height * sum(abs(x - a) < 0.2 * width and abs(y - b) < 0.075 * height for a, b in corners)
+        corners.append((x, y))
+        shown = {"facecolor": colour, "edgecolor": "none", "pad": 1.5}
+        axes.annotate(
+            name.replace("_", " "), (x, y), (4, -4), textcoords="offset points", ha="left", va="top",
+            color="black", fontsize=9, bbox=shown,
+        )  # fmt: skip
+    axes.set(xlim=(0, width), ylim=(height, 0))
 
 
 def reliability(curves: dict[str, Sequence[dict[str, float]]]) -> bytes:

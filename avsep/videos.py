@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from avsep import media, stems, storage
 from avsep.factors import Factorize
 from avsep.files import NO_LIMITS, FileLimits, Step, WholeFile, no_step
+from avsep.locating import Locations, Seen, whole_maps
 from avsep.model import LABELLER_FILE, Labelling, ModelConfig, label_config
 from avsep.objects import Vocabulary
 from avsep.outputs import MONO, Output, Shape, write_sounds
@@ -40,6 +41,7 @@ class FileSeparation:
     pictures: NDArray[np.uint8]  # (n, height, width, 3)
     files: tuple[str, ...]  # names of those with sounds
     notes: tuple[str, ...] = ()  # on the file itself
+    locations: Locations | None = None  # None: nobody looked, or the picture network can't say where
 
 
 @dataclass
@@ -117,6 +119,12 @@ class VideoSeparator:
         own = label_config(self.labeller.architecture, way, config.labels.classes)
         return Labelling(own, config.vocabulary)
 
+    @property
+    def sees(self) -> str:
+        """Which picture network looks for what: who does it elsewhere compares this with its own."""
+        network = "" if isinstance(self.labeller, str) else self.labeller.sha256
+        return f"{network}/{self.config.vocabulary.digest}/{self.labels.config.classes}"
+
     def __call__(
         self,
         video: Path,
@@ -170,11 +178,12 @@ class VideoSeparator:
             media.mux(video, out / sound, shape.n_channels, out / name, limits=limits)
             files.append(name)
         timings["separate_s"] = clock()
-        report = self._report(separator, plan, tally, given, looked)
+        locations = looked.where(plan.objects, self.config.objects, source.times_s)
+        report = self._report(separator, plan, tally, given, looked, locations)
         report |= output.described(plan.objects, shape, files, report["objects"])
         report["note"] = "; ".join(filter(None, (*source.notes, looked.note, clipped, shape.note)))
         report["timings"] = {name: round(seconds, 3) for name, seconds in timings.items()}
-        return FileSeparation(report, plan, source.pictures, tuple(files), tuple(source.notes))
+        return FileSeparation(report, plan, source.pictures, tuple(files), tuple(source.notes), locations)
 
     def _shape(self, video: Path, model_rate: int, track: int, output: Output) -> Shape:
         """Say in what channels and sample rate a file's sounds are written; ValueError where that can't be."""
@@ -208,18 +217,28 @@ class VideoSeparator:
         patience.tell("looking", 0.0)
         if self.label is None:
             views = self.labeller.looking(self.config.extraction.looks)(pictures)
-            logits = self.labeller(views.crops)
+            seen = self.labeller.see(views.crops, self.labels.groups)
         else:
             views = self.label.looking(pictures)
-            logits = torch.as_tensor(patience.wait(self.label.classify(views.crops)))
-        scores = self.labels.scores(views.evidence(logits))
+            answer = patience.wait(self.label.classify(views.crops))
+            seen = answer if isinstance(answer, Seen) else Seen(torch.as_tensor(answer), None)
+        scores = self.labels.scores(views.evidence(seen.logits))
         marks = self.labels.choose(scores)
         names = self.config.objects
-        seen = [names[i] for i in marks.nonzero().flatten().tolist()]
-        return _Looked("", self.labeller.architecture, dict(zip(names, scores.tolist(), strict=True)), seen)
+        found = [names[i] for i in marks.nonzero().flatten().tolist()]
+        maps = None if seen.cells is None else whole_maps(pictures, views, seen.cells)
+        named = dict(zip(names, scores.tolist(), strict=True))
+        note = self.labeller.no_maps if maps is None else ""
+        return _Looked(note, self.labeller.architecture, named, found, maps)
 
     def _report(
-        self, separator: Separates, plan: Planned, tally: _Tally, given: Sequence[str] | None, looked: _Looked
+        self,
+        separator: Separates,
+        plan: Planned,
+        tally: _Tally,
+        given: Sequence[str] | None,
+        looked: _Looked,
+        locations: Locations | None,
     ) -> dict[str, Any]:
         """Say what became of a file; what a plan or separator doesn't have is null, or left out."""
         rate, seen = separator.sample_rate, looked.seen
@@ -248,6 +267,7 @@ class VideoSeparator:
                     "picture_score": looked.scores.get(name),
                     "visible": None if seen is None else name in seen,
                     "silent": name in plan.silent,
+                    "boxes": None if locations is None else locations.boxes(name),
                     "doubt": doubts.get(name, ""),
                 }
                 for name in plan.objects
@@ -268,12 +288,17 @@ class VideoSeparator:
 
 @dataclass
 class _Looked:
-    """What the picture network made of a file's pictures; without scores, why there are none."""
+    """What the picture network made of a file's pictures; the note says why there are no scores, or no maps."""
 
     note: str
     labeller: str | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
     seen: Sequence[str] | None = None
+    maps: torch.Tensor | None = None  # (n, L, h, w)
+
+    def where(self, objects: Sequence[str], names: Sequence[str], times_s: Sequence[float]) -> Locations | None:
+        """Say where some objects are; None where that isn't known. `names` are those of the maps."""
+        return None if self.maps is None else Locations.of(objects, names, times_s, self.maps)
 
 
 @dataclass

@@ -180,6 +180,14 @@ class ImageLabeller:
         """Where the network ends in global average pooling and a linear layer; None: it ends otherwise."""
         return locating.ending_of(self._classify, self.device)
 
+    @property
+    def no_maps(self) -> str:
+        """Why there are no maps, where there is no `ending`."""
+        return (
+            f"{self.architecture} can't say where objects are: it doesn't end in global average pooling and a linear "
+            f"layer; another picture network can, such as {NO_DOWNLOAD}"
+        )
+
     def locate(
         self, images: NDArray[np.uint8], vocabulary: Vocabulary = AUDIOSET_23, way: str = "tiles"
     ) -> NDArray[np.float32]:
@@ -190,10 +198,7 @@ class ImageLabeller:
         """
         _, maps = self.labels_and_maps(images, way, vocabulary.imagenet_classes())
         if maps is None:
-            raise LabellerUnavailable(
-                f"{self.architecture} can't say where objects are: it doesn't end in global average pooling and a "
-                f"linear layer; take another picture network, such as {NO_DOWNLOAD}"
-            )
+            raise LabellerUnavailable(self.no_maps)
         return maps.numpy()
 
     def labels_and_maps(

@@ -19,6 +19,7 @@ def _audio(track: str) -> dict[str, str]:
 
 def _object(name: str, **values: Any) -> dict[str, Any]:
     values |= {"familiarity": 0.9, "learned": True, "doubt": "", "audio": _audio(name)}
+    values |= {"boxes": [{"time_s": 0.5, "box": [0.1, 0.2, 0.45, 0.9]}]}
     return {"name": name, "found": "given", **values}
 
 
@@ -39,6 +40,7 @@ RESULT: dict[str, Any] = {
     "windows": [{"start_s": 0.0, "end_s": 10.0, "heard": {"violin": 0.62, "dog": 0.29}}],
     "relation": {"data": f"{_BASE}/relation", "png": f"{_BASE}/relation.png"},
     "frame": f"{_BASE}/frame.png",
+    "locations": f"{_BASE}/locations",
     "archive": f"{_BASE}/archive.zip",
     "timings": {"queued_s": 0.01, "decode_s": 0.4, "look_s": 0.9, "listen_s": 2.1, "separate_s": 0.3, "total_s": 3.7},
     "model": {"recipe": "default", "avsep": "0.1.0"},
@@ -85,6 +87,13 @@ class Audio(BaseModel):
     ogg: str = _text("Vorbis, a fifth of FLAC's size, for listening")
 
 
+class Where(BaseModel):
+    """Where an object is in one picture. Two of the same object share a box, or have it around one of them."""
+
+    time_s: float
+    box: tuple[float, float, float, float] = _text("left, top, right, bottom, as fractions of width and height")
+
+
 class SeparatedObject(BaseModel):
     """One object of a result. The sounds of all objects and the rest add up to the mixture."""
 
@@ -100,6 +109,7 @@ class SeparatedObject(BaseModel):
     silent: bool = _text("here, but not heard: its sound is zero")
     learned: bool = _text("whether the model was trained on this object; else its answer means little", default=True)
     doubt: str = _text("why its sound may not be its own, or nothing", default="")
+    boxes: list[Where] | None = _text("where it is, picture by picture; null where that isn't known", default=None)
     audio: Audio
 
 
@@ -134,7 +144,8 @@ class Result(BaseModel):
     heard: dict[str, float] = _text("every object's share of the sound, from 1 % up")
     windows: list[WindowHeard] = _text("the same over time, from 5 % up")
     relation: Relation | None = _text("null where the separator has no bases to relate")
-    frame: str | None = _text("a picture of the video")
+    frame: str | None = _text("a picture of the video, with a box around each object; ?marked=false without")
+    locations: str | None = _text("where the objects are, as maps; null where that isn't known", default=None)
     archive: str = _text("all of it in a ZIP")
     timings: dict[str, float] = _text("in seconds")
     model: dict[str, str]
@@ -167,6 +178,17 @@ class RelationMap(BaseModel):
     energy: list[float] = _text("(M,)")
     start_s: float
     duration_s: float
+
+
+class LocationMaps(BaseModel):
+    """Where J objects are in n pictures from all over the video. Two of the same object share a map."""
+
+    objects: list[str] = _text("J names")
+    times_s: list[float] = _text("(n,), when each picture is shown")
+    height: int = _text("cells of a map")
+    width: int
+    maps: str = _text("(n, J, height, width) bytes, base64; 255 is certainty that the object is there")
+    frame: int = _text("which of the pictures `frame` is, from 0")
 
 
 class ObjectInfo(BaseModel):

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from avsep.factors import ExtractionConfig, Factors, factorize_clips
+from avsep.locating import Seen
 from avsep.service.config import ServiceConfig, log
 from avsep.service.hotmodel import HotModel
 from avsep.service.work import OtherNetwork
@@ -35,15 +36,18 @@ class Device:
         if self._device == "cuda":
             torch.cuda.synchronize()
 
-    def label(self, requests: Sequence[ToLabel]) -> list[NDArray[np.float32] | Exception]:
-        """Classify each request's pictures; OtherNetwork for those of another one than the present model's."""
-        labeller = self._model().labeller
-        own = None if isinstance(labeller, str) else labeller.sha256
-        mine = [pictures for pictures, sha256 in requests if sha256 == own]
+    def label(self, requests: Sequence[ToLabel]) -> list[Seen | Exception]:
+        """Classify each request's pictures and say where objects are; OtherNetwork for those of another model's."""
+        model = self._model()
+        labeller, own = model.labeller, model.sees
+        mine = [pictures for pictures, sees in requests if sees == own]
         if not mine or isinstance(labeller, str):
             return [OtherNetwork() for _ in requests]
-        logits = iter(labeller(np.concatenate(mine)).split([len(p) for p in mine]))
-        return [next(logits).numpy() if sha256 == own else OtherNetwork() for _, sha256 in requests]
+        seen = labeller.see(np.concatenate(mine), model.labels.groups)
+        sizes = [len(p) for p in mine]
+        cells = [None] * len(mine) if seen.cells is None else seen.cells.split(sizes)
+        parts = map(Seen, seen.logits.split(sizes), cells)
+        return [next(parts) if sees == own else OtherNetwork() for _, sees in requests]
 
     def factorize(self, requests: Sequence[ToFactorize]) -> list[list[Factors]]:
         """Factorise each request's waveforms, those of one configuration together."""

@@ -24,10 +24,11 @@ from avsep.separation import Separator
 from avsep.service.config import ServiceConfig, log
 from avsep.service.failures import as_failure
 from avsep.service.hotmodel import HotModel, Load, card_of
+from avsep.service.located import write_frame
 from avsep.service.results import UPLOAD, NoSuchJob, ResultStore
 from avsep.service.state import Failure, FoundObject, Outcome, State
 from avsep.service.uploads import download
-from avsep.service.window import TRACKS, KeptWindow, write_frame
+from avsep.service.window import TRACKS, KeptWindow
 from avsep.service.work import FactorizeBy, LabelBy, OtherNetwork, OutOfTime
 from avsep.stages import Label
 from avsep.videos import FileSeparation, VideoSeparator
@@ -108,7 +109,7 @@ class JobWorker:
         kept = KeptWindow.of(done.plan)
         if kept is not None:
             kept.write(folder)
-        has_frame = write_frame(folder, done.pictures)
+        has_frame = write_frame(folder, done.pictures, done.locations)
         try:
             part.rename(folder / TRACKS)
         except OSError:
@@ -116,7 +117,8 @@ class JobWorker:
                 return
             _remove(folder, TRACKS)  # of a worker that died before it could say that it was done
             part.rename(folder / TRACKS)
-        result = outcome(job, separate, done).model_copy(update={"has_frame": has_frame, "explained": kept is not None})
+        is_kept = {"has_frame": has_frame, "located": has_frame and done.locations is not None}
+        result = outcome(job, separate, done).model_copy(update={**is_kept, "explained": kept is not None})
         self.store.sweep()  # while this one is in progress: others make room, or there is none
         _remove(folder, f"{TRACKS}.*.part", "fetched")
         self.store.finish(job_id, "done", stage="done", progress=1.0, result=result)
@@ -211,7 +213,7 @@ def _label_of(separate: VideoSeparator, label: LabelBy | None) -> Label | None:
         return None
 
     def classify(pictures: NDArray[np.uint8]) -> Future:
-        return label(pictures, own.sha256)
+        return label(pictures, separate.sees)
 
     return Label(own.looking(separate.config.extraction.looks), classify)
 

@@ -45,13 +45,14 @@ def _result(job_id: str, found: Outcome) -> Result:
         return Audio(**{kind: f"{base}/{TRACKS}/{track}.{kind}" for kind in AUDIO})
 
     return Result(
-        objects=[SeparatedObject(audio=audio(o.name), **dict(o)) for o in found.objects],
+        objects=[SeparatedObject(audio=audio(o.name), **o.model_dump()) for o in found.objects],
         rest=audio(REST),
         mixture=audio(MIXTURE),
         relation=Relation(data=f"{base}/relation", png=f"{base}/relation.png") if found.explained else None,
         frame=f"{base}/frame.png" if found.has_frame else None,
+        locations=f"{base}/locations" if found.located else None,
         archive=f"{base}/archive.zip",
-        **found.model_dump(exclude={"objects", "has_frame", "explained"}),
+        **found.model_dump(exclude={"objects", "has_frame", "located", "explained"}),
     )
 
 

@@ -18,8 +18,8 @@ from starlette.requests import ClientDisconnect
 
 from avsep.outputs import MIXTURE
 from avsep.separation import REST
-from avsep.service import window
-from avsep.service.answers import Job, RelationMap
+from avsep.service import located, window
+from avsep.service.answers import Job, LocationMaps, RelationMap
 from avsep.service.archive import converted, zip
 from avsep.service.problems import AUDIO, JSON, UPLOAD_SCHEMA, Problem, file_response, problems
 from avsep.service.requests import describe, preferences, wants_archive
@@ -31,6 +31,7 @@ from avsep.service.window import TRACKS
 Served = Annotated[Service, Depends(service_of)]
 router = APIRouter(prefix="/v1/separations", redirect_slashes=False)
 _PNG = file_response(["image/png"], 404, 409)
+_FRAME = file_response(["image/png"], 404, 409, 422)
 
 
 @router.post(
@@ -141,13 +142,26 @@ async def relation_png(job_id: str, service: Served) -> Response:
     return Response(picture, media_type="image/png")
 
 
-@router.get("/{job_id}/frame.png", response_class=Response, responses=_PNG, summary="A picture of the video")
-async def frame(job_id: str, service: Served) -> Response:
+@router.get("/{job_id}/frame.png", response_class=Response, responses=_FRAME, summary="A picture of the video")
+async def frame(job_id: str, service: Served, marked: bool = True) -> Response:
     folder, result = _finished(service, job_id)
     if not result.has_frame:
         raise Problem(404, "the file has no pictures")
-    path = window.frame_path(folder)
+    if marked and result.located:
+        return Response(await _of(service, job_id, located.marked_frame, folder), media_type="image/png")
+    path = located.frame_path(folder)
     return FileResponse(path, stat_result=await _of(service, job_id, path.stat), media_type="image/png")
+
+
+@router.get(
+    "/{job_id}/locations", response_model=LocationMaps, responses=problems(404, 409),
+    summary="Where the objects are in the pictures",
+)  # fmt: skip
+async def locations(job_id: str, service: Served) -> Any:
+    folder, result = _finished(service, job_id)
+    if not result.located:
+        raise Problem(404, "it isn't known where the objects are: nobody looked, or the picture network can't say")
+    return JSONResponse(await _of(service, job_id, located.maps, folder))
 
 
 @router.get(

@@ -35,6 +35,13 @@ class Failure(_Kept):
     cause: str = ""  # the decoder's own words
 
 
+class Where(_Kept):
+    """Where an object is in one picture."""
+
+    time_s: float
+    box: tuple[float, float, float, float]  # left, top, right, bottom, as fractions of width and height
+
+
 class FoundObject(_Kept):
     """One object of a result."""
 
@@ -48,6 +55,7 @@ class FoundObject(_Kept):
     silent: bool
     learned: bool = True
     doubt: str = ""
+    boxes: tuple[Where, ...] | None = None  # None: not known
 
 
 class Heard(_Kept):
@@ -73,6 +81,7 @@ class Outcome(_Kept):
     model: dict[str, str] = {}
     trained_on: dict[str, Any] = {}
     has_frame: bool = False
+    located: bool = False  # whether maps of where objects are were kept
     explained: bool = False  # whether its first window was kept
 
 

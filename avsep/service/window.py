@@ -1,4 +1,4 @@
-"""What is kept of a separation's first window, where its separator explains itself, and a picture of the video."""
+"""What is kept of a separation's first window, where its separator explains itself."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 import soundfile
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from avsep import plots
 from avsep.outputs import MIXTURE
 from avsep.separation import REST, Planned
+from avsep.service.located import marked_picture
 from avsep.stft import STFT
 
 TRACKS = "tracks"  # a result's folder of WAVs
-_WINDOW, _FRAME = "window.npz", "frame.png"
+_WINDOW = "window.npz"
 
 
 @dataclass(frozen=True)
@@ -106,29 +106,16 @@ class KeptWindow:
         return self.stft.inverse(mask * self.stft(waveform), len(waveform)).numpy()[: len(mixture)]
 
 
-def write_frame(folder: Path, pictures: NDArray[np.uint8]) -> bool:
-    """Keep the middle one of a video's pictures, `(n, height, width, 3)`; False where there is none."""
-    if not len(pictures):
-        return False
-    Image.fromarray(pictures[len(pictures) // 2]).save(frame_path(folder), compress_level=1)
-    return True
-
-
-def frame_path(folder: Path) -> Path:
-    """Where a job's picture is, if it has one."""
-    return folder / _FRAME
-
-
 def relation(folder: Path) -> dict[str, Any]:
     """Read a job's relation map, as data."""
     return KeptWindow.read(folder).map()
 
 
 def relation_png(folder: Path) -> bytes:
-    """Draw a job's relation map beside its picture."""
+    """Draw a job's relation map beside its picture, which shows where the objects are."""
     kept = KeptWindow.read(folder)
-    picture = np.asarray(Image.open(frame_path(folder))) if frame_path(folder).exists() else None
-    return plots.relation_map(kept.relation, kept.objects, kept.energy, picture, kept.audible)
+    picture, marks = marked_picture(folder)
+    return plots.relation_map(kept.relation, kept.objects, kept.energy, picture, kept.audible, marks=marks)
 
 
 def basis_sound(folder: Path, basis: int) -> tuple[NDArray[np.float32], int]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from avsep.factors import ExtractionConfig
 
-# Pictures `(n, size, size, 3)` and the SHA-256 of the network that is to see them → future logits `(n, 1000)`.
+# Pictures `(n, size, size, 3)` and which network is to see what in them (`VideoSeparator.sees`) → future `Seen`.
 LabelBy = Callable[[NDArray[np.uint8], str], Future]
 # Waveforms, a seed for each, and how → future Factors, one for each.
 FactorizeBy = Callable[[Sequence[NDArray[np.float32]], Sequence[int], ExtractionConfig], Future]
