@@ -1,5 +1,7 @@
 // The page: choose, upload, wait, mix. `mixer` is exported for who wants to look at its Web Audio graph.
 
+import { showPlaces, syncPlaces } from "./locate.js";
+
 const $ = (id) => document.getElementById(id);
 const COLOURS = ["--c0", "--c1", "--c2", "--c3", "--c4", "--c5"];
 const LONG_S = 180; // longer sounds are decoded at half the rate, to halve their memory
@@ -429,6 +431,7 @@ async function present(here) {
   if (result.relation) link($("png"), result.relation.png, "relation_map.png");
   $("result-title").focus();
   requestAnimationFrame(() => tick(here));
+  showPlaces(here).catch((error) => here === view && complain(error));
   await drawAll(here).catch((error) => here.stay() ?? complain(error));
   if (result.relation) await showMap(here).catch((error) => here.stay() ?? complain(error));
 }
@@ -512,14 +515,15 @@ async function still(here) {
   $("video").hidden = true;
   $("no-picture").hidden = Boolean(here.job.result.frame);
   if (!here.job.result.frame) return;
-  $("still").src = await frame(here);
+  $("still").src = await frame(here, "?marked=false");
   $("still").hidden = false;
 }
 
-/** The address of the result's picture, fetched once. */
-function frame(here) {
-  here.frame ??= here.ask(here.job.result.frame).then((answer) => answer.blob()).then((blob) => { here.stay(); return here.url(blob); });
-  return here.frame;
+/** The address of the result's picture, with boxes around the objects or without. */
+async function frame(here, query) {
+  const blob = await (await here.ask(here.job.result.frame + query)).blob();
+  here.stay();
+  return here.url(blob);
 }
 
 /** Make a download: a plain link, or where a token is needed one that fetches. */
@@ -608,6 +612,7 @@ function addTrack(part, track, number) {
 function refresh() {
   mixer.apply();
   for (const track of mixer.tracks) track.row.classList.toggle("off", !track.audible);
+  syncPlaces();
 }
 
 async function toggle() {
@@ -779,7 +784,7 @@ async function showMap(here) {
   drawMap();
   $("map-frame").hidden = true;
   if (!here.job.result.frame) return;
-  $("map-frame").src = await frame(here);
+  $("map-frame").src = await frame(here, "");
   $("map-frame").hidden = false;
 }
 
