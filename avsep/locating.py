@@ -99,8 +99,8 @@ def object_cells(features: Tensor, logits: Tensor, weight: Tensor, groups: Seque
 
     To first order, an object's log-odds are a sum over the classes: its own, weighted by their probabilities among
     themselves, less the others, weighted likewise. Each class is the mean of its map over the cells, so the log-odds
-    have a map, too, whose mean they are. An object's cell is the probability of that, times the view's own: an object
-    that isn't there is nowhere.
+    have a map, too, whose mean they are. An object's cell is the probability of that, scaled so that the largest is the
+    view's own probability: an object that isn't there is nowhere.
 
     Args:
         features: the last feature maps, `(n, D, h, w)`.
@@ -127,7 +127,8 @@ def object_cells(features: Tensor, logits: Tensor, weight: Tensor, groups: Seque
         against = (every - share * speaks) / rest if bool(others.any()) else torch.zeros_like(speaks)
         evidence = ((speaks - against).float().unsqueeze(1) @ flat).squeeze(1)
         odds = (share.log() - rest.log()).float()
-        found[:, i] = share.float() * (evidence - evidence.mean(-1, keepdim=True) + odds).sigmoid()
+        cells = (evidence - evidence.mean(-1, keepdim=True) + odds).sigmoid()
+        found[:, i] = share.float() * cells / cells.amax(-1, keepdim=True).clamp_min(1e-30)
     return found.view(n, len(groups), h, w)
 
 
@@ -146,9 +147,9 @@ def whole_maps(images: NDArray[np.uint8], views: Views, cells: Tensor) -> Tensor
     A map's maximum is the object's probability in the view that is surest of it; a part that no view shows is 0.
     """
     n, height, width = images.shape[:3]
+    if not n:
+        return torch.zeros(0, cells.shape[1], SHORT_SIDE, SHORT_SIDE)
     rows, columns = grid(height, width)
-    if not n or not len(cells):
-        return torch.zeros(n, cells.shape[1], rows, columns)
     cells = cells.float().cpu()
     boxes = torch.tensor(views.boxes)  # (k, 4)
     down, high = _placed(boxes[:, 1], boxes[:, 3], rows, cells.shape[2])
