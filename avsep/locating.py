@@ -24,6 +24,7 @@ SHORT_SIDE = 16  # cells of a map along a picture's short side
 _LONGEST = 3  # times the short side
 _POOLED = 0.02  # of the pooled features' norm: how far the mean of the last maps may be from them
 _PROBE = 96  # pixels, either way, of the picture that a network is tried with
+_ALMOST_ALL = 0.01  # of the probability, left to other objects
 _FADE = 2.0  # pictures: what was looked at that many before or after counts 1/e
 _LIKE = 0.08  # of full scale: pictures that differ more, on average, are of other scenes
 _THUMBNAIL = 12  # cells, either way, that pictures are compared by
@@ -109,26 +110,27 @@ def object_cells(features: Tensor, logits: Tensor, weight: Tensor, groups: Seque
         groups: the classes of each object, L of them, as indices of C; one without classes is nowhere.
     """
     n, _, h, w = features.shape
-    flat = features.flatten(2).float()
     log_p = logits.double().log_softmax(-1)
     p = log_p.exp()
-    weight = weight.double()
-    every = p @ weight  # (n, D), of all classes
-    found = flat.new_zeros(n, len(groups), h * w)
+    every = p.float() @ weight  # (n, D), of all classes
+    shares = torch.stack([p[:, list(group)].sum(-1) for group in groups], 1).clamp_min(1e-30)  # (n, L)
+    rests = (1 - shares).clamp_min(1e-12)
+    speaks, against = (weight.new_zeros(n, len(groups), weight.shape[1]) for _ in range(2))
     for i, group in enumerate(groups):
         if not group:
             continue
         own = list(group)
-        others = torch.ones(p.shape[1], dtype=torch.bool, device=p.device)
-        others[own] = False
-        rest = p[:, others].sum(-1, keepdim=True).clamp_min(1e-12)
-        share = p[:, own].sum(-1, keepdim=True).clamp_min(1e-30)
-        speaks = log_p[:, own].softmax(-1) @ weight[own]
-        against = (every - share * speaks) / rest if bool(others.any()) else torch.zeros_like(speaks)
-        evidence = ((speaks - against).float().unsqueeze(1) @ flat).squeeze(1)
-        odds = (share.log() - rest.log()).float()
-        cells = (evidence - evidence.mean(-1, keepdim=True) + odds).sigmoid()
-        found[:, i] = share.float() * cells / cells.amax(-1, keepdim=True).clamp_min(1e-30)
+        speaks[:, i] = log_p[:, own].softmax(-1).float() @ weight[own]
+        share, rest = (x[:, i : i + 1].float() for x in (shares, rests))
+        against[:, i] = (every - share * speaks[:, i]) / rest
+        for k in (rests[:, i] < _ALMOST_ALL).nonzero().flatten().tolist():  # a difference of what is nearly the same
+            others = p[k].index_fill(0, torch.tensor(own, device=p.device), 0.0)
+            against[k, i] = (others / others.sum().clamp_min(1e-30)).float() @ weight
+    evidence = (speaks - against) @ features.flatten(2).float()  # (n, L, h·w)
+    odds = (shares.log() - rests.log()).float().unsqueeze(-1)
+    cells = (evidence - evidence.mean(-1, keepdim=True) + odds).sigmoid()
+    cells = shares.float().unsqueeze(-1) * cells / cells.amax(-1, keepdim=True).clamp_min(1e-30)
+    found = cells * torch.tensor([bool(group) for group in groups], device=cells.device).view(1, -1, 1)
     return found.view(n, len(groups), h, w)
 
 

@@ -63,14 +63,17 @@ def test_labels_are_the_same_with_maps_as_without() -> None:
     assert seen.cells is not None and seen.cells.shape == (4, 23, 7, 7)
 
 
-def test_an_objects_log_odds_are_the_mean_of_their_map() -> None:
+@pytest.mark.parametrize("certainty", [0.0, 4.0, 9.0])
+def test_an_objects_log_odds_are_the_mean_of_their_map(certainty: float) -> None:
     """Against autograd: the map's weights are the gradient of the object's log-odds by the pooled features."""
     generator = torch.Generator().manual_seed(0)
     features = torch.rand(2, 5, 3, 4, generator=generator)
     last = nn.Linear(5, 7)
+    group = [1, 4]
+    with torch.no_grad():
+        last.bias[group] += certainty
     pooled = features.mean((2, 3)).requires_grad_()
     logits = last(pooled)
-    group = [1, 4]
     p = logits.softmax(-1)
     share = p[:, group].sum(-1)
     odds = share.log() - (1 - share).log()
