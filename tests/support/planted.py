@@ -18,6 +18,7 @@ from avsep.vision import NETWORKS, ImageLabeller, PictureNetwork, Preprocessing
 from tests.support.serving import write_sound
 
 COLOURS = {"dog": (255, 0, 0), "violin": (0, 255, 0), "cat": (0, 0, 255)}  # of what it takes for them
+BOXES = {"dog": (0.05, 0.2, 0.35, 0.7), "violin": (0.6, 0.1, 0.95, 0.5), "cat": (0.5, 0.65, 0.8, 0.95)}  # a video's
 _STRIDE = 4
 
 

@@ -1,0 +1,75 @@
+"""Where objects are, as the service answers it."""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.support.planted import BOXES, COLOURS, add_labeller, write_painted
+from tests.support.serving import Server, serving, write_model, write_sound
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    model = write_model(tmp_path_factory.mktemp("model"))
+    add_labeller(model)
+    with serving(tmp_path_factory.mktemp("service"), model, max_upload_bytes=3_000_000) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory) -> Path:
+    return write_painted(tmp_path_factory.mktemp("media") / "trio.mp4", BOXES)
+
+
+@pytest.fixture(scope="module")
+def result(server: Server, video: Path) -> dict:
+    return server.post(video).json()["result"]
+
+
+def picture(server: Server, url: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(server.client.get(url).content)).convert("RGB")).astype(int)
+
+
+def test_each_object_has_its_boxes(result):
+    objects = {o["name"]: o for o in result["objects"]}
+    assert objects.keys() == set(COLOURS)
+    assert objects["cat"]["silent"] and objects["cat"]["visible"]
+    for name, box in BOXES.items():
+        found = objects[name]["boxes"]
+        assert [b["time_s"] for b in found] == [0.5, 1.5, 2.5, 3.5, 4.5, 5.5]
+        np.testing.assert_allclose([b["box"] for b in found], [box] * 6, atol=0.16)
+
+
+def test_maps_are_small_and_peak_where_the_objects_are(server, result):
+    answer = server.client.get(result["locations"])
+    body = answer.json()
+    n, shape = len(body["times_s"]), (body["height"], body["width"])
+    maps = np.frombuffer(base64.b64decode(body["maps"]), np.uint8).reshape(n, len(body["objects"]), *shape)
+    assert n == 6 and 0 <= body["frame"] < n and len(answer.content) < 20_000
+    for row, name in enumerate(body["objects"]):
+        left, top, right, bottom = BOXES[name]
+        for cells in maps[:, row]:
+            y, x = (np.array(np.unravel_index(cells.argmax(), shape)) + 0.5) / shape
+            assert left - 0.05 < x < right + 0.05 and top - 0.05 < y < bottom + 0.05, name
+
+
+def test_the_picture_shows_where_the_objects_are(server, result):
+    marked, plain = (picture(server, result["frame"] + query) for query in ("", "?marked=false"))
+    assert plain.shape == (320, 427, 3) and marked.shape[1] >= 480
+    large = np.asarray(Image.fromarray(plain.astype(np.uint8)).resize(marked.shape[1::-1])).astype(int)
+    changed = (np.abs(marked - large).sum(-1) > 150).mean()
+    assert 0.01 < changed < 0.2
+    assert picture(server, result["relation"]["png"]).shape[1] > 800
+    assert server.client.get(result["frame"] + "?marked=perhaps").status_code == 422
+
+
+def test_of_sound_alone_nothing_is_known(server, tmp_path):
+    result = server.post(write_sound(tmp_path / "duet.wav")).json()["result"]
+    assert result["locations"] is None and {json.dumps(o["boxes"]) for o in result["objects"]} == {"null"}
+    answer = server.client.get(result["rest"]["wav"].split("/tracks")[0] + "/locations")
+    assert answer.status_code == 404 and "isn't known where" in answer.json()["detail"]
