@@ -101,11 +101,11 @@ def located(picture: NDArray[np.uint8], marks: Mapping[str, Box]) -> bytes:
     height, width = picture.shape[:2]
     inches = max(width, _FRAME_WIDTH) / _FRAME_DPI
     figure = Figure((inches, inches * height / width), dpi=_FRAME_DPI)
-    _draw_marked(figure.add_axes((0, 0, 1, 1)), picture, marks)
+    _draw_marked(figure.add_axes((0, 0, 1, 1)), picture, marks, size=13)
     return _png(figure)
 
 
-def _draw_marked(axes: Axes, picture: NDArray[np.uint8], marks: Mapping[str, Box]) -> None:
+def _draw_marked(axes: Axes, picture: NDArray[np.uint8], marks: Mapping[str, Box], size: float = 8) -> None:
     """Draw a picture, and boxes in colours of their own; names stand inside their boxes, one below the other."""
     height, width = picture.shape[:2]
     axes.imshow(picture, extent=(0, width, height, 0), interpolation="bilinear")
@@ -117,12 +117,14 @@ def _draw_marked(axes: Axes, picture: NDArray[np.uint8], marks: Mapping[str, Box
         for edge, line in (("black", 3.5), (colour, 2.0)):  # seen on any ground
             box = Rectangle((x, y), (right - left) * width, (bottom - top) * height, fill=False, ec=edge, lw=line)
             axes.add_patch(box)
-        y += 0.075 * height * sum(abs(x - a) < 0.2 * width and abs(y - b) < 0.075 * height for a, b in corners)
+        side, shift = ("left", 4) if left < 1 - right else ("right", -4)  # away from the nearer edge
+        x = x if side == "left" else right * width
+        y += 0.09 * height * sum(abs(x - a) < 0.2 * width and abs(y - b) < 0.09 * height for a, b in corners)
         corners.append((x, y))
         shown = {"facecolor": colour, "edgecolor": "none", "pad": 1.5}
         axes.annotate(
-            name.replace("_", " "), (x, y), (4, -4), textcoords="offset points", ha="left", va="top",
-            color="black", fontsize=9, bbox=shown,
+            name.replace("_", " "), (x, y), (shift, -4), textcoords="offset points", ha=side, va="top",
+            color="black", fontsize=size, bbox=shown,
         )  # fmt: skip
     axes.set(xlim=(0, width), ylim=(height, 0))
 
