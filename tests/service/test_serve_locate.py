@@ -3,12 +3,19 @@
 import base64
 import io
 import json
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from avsep.service.device import Device
+from avsep.service.jobs import JobWorker
+from avsep.service.results import UPLOAD
+from avsep.service.work import OtherNetwork
+from avsep.videos import VideoSeparator
 from tests.support.planted import BOXES, COLOURS, add_labeller, write_painted
 from tests.support.serving import Server, serving, write_model, write_sound
 
@@ -73,3 +80,38 @@ def test_of_sound_alone_nothing_is_known(server, tmp_path):
     assert result["locations"] is None and {json.dumps(o["boxes"]) for o in result["objects"]} == {"null"}
     answer = server.client.get(result["rest"]["wav"].split("/tracks")[0] + "/locations")
     assert answer.status_code == 404 and "isn't known where" in answer.json()["detail"]
+
+
+def test_a_device_that_looks_for_others_says_where_objects_are_too(server, video):
+    """Requests in one batch get each its own; one for another vocabulary or network is refused."""
+    files = VideoSeparator.load(server.config.model)
+    rng = np.random.default_rng(0)
+    first, second = (rng.integers(0, 256, (n, 64, 64, 3), np.uint8) for n in (1, 3))
+    device = Device(server.config)
+    one, other, two = device.label([(first, files.sees), (first, "another/one"), (second, files.sees)])
+    assert isinstance(other, OtherNetwork)
+    for pictures, found in ((first, one), (second, two)):
+        assert not isinstance(found, Exception)
+        logits, cells = files.labeller.see(pictures, files.labels.groups)
+        torch.testing.assert_close((found.logits, found.cells), (logits, cells))
+
+
+def test_maps_that_a_device_made_are_the_same(server, video, result):
+    """What is looked at elsewhere gives the boxes that the service's own worker gives."""
+    device = Device(server.config)
+
+    def label(pictures: np.ndarray, sees: str) -> Future:
+        future: Future = Future()
+        future.set_result(device.label([(pictures, sees)])[0])
+        return future
+
+    worker = JobWorker(server.config, label=label)
+    job_id = worker.store.create()
+    (worker.store.path(job_id) / UPLOAD).write_bytes(video.read_bytes())
+    worker.store.update(job_id, status="queued")
+    worker(job_id)
+    job = worker.store.job(job_id)
+    assert job.result is not None and job.result.located
+    boxes = {o["name"]: [b["box"] for b in o["boxes"]] for o in result["objects"]}
+    assert {o.name: [list(b.box) for b in o.boxes or ()] for o in job.result.objects} == boxes
+    worker.store.delete(job_id)
