@@ -21,7 +21,7 @@ from avsep.factors import Factorize
 from avsep.files import NO_LIMITS, FileLimits, Step, WholeFile, no_step
 from avsep.model import LABELLER_FILE, Labelling, ModelConfig, label_config
 from avsep.objects import Vocabulary
-from avsep.outputs import MONO, Output, Shape, write_sounds
+from avsep.outputs import MONO, Output, Shape, clipped, write_sounds
 from avsep.separation import REST, Planned, Separates, Separator
 from avsep.stages import Label
 from avsep.vision import NO_DOWNLOAD, ImageLabeller, LabellerUnavailable
@@ -40,6 +40,8 @@ class FileSeparation:
     pictures: NDArray[np.uint8]  # (n, height, width, 3)
     files: tuple[str, ...]  # names of those with sounds
     notes: tuple[str, ...] = ()  # on the file itself
+    loud: tuple[str, ...] = ()  # names of the sounds above full scale
+    opening: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))  # (S,), the window explained
 
 
 @dataclass
@@ -160,10 +162,10 @@ class VideoSeparator:
             given = list(dict.fromkeys([*plan.objects, one]))  # who asks for it says that it is there
             plan = _listen(separator, source, given, looked, patience.tell)
         timings["listen_s"] = clock()
-        tally = _Tally()
+        tally = _Tally(keep=0 if plan.explanation is None else plan.explanation.n_samples)
         parts = _in_shape(_rendered(plan, source, tally, patience.tell), separator, source, shape)
         shape = replace(shape, duration_s=source.n_samples / separator.sample_rate)
-        files, clipped = write_sounds(plan.objects, parts, out, shape, output, mixture, parents)
+        files, loud = write_sounds(plan.objects, parts, out, shape, output, mixture, parents)
         for sound, name in output.videos(plan.objects, shape).items():
             patience.tell("writing videos", 1.0)
             limits = replace(self.limits.decode, timeout_s=max(self.limits.decode.timeout_s, shape.duration_s))
@@ -172,9 +174,12 @@ class VideoSeparator:
         timings["separate_s"] = clock()
         report = self._report(separator, plan, tally, given, looked)
         report |= output.described(plan.objects, shape, files, report["objects"])
-        report["note"] = "; ".join(filter(None, (*source.notes, looked.note, clipped, shape.note)))
+        told = (*source.notes, looked.note, clipped(loud, output.suffix), shape.note)
+        report["note"] = "; ".join(filter(None, told))
         report["timings"] = {name: round(seconds, 3) for name, seconds in timings.items()}
-        return FileSeparation(report, plan, source.pictures, tuple(files), tuple(source.notes))
+        return FileSeparation(
+            report, plan, source.pictures, tuple(files), tuple(source.notes), tuple(loud), tally.opening()
+        )
 
     def _shape(self, video: Path, model_rate: int, track: int, output: Output) -> Shape:
         """Say in what channels and sample rate a file's sounds are written; ValueError where that can't be."""
@@ -278,12 +283,19 @@ class _Looked:
 
 @dataclass
 class _Tally:
-    """What has been rendered."""
+    """What has been rendered, and the sum of its first `keep` samples, which is the sound itself."""
 
     n_samples: int = 0
     energy: NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))  # of each object, and of the rest
+    keep: int = 0
+    _kept: list[NDArray[np.float32]] = field(default_factory=list)
+
+    def opening(self) -> NDArray[np.float32]:
+        return np.concatenate([np.zeros(0, np.float32), *self._kept])
 
     def add(self, estimates: NDArray[np.float32]) -> None:
+        if self.n_samples < self.keep:
+            self._kept.append(estimates[:, : self.keep - self.n_samples].sum(0))
         self.n_samples += estimates.shape[1]
         self.energy = self.energy + np.square(estimates, dtype=np.float64).sum(1)
 

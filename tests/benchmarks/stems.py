@@ -64,7 +64,9 @@ def main() -> None:
         print(f"  {side:<16} {seconds:7.2f} s  {size / 1e6:6.0f} MB")
     own, mono = (figures[side] for side in SIDES)
     figures["ratio"] = {what: own[what] / mono[what] for what in own}
-    print(f"  {'ratio':<16} {figures['ratio']['seconds']:7.2f}    {figures['ratio']['bytes']:6.2f}     (at most {MOST:g})")
+    print(
+        f"  {'ratio':<16} {figures['ratio']['seconds']:7.2f}    {figures['ratio']['bytes']:6.2f}     (at most {MOST:g})"
+    )
     measure.write(arguments.json, figures)
 
 
