@@ -28,7 +28,7 @@ RESULT: dict[str, Any] = {
     "sample_rate": 44100,
     "channels": 2,
     "format": "wav",
-    "two_stems": None,
+    "two_stems": "",
     "objects_from": "given",
     "note": "",
     "bases": "own",
@@ -137,7 +137,7 @@ class Result(BaseModel):
     sample_rate: int = _text("of the sounds, in Hz: the file's own, or with `mono` the model's")
     channels: int = _text("of the sounds: the file's own, or with `mono` one")
     format: Literal["wav", "flac", "mp3"] = _text("of the archive's sounds")
-    two_stems: str | None = _text("the object that alone was set apart; null where all were")
+    two_stems: str = _text("the object that alone was set apart, or nothing")
     objects_from: Literal["given", "pictures", "sound"] = _text("how the objects were found")
     note: str = _text("what to know of this result, or nothing")
     bases: Literal["own", "learned", "both"] | None = _text(

@@ -22,6 +22,7 @@ from avsep.fetching import EgressIdentity, sources
 from avsep.outputs import clipped
 from avsep.records import ClipError, Segment
 from avsep.separation import Separator
+from avsep.service.answers import Card
 from avsep.service.config import ServiceConfig, log
 from avsep.service.failures import as_failure
 from avsep.service.hotmodel import HotModel, Load, card_of
@@ -98,7 +99,7 @@ class JobWorker:
         folder = self.store.path(job_id)
         part = folder / f"{TRACKS}.{secrets.token_hex(4)}.part"  # what a worker that died left stays beside it
         separate = self._present()
-        steps = _Steps(self.config, self.store, job, part, card_of(separate).sample_rate)
+        steps = _Steps(self.config, self.store, job, part, card_of(separate))
         if job.options.url:
             self._fetch(job.options.url, folder, lambda: steps("fetching", 0.0), steps.deadline)
             measure(self.config, self.store, job_id)
@@ -166,8 +167,8 @@ class JobWorker:
 class _Steps:
     """Tells a job's progress, stops what works on it at its deadline or when it is deleted, and keeps room for it."""
 
-    def __init__(self, config: ServiceConfig, store: ResultStore, job: State, part: Path, sample_rate: int) -> None:
-        self._store, self._job_id, self._part, self._sample_rate = store, job.id, part, sample_rate
+    def __init__(self, config: ServiceConfig, store: ResultStore, job: State, part: Path, card: Card) -> None:
+        self._store, self._job_id, self._part, self._card = store, job.id, part, card
         self.deadline = (job.queued or job.created) + config.max_work_s
         self._mono = job.options.mono
         self._looked = self._swept = 0.0
@@ -187,7 +188,7 @@ class _Steps:
         if stage == "separating" and not self._counted:  # now it is known how many sounds there are
             self._counted = True
             n_tracks = len(list(self._part.iterdir()))
-            reserve(self._store, self._job_id, n_tracks, self._sample_rate, self._mono)
+            reserve(self._store, self._job_id, n_tracks, self._card, self._mono)
 
 
 def outcome(job: State, separate: VideoSeparator, done: FileSeparation) -> Outcome:
@@ -240,12 +241,13 @@ def measure(config: ServiceConfig, store: ResultStore, job_id: str) -> None:
         )
 
 
-def reserve(store: ResultStore, job_id: str, n_tracks: int, model_rate: int, mono: bool) -> None:
+def reserve(store: ResultStore, job_id: str, n_tracks: int, card: Card, mono: bool) -> None:
     """Keep room for an upload that was measured and for `n_tracks` sounds; StoreFull where there is none."""
     job = store.job(job_id)
-    rate, channels = (model_rate, 1) if mono else (job.sample_rate, job.channels)
+    rate, channels = (card.sample_rate, 1) if mono else (job.sample_rate, job.channels)
+    window = 4 * round(card.sample_rate * min(job.duration_s, card.window_s or 0.0))
     size = (store.path(job_id) / UPLOAD).stat().st_size
-    store.reserve(job_id, size + 4 * round(rate * job.duration_s) * channels * n_tracks + _BESIDE_BYTES)
+    store.reserve(job_id, size + 4 * round(rate * job.duration_s) * channels * n_tracks + window + _BESIDE_BYTES)
 
 
 def fail(store: ResultStore, job_id: str, failure: Failure) -> None:

@@ -53,7 +53,7 @@ def _result(job: State, found: Outcome) -> Result:
         rest=audio(tracks[REST]),
         mixture=audio(MIXTURE),
         format=job.options.format,
-        two_stems=job.options.two_stems,
+        two_stems=job.options.two_stems or "",
         mix=Mixes(sound=f"{base}/mix", video=f"{base}/mix.{found.video}" if found.video else None),
         relation=Relation(data=f"{base}/relation", png=f"{base}/relation.png") if found.explained else None,
         frame=f"{base}/frame.png" if found.has_frame else None,

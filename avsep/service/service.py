@@ -146,7 +146,7 @@ class Service:
                 fields = await receive_multipart(body, kind, upload, self.config.max_upload_bytes)
                 card = self.card()
                 options = parse_options(fields, has_file=upload.exists(), urls=self.config.allow_urls, card=card)
-                await self._reserve(job_id, options, card.sample_rate)
+                await self._reserve(job_id, options, card)
                 self.store.update(job_id, status="queued", options=options, queued=time.time())
             except BaseException:
                 with contextlib.suppress(NoSuchJob):
@@ -154,7 +154,7 @@ class Service:
                 raise
             return job_id, self.start(job_id)
 
-    async def _reserve(self, job_id: str, options: Options, sample_rate: int) -> None:
+    async def _reserve(self, job_id: str, options: Options, card: Card) -> None:
         """Keep the room that a job will need, as far as that is known before it is begun."""
         n_objects = 1 if options.two_stems else _USUAL_OBJECTS if options.objects is None else len(options.objects)
         if not options.url:
@@ -165,7 +165,7 @@ class Service:
                 if options.url:
                     await run_in_threadpool(self.store.reserve, job_id, self.config.max_upload_bytes)
                 else:  # with the rest and the mixture
-                    await run_in_threadpool(jobs.reserve, self.store, job_id, n_objects + 2, sample_rate, options.mono)
+                    await run_in_threadpool(jobs.reserve, self.store, job_id, n_objects + 2, card, options.mono)
             except StoreFull:
                 self.store.delete(job_id)  # before the next one asks
                 raise

@@ -1,7 +1,6 @@
 """Sounds as their file was: its channels and sample rate, in the formats that can hold them."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from avsep import cli, commands, stems
-from avsep.media import ffmpeg_executable
 from avsep.outputs import Output
 from avsep.separation import Separator, Whole, render_whole
 from avsep.stft import STFT
 from avsep.videos import VideoSeparator
+from tests.support.streams import decoded, lag_s, packets, read, run_ffmpeg, write
 from tests.support.tones import DOG, PITCH, RATE, VIOLIN, model
 
 PAN = {DOG: (1.0, 0.3), VIOLIN: (0.2, 1.0)}
@@ -41,29 +40,8 @@ def panned(rate: int, n_channels: int = 2, seconds: float = 3.0) -> dict[int, ND
     return {i: np.outer(np.resize(PAN[i], n_channels), x) for i, x in sounds(rate, seconds).items()}
 
 
-def write(path: Path, channels: NDArray, rate: int) -> Path:
-    soundfile.write(path, channels.T, rate, subtype="FLOAT")
-    return path
-
-
 def separate(*arguments: object) -> int:
     return cli.main(["separate", *map(str, arguments)])
-
-
-def read(path: Path) -> NDArray:
-    return soundfile.read(path, always_2d=True)[0].T
-
-
-def decoded(path: Path, tmp_path: Path) -> NDArray:
-    """The file's sound as ffmpeg gives it, from its first timestamp on."""
-    wav = tmp_path / "decoded.wav"
-    run_ffmpeg("-i", path, "-map", "0:a:0", "-af", "aresample=async=1:first_pts=0", "-c:a", "pcm_f32le", wav)
-    return read(wav)
-
-
-def run_ffmpeg(*arguments: object) -> str:
-    command = [ffmpeg_executable(), "-y", "-v", "error", "-nostdin", *map(str, arguments)]
-    return subprocess.run(command, check=True, timeout=60, capture_output=True, text=True).stdout
 
 
 def sdr(reference: NDArray, estimate: NDArray) -> float:
@@ -254,26 +232,10 @@ def test_what_a_format_clips_is_told(model_dir: str, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------- the pictures with a sound
 
 
-def packets(path: Path, at: str = "0:V:0") -> tuple[float, list[str]]:
-    """When a stream's first packet is shown, in s after the file's start, and the packets' sizes and checksums."""
-    lines = run_ffmpeg("-i", path, "-map", at, "-c", "copy", "-f", "framecrc", "-").splitlines()
-    tick = next(eval(line.split(": ")[1]) for line in lines if line.startswith("#tb"))
-    rows = [line.replace(" ", "").split(",") for line in lines if line[0] != "#"]
-    return min(int(r[2]) for r in rows) * tick, [",".join(r[4:6]) for r in rows]
-
-
 def by_halves(file: Path, out: Path, **output: object) -> dict:
     """Separate a file by a separator of two objects that nobody sees, half of the sound each."""
     halves = Whole(lambda x, names: torch.stack([x / 2 for _ in names]), RATE, ("low", "high"))
     return commands.separate_file(str(file), None, str(out), None, None, VideoSeparator(halves), 1, Output(**output))
-
-
-def lag_s(sound: NDArray, of: NDArray, rate: int) -> float:
-    """How much later one sound comes than another."""
-    n = 1 << (len(sound) + len(of)).bit_length()
-    found = np.fft.irfft(np.fft.rfft(sound, n) * np.conj(np.fft.rfft(of, n)), n)
-    at = int(found.argmax())
-    return (at if at < n // 2 else at - n) / rate
 
 
 @pytest.mark.parametrize(
