@@ -130,7 +130,11 @@ MONO = Output(mono=True)
 def mixed_down(n_channels: int) -> str:
     """Say that the sound of videos has fewer channels than `n_channels`; "" where it hasn't."""
     held = aac_channels(n_channels)
-    return f"the videos' sound is mixed to {held} channels: AAC holds no {n_channels}" if held != n_channels else ""
+    return (
+        f"the videos' sound is mixed to {held} channel{'s' * (held > 1)}: AAC holds no {n_channels}"
+        if held != n_channels
+        else ""
+    )
 
 
 def clipped(loud: Sequence[str], *formats: str) -> str:

@@ -56,7 +56,8 @@ def adds_up(out: Path, whole: NDArray) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("n_channels", "rate"), [(1, 2000), (1, 48_000), (2, 8000), (2, 44_100), (2, 96_000), (6, 48_000)]
+    ("n_channels", "rate"),
+    [(1, 2000), (1, 8000), (1, 48_000), (1, 96_000), (2, 8000), (2, 44_100), (2, 96_000), (6, 44_100), (6, 48_000)],
 )
 def test_sounds_are_as_their_file(model_dir: str, tmp_path: Path, n_channels: int, rate: int) -> None:
     whole = sum(panned(rate, n_channels).values()).astype(np.float32)
@@ -109,6 +110,29 @@ def test_sound_that_starts_late_keeps_its_place(model_dir: str, tmp_path: Path) 
     assert separate(late, "--model", model_dir, "--out", out, "--objects", "dog,violin") == 0
     whole = decoded(late, tmp_path)
     assert np.abs(whole[:, :5500]).max() == 0 and adds_up(out, whole)
+
+
+@pytest.mark.parametrize(
+    ("n_channels", "rate", "name", "first", "then"),
+    [
+        (1, 44_100, "late.mp4", ["-itsoffset", "0.7"], []),  # an empty edit
+        (2, 44_100, "cut.mp4", [], ["-ss", "0.53"]),  # an edit that skips what was decoded
+        (2, 48_000, "clock.mkv", [], ["-output_ts_offset", "5"]),
+        (6, 48_000, "late.mov", ["-itsoffset", "0.3"], ["-ss", "0.1"]),
+        (6, 48_000, "clock.ts", [], ["-output_ts_offset", "2"]),
+    ],
+)
+def test_edit_lists_and_start_times_change_nothing_of_the_sum(
+    tmp_path: Path, n_channels: int, rate: int, name: str, first: list[str], then: list[str]
+) -> None:
+    write(tmp_path / "duet.wav", sum(panned(rate, n_channels).values()), rate)
+    whole, file, out = tmp_path / f"whole{Path(name).suffix}", tmp_path / name, tmp_path / "out"
+    sound = ["-guess_layout_max", 8, "-i", tmp_path / "duet.wav", "-c:a", "aac"]
+    run_ffmpeg("-f", "lavfi", "-i", "testsrc=s=32x32:r=25:d=4", *first, *sound, "-c:v", "mpeg4", whole)
+    run_ffmpeg("-i", whole, *then, "-c", "copy", file)
+    report = by_halves(file, out)
+    assert (report["channels"], report["sample_rate"]) == (n_channels, rate)
+    assert adds_up(out, decoded(file, tmp_path))
 
 
 @pytest.mark.parametrize("order", ["mono-stereo.mp3", "stereo-mono.ogg"])
@@ -244,6 +268,9 @@ def by_halves(file: Path, out: Path, **output: object) -> dict:
         ("a.mp4", ["libx264", "-bf", "2", "-c:a", "aac"], "mp4"),
         ("late.mkv", ["libx264", "-c:a", "pcm_f32le"], "mp4"),
         ("late.ts", ["mpeg2video", "-c:a", "aac"], "mp4"),
+        ("late.mov", ["mpeg4", "-bf", "2", "-c:a", "aac"], "mp4"),
+        ("cut.mp4", ["libx264", "-bf", "2", "-g", "5", "-c:a", "aac"], "mp4"),
+        ("clock.mkv", ["libx264", "-c:a", "aac"], "mp4"),
         ("a.webm", ["libvpx", "-c:a", "libopus"], "mkv"),
     ],
 )
@@ -256,6 +283,10 @@ def test_pictures_are_untouched_and_stay_with_the_sound(
     file, out = tmp_path / name, tmp_path / "out"
     sound = [*offset, "-i", tmp_path / "duet.wav", "-ar", "48000"]
     run_ffmpeg(*picture, *sound, "-c:v", *codec, "-pix_fmt", "yuv420p", file)
+    if other := {"cut.mp4": ["-ss", "0.53"], "clock.mkv": ["-output_ts_offset", "5"]}.get(name):
+        file = file.rename(tmp_path / f"whole{file.suffix}")
+        run_ffmpeg("-i", file, *other, "-c", "copy", tmp_path / name)
+        file = tmp_path / name
     report = by_halves(file, out, two_stems="low", video=True)
     shown_s, pictures = packets(file)
     zero_s = lag_s(decoded(file, tmp_path)[0], 2 * read(out / "low.wav")[0], 48_000)
@@ -287,3 +318,17 @@ def test_each_object_gets_a_video_and_the_next_run_takes_it_away(tmp_path: Path)
     assert decoded(out / "low.mp4", tmp_path).shape[0] == 6
     by_halves(file, out)
     assert not list(out.glob("*.mp4"))
+
+
+@pytest.mark.parametrize(("n_channels", "held"), [(6, 6), (7, 2), (9, 1)])
+def test_channels_that_a_video_cannot_hold_are_told(tmp_path: Path, n_channels: int, held: int) -> None:
+    write(tmp_path / "duet.wav", sum(panned(8000, n_channels, 1.0).values()), 8000)
+    file, out = tmp_path / "many.mkv", tmp_path / "out"
+    picture = ["-f", "lavfi", "-i", "color=s=16x16:r=5:d=1"]
+    layout = ["-guess_layout_max", 8] if n_channels < 9 else []
+    run_ffmpeg(*picture, *layout, "-i", tmp_path / "duet.wav", "-c:v", "mpeg4", "-c:a", "pcm_s16le", file)
+    note = by_halves(file, out, video=True)["note"]
+    told = f"the videos' sound is mixed to {held} channel{'s' * (held > 1)}: AAC holds no {n_channels}"
+    assert (told in note) == (held != n_channels)
+    assert decoded(out / "low.mp4", tmp_path).shape[0] == held
+    assert read(out / "low.wav").shape[0] == n_channels
