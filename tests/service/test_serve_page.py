@@ -614,7 +614,8 @@ def test_stereo_is_played_as_stereo(page: Page, tmp_path):
     energy = f"[0, 1].map(c => {dog}.getChannelData(c).reduce((sum, x) => sum + x * x, 0))"
     left, right = page.run(MIXER % energy)
     assert left > 5 * right
-    assert page.run("[...document.querySelectorAll('.wave')].every(c => c.width > 100)")
+    drawn = "c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some((x, i) => i % 4 === 3 && x > 0)"
+    page.wait(f"[...document.querySelectorAll('.wave, .spectrogram')].slice(0, 4).every(c => {drawn})")
 
 
 def test_what_cannot_be_mixed_is_said(page: Page, tmp_path, server):

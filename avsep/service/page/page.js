@@ -745,7 +745,7 @@ function fft(re, im) {
 
 /** Draw a spectrogram, 60 dB deep, on a scale of frequency that ears like; without a canvas, only say the loudest dB. */
 async function spectrogram(samples, rate, canvas, loudest, go, length = samples.length) {
-  const n = 2048, rows = 64, top = 12000, bottom = 60;
+  const n = 2048, rows = 64, top = Math.min(12000, rate / 2 - rate / n), bottom = 60;
   const pen = canvas && sized(canvas);
   const width = canvas ? Math.min(canvas.width, 900) : 100;
   const window_ = Float32Array.from({ length: n }, (_, i) => 0.5 - 0.5 * Math.cos((2 * Math.PI * i) / n));
