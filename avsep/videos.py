@@ -166,11 +166,7 @@ class VideoSeparator:
         parts = _in_shape(_rendered(plan, source, tally, patience.tell), separator, source, shape)
         shape = replace(shape, duration_s=source.n_samples / separator.sample_rate)
         files, loud = write_sounds(plan.objects, parts, out, shape, output, mixture, parents)
-        for sound, name in output.videos(plan.objects, shape).items():
-            patience.tell("writing videos", 1.0)
-            limits = replace(self.limits.decode, timeout_s=max(self.limits.decode.timeout_s, shape.duration_s))
-            media.mux(video, out / sound, shape.n_channels, out / name, limits=limits)
-            files.append(name)
+        files += self._write_videos(video, out, output.videos(plan.objects, shape), shape, patience)
         timings["separate_s"] = clock()
         report = self._report(separator, plan, tally, given, looked)
         report |= output.described(plan.objects, shape, files, report["objects"])
@@ -180,6 +176,16 @@ class VideoSeparator:
         return FileSeparation(
             report, plan, source.pictures, tuple(files), tuple(source.notes), tuple(loud), tally.opening()
         )
+
+    def _write_videos(
+        self, video: Path, out: Path, names: Mapping[str, str], shape: Shape, patience: _Patience
+    ) -> list[str]:
+        """Write a video for each of some sounds, both by their files' names, and return theirs."""
+        limits = replace(self.limits.decode, timeout_s=max(self.limits.decode.timeout_s, shape.duration_s))
+        for sound, name in names.items():
+            patience.tell("writing videos", 1.0)
+            media.mux(video, out / sound, shape.n_channels, out / name, limits=limits)
+        return list(names.values())
 
     def _shape(self, video: Path, model_rate: int, track: int, output: Output) -> Shape:
         """Say in what channels and sample rate a file's sounds are written; ValueError where that can't be."""
