@@ -125,6 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if mistake := _mistake(arguments):
             console.complain(f"avsep {command}: {mistake}")
             return 2
+        if command == "separate":
+            console.say(f"loading {arguments['model'] or 'the starter model'}")
         from avsep import commands  # after help and mistakes: it takes seconds
 
         return commands.run(**arguments)

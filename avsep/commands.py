@@ -39,7 +39,7 @@ from avsep.vision import DEFAULT_ARCHITECTURE, NO_DOWNLOAD, ImageLabeller, Label
 _REPORT, _MAP = "separation.json", "relation_map.png"
 _FILE = re.compile(rf"[a-z0-9_]+\.({'|'.join(FORMATS)}|mp4|mkv)")  # an object's, or the rest's
 _OUT = "separated"  # unless --out names another folder
-_SAY_EVERY_S = 5.0
+_SAY_EVERY_S, _SAY_NEXT_S = 5.0, 1.0  # how far a stage is, and that the next has begun, at the soonest
 _NAMED = 5  # files that are left out
 _REMEDIES = {
     Reason.MISSING: "check the path",
@@ -307,15 +307,15 @@ def _place(file: Path, target: str) -> None:
 @contextlib.contextmanager
 def _progress() -> Iterator[Step]:
     """Show how far a separation is: a bar on a terminal, elsewhere a line now and then, on stderr."""
-    said = time.monotonic()
+    said, last = time.monotonic(), ""
     with tqdm(total=100, unit="%", disable=None, leave=False) as bar:
 
         def step(stage: str, done: float) -> None:
-            nonlocal said
+            nonlocal said, last
             bar.set_description(stage)
             bar.update(int(100 * done) - bar.n)
-            if bar.disable and time.monotonic() - said > _SAY_EVERY_S:
-                said = time.monotonic()
+            if bar.disable and time.monotonic() - said > (_SAY_EVERY_S if stage == last else _SAY_NEXT_S):
+                said, last = time.monotonic(), stage
                 complain(f"{stage}: {done:.0%}")
 
         yield step

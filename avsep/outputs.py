@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,40 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from avsep.media import Listening
+from avsep.media import Listening, aac_channels
 from avsep.separation import REST
 
 MIXTURE = "_mixture"
 FORMATS = {"wav": "FLOAT", "flac": "PCM_24", "mp3": "MPEG_LAYER_III"}  # soundfile's subtypes
-_MOST_CHANNELS = {"flac": 8, "mp3": 2}
-_MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)  # Hz
-_FLAC_RATE = 655_350  # Hz, the highest
+_MOST_CHANNELS = {"flac": 8, "mp3": 2, "ogg": 8}
+_RATES: dict[str, Collection[int]] = {  # Hz
+    "flac": range(1, 655_351),
+    "mp3": (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000),
+    "ogg": range(1000, 192_001),
+}
 _WAV_BYTES = 4_000_000_000  # WAV's sizes have 32 bits
+
+
+class CannotHold(ValueError):
+    """A format can't hold a sound: `fact` says why; `mono` whether one channel at the separator's rate may help."""
+
+    def __init__(self, fact: str, mono: bool) -> None:
+        super().__init__(f"{fact}: give another --format{', or --mono' if mono else ''}")
+        self.fact, self.mono = fact, mono
+
+
+def lacks(format: str, sample_rate: int, n_channels: int) -> str:
+    """Say why a format, `ogg` among them, can't hold a sound; "" where it can.
+
+    >>> lacks("mp3", 44_100, 6), lacks("ogg", 44_100, 6)
+    ('the sound has 6 channels, and mp3 at most 2', '')
+    """
+    most = _MOST_CHANNELS.get(format, n_channels)
+    if n_channels > most:
+        return f"the sound has {n_channels} channels, and {format} at most {most}"
+    if sample_rate not in _RATES.get(format, (sample_rate,)):
+        return f"the sound has {sample_rate} Hz, which {format} can't hold"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -35,8 +60,11 @@ class Shape:
 
     @property
     def note(self) -> str:
-        """Say that videos aren't mp4."""
-        return f"mp4 can't hold these pictures: the videos are {self.container}" if self.container == "mkv" else ""
+        """Say that videos aren't mp4, or have fewer channels than the sounds."""
+        if not self.container:
+            return ""
+        kind = "" if self.container == "mp4" else f"mp4 can't hold these pictures: the videos are {self.container}"
+        return "; ".join(filter(None, (kind, mixed_down(self.n_channels))))
 
 
 @dataclass(frozen=True)
@@ -47,6 +75,12 @@ class Output:
     format: str = "wav"
     two_stems: str | None = None  # an object: it and all the rest
     video: bool = False  # the file's pictures, too, with each object's sound
+    as_wav: bool = False  # for now: it is to be converted to the format when somebody asks
+
+    @property
+    def suffix(self) -> str:
+        """What the names of sounds end with, without the dot."""
+        return "wav" if self.as_wav else self.format
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -54,15 +88,9 @@ class Output:
         return (".wav", f".{self.format}", *((".mp4", ".mkv") if self.video else ()))
 
     def check(self, shape: Shape) -> None:
-        """Raise ValueError where the format can't hold such sounds."""
-        most = _MOST_CHANNELS.get(self.format, shape.n_channels)
-        if shape.n_channels > most:
-            remedy = "give another --format, or --mono"
-            raise ValueError(f"the sound has {shape.n_channels} channels, and {self.format} at most {most}: {remedy}")
-        rate = shape.sample_rate
-        if (self.format == "mp3" and rate not in _MP3_RATES) or (self.format == "flac" and rate > _FLAC_RATE):
-            remedy = f"give another --format{'' if self.mono else ', or --mono'}"
-            raise ValueError(f"the sound has {rate} Hz, which {self.format} can't hold: {remedy}")
+        """Raise CannotHold where the format can't hold such sounds."""
+        if fact := lacks(self.format, shape.sample_rate, shape.n_channels):
+            raise CannotHold(fact, mono=not self.mono)
 
     def names(self, objects: Sequence[str]) -> list[str]:
         """Return the sounds' names, that of what is left last."""
@@ -75,7 +103,7 @@ class Output:
         named = {name: name for name in self.names(objects)[: 1 if self.two_stems else -1]}
         if self.two_stems:
             named[f"no_{self.two_stems}"] = f"without_{self.two_stems}"
-        return {f"{sound}.{self.format}": f"{video}.{shape.container}" for sound, video in named.items()}
+        return {f"{sound}.{self.suffix}": f"{video}.{shape.container}" for sound, video in named.items()}
 
     def described(
         self, objects: Sequence[str], shape: Shape, files: Sequence[str], entries: Sequence[dict[str, Any]]
@@ -83,20 +111,40 @@ class Output:
         """Return what a report says of the files; its `entries` on the objects name each one's file, or None."""
         written = self.names(objects)
         for entry in entries:
-            entry["file"] = f"{entry['name']}.{self.format}" if entry["name"] in written else None
+            entry["file"] = f"{entry['name']}.{self.suffix}" if entry["name"] in written else None
             if self.video:
                 entry["video"] = self.videos(objects, shape).get(entry["file"])
         return {
             "sample_rate": shape.sample_rate,
             "channels": shape.n_channels,
             "objects": list(entries),
-            "rest": f"{written[-1]}.{self.format}",
+            "rest": f"{written[-1]}.{self.suffix}",
             "files": list(files),
         }
 
 
 AS_IT_IS = Output()
 MONO = Output(mono=True)
+
+
+def mixed_down(n_channels: int) -> str:
+    """Say that the sound of videos has fewer channels than `n_channels`; "" where it hasn't."""
+    held = aac_channels(n_channels)
+    return (
+        f"the videos' sound is mixed to {held} channel{'s' * (held > 1)}: AAC holds no {n_channels}"
+        if held != n_channels
+        else ""
+    )
+
+
+def clipped(loud: Sequence[str], *formats: str) -> str:
+    """Say which sounds are above full scale, where formats clip; "" for none, or for WAV alone."""
+    formats = tuple(f for f in formats if f != "wav")
+    if not loud or not formats:
+        return ""
+    *others, last = formats
+    named = f"{', '.join(others)} and {last} clip" if others else f"{last} clips"
+    return f"{', '.join(loud)}: louder than full scale, where {named}; wav doesn't"
 
 
 def write_sounds(
@@ -107,12 +155,12 @@ def write_sounds(
     output: Output,
     mixture: bool = False,
     parents: bool = True,
-) -> tuple[list[str], str]:
+) -> tuple[list[str], list[str]]:
     """Write blocks of sounds `(J + 1, C, S)`, under other names until all are whole.
 
-    Returns the files' names, and what to note: sounds above full scale, which all but WAV clips.
+    Returns the files' names, and those of the sounds above full scale, which all but WAV clips.
     """
-    suffix = output.format
+    suffix = output.suffix
     names = [*output.names(objects), *([MIXTURE] if mixture else [])]
     parts = [out / f"{name}.{suffix}.part" for name in names]
     peaks = np.zeros(len(names))
@@ -137,9 +185,8 @@ def write_sounds(
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
-    loud = [name for name, peak in zip(names, peaks, strict=True) if peak > 1 and suffix != "wav"]
-    clipped = f"{', '.join(loud)}: louder than full scale, where {suffix} clips; wav doesn't" if loud else ""
-    return [f"{name}.{suffix}" for name in names], clipped
+    loud = [name for name, peak in zip(names, peaks, strict=True) if peak > 1]
+    return [f"{name}.{suffix}" for name in names], loud
 
 
 def _chosen(

@@ -13,7 +13,7 @@ from avsep.separation import resample
 from avsep.stft import STFT
 
 _WINDOW_S = 0.15  # of the gains, where a separator has none of its own
-_FRAMES = 32  # taken at a time
+_FRAMES = 32  # taken at a time, of up to 8 channels; fewer of more
 _TOP = 0.5, 0.9  # of the estimates' band: what decides about the file's sound above it
 
 
@@ -33,6 +33,7 @@ class _Stream:
         self._blocks = iter(blocks)
         self._held = next(self._blocks)
         self._start = 0  # of what is held
+        self.n_channels = len(self._held)
         self.ended = False
 
     @property
@@ -80,14 +81,15 @@ def carry_over(
     windows = torch.hann_window(stft.n_fft), torch.hann_window(n_fft)
     tail = torch.zeros(1, 1, 0), torch.zeros(0)  # what earlier frames add to later samples
     done, frame = 0, 0  # samples that have been given, and the next frame
+    taken = max(2, _FRAMES * 8 // max(8, sound.n_channels))
     while not (sound.ended and done >= sound.end):
         start = frame * stft.hop_length - stft.n_fft // 2
-        held = mono.take(start, start + (_FRAMES - 1) * stft.hop_length + stft.n_fft)
-        mono.forget(start + _FRAMES * stft.hop_length)
+        held = mono.take(start, start + (taken - 1) * stft.hop_length + stft.n_fft)
+        mono.forget(start + taken * stft.hop_length)
         frames = torch.from_numpy(held).unfold(1, stft.n_fft, stft.hop_length)  # (J + 1, B, n)
         gains = _gains(frames * windows[0], n_fft // 2 + 1, ratio * stft.n_fft / n_fft)
 
-        starts = [_centre(k, stft, sample_rate) - n_fft // 2 for k in range(frame, frame + _FRAMES + 1)]
+        starts = [_centre(k, stft, sample_rate) - n_fft // 2 for k in range(frame, frame + taken + 1)]
         own = torch.from_numpy(sound.take(starts[0], starts[-2] + n_fft))  # (C, S)
         sums, weights = _masked(own, [s - starts[0] for s in starts[:-1]], gains, windows[1])
         sums[..., : tail[0].shape[-1]] += tail[0]
@@ -99,7 +101,7 @@ def carry_over(
             objects = sums[..., new] / weights[new].clamp_min(1e-6)
             yield torch.cat([objects, own[None, :, new] - objects.sum(0, keepdim=True)]).numpy()
         sound.forget(starts[-1])
-        done, frame = max(done, starts[-1]), frame + _FRAMES
+        done, frame = max(done, starts[-1]), frame + taken
     mono.finish()
 
 

@@ -22,7 +22,7 @@ from avsep.files import NO_LIMITS, FileLimits, Step, WholeFile, no_step
 from avsep.locating import Locations, Seen, whole_maps
 from avsep.model import LABELLER_FILE, Labelling, ModelConfig, label_config
 from avsep.objects import Vocabulary
-from avsep.outputs import MONO, Output, Shape, write_sounds
+from avsep.outputs import MONO, Output, Shape, clipped, write_sounds
 from avsep.separation import REST, Planned, Separates, Separator
 from avsep.stages import Label
 from avsep.vision import NO_DOWNLOAD, ImageLabeller, LabellerUnavailable
@@ -42,6 +42,8 @@ class FileSeparation:
     files: tuple[str, ...]  # names of those with sounds
     notes: tuple[str, ...] = ()  # on the file itself
     locations: Locations | None = None  # None: nobody looked, or the picture network can't say where
+    loud: tuple[str, ...] = ()  # names of the sounds above full scale
+    opening: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))  # (S,), the window explained
 
 
 @dataclass
@@ -168,22 +170,38 @@ class VideoSeparator:
             given = list(dict.fromkeys([*plan.objects, one]))  # who asks for it says that it is there
             plan = _listen(separator, source, given, looked, patience.tell)
         timings["listen_s"] = clock()
-        tally = _Tally()
+        tally = _Tally(keep=0 if plan.explanation is None else plan.explanation.n_samples)
         parts = _in_shape(_rendered(plan, source, tally, patience.tell), separator, source, shape)
         shape = replace(shape, duration_s=source.n_samples / separator.sample_rate)
-        files, clipped = write_sounds(plan.objects, parts, out, shape, output, mixture, parents)
-        for sound, name in output.videos(plan.objects, shape).items():
-            patience.tell("writing videos", 1.0)
-            limits = replace(self.limits.decode, timeout_s=max(self.limits.decode.timeout_s, shape.duration_s))
-            media.mux(video, out / sound, shape.n_channels, out / name, limits=limits)
-            files.append(name)
+        files, loud = write_sounds(plan.objects, parts, out, shape, output, mixture, parents)
+        files += self._write_videos(video, out, output.videos(plan.objects, shape), shape, patience)
         timings["separate_s"] = clock()
         locations = looked.where(plan.objects, self.config.objects, source.times_s)
         report = self._report(separator, plan, tally, given, looked, locations)
         report |= output.described(plan.objects, shape, files, report["objects"])
-        report["note"] = "; ".join(filter(None, (*source.notes, looked.note, clipped, shape.note)))
+        told = (*source.notes, looked.note, clipped(loud, output.suffix), shape.note)
+        report["note"] = "; ".join(filter(None, told))
         report["timings"] = {name: round(seconds, 3) for name, seconds in timings.items()}
-        return FileSeparation(report, plan, source.pictures, tuple(files), tuple(source.notes), locations)
+        return FileSeparation(
+            report,
+            plan,
+            source.pictures,
+            tuple(files),
+            tuple(source.notes),
+            locations,
+            tuple(loud),
+            tally.opening(),
+        )
+
+    def _write_videos(
+        self, video: Path, out: Path, names: Mapping[str, str], shape: Shape, patience: _Patience
+    ) -> list[str]:
+        """Write a video for each of some sounds, both by their files' names, and return theirs."""
+        limits = replace(self.limits.decode, timeout_s=max(self.limits.decode.timeout_s, shape.duration_s))
+        for sound, name in names.items():
+            patience.tell("writing videos", 1.0)
+            media.mux(video, out / sound, shape.n_channels, out / name, limits=limits)
+        return list(names.values())
 
     def _shape(self, video: Path, model_rate: int, track: int, output: Output) -> Shape:
         """Say in what channels and sample rate a file's sounds are written; ValueError where that can't be."""
@@ -303,12 +321,19 @@ class _Looked:
 
 @dataclass
 class _Tally:
-    """What has been rendered."""
+    """What has been rendered, and the sum of its first `keep` samples, which is the sound itself."""
 
     n_samples: int = 0
     energy: NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))  # of each object, and of the rest
+    keep: int = 0
+    _kept: list[NDArray[np.float32]] = field(default_factory=list)
+
+    def opening(self) -> NDArray[np.float32]:
+        return np.concatenate([np.zeros(0, np.float32), *self._kept])
 
     def add(self, estimates: NDArray[np.float32]) -> None:
+        if self.n_samples < self.keep:
+            self._kept.append(estimates[:, : self.keep - self.n_samples].sum(0))
         self.n_samples += estimates.shape[1]
         self.energy = self.energy + np.square(estimates, dtype=np.float64).sum(1)
 

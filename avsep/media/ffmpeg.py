@@ -82,6 +82,7 @@ class MediaInfo:
     sample_rate: int | None  # Hz, of the first audio stream
     width: int | None  # pixels, of the first video stream, before rotation
     height: int | None
+    channels: int | None = None  # of the first audio stream; None where nobody knows
 
 
 class TooManyPixels(ClipError):
@@ -251,6 +252,7 @@ def _parse_header(log: str, n_bytes: int = 0) -> Header | None:
         sample_rate=int(rate[1]) if rate else None,
         width=int(size[1]) if size else None,
         height=int(size[2]) if size else None,
+        channels=(count_channels(_track(*audio[0]).layout) or None) if audio else None,
     )
     # What comes before timestamp zero, a codec's run-up, isn't played.
     return Header(

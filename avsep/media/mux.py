@@ -8,12 +8,21 @@ from typing import Any
 import ffmpeg
 
 from avsep.limits import DecodeLimits
-from avsep.media.ffmpeg import FFmpeg, Header, input_of, read_header
+from avsep.media.ffmpeg import MEAN, FFmpeg, Header, input_of, read_header
 from avsep.records import ClipError, Reason
 
-_AAC_CHANNELS = (1, 2, 3, 4, 5, 6, 8)  # others are mixed to two
+_AAC_CHANNELS = (1, 2, 3, 4, 5, 6, 8)
 # What players expect in an mp4.
 _IN_MP4 = {"av1", "h264", "hevc", "mjpeg", "mpeg1video", "mpeg2video", "mpeg4", "vp9", "vvc"}
+
+
+def aac_channels(n_channels: int) -> int:
+    """Return how many channels a sound has in a video: those that AAC has a layout of, else two of 7, one of more.
+
+    >>> [aac_channels(n) for n in (1, 6, 7, 8, 9)]
+    [1, 6, 2, 8, 1]
+    """
+    return n_channels if n_channels in _AAC_CHANNELS else 2 if n_channels < 8 else 1
 
 
 def picture_container(path: Path, *, limits: DecodeLimits = DecodeLimits()) -> str:
@@ -41,10 +50,13 @@ def mux(video: Path, sound: Path, n_channels: int, target: Path, *, limits: Deco
     header = _header(video, limits)
     source = input_of(video, limits)
     stem = input_of(sound, limits, guess_layout_max=8, itsoffset=f"{header.zero_s:.6f}")
-    n_channels = n_channels if n_channels in _AAC_CHANNELS else 2
+    sounding = stem["a:0"]
+    if n_channels > 8:  # of which nobody knows the loudspeakers
+        sounding = sounding.filter("aeval", exprs=MEAN, channel_layout="mono")
+    n_channels = aac_channels(n_channels)
     coding: dict[str, Any] = {"format": "mp4" if target.suffix == ".mp4" else "matroska"}
     coding |= {"c:v": "copy", "c:a": "aac", "ac": n_channels, "b:a": f"{96 * n_channels}k"}
-    with FFmpeg([ffmpeg.output(source["V:0"], stem["a:0"], f"file:{target}", **coding)], video, limits) as process:
+    with FFmpeg([ffmpeg.output(source["V:0"], sounding, f"file:{target}", **coding)], video, limits) as process:
         for _ in process.pieces(limits.timeout_s):
             pass
     if process.returncode:

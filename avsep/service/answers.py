@@ -14,7 +14,7 @@ _BASE = f"/v1/separations/{_ID}"
 
 
 def _audio(track: str) -> dict[str, str]:
-    return {kind: f"{_BASE}/tracks/{track}.{kind}" for kind in ("wav", "flac", "ogg")}
+    return {kind: f"{_BASE}/tracks/{track}.{kind}" for kind in ("wav", "flac", "mp3", "ogg")}
 
 
 def _object(name: str, **values: Any) -> dict[str, Any]:
@@ -26,7 +26,10 @@ def _object(name: str, **values: Any) -> dict[str, Any]:
 OBJECT: dict[str, Any] = {"name": "violin", "learned": True, "imagenet": [889], "audioset": "/m/07y_7"}
 RESULT: dict[str, Any] = {
     "duration_s": 10.0,
-    "sample_rate": 16000,
+    "sample_rate": 44100,
+    "channels": 2,
+    "format": "wav",
+    "two_stems": "",
     "objects_from": "given",
     "note": "",
     "bases": "own",
@@ -42,6 +45,7 @@ RESULT: dict[str, Any] = {
     "frame": f"{_BASE}/frame.png",
     "locations": f"{_BASE}/locations",
     "archive": f"{_BASE}/archive.zip",
+    "mix": {"sound": f"{_BASE}/mix", "video": f"{_BASE}/mix.mp4"},
     "timings": {"queued_s": 0.01, "decode_s": 0.4, "look_s": 0.9, "listen_s": 2.1, "separate_s": 0.3, "total_s": 3.7},
     "model": {"recipe": "default", "avsep": "0.1.0"},
     "trained_on": {"clips": 40_000, "clips_by_label": {"dog": 9000, "violin": 12_000}},
@@ -80,11 +84,12 @@ class ProblemBody(BaseModel):
 
 
 class Audio(BaseModel):
-    """Where a sound is: lossless twice, and once small."""
+    """Where a sound is; null where a format can't hold its channels or sample rate."""
 
     wav: str = _text("float32")
-    flac: str = _text("24 bits")
-    ogg: str = _text("Vorbis, a fifth of FLAC's size, for listening")
+    flac: str | None = _text("24 bits, lossless", default=None)
+    mp3: str | None = _text("small", default=None)
+    ogg: str | None = _text("Vorbis, a fifth of FLAC's size, for listening", default=None)
 
 
 class Where(BaseModel):
@@ -95,7 +100,7 @@ class Where(BaseModel):
 
 
 class SeparatedObject(BaseModel):
-    """One object of a result. The sounds of all objects and the rest add up to the mixture."""
+    """One object of a result. In each channel the sounds of all objects and the rest add up to the mixture."""
 
     name: str
     found: Literal["given", "pictures", "sound"] = _text("why it is here: it was named, seen or heard")
@@ -110,7 +115,7 @@ class SeparatedObject(BaseModel):
     learned: bool = _text("whether the model was trained on this object; else its answer means little", default=True)
     doubt: str = _text("why its sound may not be its own, or nothing", default="")
     boxes: list[Where] | None = _text("where it is, picture by picture; null where that isn't known", default=None)
-    audio: Audio
+    audio: Audio | None = _text("null where it is a part of the rest: of two stems, only the first is apart")
 
 
 class Relation(BaseModel):
@@ -118,6 +123,13 @@ class Relation(BaseModel):
 
     data: str
     png: str
+
+
+class Mixes(BaseModel):
+    """Where the sounds are mixed anew, by `gains=violin:0.5,_rest:0`, from 0 to 4 each, 1 unless given."""
+
+    sound: str = _text("in `format` wav, flac or mp3")
+    video: str | None = _text("the pictures as they were uploaded, with the mix; null where there are none")
 
 
 class WindowHeard(BaseModel):
@@ -132,7 +144,10 @@ class Result(BaseModel):
     """What became of a video."""
 
     duration_s: float
-    sample_rate: int
+    sample_rate: int = _text("of the sounds, in Hz: the file's own, or with `mono` the model's")
+    channels: int = _text("of the sounds: the file's own, or with `mono` one")
+    format: Literal["wav", "flac", "mp3"] = _text("of the archive's sounds")
+    two_stems: str = _text("the object that alone was set apart, or nothing")
     objects_from: Literal["given", "pictures", "sound"] = _text("how the objects were found")
     note: str = _text("what to know of this result, or nothing")
     bases: Literal["own", "learned", "both"] | None = _text(
@@ -147,6 +162,7 @@ class Result(BaseModel):
     frame: str | None = _text("a picture of the video, with a box around each object; ?marked=false without")
     locations: str | None = _text("where the objects are, as maps; null where that isn't known", default=None)
     archive: str = _text("all of it in a ZIP")
+    mix: Mixes
     timings: dict[str, float] = _text("in seconds")
     model: dict[str, str]
     trained_on: dict[str, Any] = _text("what the model learned from, as far as it says so", default_factory=dict)

@@ -11,10 +11,18 @@ from typing import Any
 
 import soundfile
 
+from avsep.outputs import FORMATS
 from avsep.service.failures import as_failure
 
 _FILE_CHUNK = 1 << 18
 _VORBIS_BLOCK = 4096  # libvorbis puts what it is given on the stack
+_VORBIS_ORDER = {  # of loudspeakers, beside WAV's order: libsndfile writes them as they come, and players reorder them
+    3: [0, 2, 1],
+    5: [0, 2, 1, 3, 4],
+    6: [0, 2, 1, 4, 5, 3],
+    7: [0, 2, 1, 5, 6, 4, 3],
+    8: [0, 2, 1, 6, 7, 4, 5, 3],
+}
 
 
 def converted(path: Path, kind: str) -> Path | bytes:
@@ -38,13 +46,14 @@ def converted(path: Path, kind: str) -> Path | bytes:
 
 
 def _encode(path: Path, target: Path | io.BytesIO, kind: str) -> None:
-    subtype, block = {"flac": ("PCM_24", _FILE_CHUNK), "ogg": ("VORBIS", _VORBIS_BLOCK)}[kind]
+    subtype, block = ("VORBIS", _VORBIS_BLOCK) if kind == "ogg" else (FORMATS[kind], _FILE_CHUNK)
     with (
         soundfile.SoundFile(path) as source,
         soundfile.SoundFile(target, "w", source.samplerate, source.channels, subtype, format=kind) as encoded,
     ):
-        for samples in source.blocks(block, dtype="float32"):
-            encoded.write(samples)
+        order = _VORBIS_ORDER.get(source.channels) if kind == "ogg" else None
+        for samples in source.blocks(max(1, block // source.channels), dtype="float32", always_2d=True):
+            encoded.write(samples[:, order] if order else samples)
 
 
 class _Outlet(io.RawIOBase):

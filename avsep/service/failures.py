@@ -5,6 +5,7 @@ from __future__ import annotations
 import soundfile
 
 from avsep import storage
+from avsep.outputs import CannotHold
 from avsep.records import ClipError, Reason
 from avsep.service.config import log
 from avsep.service.results import StoreFull
@@ -50,6 +51,9 @@ def as_failure(error: BaseException) -> Failure:
             return _FULL
         case soundfile.LibsndfileError():  # it forgets errno: a short write
             return Failure(status=507, reason="storage_full", detail="the result can't be written; try again later")
+        case CannotHold():
+            remedy = "give another 'format'" + ", or 'mono'" * error.mono
+            return Failure(status=422, reason="format", detail=f"{error.fact}: {remedy}")
         case ValueError():
             log.warning("unusable: %s", error)
             return Failure(status=422, reason="unusable", detail="this can't be separated")

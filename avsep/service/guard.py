@@ -28,6 +28,7 @@ FILES = (
     ("/docs", "docs.html", "text/html"),
     ("/static/page.js", "page.js", "text/javascript"),
     ("/static/locate.js", "locate.js", "text/javascript"),
+    ("/static/mix.js", "mix.js", "text/javascript"),
     ("/static/docs.js", "docs.js", "text/javascript"),
     ("/static/page.css", "page.css", "text/css"),
     ("/static/icon.svg", "icon.svg", "image/svg+xml"),

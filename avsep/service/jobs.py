@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 from avsep import fetching, media
 from avsep.factors import ExtractionConfig, Factorize
 from avsep.fetching import EgressIdentity, sources
+from avsep.outputs import clipped
 from avsep.records import ClipError, Segment
 from avsep.separation import Separator
+from avsep.service.answers import Card
 from avsep.service.config import ServiceConfig, log
 from avsep.service.failures import as_failure
 from avsep.service.hotmodel import HotModel, Load, card_of
@@ -98,7 +100,7 @@ class JobWorker:
         folder = self.store.path(job_id)
         part = folder / f"{TRACKS}.{secrets.token_hex(4)}.part"  # what a worker that died left stays beside it
         separate = self._present()
-        steps = _Steps(self.config, self.store, job, part, card_of(separate).sample_rate)
+        steps = _Steps(self.config, self.store, job, part, card_of(separate))
         if job.options.url:
             self._fetch(job.options.url, folder, lambda: steps("fetching", 0.0), steps.deadline)
             measure(self.config, self.store, job_id)
@@ -106,7 +108,7 @@ class JobWorker:
             done = self._separate(separate, job, part, steps, self._label)
         except OtherNetwork:  # while a model is replaced: this one's is here
             done = self._separate(separate, job, part, steps, None)
-        kept = KeptWindow.of(done.plan)
+        kept = KeptWindow.of(done.plan, done.opening)
         if kept is not None:
             kept.write(folder)
         has_frame = write_frame(folder, done.pictures, done.locations)
@@ -117,11 +119,20 @@ class JobWorker:
                 return
             _remove(folder, TRACKS)  # of a worker that died before it could say that it was done
             part.rename(folder / TRACKS)
-        is_kept = {"has_frame": has_frame, "located": has_frame and done.locations is not None}
-        result = outcome(job, separate, done).model_copy(update={**is_kept, "explained": kept is not None})
+        video = self._pictures_of(folder / UPLOAD)
+        more = {"has_frame": has_frame, "explained": kept is not None, "video": video}
+        more["located"] = has_frame and done.locations is not None
+        result = outcome(job, separate, done).model_copy(update=more)
         self.store.sweep()  # while this one is in progress: others make room, or there is none
         _remove(folder, f"{TRACKS}.*.part", "fetched")
-        self.store.finish(job_id, "done", stage="done", progress=1.0, result=result)
+        self.store.finish(job_id, "done", video is not None, stage="done", progress=1.0, result=result)
+
+    def _pictures_of(self, upload: Path) -> str | None:
+        """Say what can hold an upload's pictures, of which mixes make videos; None where it has none."""
+        try:
+            return media.picture_container(upload, limits=self.config.limits().decode)
+        except ClipError:
+            return None
 
     def _separate(
         self, separate: VideoSeparator, job: State, part: Path, steps: _Steps, label: LabelBy | None
@@ -133,7 +144,7 @@ class JobWorker:
         # without parents, so that a deleted job's folder isn't made again
         return separate(
             part.parent / UPLOAD, part, given, job.options.bases, steps,
-            mixture=True, parents=False,
+            mixture=True, parents=False, output=job.options.output,
         )  # fmt: skip
 
     def _fetch(self, url: str, folder: Path, step: Any, deadline: float) -> None:
@@ -158,9 +169,10 @@ class JobWorker:
 class _Steps:
     """Tells a job's progress, stops what works on it at its deadline or when it is deleted, and keeps room for it."""
 
-    def __init__(self, config: ServiceConfig, store: ResultStore, job: State, part: Path, sample_rate: int) -> None:
-        self._store, self._job_id, self._part, self._sample_rate = store, job.id, part, sample_rate
+    def __init__(self, config: ServiceConfig, store: ResultStore, job: State, part: Path, card: Card) -> None:
+        self._store, self._job_id, self._part, self._card = store, job.id, part, card
         self.deadline = (job.queued or job.created) + config.max_work_s
+        self._mono = job.options.mono
         self._looked = self._swept = 0.0
         self._counted = False
 
@@ -177,7 +189,8 @@ class _Steps:
             self._store.sweep()
         if stage == "separating" and not self._counted:  # now it is known how many sounds there are
             self._counted = True
-            reserve(self._store, self._job_id, len(list(self._part.iterdir())), self._sample_rate)
+            n_tracks = len(list(self._part.iterdir()))
+            reserve(self._store, self._job_id, n_tracks, self._card, self._mono)
 
 
 def outcome(job: State, separate: VideoSeparator, done: FileSeparation) -> Outcome:
@@ -186,7 +199,7 @@ def outcome(job: State, separate: VideoSeparator, done: FileSeparation) -> Outco
     timings = {"queued_s": round((job.started or 0.0) - (job.queued or 0.0), 3), **report["timings"]}
     timings["total_s"] = round(time.time() - (job.queued or 0.0), 3)
     blind = _BLIND if report["labeller"] is None and len(done.pictures) else ""
-    notes = (report["unlearned"], *done.notes, blind)
+    notes = (report["unlearned"], *done.notes, blind, clipped(done.loud, "flac", "mp3", "ogg"))
     return Outcome.model_validate(
         {
             **report,
@@ -219,19 +232,24 @@ def _label_of(separate: VideoSeparator, label: LabelBy | None) -> Label | None:
 
 
 def measure(config: ServiceConfig, store: ResultStore, job_id: str) -> None:
-    """Note how long an upload's sound is by its header, as far as that can be read."""
+    """Note an upload's length, sample rate and channels by its header, as far as that can be read."""
     upload = store.path(job_id) / UPLOAD
     with contextlib.suppress(ClipError):  # who does the job will say what is wrong
-        promised_s = media.probe(upload, timeout_s=config.decode_timeout_s).duration_s  # it may be too much
-        duration_s = promised_s or upload.stat().st_size / _LEAST_BYTE_RATE
-        store.update(job_id, duration_s=min(duration_s, config.max_duration_s))
+        header = media.probe(upload, timeout_s=config.decode_timeout_s)
+        duration_s = header.duration_s or upload.stat().st_size / _LEAST_BYTE_RATE  # what it says may be too much
+        duration_s = min(duration_s, config.max_duration_s)
+        store.update(
+            job_id, duration_s=duration_s, sample_rate=header.sample_rate or 48_000, channels=header.channels or 1
+        )
 
 
-def reserve(store: ResultStore, job_id: str, n_tracks: int, sample_rate: int) -> None:
+def reserve(store: ResultStore, job_id: str, n_tracks: int, card: Card, mono: bool) -> None:
     """Keep room for an upload that was measured and for `n_tracks` sounds; StoreFull where there is none."""
-    n_samples = round(sample_rate * store.job(job_id).duration_s)
+    job = store.job(job_id)
+    rate, channels = (card.sample_rate, 1) if mono else (job.sample_rate, job.channels)
+    window = 4 * round(card.sample_rate * min(job.duration_s, card.window_s or 0.0))
     size = (store.path(job_id) / UPLOAD).stat().st_size
-    store.reserve(job_id, size + 4 * n_samples * n_tracks + _BESIDE_BYTES)
+    store.reserve(job_id, size + 4 * round(rate * job.duration_s) * channels * n_tracks + window + _BESIDE_BYTES)
 
 
 def fail(store: ResultStore, job_id: str, failure: Failure) -> None:

@@ -74,12 +74,22 @@ UPLOAD_SCHEMA = {
                         "url": {"type": "string", "description": "instead of a file, where the operator allows it"},
                         "objects": {"type": "string", "description": "comma-separated names; else they are found"},
                         "bases": {"type": "string", "enum": ["own", "learned", "both"]},
+                        "format": {
+                            "type": "string", "enum": ["wav", "flac", "mp3"], "default": "wav",
+                            "description": "of the archive's sounds: 32-bit floats, 24 bits, or small",
+                        },
+                        "mono": {
+                            "type": "boolean", "default": False,
+                            "description": "one channel at the model's sample rate, not as the file is",
+                        },
+                        "two_stems": {"type": "string", "description": "an object: it and all the rest, nothing else"},
                     },
                 }
             }
         },
     }
-}
+}  # fmt: skip
 
 
-AUDIO = {"wav": "audio/wav", "flac": "audio/flac", "ogg": "audio/ogg"}
+AUDIO = {"wav": "audio/wav", "flac": "audio/flac", "mp3": "audio/mpeg", "ogg": "audio/ogg"}
+VIDEO = {"mp4": "video/mp4", "mkv": "video/x-matroska"}

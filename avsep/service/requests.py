@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from avsep.fetching import sources
-from avsep.outputs import MIXTURE
+from avsep.outputs import FORMATS, MIXTURE, lacks
 from avsep.separation import REST
-from avsep.service.answers import Audio, Card, Job, ProblemBody, Relation, Result, SeparatedObject
+from avsep.service.answers import Audio, Card, Job, Mixes, ProblemBody, Relation, Result, SeparatedObject
 from avsep.service.config import ServiceConfig
 from avsep.service.names import find_objects
 from avsep.service.problems import AUDIO, JSON, Problem
@@ -34,31 +34,39 @@ def describe(job: State, ttl_s: float) -> Job:
             title=http.HTTPStatus(error.status).phrase, status=error.status, detail=error.detail,
             reason=error.reason or None, cause=error.cause or None,
         ),
-        result=_result(job.id, job.result) if job.result else None,
+        result=_result(job, job.result) if job.result else None,
     )  # fmt: skip
 
 
-def _result(job_id: str, found: Outcome) -> Result:
-    base = f"/v1/separations/{job_id}"
+def _result(job: State, found: Outcome) -> Result:
+    base = f"/v1/separations/{job.id}"
 
     def audio(track: str) -> Audio:
-        return Audio(**{kind: f"{base}/{TRACKS}/{track}.{kind}" for kind in AUDIO})
+        return Audio(**{kind: f"{base}/{TRACKS}/{track}.{kind}" for kind in kinds})
 
+    tracks = job.options.tracks(o.name for o in found.objects)
+    kinds = [kind for kind in AUDIO if not lacks(kind, found.sample_rate, found.channels)]
     return Result(
-        objects=[SeparatedObject(audio=audio(o.name), **o.model_dump()) for o in found.objects],
-        rest=audio(REST),
+        objects=[
+            SeparatedObject(audio=audio(tracks[o.name]) if o.name in tracks else None, **o.model_dump())
+            for o in found.objects
+        ],
+        rest=audio(tracks[REST]),
         mixture=audio(MIXTURE),
+        format=job.options.format,
+        two_stems=job.options.two_stems or "",
+        mix=Mixes(sound=f"{base}/mix", video=f"{base}/mix.{found.video}" if found.video else None),
         relation=Relation(data=f"{base}/relation", png=f"{base}/relation.png") if found.explained else None,
         frame=f"{base}/frame.png" if found.has_frame else None,
         locations=f"{base}/locations" if found.located else None,
         archive=f"{base}/archive.zip",
-        **found.model_dump(exclude={"objects", "has_frame", "located", "explained"}),
+        **found.model_dump(exclude={"objects", "has_frame", "located", "explained", "video"}),
     )
 
 
 def parse_options(fields: dict[str, list[str]], *, has_file: bool, urls: bool, card: Card) -> Options:
     """Check a request's fields against what the service allows and the model has; Problem says what is wrong."""
-    known = {"url", "objects", "bases"}
+    known = {"url", "objects", "bases", "format", "mono", "two_stems"}
     for name, values in fields.items():
         if name not in known:
             raise Problem(422, f"unknown field {name[:40]!r}; there are file, {', '.join(sorted(known))}")
@@ -72,7 +80,38 @@ def parse_options(fields: dict[str, list[str]], *, has_file: bool, urls: bool, c
     if url and not sources.is_fetched(url):
         raise Problem(422, f"a 'url' is {sources.forms()}")
     objects = _objects(fields["objects"], card) if "objects" in fields else None
-    return Options(url=url or None, objects=objects, bases=_bases(fields.get("bases", [""])[0], card))
+    return Options(
+        url=url or None,
+        objects=objects,
+        bases=_bases(fields.get("bases", [""])[0], card),
+        format=check_format(fields.get("format", ["wav"])[0]),
+        mono=_mono(fields.get("mono", ["false"])[0]),
+        two_stems=_one(fields["two_stems"][0], card) if "two_stems" in fields else None,
+    )
+
+
+def check_format(format: str) -> Any:
+    """Return a format of sounds; Problem (422) for what is none."""
+    if format not in FORMATS:
+        raise Problem(422, f"'format' is {format[:40]!r}; it is wav, flac or mp3")
+    return format
+
+
+def _mono(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise Problem(422, f"'mono' is {text[:40]!r}; it is true or false")
+    return text.lower() in ("true", "1")
+
+
+def _one(name: str, card: Card) -> str:
+    """Find the one object of two stems."""
+    try:
+        found = find_objects([name], card.vocabulary)
+    except ValueError as error:
+        raise Problem(422, str(error)) from None
+    if not found:
+        raise Problem(422, "'two_stems' names no object; leave it out for a sound of each")
+    return found[0]
 
 
 def _objects(values: list[str], card: Card) -> tuple[str, ...]:

@@ -86,6 +86,14 @@ class ResultStore:
         finally:
             os.close(folder)
 
+    def make_room(self, job_id: str, n_bytes: int) -> None:
+        """Have other results make room for `n_bytes` more of a finished job; StoreFull where even all would not do."""
+        with self._alone():
+            lacking = n_bytes + _size(self.path(job_id)) - self._headroom({})
+            if lacking > 0:
+                raise StoreFull(f"{lacking} bytes are lacking")
+        self.sweep(n_bytes, keep=job_id)
+
     def room(self) -> int:
         """Say how many bytes one more job may hold, where all results make room."""
         return max(0, self._headroom({}))
@@ -119,9 +127,10 @@ class ResultStore:
         self._write(state)
         return state
 
-    def finish(self, job_id: str, status: Status, **values: Any) -> None:
-        """Say how a job ended; what was uploaded goes."""
-        (self.path(job_id) / UPLOAD).unlink(missing_ok=True)
+    def finish(self, job_id: str, status: Status, keep_upload: bool = False, **values: Any) -> None:
+        """Say how a job ended; what was uploaded goes, unless it is to be kept with the result."""
+        if not keep_upload:
+            (self.path(job_id) / UPLOAD).unlink(missing_ok=True)
         self.update(job_id, status=status, finished=time.time(), **values)
 
     def delete(self, job_id: str) -> None:
@@ -134,8 +143,8 @@ class ResultStore:
             raise NoSuchJob(job_id) from None
         shutil.rmtree(gone, ignore_errors=True)
 
-    def sweep(self, n_bytes: int = 0) -> None:
-        """Remove what has expired or was given up, then the oldest results until `n_bytes` more fit.
+    def sweep(self, n_bytes: int = 0, keep: str = "") -> None:
+        """Remove what has expired or was given up, then the oldest results but `keep` until `n_bytes` more fit.
 
         They fit into `max_bytes` and onto the disk, beside what is reserved. Raises StoreFull where they don't, with
         all results gone.
@@ -151,7 +160,7 @@ class ResultStore:
                     self.delete(job_id)
                 continue
             used, count, stored = used + max(size, _held(state, size, state.reserved)), count + 1, stored + size
-            if state.is_finished:
+            if state.is_finished and job_id != keep:
                 finished.append((state.finished or 0.0, job_id, size))
         for entry in map(self.root.joinpath, no_jobs):
             with contextlib.suppress(FileNotFoundError):  # others are deleting too

@@ -6,24 +6,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import secrets
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import soundfile
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
-from avsep.outputs import MIXTURE
-from avsep.separation import REST
-from avsep.service import located, window
+from avsep.outputs import FORMATS, MIXTURE, lacks
+from avsep.service import located, mixing, window
 from avsep.service.answers import Job, LocationMaps, RelationMap
 from avsep.service.archive import converted, zip
-from avsep.service.problems import AUDIO, JSON, UPLOAD_SCHEMA, Problem, file_response, problems
-from avsep.service.requests import describe, preferences, wants_archive
-from avsep.service.results import NoSuchJob, StoreFull
+from avsep.service.problems import AUDIO, JSON, UPLOAD_SCHEMA, VIDEO, Problem, file_response, problems
+from avsep.service.requests import check_format, describe, preferences, wants_archive
+from avsep.service.results import UPLOAD, NoSuchJob, StoreFull
 from avsep.service.service import Service, service_of
 from avsep.service.state import Outcome
 from avsep.service.window import TRACKS
@@ -110,13 +112,15 @@ async def remove(job_id: str, service: Served) -> Response:
     "/{job_id}/tracks/{track}.{kind}",
     response_class=Response,
     responses=file_response(AUDIO.values(), 404, 409, 416),
-    summary="One sound: an object's, _rest or _mixture",
+    summary="One sound: an object's, _rest or _mixture; of two stems the rest is no_OBJECT",
 )
 async def track(job_id: str, track: str, kind: str, service: Served) -> Response:
     folder, result = _finished(service, job_id)
-    names = {*(o.name for o in result.objects), REST, MIXTURE}
+    names = {*_tracks(service, job_id, result).values(), MIXTURE}
     if track not in names or kind not in AUDIO:
-        raise Problem(404, f"the sounds are {', '.join(sorted(names))}, each as .wav, .flac and .ogg")
+        raise Problem(404, f"the sounds are {', '.join(sorted(names))}, each as .{', .'.join(AUDIO)}")
+    if fact := lacks(kind, result.sample_rate, result.channels):
+        raise Problem(404, f"{fact}; take .wav")
     path: Path | bytes = folder / TRACKS / f"{track}.wav"
     if kind != "wav":
         path = await _of(service, job_id, converted, path, kind)
@@ -126,6 +130,97 @@ async def track(job_id: str, track: str, kind: str, service: Served) -> Response
     return FileResponse(
         path, stat_result=stat, media_type=AUDIO[kind], filename=path.name, content_disposition_type="inline"
     )
+
+
+_Gains = Annotated[
+    str,
+    Query(
+        description=f"a gain for each sound, from 0 to {mixing.MOST_GAIN:g}, else 1; `_rest` is the rest",
+        examples=["violin:0.5,_rest:0"],
+    ),
+]
+_Format = Annotated[str, Query(json_schema_extra={"enum": ["wav", "flac", "mp3"]})]
+_NOTE = "`Avsep-Note` says it, where the mix was made softer so that nothing clips, or has fewer channels"
+
+
+@router.get(
+    "/{job_id}/mix",
+    response_class=Response,
+    responses=file_response((AUDIO[k] for k in FORMATS), 404, 409, 422, 507),
+    summary="The sounds mixed anew",
+    description=_NOTE,
+)
+async def mix(job_id: str, service: Served, gains: _Gains = "", format: _Format = "wav") -> Response:
+    folder, result = _finished(service, job_id)
+    if fact := lacks(check_format(format), result.sample_rate, result.channels):
+        raise Problem(422, f"{fact}; give another 'format'")
+    made = await _mix(service, job_id, gains)
+    return await _once(
+        service, job_id, folder, format, made.n_bytes,
+        lambda target: made.write(target, format, clips=format != "wav"),
+    )  # fmt: skip
+
+
+@router.get(
+    "/{job_id}/mix.{kind}",
+    response_class=Response,
+    responses=file_response(VIDEO.values(), 404, 409, 422, 507),
+    summary="The pictures as they were uploaded, with the sounds mixed anew",
+    description=_NOTE,
+)
+async def mix_video(job_id: str, kind: str, service: Served, gains: _Gains = "") -> Response:
+    folder, result = _finished(service, job_id)
+    if kind != result.video:
+        there = f"its pictures fit into mix.{result.video}" if result.video else "the file has no pictures"
+        raise Problem(404, f"there is no mix.{kind[:40]}: {there}")
+    made = await _mix(service, job_id, gains)
+    limits = service.config.limits().decode
+    limits = replace(limits, timeout_s=max(limits.timeout_s, result.duration_s))
+    n_bytes = 2 * made.n_bytes + await _of(service, job_id, lambda: (folder / UPLOAD).stat().st_size)
+    return await _once(
+        service, job_id, folder, kind, n_bytes, lambda target: mixing.write_video(made, folder, target, limits)
+    )
+
+
+async def _mix(service: Service, job_id: str, text: str) -> mixing.Mix:
+    """Return a finished job's mix; Problem (422) for gains that are none."""
+    folder, result = _finished(service, job_id)
+    tracks = _tracks(service, job_id, result)
+    try:
+        gains = mixing.parse_gains(text, [*tracks])
+    except ValueError as error:
+        raise Problem(422, str(error)) from None
+    made: mixing.Mix = await _of(service, job_id, mixing.mix_of, folder, {tracks[n]: g for n, g in gains.items()})
+    return made
+
+
+async def _once(
+    service: Service, job_id: str, folder: Path, kind: str, n_bytes: int, write: Callable[[Path], str]
+) -> Response:
+    """Have a file of at most `n_bytes` written, send it with what `write` says of it, and remove it."""
+    target = folder / f"mix.{secrets.token_hex(4)}.{kind}"
+    async with service.mixing:
+        await _of(service, job_id, service.store.make_room, job_id, n_bytes)
+        try:
+            note = await _of(service, job_id, write, target)
+            stat = await _of(service, job_id, target.stat)
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+    return _SentOnce(
+        target, stat_result=stat, media_type={**AUDIO, **VIDEO}[kind], filename=f"mix-{job_id[:8]}.{kind}",
+        headers={"Avsep-Note": note} if note else None,
+    )  # fmt: skip
+
+
+class _SentOnce(FileResponse):
+    """A file that goes when it has been sent, or its client has gone."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            Path(self.path).unlink(missing_ok=True)
 
 
 @router.get(
@@ -199,6 +294,11 @@ def _finished(service: Service, job_id: str) -> tuple[Path, Outcome]:
     return service.store.path(job_id), job.result
 
 
+def _tracks(service: Service, job_id: str, result: Outcome) -> dict[str, str]:
+    """Name a result's sounds and their files, as `Options.tracks`."""
+    return service.store.job(job_id).options.tracks(o.name for o in result.objects)
+
+
 def _explained(service: Service, job_id: str) -> Path:
     """Give a finished job's folder, where its first window was kept; else Problem (404)."""
     folder, result = _finished(service, job_id)
@@ -220,7 +320,11 @@ async def _of(service: Service, job_id: str, function: Callable[..., Any], *argu
 
 async def _archived(service: Service, job_id: str, status: int, headers: dict[str, str]) -> Response:
     folder, result = _finished(service, job_id)
-    files: dict[str, Path | bytes] = {p.name: p for p in sorted((folder / TRACKS).glob("*.wav"))}
+    format = service.store.job(job_id).options.format
+    files: dict[str, Path | bytes] = {}
+    for name in (*_tracks(service, job_id, result).values(), MIXTURE):
+        sound = folder / TRACKS / f"{name}.wav"
+        files[f"{name}.{format}"] = sound if format == "wav" else await _of(service, job_id, converted, sound, format)
     if result.explained:
         files["relation_map.png"] = await _of(service, job_id, window.relation_png, folder)
     described = describe(service.store.job(job_id), service.config.results_ttl_s)

@@ -29,6 +29,7 @@ from avsep.service.work import Busy, OutOfTime, WorkerLost
 
 _SWEEP_S = 15.0
 _PROBES = 4  # files whose headers are read together
+_MIXES = 2  # made at a time
 _USUAL_OBJECTS = 2  # of a file, where a client names none; room for more is kept once they are found
 VERSION = importlib.metadata.version("avsep")
 log = logging.getLogger("avsep.service")
@@ -101,6 +102,7 @@ class Service:
             config.max_upload_s,
         )
         self._probing, self._reserving = asyncio.Semaphore(_PROBES), asyncio.Lock()
+        self.mixing = asyncio.Semaphore(_MIXES)
         self.metrics = Metrics(self)
         self._tasks: set[asyncio.Task[None]] = set()
         self._card: Card | None = None
@@ -144,7 +146,7 @@ class Service:
                 fields = await receive_multipart(body, kind, upload, self.config.max_upload_bytes)
                 card = self.card()
                 options = parse_options(fields, has_file=upload.exists(), urls=self.config.allow_urls, card=card)
-                await self._reserve(job_id, options, card.sample_rate)
+                await self._reserve(job_id, options, card)
                 self.store.update(job_id, status="queued", options=options, queued=time.time())
             except BaseException:
                 with contextlib.suppress(NoSuchJob):
@@ -152,9 +154,9 @@ class Service:
                 raise
             return job_id, self.start(job_id)
 
-    async def _reserve(self, job_id: str, options: Options, sample_rate: int) -> None:
+    async def _reserve(self, job_id: str, options: Options, card: Card) -> None:
         """Keep the room that a job will need, as far as that is known before it is begun."""
-        n_objects = _USUAL_OBJECTS if options.objects is None else len(options.objects)
+        n_objects = 1 if options.two_stems else _USUAL_OBJECTS if options.objects is None else len(options.objects)
         if not options.url:
             async with self._probing:
                 await run_in_threadpool(jobs.measure, self.config, self.store, job_id)
@@ -163,7 +165,7 @@ class Service:
                 if options.url:
                     await run_in_threadpool(self.store.reserve, job_id, self.config.max_upload_bytes)
                 else:  # with the rest and the mixture
-                    await run_in_threadpool(jobs.reserve, self.store, job_id, n_objects + 2, sample_rate)
+                    await run_in_threadpool(jobs.reserve, self.store, job_id, n_objects + 2, card, options.mono)
             except StoreFull:
                 self.store.delete(job_id)  # before the next one asks
                 raise

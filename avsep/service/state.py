@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from avsep.outputs import Output
+from avsep.separation import REST
 
 Status = Literal["uploading", "queued", "running", "done", "failed"]
 UNFINISHED: tuple[Status, ...] = ("uploading", "queued", "running")
@@ -24,6 +28,19 @@ class Options(_Kept):
     url: str | None = None
     objects: tuple[str, ...] | None = None  # None: they are to be found
     bases: Literal["own", "learned", "both"] | None = None  # None: the model's choice
+    format: Literal["wav", "flac", "mp3"] = "wav"
+    mono: bool = False  # one channel at the model's sample rate, else as the file is
+    two_stems: str | None = None  # an object: it and all the rest
+
+    @property
+    def output(self) -> Output:
+        """What is written: WAVs, from which every other format is made when it is asked for."""
+        return Output(self.mono, self.format, self.two_stems, as_wav=True)
+
+    def tracks(self, objects: Iterable[str]) -> dict[str, str]:
+        """Name the sounds of a result's objects and, last, the rest: what each is of, and its file without suffix."""
+        whose = [*objects, REST] if self.two_stems is None else [self.two_stems, REST]
+        return dict(zip(whose, self.output.names(whose[:-1]), strict=True))
 
 
 class Failure(_Kept):
@@ -71,6 +88,7 @@ class Outcome(_Kept):
 
     duration_s: float
     sample_rate: int
+    channels: int = 1
     objects_from: Literal["given", "pictures", "sound"]
     note: str = ""
     bases: Literal["own", "learned", "both"] | None = None  # None: the separator has none
@@ -83,6 +101,7 @@ class Outcome(_Kept):
     has_frame: bool = False
     located: bool = False  # whether maps of where objects are were kept
     explained: bool = False  # whether its first window was kept
+    video: Literal["mp4", "mkv"] | None = None  # what can hold the upload's pictures; None: it has none
 
 
 class State(_Kept):
@@ -98,6 +117,8 @@ class State(_Kept):
     stage: str | None = None
     progress: float = 0.0  # from 0 to 1
     duration_s: float = 0.0  # of the upload, by its header
+    sample_rate: int = 0  # of its sound in Hz, by its header
+    channels: int = 0
     reserved: int = 0  # bytes that are kept free for it
     options: Options = Options()
     result: Outcome | None = None

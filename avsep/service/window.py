@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 import torch
 from numpy.typing import NDArray
 
 from avsep import plots
-from avsep.outputs import MIXTURE
 from avsep.separation import REST, Planned
 from avsep.service.located import marked_picture
 from avsep.stft import STFT
@@ -32,12 +30,12 @@ class KeptWindow:
     W: NDArray[np.float32]  # (F, M)
     H: NDArray[np.float32]  # (M, N)
     energy: NDArray[np.float32]  # (M,), summing to one
-    n_samples: int
+    mixture: NDArray[np.float32]  # (S,), what was taken apart: one channel at the separator's sample rate
     stft: STFT
 
     @classmethod
-    def of(cls, plan: Planned) -> KeptWindow | None:
-        """Take from a plan what is to be kept; None where it explains nothing."""
+    def of(cls, plan: Planned, mixture: NDArray[np.float32]) -> KeptWindow | None:
+        """Take from a plan what is to be kept, beside the window's sound; None where it explains nothing."""
         found = plan.explanation
         if found is None:
             return None
@@ -49,7 +47,7 @@ class KeptWindow:
             W=found.factors.W.numpy(),
             H=found.factors.H.numpy(),
             energy=found.factors.basis_energy.numpy(),
-            n_samples=found.n_samples,
+            mixture=mixture,
             stft=found.stft,
         )
 
@@ -59,9 +57,8 @@ class KeptWindow:
             folder / _WINDOW,
             objects=np.array(self.objects, dtype=str),
             audible=np.array(self.audible, dtype=str),
-            n_samples=self.n_samples,
             stft=np.array([self.stft.sample_rate, self.stft.n_fft, self.stft.hop_length]),
-            **{name: getattr(self, name) for name in ("relation", "shares", "W", "H", "energy")},
+            **{name: getattr(self, name) for name in ("relation", "shares", "W", "H", "energy", "mixture")},
         )
 
     @classmethod
@@ -70,7 +67,7 @@ class KeptWindow:
         with np.load(folder / _WINDOW) as arrays:
             found: dict[str, Any] = dict(arrays)
         found |= {name: tuple(found[name].tolist()) for name in ("objects", "audible")}
-        return cls(**{**found, "n_samples": int(found["n_samples"]), "stft": STFT(*found["stft"].tolist())})
+        return cls(**{**found, "stft": STFT(*found["stft"].tolist())})
 
     def map(self) -> dict[str, Any]:
         """Say how the bases relate to the objects, the loudest basis first, as `answers.RelationMap`.
@@ -88,22 +85,22 @@ class KeptWindow:
             "basis": order.tolist(),
             "energy": np.round(self.energy[order], 5).tolist(),
             "start_s": 0.0,
-            "duration_s": self.n_samples / self.stft.sample_rate,
+            "duration_s": len(self.mixture) / self.stft.sample_rate,
         }
 
     @torch.inference_mode()
-    def sound(self, basis: int, mixture: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Filter one basis alone out of the window's mixture, `(S,)` → `(S,)`; all of them add up to it.
+    def sound(self, basis: int) -> NDArray[np.float32]:
+        """Filter one basis alone out of the window's mixture, `(S,)`; all of them add up to it.
 
         Raises IndexError for a basis that there isn't.
         """
         if not 0 <= basis < self.W.shape[1]:
             raise IndexError(basis)
-        waveform = torch.from_numpy(np.pad(mixture, (0, max(0, self.stft.n_fft - len(mixture)))))
+        waveform = torch.from_numpy(np.pad(self.mixture, (0, max(0, self.stft.n_fft - len(self.mixture)))))
         V = torch.from_numpy(self.W @ self.H)
         part = torch.from_numpy(np.outer(self.W[:, basis], self.H[basis]))
         mask = torch.where(V > 0, part / V.clamp_min(1e-30), 1.0 / self.W.shape[1])
-        return self.stft.inverse(mask * self.stft(waveform), len(waveform)).numpy()[: len(mixture)]
+        return self.stft.inverse(mask * self.stft(waveform), len(waveform)).numpy()[: len(self.mixture)]
 
 
 def relation(folder: Path) -> dict[str, Any]:
@@ -121,5 +118,4 @@ def relation_png(folder: Path) -> bytes:
 def basis_sound(folder: Path, basis: int) -> tuple[NDArray[np.float32], int]:
     """Filter one basis alone out of a job's first window, `(S,)`, and give the sample rate; IndexError for none."""
     kept = KeptWindow.read(folder)
-    mixture, _ = soundfile.read(folder / TRACKS / f"{MIXTURE}.wav", kept.n_samples, dtype="float32")
-    return kept.sound(basis, mixture), kept.stft.sample_rate
+    return kept.sound(basis), kept.stft.sample_rate

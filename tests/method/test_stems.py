@@ -1,7 +1,6 @@
 """Sounds as their file was: its channels and sample rate, in the formats that can hold them."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from avsep import cli, commands, stems
-from avsep.media import ffmpeg_executable
 from avsep.outputs import Output
 from avsep.separation import Separator, Whole, render_whole
 from avsep.stft import STFT
 from avsep.videos import VideoSeparator
+from tests.support.streams import decoded, lag_s, packets, read, run_ffmpeg, write
 from tests.support.tones import DOG, PITCH, RATE, VIOLIN, model
 
 PAN = {DOG: (1.0, 0.3), VIOLIN: (0.2, 1.0)}
@@ -41,29 +40,8 @@ def panned(rate: int, n_channels: int = 2, seconds: float = 3.0) -> dict[int, ND
     return {i: np.outer(np.resize(PAN[i], n_channels), x) for i, x in sounds(rate, seconds).items()}
 
 
-def write(path: Path, channels: NDArray, rate: int) -> Path:
-    soundfile.write(path, channels.T, rate, subtype="FLOAT")
-    return path
-
-
 def separate(*arguments: object) -> int:
     return cli.main(["separate", *map(str, arguments)])
-
-
-def read(path: Path) -> NDArray:
-    return soundfile.read(path, always_2d=True)[0].T
-
-
-def decoded(path: Path, tmp_path: Path) -> NDArray:
-    """The file's sound as ffmpeg gives it, from its first timestamp on."""
-    wav = tmp_path / "decoded.wav"
-    run_ffmpeg("-i", path, "-map", "0:a:0", "-af", "aresample=async=1:first_pts=0", "-c:a", "pcm_f32le", wav)
-    return read(wav)
-
-
-def run_ffmpeg(*arguments: object) -> str:
-    command = [ffmpeg_executable(), "-y", "-v", "error", "-nostdin", *map(str, arguments)]
-    return subprocess.run(command, check=True, timeout=60, capture_output=True, text=True).stdout
 
 
 def sdr(reference: NDArray, estimate: NDArray) -> float:
@@ -78,7 +56,8 @@ def adds_up(out: Path, whole: NDArray) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("n_channels", "rate"), [(1, 2000), (1, 48_000), (2, 8000), (2, 44_100), (2, 96_000), (6, 48_000)]
+    ("n_channels", "rate"),
+    [(1, 2000), (1, 8000), (1, 48_000), (1, 96_000), (2, 8000), (2, 44_100), (2, 96_000), (6, 44_100), (6, 48_000)],
 )
 def test_sounds_are_as_their_file(model_dir: str, tmp_path: Path, n_channels: int, rate: int) -> None:
     whole = sum(panned(rate, n_channels).values()).astype(np.float32)
@@ -131,6 +110,29 @@ def test_sound_that_starts_late_keeps_its_place(model_dir: str, tmp_path: Path) 
     assert separate(late, "--model", model_dir, "--out", out, "--objects", "dog,violin") == 0
     whole = decoded(late, tmp_path)
     assert np.abs(whole[:, :5500]).max() == 0 and adds_up(out, whole)
+
+
+@pytest.mark.parametrize(
+    ("n_channels", "rate", "name", "first", "then"),
+    [
+        (1, 44_100, "late.mp4", ["-itsoffset", "0.7"], []),  # an empty edit
+        (2, 44_100, "cut.mp4", [], ["-ss", "0.53"]),  # an edit that skips what was decoded
+        (2, 48_000, "clock.mkv", [], ["-output_ts_offset", "5"]),
+        (6, 48_000, "late.mov", ["-itsoffset", "0.3"], ["-ss", "0.1"]),
+        (6, 48_000, "clock.ts", [], ["-output_ts_offset", "2"]),
+    ],
+)
+def test_edit_lists_and_start_times_change_nothing_of_the_sum(
+    tmp_path: Path, n_channels: int, rate: int, name: str, first: list[str], then: list[str]
+) -> None:
+    write(tmp_path / "duet.wav", sum(panned(rate, n_channels).values()), rate)
+    whole, file, out = tmp_path / f"whole{Path(name).suffix}", tmp_path / name, tmp_path / "out"
+    sound = ["-guess_layout_max", 8, "-i", tmp_path / "duet.wav", "-c:a", "aac"]
+    run_ffmpeg("-f", "lavfi", "-i", "testsrc=s=32x32:r=25:d=4", *first, *sound, "-c:v", "mpeg4", whole)
+    run_ffmpeg("-i", whole, *then, "-c", "copy", file)
+    report = by_halves(file, out)
+    assert (report["channels"], report["sample_rate"]) == (n_channels, rate)
+    assert adds_up(out, decoded(file, tmp_path))
 
 
 @pytest.mark.parametrize("order", ["mono-stereo.mp3", "stereo-mono.ogg"])
@@ -254,26 +256,10 @@ def test_what_a_format_clips_is_told(model_dir: str, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------- the pictures with a sound
 
 
-def packets(path: Path, at: str = "0:V:0") -> tuple[float, list[str]]:
-    """When a stream's first packet is shown, in s after the file's start, and the packets' sizes and checksums."""
-    lines = run_ffmpeg("-i", path, "-map", at, "-c", "copy", "-f", "framecrc", "-").splitlines()
-    tick = next(eval(line.split(": ")[1]) for line in lines if line.startswith("#tb"))
-    rows = [line.replace(" ", "").split(",") for line in lines if line[0] != "#"]
-    return min(int(r[2]) for r in rows) * tick, [",".join(r[4:6]) for r in rows]
-
-
 def by_halves(file: Path, out: Path, **output: object) -> dict:
     """Separate a file by a separator of two objects that nobody sees, half of the sound each."""
     halves = Whole(lambda x, names: torch.stack([x / 2 for _ in names]), RATE, ("low", "high"))
     return commands.separate_file(str(file), None, str(out), None, None, VideoSeparator(halves), 1, Output(**output))
-
-
-def lag_s(sound: NDArray, of: NDArray, rate: int) -> float:
-    """How much later one sound comes than another."""
-    n = 1 << (len(sound) + len(of)).bit_length()
-    found = np.fft.irfft(np.fft.rfft(sound, n) * np.conj(np.fft.rfft(of, n)), n)
-    at = int(found.argmax())
-    return (at if at < n // 2 else at - n) / rate
 
 
 @pytest.mark.parametrize(
@@ -282,6 +268,9 @@ def lag_s(sound: NDArray, of: NDArray, rate: int) -> float:
         ("a.mp4", ["libx264", "-bf", "2", "-c:a", "aac"], "mp4"),
         ("late.mkv", ["libx264", "-c:a", "pcm_f32le"], "mp4"),
         ("late.ts", ["mpeg2video", "-c:a", "aac"], "mp4"),
+        ("late.mov", ["mpeg4", "-bf", "2", "-c:a", "aac"], "mp4"),
+        ("cut.mp4", ["libx264", "-bf", "2", "-g", "5", "-c:a", "aac"], "mp4"),
+        ("clock.mkv", ["libx264", "-c:a", "aac"], "mp4"),
         ("a.webm", ["libvpx", "-c:a", "libopus"], "mkv"),
     ],
 )
@@ -294,6 +283,10 @@ def test_pictures_are_untouched_and_stay_with_the_sound(
     file, out = tmp_path / name, tmp_path / "out"
     sound = [*offset, "-i", tmp_path / "duet.wav", "-ar", "48000"]
     run_ffmpeg(*picture, *sound, "-c:v", *codec, "-pix_fmt", "yuv420p", file)
+    if other := {"cut.mp4": ["-ss", "0.53"], "clock.mkv": ["-output_ts_offset", "5"]}.get(name):
+        file = file.rename(tmp_path / f"whole{file.suffix}")
+        run_ffmpeg("-i", file, *other, "-c", "copy", tmp_path / name)
+        file = tmp_path / name
     report = by_halves(file, out, two_stems="low", video=True)
     shown_s, pictures = packets(file)
     zero_s = lag_s(decoded(file, tmp_path)[0], 2 * read(out / "low.wav")[0], 48_000)
@@ -325,3 +318,17 @@ def test_each_object_gets_a_video_and_the_next_run_takes_it_away(tmp_path: Path)
     assert decoded(out / "low.mp4", tmp_path).shape[0] == 6
     by_halves(file, out)
     assert not list(out.glob("*.mp4"))
+
+
+@pytest.mark.parametrize(("n_channels", "held"), [(6, 6), (7, 2), (9, 1)])
+def test_channels_that_a_video_cannot_hold_are_told(tmp_path: Path, n_channels: int, held: int) -> None:
+    write(tmp_path / "duet.wav", sum(panned(8000, n_channels, 1.0).values()), 8000)
+    file, out = tmp_path / "many.mkv", tmp_path / "out"
+    picture = ["-f", "lavfi", "-i", "color=s=16x16:r=5:d=1"]
+    layout = ["-guess_layout_max", 8] if n_channels < 9 else []
+    run_ffmpeg(*picture, *layout, "-i", tmp_path / "duet.wav", "-c:v", "mpeg4", "-c:a", "pcm_s16le", file)
+    note = by_halves(file, out, video=True)["note"]
+    told = f"the videos' sound is mixed to {held} channel{'s' * (held > 1)}: AAC holds no {n_channels}"
+    assert (told in note) == (held != n_channels)
+    assert decoded(out / "low.mp4", tmp_path).shape[0] == held
+    assert read(out / "low.wav").shape[0] == n_channels

@@ -3,11 +3,25 @@
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 from tests.support import chromium
 from tests.support.chromium import Page
-from tests.support.serving import PITCH, Bands, Server, serving, wait, write_model, write_sound, write_video
+from tests.support.serving import (
+    PITCH,
+    RATE,
+    Bands,
+    Server,
+    serving,
+    tone,
+    wait,
+    write_model,
+    write_sound,
+    write_video,
+)
+from tests.support.streams import decoded, packets, write
 
 pytestmark = [
     pytest.mark.browser,
@@ -368,7 +382,7 @@ def test_objects_that_the_model_never_learned_are_told_apart(slow_page: Page, tm
     ticks = "[...document.querySelectorAll('#options input{}')].map(i => i.value)"
     assert page.run(ticks.format(":enabled")) == ["dog", "violin"] and len(page.run(ticks.format(":disabled"))) == 21
     assert "never learned" in page.run("document.querySelector('#unlearned-why').textContent")
-    assert "dog, violin from 40 clips" in page.run(text("#knows"))
+    assert "2 objects from 40 clips" in page.run(text("#knows"))
     sound = write_sound(tmp_path / "x.wav", 2.0)
     job = slow_server.post(sound, {"Prefer": "wait=60"}, objects="dog,violin,cello").json()
     page.run(f"location.hash = '{job['id']}'")
@@ -529,3 +543,93 @@ def test_a_separator_without_bases_has_sounds_and_no_map(tmp_path, video):
         muted = page.run(LISTEN)
         assert muted[0] < low - 20 and muted[1] > high - 6
         assert page.errors == []
+
+
+# ------------------------------------------------------------------------------- what is saved
+
+
+def saved(page: Page, folder: Path, press) -> Path:
+    """The file that the page saves when something is pressed."""
+    folder.mkdir(exist_ok=True)
+    page.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+    before = set(folder.iterdir())
+    press()
+    page.wait(f"{text('#mix-line')}.startsWith('Saved')")
+    page.wait(lambda: any(p.suffix != ".crdownload" for p in set(folder.iterdir()) - before))
+    (file,) = set(folder.iterdir()) - before
+    return file
+
+
+def test_the_mix_is_saved_as_sound_and_video_as_the_faders_are(page: Page, tmp_path, video):
+    separate(page, video)
+    page.run("(f => { f.value = -6; f.oninput(); })(document.querySelectorAll('.track .fader input')[0])")
+    page.click(track("dog", "Mute"))
+    page.run("document.querySelector('#mix-format').value = 'flac'")
+    file = saved(page, tmp_path / "saved", lambda: page.click("#mix-sound"))
+    assert file.name == "duet-mix.flac"
+    level = {}
+    for name, hz in PITCH.items():
+        samples, rate = soundfile.read(file)
+        level[name] = np.abs(np.fft.rfft(samples))[round(hz * len(samples) / rate)]
+    assert level["dog"] < 0.05 * level["violin"]
+    page.run("document.querySelector('#mix-video').focus()")
+    page.run("document.querySelector('#mix-line').textContent = ''")
+    film = saved(page, tmp_path / "saved", lambda: page.key("Enter"))  # by keyboard
+    assert film.name == "duet-mix.mp4" and packets(film)[1] == packets(video)[1]
+    heard = decoded(film, tmp_path)[0]
+    here = min(len(heard), len(samples))
+    assert np.corrcoef(heard[:here], samples[:here])[0, 1] > 0.95
+
+
+def test_options_are_sent_and_kept_out_of_the_way(page: Page, tmp_path, server):
+    """By keyboard: the options open, a choice is made in each."""
+    page.wait("document.querySelectorAll('#two-stems option').length > 1")
+    assert not page.run("document.querySelector('#two-stems').checkVisibility()")
+    page.run("document.querySelector('#more summary').focus()")
+    page.key("Enter")
+    page.wait("document.querySelector('#two-stems').checkVisibility()")
+    page.key("Tab")
+    for letter in "violin":
+        page.key(letter)
+    page.key("Tab")
+    for letter in "fl":
+        page.key(letter)
+    page.key("Tab")
+    page.key(" ")
+    chosen = "[document.querySelector('#two-stems').value, document.querySelector('#format').value,"
+    assert page.run(f"{chosen} document.querySelector('#mono').checked]") == ["violin", "flac", True]
+    separate(page, write(tmp_path / "duet.wav", np.tile(tone("violin", 3.0) + tone("dog", 3.0), (2, 1)), RATE))
+    assert page.run("[...document.querySelectorAll('.track h3')].map(h => h.textContent)") == ["violin", "the rest"]
+    job = server.client.get(f"/v1/separations/{page.run('location.hash').lstrip('#')}").json()["result"]
+    assert (job["channels"], job["format"], job["two_stems"]) == (1, "flac", "violin")
+    assert page.run("document.querySelector('#mix-format').value") == "flac"
+    assert not page.run("document.querySelector('#mix-video').checkVisibility()")
+
+
+def test_stereo_is_played_as_stereo(page: Page, tmp_path):
+    left, right = tone("dog", 3.0), tone("violin", 3.0)
+    separate(page, write(tmp_path / "stereo.wav", np.stack([left, right]), RATE))
+    assert page.run(MIXER % "mixer.tracks.map(t => t.buffer.numberOfChannels)") == [2, 2, 2]
+    dog = "mixer.tracks.find(t => t.name === 'dog').buffer"
+    energy = f"[0, 1].map(c => {dog}.getChannelData(c).reduce((sum, x) => sum + x * x, 0))"
+    left, right = page.run(MIXER % energy)
+    assert left > 5 * right
+    drawn = "c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some((x, i) => i % 4 === 3 && x > 0)"
+    page.wait(f"[...document.querySelectorAll('.wave, .spectrogram')].slice(0, 4).every(c => {drawn})")
+
+
+def test_what_cannot_be_mixed_is_said(page: Page, tmp_path, server):
+    separate(page, write_sound(tmp_path / "duet.wav"))
+    server.client.delete(f"/v1/separations/{page.run('location.hash').lstrip('#')}")
+    page.click("#mix-sound")
+    page.wait(shown("alert"))
+    assert "expired" in page.run(text("#alert")) and page.run(text("#mix-line")) == ""
+    page.errors.clear()
+
+
+def test_what_the_model_learned_and_what_is_being_done_are_said_at_once(slow_page: Page, long):
+    assert "2 objects from 40 clips, so many of each: dog 12, violin 30" in slow_page.run(text("#knows"))
+    slow_page.choose_file("#file", long)
+    started = time.monotonic()
+    slow_page.wait(shown("work"))
+    assert slow_page.run(text("#stage")) and time.monotonic() - started < 1

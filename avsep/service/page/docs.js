@@ -40,7 +40,7 @@ const example = (value) => make("details", [make("summary", "Example"), make("pr
 function operation(method, path, described, schemas) {
   const section = make("section", make("h2", [make("b", method.toUpperCase()), make("code", path)]));
   section.append(make("p", prose([described.summary, described.description].filter(Boolean).join(". "))));
-  const rows = (described.parameters ?? []).map((p) => [p.name, typeOf(p.schema), `in the ${p.in}`]);
+  const rows = (described.parameters ?? []).map((p) => [p.name, typeOf(p.schema), `in the ${p.in}${p.description ? `: ${p.description}` : ""}`]);
   for (const content of Object.values(described.requestBody?.content ?? {}))
     for (const [name, p] of Object.entries(content.schema.properties ?? {})) rows.push([name, typeOf(p), p.description]);
   const examples = [];

@@ -1,10 +1,11 @@
 // The page: choose, upload, wait, mix. `mixer` is exported for who wants to look at its Web Audio graph.
 
 import { showPlaces, syncPlaces } from "./locate.js";
+import { addOptions, offerMix, offerStems } from "./mix.js";
 
 const $ = (id) => document.getElementById(id);
 const COLOURS = ["--c0", "--c1", "--c2", "--c3", "--c4", "--c5"];
-const LONG_S = 180; // longer sounds are decoded at half the rate, to halve their memory
+const MOST_BYTES = 400 * 2 ** 20; // of decoded sounds; those of more are decoded at half the rate, or a quarter
 const SMOOTH_S = 0.02; // gains move this slowly, so that they don't click
 const JUMP_S = 5; // of the arrow keys
 const REST = "_rest";
@@ -14,7 +15,6 @@ const megabytes = (bytes) => (bytes < 10 * 2 ** 20 ? +(bytes / 2 ** 20).toFixed(
 const roundMegabytes = (bytes) => `${Math.max(1, Math.round(bytes / 2 ** 20))} MB`;
 const clock = (s) => `${Math.floor(s / 60)}:${String(Math.floor(s % 60)).padStart(2, "0")}`;
 const lasting = (s) => (s < 120 ? `${Math.round(s)} seconds` : `${+(s / 60).toFixed(1)} minutes`);
-const listed = (words) => words.map(titled).join(", ");
 const sentence = (text) => (text ? text[0].toUpperCase() + text.slice(1).replace(/([^.!?])$/, "$1.") : "");
 
 // ---------------------------------------------------------------------------------------- sound
@@ -296,6 +296,7 @@ async function separate(source, said = "") {
     const form = new FormData();
     const names = [...$("objects").querySelectorAll(":checked")].map((box) => box.value);
     if (names.length) form.append("objects", names.join(","));
+    addOptions(form);
     form.append("file", file);
     const { id } = await send(here, form);
     here.stay();
@@ -414,8 +415,8 @@ function cancel() {
 async function present(here) {
   const { job, job: { result } } = here;
   const heard = result.objects.filter((o) => !o.silent).sort((a, b) => (b.sound_score ?? 0) - (a.sound_score ?? 0));
-  const parts = [...heard, { name: REST, audio: result.rest }];
-  here.mixer = new Mixer(result.duration_s > LONG_S ? result.sample_rate / 2 : result.sample_rate);
+  const parts = [...heard.filter((o) => o.audio), { name: REST, audio: result.rest }];
+  here.mixer = new Mixer(mixerRate(result, parts.length));
   const buffers = await load(here, parts.map((p) => p.audio));
   mixer = here.mixer;
   $("tracks").replaceChildren();
@@ -426,6 +427,7 @@ async function present(here) {
   summarize(job, heard.length);
   pictureOf(here);
   $("seek").max = mixer.duration;
+  offerMix(here, complain);
   link($("zip"), result.archive, `separation-${job.id.slice(0, 8)}.zip`);
   $("map").hidden = $("png").hidden = !result.relation; // a separator without bases has none
   if (result.relation) link($("png"), result.relation.png, "relation_map.png");
@@ -434,6 +436,13 @@ async function present(here) {
   showPlaces(here).catch((error) => here === view && complain(error));
   await drawAll(here).catch((error) => here.stay() ?? complain(error));
   if (result.relation) await showMap(here).catch((error) => here.stay() ?? complain(error));
+}
+
+/** The rate that sounds are decoded at: their own, as far as it can be heard and memory holds them. */
+function mixerRate({ sample_rate, channels, duration_s }, n) {
+  let rate = Math.min(48000, Math.max(8000, sample_rate));
+  while (rate >= 16000 && 4 * n * channels * duration_s * rate > MOST_BYTES) rate /= 2;
+  return rate;
 }
 
 /** Fetch and decode sounds, in a small format where the browser knows it. */
@@ -461,11 +470,11 @@ async function load(here, sounds) {
   };
   const decode = async (url, i) => here.mixer.context.decodeAudioData(await bytes(url, i));
   stage("Fetching the sounds", 0.9);
-  const buffers = await Promise.all(sounds.map(async ({ ogg, flac }, i) => {
-    if (!small) return decode(flac, i);
+  const buffers = await Promise.all(sounds.map(async ({ ogg, flac, wav }, i) => {
+    if (!small || !ogg) return decode(flac ?? wav, i);
     return decode(ogg, i).catch((error) => {
       if (error instanceof Refused || here.signal.aborted) throw error;
-      return decode(flac, i); // it promised too much
+      return decode(flac ?? wav, i); // it promised too much
     });
   }));
   here.stay();
@@ -496,7 +505,9 @@ function training(facts) {
   const counts = facts?.clips_by_label;
   if (!counts) return "";
   const clips = facts.clips ? ` from ${facts.clips.toLocaleString("en")} clips` : "";
-  return `The model learned ${listed(Object.keys(counts))}${clips}${facts.about ? ` (${facts.about})` : ""}. Of other objects it knows nothing.`;
+  const each = Object.entries(counts).map(([name, n]) => `${titled(name)} ${n.toLocaleString("en")}`).join(", ");
+  const several = `${Object.keys(counts).length} object${Object.keys(counts).length === 1 ? "" : "s"}`;
+  return `The model learned ${several}${clips}${facts.about ? ` (${facts.about})` : ""}, so many of each: ${each}. Of other objects it knows nothing.`;
 }
 
 function pictureOf(here) {
@@ -597,6 +608,8 @@ function addTrack(part, track, number) {
     };
   }
   for (const kind of ["wav", "flac"]) {
+    find(`.${kind}`).hidden = !part.audio[kind];
+    if (!part.audio[kind]) continue;
     link(find(`.${kind}`), part.audio[kind], `${part.name}.${kind}`);
     find(`.${kind}`).setAttribute("aria-label", `Download ${title} as ${kind.toUpperCase()}`);
   }
@@ -664,7 +677,7 @@ function tick(here) {
 async function drawAll(here) {
   const drawing = here.drawing = {};
   const go = () => { here.stay(); return here.drawing === drawing; };
-  const channels = here.mixer.tracks.map((t) => t.buffer.getChannelData(0));
+  const channels = here.mixer.tracks.map((t) => mono(t.buffer));
   const whole = new Float32Array(Math.max(...channels.map((c) => c.length)));
   for (const channel of channels) channel.forEach((x, i) => { whole[i] += x; });
   const top = Math.max(...[...channels, whole].map((c) => c.reduce((m, x) => Math.max(m, Math.abs(x)), 0)), 1e-4);
@@ -675,6 +688,16 @@ async function drawAll(here) {
     drawWave(track.row.querySelector(".wave"), channels[i], whole.length, top);
     await spectrogram(channels[i], rate, track.row.querySelector(".spectrogram"), loudest, go, whole.length);
   }
+}
+
+/** The mean of a buffer's channels. */
+function mono(buffer) {
+  if (buffer.numberOfChannels === 1) return buffer.getChannelData(0);
+  const mean = new Float32Array(buffer.length);
+  for (let c = 0; c < buffer.numberOfChannels; c++) {
+    buffer.getChannelData(c).forEach((x, i) => { mean[i] += x / buffer.numberOfChannels; });
+  }
+  return mean;
 }
 
 const inkOf = (canvas) => getComputedStyle(canvas.closest(".track").querySelector("h3")).color;
@@ -726,7 +749,7 @@ function fft(re, im) {
 
 /** Draw a spectrogram, 60 dB deep, on a scale of frequency that ears like; without a canvas, only say the loudest dB. */
 async function spectrogram(samples, rate, canvas, loudest, go, length = samples.length) {
-  const n = 2048, rows = 64, top = 12000, bottom = 60;
+  const n = 2048, rows = 64, top = Math.min(12000, rate / 2 - rate / n), bottom = 60;
   const pen = canvas && sized(canvas);
   const width = canvas ? Math.min(canvas.width, 900) : 100;
   const window_ = Float32Array.from({ length: n }, (_, i) => 0.5 - 0.5 * Math.cos((2 * Math.PI * i) / n));
@@ -986,6 +1009,7 @@ function offer(model) {
   $("objects").replaceChildren(...learned.map(tick(true)));
   $("unlearned").replaceChildren(...unknown.map(tick(false)));
   $("unlearned-box").hidden = !unknown.length;
+  offerStems(learned, titled);
 }
 
 async function begin() {
@@ -993,7 +1017,7 @@ async function begin() {
   offer(model);
   limits = model.limits;
   $("limits").textContent = `Up to ${lasting(limits.max_duration_s)} and ${roundMegabytes(limits.max_upload_bytes)}. `
-    + `It stays on this server, and its sounds are deleted after ${lasting(limits.results_ttl_s)}.`;
+    + `It stays on this server, and is deleted with its sounds after ${lasting(limits.results_ttl_s)}.`;
   $("knows").textContent = training(model.trained_on);
   if (location.hash) route();
   const examples = await (await ask("v1/examples")).json();
