@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from avsep.objects import REST
 from avsep.separation.windows import Explanation, Window
 from avsep.stft import STFT
 
-REST = "_rest"  # what is none of the objects'
 _SHOWN_S = 60  # of a sound in a notebook
 
 
