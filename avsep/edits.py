@@ -133,9 +133,15 @@ class Edits:
             duration_s = _seconds(duration_s, "duration_s")
         return cls(tuple(moves), add, remove, tuple(spans), duration_s)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return what JSON holds of it, for `from_dict`."""
+        lists = {name: [*getattr(self, name)] for name in ("add", "remove")}
+        entries = {name: [asdict(e) for e in getattr(self, name)] for name in ("moves", "spans")}
+        return {**entries, **lists, **({} if self.duration_s is None else {"duration_s": self.duration_s})}
+
     def to_json(self) -> str:
         """Write it, for `from_json`."""
-        return json.dumps({name: value for name, value in asdict(self).items() if value is not None}, indent=1) + "\n"
+        return json.dumps(self.as_dict(), indent=1) + "\n"
 
     def named(self, find: Callable[[str], str]) -> Edits:
         """Return it with the names that `find` gives for those typed, as `Vocabulary.find`, which may raise."""

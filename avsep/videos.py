@@ -17,12 +17,13 @@ import torch
 from numpy.typing import NDArray
 
 from avsep import media, stems, storage
+from avsep.edits import Edits
 from avsep.factors import Factorize
 from avsep.files import NO_LIMITS, FileLimits, Step, WholeFile, no_step
 from avsep.model import LABELLER_FILE, Labelling, ModelConfig, label_config
 from avsep.objects import Vocabulary
 from avsep.outputs import MONO, Output, Shape, write_sounds
-from avsep.separation import REST, Planned, Separates, Separator
+from avsep.separation import REST, EditedPlan, Plan, Planned, Separates, Separator, assignments
 from avsep.stages import Label
 from avsep.vision import NO_DOWNLOAD, ImageLabeller, LabellerUnavailable
 
@@ -128,6 +129,7 @@ class VideoSeparator:
         parents: bool = True,
         track: int = 1,
         output: Output = MONO,
+        edits: Edits | None = None,
     ) -> FileSeparation:
         """Separate a file of any length into sounds that add up to its own.
 
@@ -135,10 +137,11 @@ class VideoSeparator:
         until all are whole; `output` says in what channels, sample rate and format. Without
         `parents`, only the last folder of `out` is made where there is none. `objects` are those
         that are there; None lets pictures and sound decide. `bases` (own, learned, both) overrides
-        the model's choice. `track` counts the file's audio tracks from 1.
+        the model's choice. `track` counts the file's audio tracks from 1. `edits` are made on what was decided.
 
         Raises ClipError for a file without usable sound, ValueError for unknown objects, bases that
-        the separator hasn't or a format that can't hold the sound, and whatever `step` raises.
+        the separator hasn't, a format that can't hold the sound or edits that can't be of it, and whatever `step`
+        raises.
         """
         patience = _Patience(step)
         separator = self._for_a_file(bases, patience)
@@ -159,6 +162,8 @@ class VideoSeparator:
         if one and (one not in plan.objects or one in plan.silent):
             given = list(dict.fromkeys([*plan.objects, one]))  # who asks for it says that it is there
             plan = _listen(separator, source, given, looked, patience.tell)
+        if edits is not None:
+            plan = _edited(plan, edits.named(self.config.vocabulary.find), one)
         timings["listen_s"] = clock()
         tally = _Tally()
         parts = _in_shape(_rendered(plan, source, tally, patience.tell), separator, source, shape)
@@ -241,7 +246,7 @@ class VideoSeparator:
                 {
                     "name": name,
                     "file": f"{name}.wav",
-                    "from": origin if origin != "pictures" or name in (seen or ()) else "sound",
+                    "from": _found(name, origin, seen, plan),
                     "confidence": plan.confidence[name],
                     "familiarity": familiarity.get(name),
                     "sound_score": shares.get(name),
@@ -254,15 +259,9 @@ class VideoSeparator:
             ],
             "rest": f"{REST}.wav",
             "heard": _loudest_first(shares, 0.01),
-            "windows": [
-                {
-                    "start_s": start / rate,
-                    "end_s": end / rate,
-                    "heard": _loudest_first(dict(zip(separator.objects, scores.tolist(), strict=True)), 0.05),
-                }
-                for start, end, scores in getattr(plan, "window_scores", ())
-            ],
+            "windows": _windows(separator, plan),
             **({"bases": separator.config.bases} if isinstance(separator, Separator) else {}),
+            **({"edits": plan.edits.as_dict()} if isinstance(plan, EditedPlan) else {}),
         }
 
 
@@ -349,6 +348,42 @@ def _listen(
         lambda done: step("listening", _LISTENING * min(1.0, done / total)),
     )
     return separator.plan(pieces, given, seen)
+
+
+def _edited(plan: Planned, edits: Edits, one: str | None) -> Planned:
+    """Make edits on a plan; ValueError where that can't be, or where the one object that is written goes."""
+    if not isinstance(plan, Plan):
+        raise ValueError("this separation can't be edited: its separator has no bases to move")
+    edited = plan.assigned.edited(edits)
+    if one and one not in edited.objects:
+        raise ValueError(f"the edits take {one} away, which --two-stems asks for; leave one of the two out")
+    return edited
+
+
+def _found(name: str, origin: str, seen: Sequence[str] | None, plan: Planned) -> str:
+    """Say why an object is there: given, pictures or sound."""
+    if isinstance(plan, EditedPlan) and name not in plan.assigned.objects:
+        return "given"
+    return origin if origin != "pictures" or name in (seen or ()) else "sound"
+
+
+def _windows(separator: Separates, plan: Planned) -> list[dict[str, Any]]:
+    """Say what is heard in each window and, where its bases can be moved, whose each is."""
+    rate = separator.sample_rate
+    found = [
+        {
+            "start_s": start / rate,
+            "end_s": end / rate,
+            "heard": _loudest_first(dict(zip(separator.objects, scores.tolist(), strict=True)), 0.05),
+        }
+        for start, end, scores in getattr(plan, "window_scores", ())
+    ]
+    edited = plan.assigned.edited(Edits()) if isinstance(plan, Plan) and plan.is_editable else plan
+    if isinstance(edited, EditedPlan):
+        n_bases = edited.assigned.how.n_bases
+        for window, shares, energy in zip(found, edited.shares, edited.basis_energies, strict=True):
+            window["bases"] = assignments(shares, energy, edited.objects, n_bases)
+    return found
 
 
 def _rendered(plan: Planned, source: WholeFile, tally: _Tally, step: Step) -> Iterator[NDArray[np.float32]]:

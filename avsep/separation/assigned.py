@@ -6,6 +6,7 @@ import json
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -148,7 +149,7 @@ class Assigned:
         moves = [m for m in edits.moves if m.window == number]
         follows = followed(window.factors, self.how.n_bases) if moves else None
         pieces = []
-        for begin, end in zip(cuts, cuts[1:], strict=False):
+        for begin, end in pairwise(cuts):
             whole, piece = Piece(0, length, bare), Piece(begin, end, bare)
             spans = [s for s in edits.spans if s.overlaps(start_s + begin / rate, start_s + end / rate)]
             shares = bare
@@ -285,7 +286,7 @@ class EditedPlan:
     objects: tuple[str, ...] = field(init=False)
     silent: tuple[str, ...] = field(init=False)
     sound_scores: dict[str, float] = field(init=False)  # each of `objects`' share of the sound
-    window_scores: list[tuple[int, int, Tensor]] = field(init=False)  # first and last sample; of the model's objects (L,)
+    window_scores: list[tuple[int, int, Tensor]] = field(init=False)  # as Plan's, (L,) of `known`
     shares: list[Tensor] = field(init=False)  # of each window's bases, over time (J + 1, M)
     basis_energies: list[Tensor] = field(init=False)  # of each window, summing to one (M,)
 
@@ -352,5 +353,3 @@ def assignments(shares: Tensor, basis_energy: Tensor, objects: Sequence[str], n_
         {"basis": m, "object": names[row[m]], "share": round(float(share[m]), 3), "energy": round(float(energy[m]), 4)}
         for m in energy.argsort(descending=True, stable=True).tolist()
     ]
-
-

@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from avsep.objects import REST
 from avsep.separation.windows import Explanation, Window
 from avsep.stft import STFT
 

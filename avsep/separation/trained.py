@@ -412,13 +412,20 @@ class Plan:
         )
         return windows.join(parts, self.heard.overlap)
 
+    @property
+    def is_editable(self) -> bool:
+        """Whether `assigned` is to be had: bases are shared softly, and are the sound's own."""
+        return self.separator.config.assignment == "soft" and self.separator.config.bases == "own"
+
     @functools.cached_property
     def assigned(self) -> Assigned:
-        """Whose each basis is, to be corrected; ValueError where bases aren't shared softly, or are learned ones."""
+        """Whose each basis is, to be corrected; ValueError where the plan isn't editable."""
         separator, config = self.separator, self.separator.config
-        if config.assignment != "soft" or config.bases != "own":
+        if not self.is_editable:
             how = f"it assigns {config.bases} bases {'by threshold' if config.assignment != 'soft' else 'softly'}"
-            raise ValueError(f"this separation can't be edited: {how}; take a model of the default recipe, and own bases")
+            raise ValueError(
+                f"this separation can't be edited: {how}; take a model of the default recipe, and own bases"
+            )
         return Assigned(
             self.objects, separator.objects, self.confidence, self.n_samples, separator.making, _PlannedWindows(self),
             self.explanation,
