@@ -25,7 +25,7 @@ FLOORS = (
     "model separation baselines plots report",
     "fetching vision shards work manifest audioset synthetic",
     "stages extraction learning",
-    "files videos outputs stems evaluation results results_report audit duplicates datacard",
+    "files videos outputs stems separated evaluation results results_report audit duplicates datacard",
     "service commands",
     "cli",
 )
@@ -59,6 +59,7 @@ FLAGS = {
     "serve": {"--model", "--port", "--in-process"},
     "avsep separate": {
         "--model", "--out", "--objects", "--weights", "--track", "--two-stems", "--format", "--mono", "--video",
+        "--edit",
     },
     "avsep inspect": set(),
     "avsep label": {"--weights", "--labeller"},
@@ -254,6 +255,8 @@ SIGNATURES = {
     "separation.ratio_masks": "(magnitudes, power=1.0)",
     "separation.separate": "(waveform, masks, stft)",
     "separation.Separator.load": "(model_dir=None)",
+    "separated.separate_file": "(path, objects=None, model=None, *, track=1, mono=False, edits=None)",
+    "separated.separate_sound": "(samples, sample_rate, objects=None, model=None, *, edits=None)",
     "metrics.si_sdr": "(reference, estimate)",
     "metrics.bss_eval": "(references, estimates, *, filter_length=512)",
     "records.validate": "(record, vocabulary=AUDIOSET_23)",

@@ -322,11 +322,18 @@ class EditedPlan:
     def explanation(self) -> Explanation | None:
         """What decided the first window, with the shares that its bases have now."""
         found = self.assigned.explanation
-        if found is None:
-            return None
-        audible = tuple(n for n in self.objects if n not in self.silent)
-        rows = [*map(self.objects.index, audible), len(self.objects)]
-        return replace(found, audible=audible, shares=self.shares[0][rows][:, : found.relation.shape[1]])
+        return None if found is None else replace(found, audible=self.audible, shares=self.first_shares)
+
+    @property
+    def audible(self) -> tuple[str, ...]:
+        """The objects that aren't silent."""
+        return tuple(n for n in self.objects if n not in self.silent)
+
+    @property
+    def first_shares(self) -> Tensor:
+        """Whose the first window's bases are, of its first factorisation, `(J + 1, M)` of the audible objects."""
+        rows = [*map(self.objects.index, self.audible), len(self.objects)]
+        return self.shares[0][rows][:, : self.assigned.how.n_bases]
 
     @torch.inference_mode()
     def render(self, blocks: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:

@@ -74,7 +74,7 @@ class Guard:
         finally:
             route = scope.get("route")
             path = getattr(route, "path", "other")
-            method = scope["method"] if scope["method"] in ("GET", "POST", "DELETE") else "other"
+            method = scope["method"] if scope["method"] in ("GET", "POST", "PATCH", "DELETE") else "other"
             self._service.metrics.requests.labels(method, path, str(status)).inc()
             self._service.metrics.seconds.labels(path).observe(time.monotonic() - started)
 

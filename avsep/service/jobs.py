@@ -21,6 +21,7 @@ from avsep.factors import ExtractionConfig, Factorize
 from avsep.fetching import EgressIdentity, sources
 from avsep.records import ClipError, Segment
 from avsep.separation import Separator
+from avsep.service import editing
 from avsep.service.config import ServiceConfig, log
 from avsep.service.failures import as_failure
 from avsep.service.hotmodel import HotModel, Load, card_of
@@ -36,7 +37,8 @@ _STEP_S = 0.25  # between looks at the store
 _SWEEP_S = 2.0
 _BLIND = "the pictures were not looked at: this service has no picture network"
 _LEAST_BYTE_RATE = 4000  # of media that don't say how long they are
-_BESIDE_BYTES = 1 << 16  # of a result, beside its sounds
+_BESIDE_BYTES = 1 << 16  # of a result, beside its sounds and its bases
+_BASES_PART = 0.3  # of a sound's bytes: what its bases take
 
 
 class JobWorker:
@@ -108,6 +110,7 @@ class JobWorker:
         kept = KeptWindow.of(done.plan)
         if kept is not None:
             kept.write(folder)
+        editable = editing.keep(done.plan, folder)
         has_frame = write_frame(folder, done.pictures)
         try:
             part.rename(folder / TRACKS)
@@ -116,7 +119,9 @@ class JobWorker:
                 return
             _remove(folder, TRACKS)  # of a worker that died before it could say that it was done
             part.rename(folder / TRACKS)
-        result = outcome(job, separate, done).model_copy(update={"has_frame": has_frame, "explained": kept is not None})
+        result = outcome(job, separate, done).model_copy(
+            update={"has_frame": has_frame, "explained": kept is not None, "editable": editable}
+        )
         self.store.sweep()  # while this one is in progress: others make room, or there is none
         _remove(folder, f"{TRACKS}.*.part", "fetched")
         self.store.finish(job_id, "done", stage="done", progress=1.0, result=result)
@@ -229,7 +234,7 @@ def reserve(store: ResultStore, job_id: str, n_tracks: int, sample_rate: int) ->
     """Keep room for an upload that was measured and for `n_tracks` sounds; StoreFull where there is none."""
     n_samples = round(sample_rate * store.job(job_id).duration_s)
     size = (store.path(job_id) / UPLOAD).stat().st_size
-    store.reserve(job_id, size + 4 * n_samples * n_tracks + _BESIDE_BYTES)
+    store.reserve(job_id, size + round(4 * n_samples * (n_tracks + _BASES_PART)) + _BESIDE_BYTES)
 
 
 def fail(store: ResultStore, job_id: str, failure: Failure) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from avsep.service.answers import PROBLEM, ProblemBody
+from avsep.service.answers import PROBLEM, EditsBody, ProblemBody
 from avsep.service.state import Failure
 
 _RETRY_S = 2
@@ -80,6 +80,5 @@ UPLOAD_SCHEMA = {
         },
     }
 }
-
-
+EDITS_SCHEMA = {"requestBody": {"required": True, "content": {JSON: {"schema": EditsBody.model_json_schema()}}}}
 AUDIO = {"wav": "audio/wav", "flac": "audio/flac", "ogg": "audio/ogg"}

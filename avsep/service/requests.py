@@ -49,9 +49,11 @@ def _result(job_id: str, found: Outcome) -> Result:
         rest=audio(REST),
         mixture=audio(MIXTURE),
         relation=Relation(data=f"{base}/relation", png=f"{base}/relation.png") if found.explained else None,
+        edits=f"{base}/edits" if found.editable else None,
+        edited=found.edits is not None,
         frame=f"{base}/frame.png" if found.has_frame else None,
         archive=f"{base}/archive.zip",
-        **found.model_dump(exclude={"objects", "has_frame", "explained"}),
+        **found.model_dump(exclude={"objects", "has_frame", "explained", "editable", "edited", "edits", "first"}),
     )
 
 

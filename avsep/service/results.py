@@ -74,6 +74,13 @@ class ResultStore:
             self.update(job_id, reserved=n_bytes)
         self.sweep()
 
+    def make_room(self, job_id: str, n_bytes: int) -> None:
+        """Have older results make room for `n_bytes` more of a finished job; StoreFull where they don't fit."""
+        with self._alone():
+            if (lacking := n_bytes + _size(self.path(job_id)) - max(0, self._headroom({}))) > 0:
+                raise StoreFull(f"{lacking} bytes are lacking")
+        self.sweep(n_bytes, keep=job_id)
+
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """Keep the other threads, and the other processes of this machine, from reserving."""
@@ -134,8 +141,8 @@ class ResultStore:
             raise NoSuchJob(job_id) from None
         shutil.rmtree(gone, ignore_errors=True)
 
-    def sweep(self, n_bytes: int = 0) -> None:
-        """Remove what has expired or was given up, then the oldest results until `n_bytes` more fit.
+    def sweep(self, n_bytes: int = 0, keep: str = "") -> None:
+        """Remove what has expired or was given up, then the oldest results, but `keep`, until `n_bytes` more fit.
 
         They fit into `max_bytes` and onto the disk, beside what is reserved. Raises StoreFull where they don't, with
         all results gone.
@@ -151,7 +158,7 @@ class ResultStore:
                     self.delete(job_id)
                 continue
             used, count, stored = used + max(size, _held(state, size, state.reserved)), count + 1, stored + size
-            if state.is_finished:
+            if state.is_finished and job_id != keep:
                 finished.append((state.finished or 0.0, job_id, size))
         for entry in map(self.root.joinpath, no_jobs):
             with contextlib.suppress(FileNotFoundError):  # others are deleting too

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,12 +17,14 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
+from avsep.edits import Edits
 from avsep.outputs import MIXTURE
 from avsep.separation import REST
 from avsep.service import window
-from avsep.service.answers import Job, RelationMap
+from avsep.service.answers import EditsBody, Job, RelationMap
 from avsep.service.archive import converted, zip
-from avsep.service.problems import AUDIO, JSON, UPLOAD_SCHEMA, Problem, file_response, problems
+from avsep.service.editing import MOST_BYTES, sounds_of
+from avsep.service.problems import AUDIO, EDITS_SCHEMA, JSON, UPLOAD_SCHEMA, Problem, file_response, problems
 from avsep.service.requests import describe, preferences, wants_archive
 from avsep.service.results import NoSuchJob, StoreFull
 from avsep.service.service import Service, service_of
@@ -116,7 +119,7 @@ async def track(job_id: str, track: str, kind: str, service: Served) -> Response
     names = {*(o.name for o in result.objects), REST, MIXTURE}
     if track not in names or kind not in AUDIO:
         raise Problem(404, f"the sounds are {', '.join(sorted(names))}, each as .wav, .flac and .ogg")
-    path: Path | bytes = folder / TRACKS / f"{track}.wav"
+    path: Path | bytes = (folder / TRACKS if track == MIXTURE else sounds_of(folder, result)) / f"{track}.wav"
     if kind != "wav":
         path = await _of(service, job_id, converted, path, kind)
     if isinstance(path, bytes):
@@ -132,12 +135,13 @@ async def track(job_id: str, track: str, kind: str, service: Served) -> Response
     summary="The relation map as data",
 )  # fmt: skip
 async def relation(job_id: str, service: Served) -> Any:
-    return JSONResponse(await _of(service, job_id, window.relation, _explained(service, job_id)))
+    _, kept_in = _explained(service, job_id)
+    return JSONResponse(await _of(service, job_id, window.relation, kept_in))
 
 
 @router.get("/{job_id}/relation.png", response_class=Response, responses=_PNG, summary="The relation map as a picture")
 async def relation_png(job_id: str, service: Served) -> Response:
-    picture = await _of(service, job_id, window.relation_png, _explained(service, job_id))
+    picture = await _of(service, job_id, window.relation_png, *_explained(service, job_id))
     return Response(picture, media_type="image/png")
 
 
@@ -157,7 +161,7 @@ async def frame(job_id: str, service: Served) -> Response:
     summary="One basis alone, in the first window",
 )
 async def basis(job_id: str, basis: int, service: Served) -> Response:
-    folder = _explained(service, job_id)
+    folder, _ = _explained(service, job_id)
     try:
         sound, rate = await _of(service, job_id, window.basis_sound, folder, basis)
     except IndexError:
@@ -177,6 +181,45 @@ async def archive(job_id: str, service: Served) -> Response:
     return await _archived(service, job_id, 200, {})
 
 
+@router.get(
+    "/{job_id}/edits", response_model=EditsBody, responses=problems(404, 409),
+    summary="What was corrected by hand, to be used again",
+)  # fmt: skip
+async def edits(job_id: str, service: Served) -> Any:
+    result = _editable(service, job_id)
+    made = Edits() if result.edits is None else Edits.from_dict(result.edits)
+    headers = {"Content-Disposition": f'attachment; filename="edits-{job_id[:8]}.json"'}
+    return Response(replace(made, duration_s=result.duration_s).to_json(), 200, headers, JSON)
+
+
+@router.patch(
+    "/{job_id}", response_model=Job, responses=problems(404, 408, 409, 413, 422, 503, 507),
+    openapi_extra=EDITS_SCHEMA, summary="Correct it by hand",
+)  # fmt: skip
+async def edit(job_id: str, request: Request, service: Served) -> Response:
+    """Move bases, add objects or take them away, mark spans; the sounds are rendered again, and the result changes.
+
+    The edits are all that are to be made, in place of earlier ones; `{}` brings the first sounds back.
+    """
+    _editable(service, job_id)
+    if service.busy:
+        raise Problem(503, f"{service.working} separations are in progress, no more are taken now", "busy")
+    body = await service.read_small(request, MOST_BYTES)
+    try:
+        job = await service.edit(job_id, Edits.from_json(body))
+    except ValueError as error:
+        raise Problem(422, str(error), "edits") from None
+    return Response(describe(job, service.config.results_ttl_s).model_dump_json(), 200, {}, JSON)
+
+
+def _editable(service: Service, job_id: str) -> Outcome:
+    """Give a finished job's result, where its bases were kept; else Problem (409)."""
+    _, result = _finished(service, job_id)
+    if not result.editable:
+        raise Problem(409, "this separation can't be edited: its separator shares no bases among objects", "no_bases")
+    return result
+
+
 def _finished(service: Service, job_id: str) -> tuple[Path, Outcome]:
     """Give a finished job's folder and result; Problem (409) for one that isn't."""
     job = service.store.job(job_id)
@@ -185,14 +228,14 @@ def _finished(service: Service, job_id: str) -> tuple[Path, Outcome]:
     return service.store.path(job_id), job.result
 
 
-def _explained(service: Service, job_id: str) -> Path:
-    """Give a finished job's folder, where its first window was kept; else Problem (404)."""
+def _explained(service: Service, job_id: str) -> tuple[Path, Path]:
+    """Give a finished job's folder, and that of its first window as it is now; Problem (404) where none was kept."""
     folder, result = _finished(service, job_id)
     if not result.explained:
         raise Problem(
             404, "the separator that made these sounds doesn't explain them: it has no bases and no relation map"
         )
-    return folder
+    return folder, folder / result.edited
 
 
 async def _of(service: Service, job_id: str, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -206,9 +249,12 @@ async def _of(service: Service, job_id: str, function: Callable[..., Any], *argu
 
 async def _archived(service: Service, job_id: str, status: int, headers: dict[str, str]) -> Response:
     folder, result = _finished(service, job_id)
-    files: dict[str, Path | bytes] = {p.name: p for p in sorted((folder / TRACKS).glob("*.wav"))}
+    mixture = folder / TRACKS / f"{MIXTURE}.wav"
+    files: dict[str, Path | bytes] = {p.name: p for p in (*sorted(sounds_of(folder, result).glob("*.wav")), mixture)}
     if result.explained:
-        files["relation_map.png"] = await _of(service, job_id, window.relation_png, folder)
+        files["relation_map.png"] = await _of(service, job_id, window.relation_png, folder, folder / result.edited)
+    if result.edits is not None:
+        files["edits.json"] = Edits.from_dict(result.edits).to_json().encode()
     described = describe(service.store.job(job_id), service.config.results_ttl_s)
     files["separation.json"] = described.model_dump_json(indent=1).encode()
     named = {"Content-Disposition": f'attachment; filename="separation-{job_id[:8]}.zip"'}

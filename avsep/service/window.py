@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,10 @@ class KeptWindow:
             n_samples=found.n_samples,
             stft=found.stft,
         )
+
+    def changed(self, audible: tuple[str, ...], shares: NDArray[np.float32]) -> KeptWindow:
+        """Return it with other shares, `(J + 1, M)`, of J audible objects: as somebody corrected them."""
+        return replace(self, audible=audible, shares=shares)
 
     def write(self, folder: Path) -> None:
         """Write it into a job's folder."""
@@ -124,9 +128,9 @@ def relation(folder: Path) -> dict[str, Any]:
     return KeptWindow.read(folder).map()
 
 
-def relation_png(folder: Path) -> bytes:
-    """Draw a job's relation map beside its picture."""
-    kept = KeptWindow.read(folder)
+def relation_png(folder: Path, kept_in: Path) -> bytes:
+    """Draw a job's relation map, of the window kept in one of its folders, beside its picture."""
+    kept = KeptWindow.read(kept_in)
     picture = np.asarray(Image.open(frame_path(folder))) if frame_path(folder).exists() else None
     return plots.relation_map(kept.relation, kept.objects, kept.energy, picture, kept.audible)
 
