@@ -27,6 +27,7 @@ FILES = (
     ("/", "index.html", "text/html"),
     ("/docs", "docs.html", "text/html"),
     ("/static/page.js", "page.js", "text/javascript"),
+    ("/static/edit.js", "edit.js", "text/javascript"),
     ("/static/docs.js", "docs.js", "text/javascript"),
     ("/static/page.css", "page.css", "text/css"),
     ("/static/icon.svg", "icon.svg", "image/svg+xml"),

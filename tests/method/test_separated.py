@@ -55,7 +55,7 @@ def test_edits_are_made_and_mono_is_the_models_rate(folder: Path) -> None:
 
 
 def test_mistakes_are_told_in_a_line(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nosuch.mp4"):
+    with pytest.raises(FileNotFoundError, match=r"nosuch\.mp4"):
         avsep.separate_file(tmp_path / "nosuch.mp4", model=folder / "model")
     with pytest.raises(ValueError, match="unknown object 'unicorn'"):
         avsep.separate_file(folder / "duet.wav", ["unicorn"], folder / "model")
