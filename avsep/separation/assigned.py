@@ -24,7 +24,6 @@ from avsep.separation.masks import at_least, ratio_masks, separate
 from avsep.separation.windows import Explanation
 from avsep.stft import STFT
 
-_ALIKE = 0.5  # cosine of two bases' parts of the spectrogram, from which they are taken for the same sound
 _FINE_ITERATIONS = 4  # of the bases at the masks' resolution; more change nothing
 
 
@@ -241,13 +240,11 @@ def _array(archive: zipfile.ZipFile, name: str) -> Tensor:
 
 
 def followed(factors: Factors, n_bases: int) -> Tensor:
-    """Say which basis of the first factorisation each basis goes with, `(M,)`: itself, the likest, or -1 for none."""
-    M = factors.W.shape[1]
+    """Say which basis of the first factorisation each basis goes with, `(M,)`: itself, or the likest."""
     W, H = (x / x.norm(dim=d, keepdim=True).clamp_min(1e-12) for x, d in ((factors.W, 0), (factors.H, 1)))
     alike = (W.T @ W[:, :n_bases]) * (H @ H[:n_bases].T)  # (M, n): cosines of their parts of the spectrogram
-    best = alike.max(1)
-    found = torch.where(best.values >= _ALIKE, best.indices, -1)
-    found[: min(M, n_bases)] = torch.arange(min(M, n_bases))
+    found = alike.argmax(1)
+    found[:n_bases] = torch.arange(len(found[:n_bases]))
     return found
 
 

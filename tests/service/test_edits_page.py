@@ -67,9 +67,10 @@ def said(page: Page, words: str) -> None:
     page.wait("!document.querySelector('#edit').hasAttribute('aria-busy')")
 
 
-def middle(page: Page, row: str, column: int) -> tuple[float, float]:
+def middle(page: Page, row: str, column: int, scroll: bool = True) -> tuple[float, float]:
     cell = f"document.querySelector('#grid tr[data-name={row}]').cells[{column + 1}]"
-    page.run(f"{cell}.scrollIntoView({{block: 'center'}})")
+    if scroll:
+        page.run(f"{cell}.scrollIntoView({{block: 'center'}})")
     x, y = page.run(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({cell}.getBoundingClientRect())")
     return x, y
 
@@ -79,13 +80,11 @@ def mouse(page: Page, kind: str, at: tuple[float, float]) -> None:
 
 
 def drag(page: Page, column: int, row: str, to: str) -> None:
-    start, end = middle(page, row, column), middle(page, to, column)
-    start = middle(page, row, column)
+    start, end = middle(page, row, column), middle(page, to, column, scroll=False)
     mouse(page, "mousePressed", start)
     for step in range(1, 5):
         mouse(page, "mouseMoved", (start[0], start[1] + (end[1] - start[1]) * step / 4))
-    if to != row:
-        assert page.run("document.querySelector('#grid .target').dataset.name") == to
+    assert page.run("document.querySelector('#grid .target').dataset.name") == to
     mouse(page, "mouseReleased", end)
 
 
@@ -98,7 +97,7 @@ def test_a_basis_is_dragged_to_another_object_and_its_sound_with_it(page: Page):
         said(page, f"Basis {column + 1} now goes to violin.")
     assert owners(page)["violin"] == [1] * 6 and len(corrections(page)) == len(own)
     after = page.run(LOUDEST)
-    assert after.get("dog", 0) < 0.01 and after["violin"] > loud["violin"] + 0.2
+    assert after.get("dog", 0) < 0.3 * loud["dog"] and after["violin"] > loud["violin"] + 0.2
     assert page.run("document.querySelector('#grid .target')") is None
     drag(page, own[0], "violin", "noise")  # the rest
     said(page, "now goes to the rest")
@@ -122,7 +121,7 @@ def test_touch_drags_too(page: Page):
     page.look(400, 800)
     page.call("Emulation.setTouchEmulationEnabled", enabled=True)
     column = owners(page)["dog"].index(1)
-    start, end = middle(page, "dog", column), middle(page, "violin", column)
+    start, end = middle(page, "dog", column), middle(page, "violin", column, scroll=False)
 
     def touch(kind: str, *points: tuple[float, float]) -> None:
         page.call("Input.dispatchTouchEvent", type=kind, touchPoints=[{"x": x, "y": y} for x, y in points])
