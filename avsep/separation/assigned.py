@@ -200,7 +200,7 @@ class Assigned:
                     with archive.open(f"{name}{number}.npy", "w") as f:
                         np.lib.format.write_array(f, np.ascontiguousarray(array), allow_pickle=False)
                 spans.append([w.start, w.end, scale])
-            about = {"objects": self.objects, "known": self.known, "confidence": dict(self.confidence)}
+            about: dict[str, Any] = {"objects": self.objects, "known": self.known, "confidence": dict(self.confidence)}
             about |= {"n_samples": self.n_samples, "how": self.how.as_dict(), "windows": spans}
             archive.writestr(_ABOUT, json.dumps(about))
 

@@ -83,16 +83,16 @@ def outcome(before: Outcome, plan: EditedPlan) -> Outcome:
     known = {o.name: o for o in first.objects}
     objects = []
     for name in plan.objects:
-        entry = known.get(name) or FoundObject(name=name, found="given", confidence=plan.confidence[name], silent=False)
-        update = {"sound_score": plan.sound_scores[name], "silent": name in plan.silent}
-        objects.append(entry.model_copy(update=update))
+        new = {"name": name, "from": "given", "confidence": plan.confidence[name], "silent": False}
+        heard = {"sound_score": plan.sound_scores[name], "silent": name in plan.silent}
+        objects.append((known.get(name) or FoundObject.model_validate(new)).model_copy(update=heard))
     rate, names = plan.assigned.how.stft.sample_rate, plan.assigned.known
     windows = [
         Heard(start_s=start / rate, end_s=end / rate, heard=_loud(dict(zip(names, scores.tolist(), strict=True)), 0.05))
         for start, end, scores in plan.window_scores
     ]
-    update = {"objects": tuple(objects), "heard": _loud(plan.sound_scores, 0.01), "windows": tuple(windows)}
-    return before.model_copy(update={**update, "first": first, "edits": plan.edits.as_dict()})
+    found = First(objects=tuple(objects), heard=_loud(plan.sound_scores, 0.01), windows=tuple(windows))
+    return before.model_copy(update={**dict(found), "first": first, "edits": plan.edits.as_dict()})
 
 
 def _loud(shares: dict[str, float], least: float) -> dict[str, float]:

@@ -16,11 +16,12 @@ export class Editing {
   /** Offer a result's corrections; what an upload came with is made first. */
   async show(here) {
     const { result } = here.job;
-    $("edit").hidden = !result.edits;
+    $("edit").hidden = true; // until it is known what was corrected before
     if (!result.edits) return;
     here.edits = { ...NONE, ...(await (await here.ask(result.edits)).json()) };
     here.stay();
     this.page.link($("edits-download"), result.edits, `edits-${here.id.slice(0, 8)}.json`);
+    $("edit").hidden = false;
     this.list();
     const file = here.fresh && $("edits-file").files[0];
     here.fresh = false;
