@@ -23,7 +23,7 @@ FLOORS = (
     "storage tables records lock factors dictionary familiarity",
     "media",
     "model separation baselines plots report",
-    "fetching vision shards work manifest audioset synthetic",
+    "fetching vision shards work labelled manifest audioset synthetic",
     "stages extraction learning",
     "files videos outputs stems separated evaluation results results_report audit duplicates datacard",
     "service commands",
