@@ -18,9 +18,9 @@ def test_corrections_become_a_segments_labels(tmp_path: Path) -> None:
     rows = "duet_0,duet.mp4,0,10,dog;violin\nduet_10000,duet.mp4,10,20,dog\n"
     assert table.read_text() == f"segment_id,source,start_s,end_s,labels\n{rows}"
     (first, second), path = read_segments(table), str(tmp_path / "duet.mp4")
-    assert (first.source, first.labels, second.labels) == (path, ["dog", "violin"], ["dog"])
+    assert (first.source, first.labels, second.labels) == (path, ("dog", "violin"), ("dog",))
     give_labels(str(table), "crowd.mp4", [])
-    assert read_segments(table)[2].labels == []
+    assert read_segments(table)[2].labels == ()
 
 
 def test_what_else_a_table_says_stays(tmp_path: Path) -> None:
