@@ -133,15 +133,14 @@ class VideoSeparator:
     ) -> FileSeparation:
         """Separate a file of any length into sounds that add up to its own.
 
-        Writes `OBJECT.wav`, `_rest.wav` and, if asked, `_mixture.wav` into `out`, under other names
-        until all are whole; `output` says in what channels, sample rate and format. Without
-        `parents`, only the last folder of `out` is made where there is none. `objects` are those
-        that are there; None lets pictures and sound decide. `bases` (own, learned, both) overrides
-        the model's choice. `track` counts the file's audio tracks from 1. `edits` are made on what was decided.
+        Writes `OBJECT.wav`, `_rest.wav` and, if asked, `_mixture.wav` into `out`, under other names until all are
+        whole; `output` says in what channels, sample rate and format. Without `parents`, only the last folder of
+        `out` is made where there is none. `objects` are those that are there; None lets pictures and sound decide.
+        `bases` (own, learned, both) overrides the model's choice. `track` counts the file's audio tracks from 1.
+        `edits` are made on what was decided.
 
-        Raises ClipError for a file without usable sound, ValueError for unknown objects, bases that
-        the separator hasn't, a format that can't hold the sound or edits that can't be of it, and whatever `step`
-        raises.
+        Raises ClipError for a file without usable sound, ValueError for unknown objects, bases that the separator
+        hasn't, a format that can't hold the sound or edits that can't be of it, and whatever `step` raises.
         """
         patience = _Patience(step)
         separator = self._for_a_file(bases, patience)
@@ -162,8 +161,7 @@ class VideoSeparator:
         if one and (one not in plan.objects or one in plan.silent):
             given = list(dict.fromkeys([*plan.objects, one]))  # who asks for it says that it is there
             plan = _listen(separator, source, given, looked, patience.tell)
-        if edits is not None:
-            plan = _edited(plan, edits.named(self.config.vocabulary.find), one)
+        plan = plan if edits is None else _edited(plan, edits.named(self.config.vocabulary.find), one)
         timings["listen_s"] = clock()
         tally = _Tally()
         parts = _in_shape(_rendered(plan, source, tally, patience.tell), separator, source, shape)
