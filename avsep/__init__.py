@@ -3,18 +3,21 @@
 Axes, everywhere: B clips, S samples, F frequency bins, N STFT frames, M bases of a clip, L objects,
 K sub-concepts of an object, J sources in a mixture, C classes (the L objects, then noise).
 
-    from avsep import Separator
-    separation = Separator.load("out/demo/model")("duet.mp4", ["violin", "dog"])  # or a waveform
+    import avsep
+    s = avsep.separate_file("duet.mp4")
+    s["violin"].save("violin.wav")  # s["violin"].samples are an array (C, S)
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from avsep.edits import Edits
     from avsep.miml import MIML
     from avsep.model import Model
     from avsep.nmf import factorize, infer_activations, kl_divergence
     from avsep.objects import OBJECT_NAMES, object_scores, weak_labels
+    from avsep.separated import Separated, separate_file, separate_sound
     from avsep.separation import Separation, Separator, ratio_masks, separate
     from avsep.stft import STFT
 
@@ -22,7 +25,9 @@ __all__ = [
     "MIML",
     "OBJECT_NAMES",
     "STFT",
+    "Edits",
     "Model",
+    "Separated",
     "Separation",
     "Separator",
     "factorize",
@@ -31,15 +36,19 @@ __all__ = [
     "object_scores",
     "ratio_masks",
     "separate",
+    "separate_file",
+    "separate_sound",
     "weak_labels",
 ]
 
 _MODULES = ("metrics", "miml", "nmf", "objects", "records", "separation", "shards", "stft")
 _HOMES = {
+    "avsep.edits": ("Edits",),
     "avsep.miml": ("MIML",),
     "avsep.model": ("Model",),
     "avsep.nmf": ("factorize", "infer_activations", "kl_divergence"),
     "avsep.objects": ("OBJECT_NAMES", "object_scores", "weak_labels"),
+    "avsep.separated": ("Separated", "separate_file", "separate_sound"),
     "avsep.separation": ("Separation", "Separator", "ratio_masks", "separate"),
     "avsep.stft": ("STFT",),
 }

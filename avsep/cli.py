@@ -14,6 +14,7 @@ EXAMPLES = """examples:
   avsep separate duet.mp4
   avsep separate duet.mp4 --objects violin,dog --out out/duet
   avsep separate duet.mp4 --two-stems violin --format flac
+  avsep separate duet.mp4 --edit edits.json
   avsep separate videos/*.mp4 more/ --model out/run/model --out out/sounds
   avsep inspect out/run/model
   avsep label duet.mp4
@@ -73,6 +74,13 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument(
         "--video", dest="with_video", action="store_true", help="the pictures, too, with each object's sound"
     )
+    s.add_argument(
+        "--edit",
+        metavar="JSON",
+        help='corrections by hand: {"moves": [{"window": 0, "basis": 3, "to": "violin"}], "add": ["dog"], "remove": '
+        '["cat"], "spans": [{"start_s": 2, "end_s": 4.5, "object": "violin", "present": false}]}; the bases of each '
+        'window are in separation.json; "to": "_rest" gives one to the rest',
+    )
     s.add_argument("--track", type=int, default=1, help="which of several audio tracks, counted from 1")
     i = commands.add_parser("inspect", help="what is in a shard, an extraction's folder or a model", **shown)
     i.add_argument("path", help="a .parquet file or a folder")
@@ -118,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.prepare()
     arguments = vars(parser().parse_args(argv))
     command = arguments["command"]
-    for name in ("model", "out", "weights", "path", "video"):  # a shell leaves --out=~/x as it is
+    for name in ("model", "out", "weights", "edit", "path", "video"):  # a shell leaves --out=~/x as it is
         if arguments.get(name):
             arguments[name] = os.path.expanduser(arguments[name])
     try:
@@ -144,6 +152,9 @@ def _mistake(arguments: dict[str, Any]) -> str:
     weights = arguments.get("weights")
     if weights and _is_local(weights) and not os.path.isfile(weights):
         return f"weights {weights}: no such file; give a .pth or .safetensors file"
+    edit = arguments.get("edit")
+    if edit and _is_local(edit) and not os.path.isfile(edit):
+        return f"--edit {edit}: no such file; give a JSON file, see --help"
     named = arguments.get("files") or [v for k, v in arguments.items() if k in ("video", "path")]
     for file in named:
         if _is_local(file) and not os.path.exists(file) and not set(file) & set("*?["):

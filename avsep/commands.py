@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from avsep import shards, starter, storage
 from avsep.console import complain, lost, say
+from avsep.edits import Edits
 from avsep.factors import ExtractionConfig
 from avsep.files import SUFFIXES, Step, pictures
 from avsep.locating import Locations
@@ -60,13 +61,17 @@ def separate(
     format: str = "wav",
     mono: bool = False,
     with_video: bool = False,
+    edit: str | None = None,
 ) -> int:
     """Run `avsep separate`; of several files those that can't be separated are told, and give status 1."""
+    edits = None if edit is None else Edits.from_json(storage.read_bytes(edit))
     model = starter.PATH if model is None else model
     found, left_out = find_files(files)
     if left_out:
         more = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
         say(f"left out, as neither video nor sound by their names: {', '.join(left_out[:_NAMED])}{more}")
+    if edits is not None and len(found) > 1:
+        raise ValueError(f"--edit {edit} is of one separation, and there are {len(found)} files; give one file")
     folders = _folders(out, found, alone=list(files) == found)
     check_outputs(folders, model, Output(format=format, video=with_video))
     separate_video = _load(model, weights)
@@ -77,7 +82,7 @@ def separate(
     failed = 0
     for file, folder in folders.items():
         try:
-            _tell(folder, separate_file(file, model, folder, names, weights, separate_video, track, output))
+            _tell(folder, separate_file(file, model, folder, names, weights, separate_video, track, output, edits))
         except (ClipError, LabellerUnavailable, OSError, ValueError, soundfile.LibsndfileError) as error:
             complain(f"avsep separate: {_mistake(error, file, folder)}")
             failed += 1
@@ -215,6 +220,7 @@ def separate_file(
     separate_video: VideoSeparator | None = None,
     track: int = 1,
     output: Output = AS_IT_IS,
+    edits: Edits | None = None,
 ) -> dict[str, Any]:
     """Separate a whole file, whatever its length, into sounds that add up to its own.
 
@@ -234,7 +240,7 @@ def separate_file(
         path = stack.enter_context(storage.local_file(video))
         folder = stack.enter_context(_staging(out))
         step = stack.enter_context(_progress())
-        done = separate_video(path, folder, objects, step=step, track=track, output=output)
+        done = separate_video(path, folder, objects, step=step, track=track, output=output, edits=edits)
         report: dict[str, Any] = {"source": video}
         if isinstance(separate_video.separator, Separator):
             report["model"] = {"path": model_dir, **training_facts(separate_video.config)}

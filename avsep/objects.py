@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 N_IMAGENET_CLASSES = 1000
 SOUNDS = ("pitched", "unpitched", "struck")
 CLASSES = ("everyday", "published")
+REST = "_rest"  # what is none of the objects'
 _RESERVED = ("none", "noise", "mixture")  # words of tables and names of files
 
 

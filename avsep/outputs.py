@@ -123,6 +123,7 @@ class Output:
         }
 
 
+HEARD = "_heard"  # the mono mix that a separator heard, where the sounds have other channels or another rate
 AS_IT_IS = Output()
 MONO = Output(mono=True)
 

@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
 import torch
 from numpy.typing import NDArray
 
 from avsep import media, stems, storage
+from avsep.edits import Edits
 from avsep.factors import Factorize
 from avsep.files import NO_LIMITS, FileLimits, Step, WholeFile, no_step
 from avsep.locating import Locations, Seen, whole_maps
 from avsep.model import LABELLER_FILE, Labelling, ModelConfig, label_config
 from avsep.objects import Vocabulary
-from avsep.outputs import MONO, Output, Shape, clipped, write_sounds
-from avsep.separation import REST, Planned, Separates, Separator
+from avsep.outputs import HEARD, MONO, Output, Shape, clipped, write_sounds
+from avsep.separation import REST, EditedPlan, Plan, Planned, Separates, Separator, assignments
 from avsep.stages import Label
 from avsep.vision import NO_DOWNLOAD, ImageLabeller, LabellerUnavailable
 
@@ -138,17 +140,18 @@ class VideoSeparator:
         parents: bool = True,
         track: int = 1,
         output: Output = MONO,
+        edits: Edits | None = None,
     ) -> FileSeparation:
         """Separate a file of any length into sounds that add up to its own.
 
-        Writes `OBJECT.wav`, `_rest.wav` and, if asked, `_mixture.wav` into `out`, under other names
-        until all are whole; `output` says in what channels, sample rate and format. Without
-        `parents`, only the last folder of `out` is made where there is none. `objects` are those
-        that are there; None lets pictures and sound decide. `bases` (own, learned, both) overrides
-        the model's choice. `track` counts the file's audio tracks from 1.
+        Writes `OBJECT.wav`, `_rest.wav` and, if asked, `_mixture.wav` into `out`, under other names until all are
+        whole; `output` says in what channels, sample rate and format. Without `parents`, only the last folder of
+        `out` is made where there is none. `objects` are those that are there; None lets pictures and sound decide.
+        `bases` (own, learned, both) overrides the model's choice. `track` counts the file's audio tracks from 1.
+        `edits` are made on what was decided.
 
-        Raises ClipError for a file without usable sound, ValueError for unknown objects, bases that
-        the separator hasn't or a format that can't hold the sound, and whatever `step` raises.
+        Raises ClipError for a file without usable sound, ValueError for unknown objects, bases that the separator
+        hasn't, a format that can't hold the sound or edits that can't be of it, and whatever `step` raises.
         """
         patience = _Patience(step)
         separator = self._for_a_file(bases, patience)
@@ -169,9 +172,13 @@ class VideoSeparator:
         if one and (one not in plan.objects or one in plan.silent):
             given = list(dict.fromkeys([*plan.objects, one]))  # who asks for it says that it is there
             plan = _listen(separator, source, given, looked, patience.tell)
+        plan = plan if edits is None else _edited(plan, edits.named(self.config.vocabulary.find), one)
         timings["listen_s"] = clock()
         tally = _Tally(keep=0 if plan.explanation is None else plan.explanation.n_samples)
-        parts = _in_shape(_rendered(plan, source, tally, patience.tell), separator, source, shape)
+        rendered = _rendered(plan, source, tally, patience.tell)
+        if mixture and shape.listening is not None:
+            rendered = _keeping(rendered, out / f"{HEARD}.wav", separator.sample_rate)
+        parts = _in_shape(rendered, separator, source, shape)
         shape = replace(shape, duration_s=source.n_samples / separator.sample_rate)
         files, loud = write_sounds(plan.objects, parts, out, shape, output, mixture, parents)
         files += self._write_videos(video, out, output.videos(plan.objects, shape), shape, patience)
@@ -278,7 +285,7 @@ class VideoSeparator:
                 {
                     "name": name,
                     "file": f"{name}.wav",
-                    "from": origin if origin != "pictures" or name in (seen or ()) else "sound",
+                    "from": _found(name, origin, seen, plan),
                     "confidence": plan.confidence[name],
                     "familiarity": familiarity.get(name),
                     "sound_score": shares.get(name),
@@ -292,15 +299,9 @@ class VideoSeparator:
             ],
             "rest": f"{REST}.wav",
             "heard": _loudest_first(shares, 0.01),
-            "windows": [
-                {
-                    "start_s": start / rate,
-                    "end_s": end / rate,
-                    "heard": _loudest_first(dict(zip(separator.objects, scores.tolist(), strict=True)), 0.05),
-                }
-                for start, end, scores in getattr(plan, "window_scores", ())
-            ],
+            "windows": _windows(separator, plan),
             **({"bases": separator.config.bases} if isinstance(separator, Separator) else {}),
+            **({"edits": plan.edits.as_dict()} if isinstance(plan, EditedPlan) else {}),
         }
 
 
@@ -401,11 +402,55 @@ def _listen(
     return separator.plan(pieces, given, seen)
 
 
+def _edited(plan: Planned, edits: Edits, one: str | None) -> Planned:
+    """Make edits on a plan; ValueError where that can't be, or where the one object that is written goes."""
+    if not isinstance(plan, Plan):
+        raise ValueError("this separation can't be edited: its separator has no bases to move")
+    edited = plan.assigned.edited(edits)
+    if one and one not in edited.objects:
+        raise ValueError(f"the edits take {one} away, which --two-stems asks for; leave one of the two out")
+    return edited
+
+
+def _found(name: str, origin: str, seen: Sequence[str] | None, plan: Planned) -> str:
+    """Say why an object is there: given, pictures or sound."""
+    if isinstance(plan, EditedPlan) and name not in plan.assigned.objects:
+        return "given"
+    return origin if origin != "pictures" or name in (seen or ()) else "sound"
+
+
+def _windows(separator: Separates, plan: Planned) -> list[dict[str, Any]]:
+    """Say what is heard in each window and, where its bases can be moved, whose each is."""
+    rate = separator.sample_rate
+    found = [
+        {
+            "start_s": start / rate,
+            "end_s": end / rate,
+            "heard": _loudest_first(dict(zip(separator.objects, scores.tolist(), strict=True)), 0.05),
+        }
+        for start, end, scores in getattr(plan, "window_scores", ())
+    ]
+    edited = plan.assigned.edited(Edits()) if isinstance(plan, Plan) and plan.is_editable else plan
+    if isinstance(edited, EditedPlan):
+        n_bases = edited.assigned.how.n_bases
+        for window, shares, energy in zip(found, edited.shares, edited.basis_energies, strict=True):
+            window["bases"] = assignments(shares, energy, edited.objects, n_bases)
+    return found
+
+
 def _rendered(plan: Planned, source: WholeFile, tally: _Tally, step: Step) -> Iterator[NDArray[np.float32]]:
     for estimates in plan.render(source.blocks()):
         yield estimates
         tally.add(estimates)
         step("separating", _LISTENING + _SEPARATING * min(1.0, tally.n_samples / source.n_samples))
+
+
+def _keeping(rendered: Iterator[NDArray[np.float32]], file: Path, rate: int) -> Iterator[NDArray[np.float32]]:
+    """Write what estimates `(J + 1, …)` add up to into a WAV file as they pass."""
+    with soundfile.SoundFile(file, "w", rate, 1, subtype="FLOAT", format="RF64") as heard:
+        for estimates in rendered:
+            heard.write(estimates.sum(0))
+            yield estimates
 
 
 def _in_shape(

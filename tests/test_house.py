@@ -19,13 +19,13 @@ ROOT = Path(__file__).parent.parent
 
 # From the ground up: a room (a folder) or a flat file may import those of its line, and of the lines above.
 FLOORS = (
-    "stft nmf objects metrics miml context evidence lite looks locating limits console starter",
+    "stft nmf objects metrics miml context evidence lite looks locating limits console starter edits",
     "storage tables records lock factors dictionary familiarity",
     "media",
     "model separation baselines plots report",
-    "fetching vision shards work manifest audioset synthetic",
+    "fetching vision shards work labelled manifest audioset synthetic",
     "stages extraction learning",
-    "files videos outputs stems evaluation results results_report audit duplicates datacard",
+    "files videos outputs stems separated evaluation results results_report audit duplicates datacard",
     "service commands",
     "cli",
 )
@@ -59,6 +59,7 @@ FLAGS = {
     "serve": {"--model", "--port", "--in-process"},
     "avsep separate": {
         "--model", "--out", "--objects", "--weights", "--track", "--two-stems", "--format", "--mono", "--video",
+        "--edit",
     },
     "avsep inspect": set(),
     "avsep label": {"--model", "--weights", "--labeller"},
@@ -254,6 +255,8 @@ SIGNATURES = {
     "separation.ratio_masks": "(magnitudes, power=1.0)",
     "separation.separate": "(waveform, masks, stft)",
     "separation.Separator.load": "(model_dir=None)",
+    "separated.separate_file": "(path, objects=None, model=None, *, track=1, mono=False, edits=None)",
+    "separated.separate_sound": "(samples, sample_rate, objects=None, model=None, *, edits=None)",
     "metrics.si_sdr": "(reference, estimate)",
     "metrics.bss_eval": "(references, estimates, *, filter_length=512)",
     "records.validate": "(record, vocabulary=AUDIOSET_23)",

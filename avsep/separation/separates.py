@@ -14,7 +14,6 @@ from torch import Tensor
 from avsep.separation.windows import Explanation, Window
 from avsep.stft import STFT
 
-REST = "_rest"  # what is none of the objects'
 _SHOWN_S = 60  # of a sound in a notebook
 
 

@@ -21,6 +21,7 @@ from avsep.miml import basis_posteriors, energy_shares
 from avsep.model import Model, SeparationConfig
 from avsep.objects import Vocabulary
 from avsep.separation import windows
+from avsep.separation.assigned import Assigned, AssignedWindow, Making, finely
 from avsep.separation.masks import at_least, basis_shares, ratio_masks, separate
 from avsep.separation.separates import Separation
 from avsep.separation.windows import Explanation, Window, WindowStore
@@ -30,7 +31,6 @@ _UNHEARD = "the model hardly hears it: it is taken to be there because it was na
 _UNSURE = "the model is not sure that it sounds"
 _FAINT = 1e-3  # of the loudest window: what a fainter one seems to hold doesn't count
 _SURE = 0.99  # confidence from which a named object needs no least share
-_FINE_ITERATIONS = 4  # of the bases at the masks' resolution; more change nothing
 
 
 class Separator:
@@ -77,6 +77,17 @@ class Separator:
     def vocabulary(self) -> Vocabulary:
         """The model's objects, and what people call them."""
         return self.model.config.vocabulary
+
+    @functools.cached_property
+    def making(self) -> Making:
+        """How shares of bases become sounds, where bases are shared softly and are a sound's own."""
+        config = self.config
+        length = max(int(config.window_s * self.sample_rate), self.stft.n_fft)
+        overlap = min(int(config.overlap_s * self.sample_rate), length // 2)
+        return Making(
+            self.stft, self.mask_stft, self.extraction.factorizer, self.extraction.n_bases, config.mask_power,
+            config.least_share, length, overlap,
+        )  # fmt: skip
 
     @torch.inference_mode()
     def analyse(self, waveform: Tensor, seed: int = 0) -> Window:
@@ -139,7 +150,7 @@ class Separator:
                 own = self._refit(self.stft(waveform).abs(), [W[:, s > 0] for s in shares])
             else:
                 if self.mask_stft != self.stft:
-                    W, H = self._finely(waveform, W, H)
+                    W, H = finely(waveform, window.factors, self.making)
                 own = (W * shares[:, None]) @ H
             own = ratio_masks(own, self.config.mask_power)
         if self.config.bases != "own":
@@ -153,15 +164,6 @@ class Separator:
             assert masks is not None
             return masks
         return ratio_masks(own * learned.clamp_min(1e-3) ** self.config.dictionary_power)
-
-    def _finely(self, waveform: Tensor, W: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
-        """Carry factors over to `mask_stft`, `(F, M), (M, N)` → `(F', M), (M, N')`, and fit its bases anew."""
-        V = self.mask_stft(waveform).abs().T  # (N', F'): the activations are held fixed, as bases of the frames
-        H = windows.resample(H, V.shape[0], self.mask_stft.hop_length / self.stft.hop_length)
-        bins = windows.resample(W.T, V.shape[1], self.stft.n_fft / self.mask_stft.n_fft).clamp_min(1e-6)
-        runs = zip(H.split(self.extraction.n_bases), bins.split(self.extraction.n_bases), strict=True)
-        fitted = [self._factorizer.infer_activations(V, h.T, H0=w, n_iter=_FINE_ITERATIONS) for h, w in runs]
-        return torch.cat(fitted).T, H
 
     def _refit(self, V: Tensor, bases: Sequence[Tensor]) -> Tensor:
         """Hold stacked bases fixed, find their activations, and return each part's `W_j H_j`."""
@@ -300,9 +302,7 @@ class _Heard:
 
 def _listen(separator: Separator, blocks: Iterable[NDArray[np.float32]]) -> _Heard:
     """Analyse a sound window by window; ValueError for one without a sample."""
-    config, rate = separator.config, separator.sample_rate
-    length = max(int(config.window_s * rate), separator.stft.n_fft)
-    overlap = min(int(config.overlap_s * rate), length // 2)
+    length, overlap = separator.making.length, separator.making.overlap
     store, first = WindowStore(), None
     scores: list[tuple[int, int, Tensor]] = []
     energies: list[float] = []
@@ -412,10 +412,43 @@ class Plan:
         )
         return windows.join(parts, self.heard.overlap)
 
+    @property
+    def is_editable(self) -> bool:
+        """Whether `assigned` is to be had: bases are shared softly, and are the sound's own."""
+        return self.separator.config.assignment == "soft" and self.separator.config.bases == "own"
+
+    @functools.cached_property
+    def assigned(self) -> Assigned:
+        """Whose each basis is, to be corrected; ValueError where the plan isn't editable."""
+        separator, config = self.separator, self.separator.config
+        if not self.is_editable:
+            how = f"it assigns {config.bases} bases {'by threshold' if config.assignment != 'soft' else 'softly'}"
+            raise ValueError(
+                f"this separation can't be edited: {how}; take a model of the default recipe, and own bases"
+            )
+        return Assigned(
+            self.objects, separator.objects, self.confidence, self.n_samples, separator.making, _PlannedWindows(self),
+            self.explanation,
+        )  # fmt: skip
+
+    def audible_in(self, analysed: Window) -> list[int]:
+        """Return the places among `objects` of those that sound in a window."""
+        sounds = self._sounds(analysed.sound_scores)
+        return [k for k, i in enumerate(self.indices) if sounds[i] and self.objects[k] not in self.silent]
+
+    def shares_in(self, analysed: Window) -> Tensor:
+        """Say how much of each basis of a window goes to each of `objects` and, last, to the rest, `(J + 1, M)`."""
+        rows = self.audible_in(analysed)
+        shares = torch.zeros(len(self.objects) + 1, analysed.relation.shape[1])
+        shares[-1] = 1
+        if rows:
+            index = [self.indices[k] for k in rows]
+            shares[[*rows, -1]] = self.separator.shares(analysed, index, self._least(analysed, index))
+        return shares
+
     def _part(self, window: NDArray[np.float32], analysed: Window) -> NDArray[np.float32]:
         """Separate one window, `(S,)` → `(J + 1, S)`."""
-        sounds = self._sounds(analysed.sound_scores)
-        rows = [k for k, i in enumerate(self.indices) if sounds[i] and self.objects[k] not in self.silent]
+        rows = self.audible_in(analysed)
         estimates = np.zeros((len(self.objects) + 1, len(window)), np.float32)
         if rows:
             index = [self.indices[k] for k in rows]
@@ -425,6 +458,20 @@ class Plan:
             estimates[rows] = parts.numpy()[:, : len(window)]
         estimates[-1] = window - estimates.sum(0)
         return estimates
+
+
+@dataclass(frozen=True)
+class _PlannedWindows:
+    """A plan's windows, with what it makes of their bases."""
+
+    plan: Plan
+
+    def __len__(self) -> int:
+        return len(self.plan.window_scores)
+
+    def __iter__(self) -> Iterator[AssignedWindow]:
+        for (start, end, _), analysed in zip(self.plan.window_scores, self.plan.heard.windows, strict=True):
+            yield AssignedWindow(start, end, analysed.factors, analysed.relation, self.plan.shares_in(analysed))
 
 
 def _finer(stft: STFT) -> STFT:

@@ -42,6 +42,8 @@ RESULT: dict[str, Any] = {
     "heard": {"violin": 0.62, "dog": 0.29},
     "windows": [{"start_s": 0.0, "end_s": 10.0, "heard": {"violin": 0.62, "dog": 0.29}}],
     "relation": {"data": f"{_BASE}/relation", "png": f"{_BASE}/relation.png"},
+    "edits": f"{_BASE}/edits",
+    "edited": False,
     "frame": f"{_BASE}/frame.png",
     "locations": f"{_BASE}/locations",
     "archive": f"{_BASE}/archive.zip",
@@ -49,6 +51,12 @@ RESULT: dict[str, Any] = {
     "timings": {"queued_s": 0.01, "decode_s": 0.4, "look_s": 0.9, "listen_s": 2.1, "separate_s": 0.3, "total_s": 3.7},
     "model": {"recipe": "default", "avsep": "0.1.0"},
     "trained_on": {"clips": 40_000, "clips_by_label": {"dog": 9000, "violin": 12_000}},
+}
+EDITS: dict[str, Any] = {
+    "moves": [{"window": 0, "basis": 3, "to": "violin"}, {"window": 0, "basis": 7, "to": "_rest"}],
+    "spans": [{"start_s": 2.0, "end_s": 4.5, "object": "violin", "present": False}],
+    "add": ["cat"],
+    "remove": ["dog"],
 }
 JOB: dict[str, Any] = {
     "id": _ID,
@@ -140,6 +148,35 @@ class WindowHeard(BaseModel):
     heard: dict[str, float]
 
 
+class MoveBody(BaseModel):
+    """A basis that goes to another object, as a whole."""
+
+    window: int = _text("counted from 0", default=0, ge=0)
+    basis: int = _text("its number, as the relation map's `basis` gives it", ge=0)
+    to: str = _text("an object's name, or _rest")
+
+
+class SpanBody(BaseModel):
+    """A stretch of time in which an object sounds, or doesn't."""
+
+    start_s: float
+    end_s: float
+    object: str
+    present: bool
+
+
+class EditsBody(BaseModel):
+    """Corrections by hand, all of them optional; as `avsep separate --edit` takes them."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [EDITS]})
+
+    moves: list[MoveBody] = []
+    spans: list[SpanBody] = []
+    add: list[str] = _text("objects that are there, too", default=[])
+    remove: list[str] = _text("objects that are not", default=[])
+    duration_s: float | None = _text("of the sound that they are of; refused for another one", default=None)
+
+
 class Result(BaseModel):
     """What became of a video."""
 
@@ -159,6 +196,8 @@ class Result(BaseModel):
     heard: dict[str, float] = _text("every object's share of the sound, from 1 % up")
     windows: list[WindowHeard] = _text("the same over time, from 5 % up")
     relation: Relation | None = _text("null where the separator has no bases to relate")
+    edits: str | None = _text("what was corrected by hand; null where nothing can be", default=None)
+    edited: bool = _text("whether anything was", default=False)
     frame: str | None = _text("a picture of the video, with a box around each object; ?marked=false without")
     locations: str | None = _text("where the objects are, as maps; null where that isn't known", default=None)
     archive: str = _text("all of it in a ZIP")

@@ -29,6 +29,7 @@ FILES = (
     ("/static/page.js", "page.js", "text/javascript"),
     ("/static/locate.js", "locate.js", "text/javascript"),
     ("/static/mix.js", "mix.js", "text/javascript"),
+    ("/static/edit.js", "edit.js", "text/javascript"),
     ("/static/docs.js", "docs.js", "text/javascript"),
     ("/static/page.css", "page.css", "text/css"),
     ("/static/icon.svg", "icon.svg", "image/svg+xml"),
@@ -76,7 +77,7 @@ class Guard:
         finally:
             route = scope.get("route")
             path = getattr(route, "path", "other")
-            method = scope["method"] if scope["method"] in ("GET", "POST", "DELETE") else "other"
+            method = scope["method"] if scope["method"] in ("GET", "POST", "PATCH", "DELETE") else "other"
             self._service.metrics.requests.labels(method, path, str(status)).inc()
             self._service.metrics.seconds.labels(path).observe(time.monotonic() - started)
 

@@ -22,6 +22,7 @@ from avsep.fetching import EgressIdentity, sources
 from avsep.outputs import clipped
 from avsep.records import ClipError, Segment
 from avsep.separation import Separator
+from avsep.service import editing
 from avsep.service.answers import Card
 from avsep.service.config import ServiceConfig, log
 from avsep.service.failures import as_failure
@@ -39,7 +40,8 @@ _STEP_S = 0.25  # between looks at the store
 _SWEEP_S = 2.0
 _BLIND = "the pictures were not looked at: this service has no picture network"
 _LEAST_BYTE_RATE = 4000  # of media that don't say how long they are
-_BESIDE_BYTES = 1 << 16  # of a result, beside its sounds
+_BESIDE_BYTES = 1 << 16  # of a result, beside its sounds and its bases
+_BASES_PART = 0.3  # of a sound's bytes: what its bases take
 
 
 class JobWorker:
@@ -111,6 +113,7 @@ class JobWorker:
         kept = KeptWindow.of(done.plan, done.opening)
         if kept is not None:
             kept.write(folder)
+        editable = editing.keep(done.plan, folder)
         has_frame = write_frame(folder, done.pictures, done.locations)
         try:
             part.rename(folder / TRACKS)
@@ -120,7 +123,7 @@ class JobWorker:
             _remove(folder, TRACKS)  # of a worker that died before it could say that it was done
             part.rename(folder / TRACKS)
         video = self._pictures_of(folder / UPLOAD)
-        more = {"has_frame": has_frame, "explained": kept is not None, "video": video}
+        more = {"has_frame": has_frame, "explained": kept is not None, "editable": editable, "video": video}
         more["located"] = has_frame and done.locations is not None
         result = outcome(job, separate, done).model_copy(update=more)
         self.store.sweep()  # while this one is in progress: others make room, or there is none
@@ -249,7 +252,10 @@ def reserve(store: ResultStore, job_id: str, n_tracks: int, card: Card, mono: bo
     rate, channels = (card.sample_rate, 1) if mono else (job.sample_rate, job.channels)
     window = 4 * round(card.sample_rate * min(job.duration_s, card.window_s or 0.0))
     size = (store.path(job_id) / UPLOAD).stat().st_size
-    store.reserve(job_id, size + 4 * round(rate * job.duration_s) * channels * n_tracks + window + _BESIDE_BYTES)
+    sounds = 4 * round(rate * job.duration_s) * channels * n_tracks
+    heard = 0 if mono else 1
+    bases = round(4 * card.sample_rate * job.duration_s * (_BASES_PART + heard))  # and the mono mix
+    store.reserve(job_id, size + sounds + bases + window + _BESIDE_BYTES)
 
 
 def fail(store: ResultStore, job_id: str, failure: Failure) -> None:

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from avsep import media
 from avsep.outputs import FORMATS, mixed_down
 from avsep.service.results import UPLOAD
-from avsep.service.window import TRACKS
 
 MOST_GAIN = 4.0  # 12 dB
 _BLOCK = 1 << 16  # samples of each channel
@@ -98,6 +97,6 @@ def write_video(mix: Mix, folder: Path, target: Path, limits: media.DecodeLimits
     return "; ".join(filter(None, (softer, mixed_down(mix.info.channels))))
 
 
-def mix_of(folder: Path, gains: Mapping[str, float]) -> Mix:
-    """Return the mix of a job's sounds, whose files' names are given without suffix."""
-    return Mix({folder / TRACKS / f"{name}.wav": gain for name, gain in gains.items()})
+def mix_of(sounds: Path, gains: Mapping[str, float]) -> Mix:
+    """Return the mix of the sounds in a folder, whose files' names are given without suffix."""
+    return Mix({sounds / f"{name}.wav": gain for name, gain in gains.items()})

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from avsep.service.answers import PROBLEM, ProblemBody
+from avsep.service.answers import PROBLEM, EditsBody, ProblemBody
 from avsep.service.state import Failure
 
 _RETRY_S = 2
@@ -89,6 +89,7 @@ UPLOAD_SCHEMA = {
         },
     }
 }  # fmt: skip
+EDITS_SCHEMA = {"requestBody": {"required": True, "content": {JSON: {"schema": EditsBody.model_json_schema()}}}}
 
 
 AUDIO = {"wav": "audio/wav", "flac": "audio/flac", "mp3": "audio/mpeg", "ogg": "audio/ogg"}

@@ -57,10 +57,17 @@ def _result(job: State, found: Outcome) -> Result:
         two_stems=job.options.two_stems or "",
         mix=Mixes(sound=f"{base}/mix", video=f"{base}/mix.{found.video}" if found.video else None),
         relation=Relation(data=f"{base}/relation", png=f"{base}/relation.png") if found.explained else None,
+        edits=f"{base}/edits" if found.editable else None,
+        edited=found.edits is not None,
         frame=f"{base}/frame.png" if found.has_frame else None,
         locations=f"{base}/locations" if found.located else None,
         archive=f"{base}/archive.zip",
-        **found.model_dump(exclude={"objects", "has_frame", "located", "explained", "video"}),
+        **found.model_dump(
+            exclude={
+                *("objects", "has_frame", "located", "explained", "video"),
+                *("editable", "edited", "edits", "first"),
+            }
+        ),
     )
 
 

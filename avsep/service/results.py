@@ -74,6 +74,14 @@ class ResultStore:
             self.update(job_id, reserved=n_bytes)
         self.sweep()
 
+    def make_room(self, job_id: str, n_bytes: int) -> None:
+        """Have other results make room for `n_bytes` more of a finished job; StoreFull where even all would not do."""
+        with self._alone():
+            lacking = n_bytes + _size(self.path(job_id)) - self._headroom({})
+            if lacking > 0:
+                raise StoreFull(f"{lacking} bytes are lacking")
+        self.sweep(n_bytes, keep=job_id)
+
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """Keep the other threads, and the other processes of this machine, from reserving."""
@@ -85,14 +93,6 @@ class ResultStore:
                 yield
         finally:
             os.close(folder)
-
-    def make_room(self, job_id: str, n_bytes: int) -> None:
-        """Have other results make room for `n_bytes` more of a finished job; StoreFull where even all would not do."""
-        with self._alone():
-            lacking = n_bytes + _size(self.path(job_id)) - self._headroom({})
-            if lacking > 0:
-                raise StoreFull(f"{lacking} bytes are lacking")
-        self.sweep(n_bytes, keep=job_id)
 
     def room(self) -> int:
         """Say how many bytes one more job may hold, where all results make room."""

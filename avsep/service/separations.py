@@ -19,11 +19,22 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from avsep.edits import Edits
 from avsep.outputs import FORMATS, MIXTURE, lacks
 from avsep.service import located, mixing, window
-from avsep.service.answers import Job, LocationMaps, RelationMap
+from avsep.service.answers import EditsBody, Job, LocationMaps, RelationMap
 from avsep.service.archive import converted, zip
-from avsep.service.problems import AUDIO, JSON, UPLOAD_SCHEMA, VIDEO, Problem, file_response, problems
+from avsep.service.editing import MOST_BYTES, sounds_of
+from avsep.service.problems import (
+    AUDIO,
+    EDITS_SCHEMA,
+    JSON,
+    UPLOAD_SCHEMA,
+    VIDEO,
+    Problem,
+    file_response,
+    problems,
+)
 from avsep.service.requests import check_format, describe, preferences, wants_archive
 from avsep.service.results import UPLOAD, NoSuchJob, StoreFull
 from avsep.service.service import Service, service_of
@@ -121,7 +132,7 @@ async def track(job_id: str, track: str, kind: str, service: Served) -> Response
         raise Problem(404, f"the sounds are {', '.join(sorted(names))}, each as .{', .'.join(AUDIO)}")
     if fact := lacks(kind, result.sample_rate, result.channels):
         raise Problem(404, f"{fact}; take .wav")
-    path: Path | bytes = folder / TRACKS / f"{track}.wav"
+    path: Path | bytes = (folder / TRACKS if track == MIXTURE else sounds_of(folder, result)) / f"{track}.wav"
     if kind != "wav":
         path = await _of(service, job_id, converted, path, kind)
     if isinstance(path, bytes):
@@ -190,7 +201,9 @@ async def _mix(service: Service, job_id: str, text: str) -> mixing.Mix:
         gains = mixing.parse_gains(text, [*tracks])
     except ValueError as error:
         raise Problem(422, str(error)) from None
-    made: mixing.Mix = await _of(service, job_id, mixing.mix_of, folder, {tracks[n]: g for n, g in gains.items()})
+    made: mixing.Mix = await _of(
+        service, job_id, mixing.mix_of, sounds_of(folder, result), {tracks[n]: g for n, g in gains.items()}
+    )
     return made
 
 
@@ -228,12 +241,13 @@ class _SentOnce(FileResponse):
     summary="The relation map as data",
 )  # fmt: skip
 async def relation(job_id: str, service: Served) -> Any:
-    return JSONResponse(await _of(service, job_id, window.relation, _explained(service, job_id)))
+    _, kept_in = _explained(service, job_id)
+    return JSONResponse(await _of(service, job_id, window.relation, kept_in))
 
 
 @router.get("/{job_id}/relation.png", response_class=Response, responses=_PNG, summary="The relation map as a picture")
 async def relation_png(job_id: str, service: Served) -> Response:
-    picture = await _of(service, job_id, window.relation_png, _explained(service, job_id))
+    picture = await _of(service, job_id, window.relation_png, *_explained(service, job_id))
     return Response(picture, media_type="image/png")
 
 
@@ -266,7 +280,7 @@ async def locations(job_id: str, service: Served) -> Any:
     summary="One basis alone, in the first window",
 )
 async def basis(job_id: str, basis: int, service: Served) -> Response:
-    folder = _explained(service, job_id)
+    folder, _ = _explained(service, job_id)
     try:
         sound, rate = await _of(service, job_id, window.basis_sound, folder, basis)
     except IndexError:
@@ -286,6 +300,45 @@ async def archive(job_id: str, service: Served) -> Response:
     return await _archived(service, job_id, 200, {})
 
 
+@router.get(
+    "/{job_id}/edits", response_model=EditsBody, responses=problems(404, 409),
+    summary="What was corrected by hand, to be used again",
+)  # fmt: skip
+async def edits(job_id: str, service: Served) -> Any:
+    result = _editable(service, job_id)
+    made = Edits() if result.edits is None else Edits.from_dict(result.edits)
+    headers = {"Content-Disposition": f'attachment; filename="edits-{job_id[:8]}.json"'}
+    return Response(replace(made, duration_s=result.duration_s).to_json(), 200, headers, JSON)
+
+
+@router.patch(
+    "/{job_id}", response_model=Job, responses=problems(404, 408, 409, 413, 422, 503, 507),
+    openapi_extra=EDITS_SCHEMA, summary="Correct it by hand",
+)  # fmt: skip
+async def edit(job_id: str, request: Request, service: Served) -> Response:
+    """Move bases, add objects or take them away, mark spans; the sounds are rendered again, and the result changes.
+
+    The edits are all that are to be made, in place of earlier ones; `{}` brings the first sounds back.
+    """
+    _editable(service, job_id)
+    if service.busy:
+        raise Problem(503, f"{service.working} separations are in progress, no more are taken now", "busy")
+    body = await service.read_small(request, MOST_BYTES)
+    try:
+        job = await service.edit(job_id, Edits.from_json(body))
+    except ValueError as error:
+        raise Problem(422, str(error), "edits") from None
+    return Response(describe(job, service.config.results_ttl_s).model_dump_json(), 200, {}, JSON)
+
+
+def _editable(service: Service, job_id: str) -> Outcome:
+    """Give a finished job's result, where its bases were kept; else Problem (409)."""
+    _, result = _finished(service, job_id)
+    if not result.editable:
+        raise Problem(409, "this separation can't be edited: its separator shares no bases among objects", "no_bases")
+    return result
+
+
 def _finished(service: Service, job_id: str) -> tuple[Path, Outcome]:
     """Give a finished job's folder and result; Problem (409) for one that isn't."""
     job = service.store.job(job_id)
@@ -299,14 +352,14 @@ def _tracks(service: Service, job_id: str, result: Outcome) -> dict[str, str]:
     return service.store.job(job_id).options.tracks(o.name for o in result.objects)
 
 
-def _explained(service: Service, job_id: str) -> Path:
-    """Give a finished job's folder, where its first window was kept; else Problem (404)."""
+def _explained(service: Service, job_id: str) -> tuple[Path, Path]:
+    """Give a finished job's folder, and that of its first window as it is now; Problem (404) where none was kept."""
     folder, result = _finished(service, job_id)
     if not result.explained:
         raise Problem(
             404, "the separator that made these sounds doesn't explain them: it has no bases and no relation map"
         )
-    return folder
+    return folder, folder / result.edited
 
 
 async def _of(service: Service, job_id: str, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -323,10 +376,12 @@ async def _archived(service: Service, job_id: str, status: int, headers: dict[st
     format = service.store.job(job_id).options.format
     files: dict[str, Path | bytes] = {}
     for name in (*_tracks(service, job_id, result).values(), MIXTURE):
-        sound = folder / TRACKS / f"{name}.wav"
+        sound = (folder / TRACKS if name == MIXTURE else sounds_of(folder, result)) / f"{name}.wav"
         files[f"{name}.{format}"] = sound if format == "wav" else await _of(service, job_id, converted, sound, format)
     if result.explained:
-        files["relation_map.png"] = await _of(service, job_id, window.relation_png, folder)
+        files["relation_map.png"] = await _of(service, job_id, window.relation_png, folder, folder / result.edited)
+    if result.edits is not None:
+        files["edits.json"] = Edits.from_dict(result.edits).to_json().encode()
     described = describe(service.store.job(job_id), service.config.results_ttl_s)
     files["separation.json"] = described.model_dump_json(indent=1).encode()
     named = {"Content-Disposition": f'attachment; filename="separation-{job_id[:8]}.zip"'}

@@ -16,7 +16,8 @@ from fastapi import Request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.concurrency import run_in_threadpool
 
-from avsep.service import hotmodel, jobs
+from avsep.edits import Edits
+from avsep.service import editing, hotmodel, jobs
 from avsep.service.answers import Card
 from avsep.service.config import ServiceConfig
 from avsep.service.failures import as_failure
@@ -103,6 +104,7 @@ class Service:
         )
         self._probing, self._reserving = asyncio.Semaphore(_PROBES), asyncio.Lock()
         self.mixing = asyncio.Semaphore(_MIXES)
+        self._editing = asyncio.Lock()
         self.metrics = Metrics(self)
         self._tasks: set[asyncio.Task[None]] = set()
         self._card: Card | None = None
@@ -169,6 +171,29 @@ class Service:
             except StoreFull:
                 self.store.delete(job_id)  # before the next one asks
                 raise
+
+    async def edit(self, job_id: str, edits: Edits) -> State:
+        """Correct a finished job, one at a time; raises as `editing.edit`."""
+        self.working += 1
+        try:
+            async with self._editing:
+                find = self.card().vocabulary.find
+                return await run_in_threadpool(editing.edit, self.store, job_id, edits, find)
+        finally:
+            self.working -= 1
+
+    async def read_small(self, request: Request, most: int) -> bytes:
+        """Read a body of up to `most` bytes. Problem: 413 for more, 408 for one that doesn't come."""
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self.config.upload_grace_s):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > most:
+                        raise Problem(413, f"the body has more than {most} bytes")
+        except TimeoutError:
+            raise Problem(408, f"the body did not come within {self.config.upload_grace_s:g} s") from None
+        return bytes(body)
 
     def start(self, job_id: str) -> asyncio.Task[None]:
         """Have a job done; the task ends when its state says how it ended."""

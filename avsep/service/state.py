@@ -83,6 +83,14 @@ class Heard(_Kept):
     heard: dict[str, float]
 
 
+class First(_Kept):
+    """What a separation found, before anybody corrected it."""
+
+    objects: tuple[FoundObject, ...]
+    heard: dict[str, float] = {}
+    windows: tuple[Heard, ...] = ()
+
+
 class Outcome(_Kept):
     """What a separation found; its sounds and its first window are files beside it."""
 
@@ -102,6 +110,10 @@ class Outcome(_Kept):
     located: bool = False  # whether maps of where objects are were kept
     explained: bool = False  # whether its first window was kept
     video: Literal["mp4", "mkv"] | None = None  # what can hold the upload's pictures; None: it has none
+    editable: bool = False  # whether its bases were kept
+    edited: str = ""  # the folder of the sounds rendered again, when it was
+    edits: dict[str, Any] | None = None  # made by hand
+    first: First | None = None  # where there are edits
 
 
 class State(_Kept):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,10 @@ class KeptWindow:
             mixture=mixture,
             stft=found.stft,
         )
+
+    def changed(self, audible: tuple[str, ...], shares: NDArray[np.float32]) -> KeptWindow:
+        """Return it with other shares, `(J + 1, M)`, of J audible objects: as somebody corrected them."""
+        return replace(self, audible=audible, shares=shares)
 
     def write(self, folder: Path) -> None:
         """Write it into a job's folder."""
@@ -108,9 +112,9 @@ def relation(folder: Path) -> dict[str, Any]:
     return KeptWindow.read(folder).map()
 
 
-def relation_png(folder: Path) -> bytes:
-    """Draw a job's relation map beside its picture, which shows where the objects are."""
-    kept = KeptWindow.read(folder)
+def relation_png(folder: Path, kept_in: Path) -> bytes:
+    """Draw a job's relation map, of the window kept in one of its folders, beside its marked picture."""
+    kept = KeptWindow.read(kept_in)
     picture, marks = marked_picture(folder)
     return plots.relation_map(kept.relation, kept.objects, kept.energy, picture, kept.audible, marks=marks)
 

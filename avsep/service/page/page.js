@@ -1,5 +1,6 @@
 // The page: choose, upload, wait, mix. `mixer` is exported for who wants to look at its Web Audio graph.
 
+import { Editing } from "./edit.js";
 import { showPlaces, syncPlaces } from "./locate.js";
 import { addOptions, offerMix, offerStems } from "./mix.js";
 
@@ -233,6 +234,7 @@ function enter(part) {
   $("alert").hidden = $("notice").hidden = $("stay").hidden = true;
   $("file").value = "";
   document.title = "avsep: hear a video’s objects";
+  $("edit-line").textContent = "";
   show(part);
   return view;
 }
@@ -286,6 +288,7 @@ function start(how) {
 async function separate(source, said = "") {
   if (location.hash) history.pushState(null, "", location.pathname + location.search); // the result stays behind it
   const here = enter("work");
+  here.fresh = true;
   notice(said);
   await within(here, async () => {
     stage("Looking at the file");
@@ -436,6 +439,43 @@ async function present(here) {
   showPlaces(here).catch((error) => here === view && complain(error));
   await drawAll(here).catch((error) => here.stay() ?? complain(error));
   if (result.relation) await showMap(here).catch((error) => here.stay() ?? complain(error));
+  await editing.show(here).catch((error) => here.stay() ?? complain(error));
+}
+
+/** Fetch the sounds of a result that was corrected; position, levels and mutes stay as they are. */
+async function reload(here) {
+  const { result } = here.job;
+  const before = here.mixer.tracks;
+  const place = (o) => (before.findIndex((t) => t.name === o.name) + 1 || 1e3);
+  const heard = result.objects.filter((o) => !o.silent).sort((a, b) => place(a) - place(b));
+  const parts = [...heard, { name: REST, audio: result.rest }];
+  const [buffers, map] = await Promise.all([
+    load(here, parts.map((p) => p.audio), ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname)),
+    here.ask(result.relation.data).then((answer) => answer.json()),
+  ]);
+  here.stay();
+  const { playing, position } = here.mixer;
+  here.mixer.pause();
+  here.mixer.stopAlone();
+  for (const track of before) track.gain.disconnect();
+  Object.assign(here.mixer, { tracks: [], duration: 0 });
+  $("tracks").replaceChildren();
+  parts.forEach((part, i) => {
+    addTrack(part, here.mixer.add(part.name, buffers[i]), i);
+    const old = before.find((t) => t.name === part.name)?.row;
+    const row = $("tracks").lastElementChild;
+    if (!old) return;
+    row.querySelector(".fader input").value = old.querySelector(".fader input").value;
+    row.querySelector(".fader input").oninput();
+    for (const kind of [".mute", ".solo"]) if (old.querySelector(kind).ariaPressed === "true") row.querySelector(kind).click();
+  });
+  refresh();
+  here.mixer.offset = Math.min(position, here.mixer.duration);
+  if (playing) await here.mixer.play();
+  summarize(here.job, heard.length);
+  here.map = map;
+  drawMap();
+  drawAll(here).catch(() => {}); // left meanwhile, or drawn again
 }
 
 /** The rate that sounds are decoded at: their own, as far as it can be heard and memory holds them. */
@@ -446,7 +486,7 @@ function mixerRate({ sample_rate, channels, duration_s }, n) {
 }
 
 /** Fetch and decode sounds, in a small format where the browser knows it. */
-async function load(here, sounds) {
+async function load(here, sounds, near = false) {
   const small = document.createElement("audio").canPlayType('audio/ogg; codecs="vorbis"');
   const sizes = sounds.map(() => [0, 0]);
   const tell = () => {
@@ -471,6 +511,7 @@ async function load(here, sounds) {
   const decode = async (url, i) => here.mixer.context.decodeAudioData(await bytes(url, i));
   stage("Fetching the sounds", 0.9);
   const buffers = await Promise.all(sounds.map(async ({ ogg, flac, wav }, i) => {
+    if (near) return decode(wav, i); // nothing has to be encoded
     if (!small || !ogg) return decode(flac ?? wav, i);
     return decode(ogg, i).catch((error) => {
       if (error instanceof Refused || here.signal.aborted) throw error;
@@ -818,7 +859,7 @@ function drawMap() {
   const here = (name) => map.audible.includes(name);
   const known = (name) => name === "noise" || !learned || learned.includes(name);
   const rows = map.objects.map((name, i) => ({ name, cells: map.posteriors[i] }))
-    .filter(({ name, cells }) => here(name) || (known(name) && (all || Math.max(...cells) >= 0.25)));
+    .filter(({ name, cells }) => here(name) || (name === "noise" && view.job.result.edits) || (known(name) && (all || Math.max(...cells) >= 0.25)));
   const grid = document.createElement("tbody");
   const top = Math.max(...map.energy);
   const bars = grid.insertRow();
@@ -832,6 +873,7 @@ function drawMap() {
   }
   for (const { name, cells } of rows) {
     const row = grid.insertRow();
+    row.dataset.name = name;
     const head = document.createElement("th");
     head.scope = "row";
     head.textContent = titled(name);
@@ -851,6 +893,14 @@ function drawMap() {
   const first = grid.querySelector("button");
   if (first) first.tabIndex = 0;
   $("grid").replaceChildren(grid);
+  editing.decorate();
+}
+
+function focusCell(button) {
+  const before = $("grid").querySelector("[tabindex='0']");
+  if (before) before.tabIndex = -1;
+  button.tabIndex = 0;
+  button.focus();
 }
 
 /** One cell of the grid is in the tab order; arrows move on from it. */
@@ -865,9 +915,7 @@ $("grid").addEventListener("keydown", (event) => {
   }[event.key]?.querySelector?.("button");
   if (!target) return;
   event.preventDefault();
-  event.target.tabIndex = -1;
-  target.tabIndex = 0;
-  target.focus();
+  focusCell(target);
 });
 
 let basisPlaying = null;
@@ -936,7 +984,7 @@ function mixerKey(event) {
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing || $("keys").open) return;
-  if (event.target.closest("input[type=password], input[type=url]")) return;
+  if (event.target.closest("input[type=password], input[type=url], input[type=number], select")) return;
   if (event.key === "Escape") {
     if (view.part === "work") cancel();
     else if (mixer) { mixer.stopAlone(); mixer.pause(); followVideo(true); }
@@ -1033,4 +1081,5 @@ async function begin() {
   }));
   $("examples-box").hidden = !examples.length;
 }
+const editing = new Editing({ ask, link, titled, complain, reload, focusCell, view: () => view, learned: () => learned ?? [] });
 begin().catch(complain);

@@ -1,0 +1,118 @@
+"""Correct a finished job by hand: its sounds rendered again from the bases that were kept with it."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+
+from avsep import stems
+from avsep.edits import Edits
+from avsep.outputs import HEARD, MIXTURE, Output, Shape, write_sounds
+from avsep.separation import Assigned, EditedPlan, Plan, Planned
+from avsep.service.results import ResultStore
+from avsep.service.state import First, FoundObject, Heard, Outcome, State
+from avsep.service.window import TRACKS, KeptWindow
+
+MOST_BYTES = 1 << 20  # of edits as JSON
+_BASES = "bases.zip"
+_EDITED = "edited"  # folders of sounds rendered again: the present one, and the one before, which may be being read
+_BLOCK = 1 << 20  # samples
+_BESIDE_BYTES = 1 << 20  # of edited sounds: the relation map's window
+
+
+def keep(plan: Planned, folder: Path) -> bool:
+    """Keep a plan's bases in a job's folder, to be edited; False where they can't be."""
+    if not isinstance(plan, Plan) or not plan.is_editable:
+        return False
+    plan.assigned.write(folder / _BASES)
+    return True
+
+
+def sounds_of(folder: Path, result: Outcome) -> Path:
+    """Return the folder of a job's sounds as they are now; the mixture's is always the first, `TRACKS`."""
+    return folder / (result.edited or TRACKS)
+
+
+def edit(store: ResultStore, job_id: str, edits: Edits, find: Callable[[str], str]) -> State:
+    """Make edits on what a finished job's separation decided, in place of earlier ones, and return its new state.
+
+    `find` gives the names of objects that people type. No edits bring back the first sounds. Raises ValueError for
+    edits that can't be of this job, StoreFull where there is no room, NoSuchJob where it is gone.
+    """
+    folder, job = store.path(job_id), store.job(job_id)
+    assert job.result is not None
+    assigned = Assigned.read(folder / _BASES)
+    edits = edits.named(lambda name: name if name in assigned.known else find(name))
+    plan = assigned.edited(edits)
+    if (one := job.options.two_stems) and one not in plan.objects:
+        raise ValueError(f"the edits take {one} away, which 'two_stems' asks for; leave that out")
+    name = ""
+    if edits:
+        names = job.options.output.names(plan.objects)
+        mixture = (folder / TRACKS / f"{MIXTURE}.wav").stat()
+        store.make_room(job_id, mixture.st_size * len(names) + _BESIDE_BYTES)
+        name = f"{_EDITED}.{secrets.token_hex(4)}"
+        part = folder / f"{name}.part"
+        try:
+            _render(plan, job.options.output, folder, part)
+            part.rename(folder / name)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    state = store.update(job_id, result=outcome(job.result, plan).model_copy(update={"edited": name}))
+    for other in folder.glob(f"{_EDITED}.*"):
+        if other.name not in (name, job.result.edited):
+            shutil.rmtree(other, ignore_errors=True)
+    return state
+
+
+def _render(plan: EditedPlan, output: Output, folder: Path, part: Path) -> None:
+    """Write the sounds in the channels and at the rate of the mixture."""
+    tracks = folder / TRACKS
+    heard = tracks / f"{HEARD}.wav"
+    mixture = soundfile.info(tracks / f"{MIXTURE}.wav")
+    shape = Shape(mixture.samplerate, mixture.channels, duration_s=mixture.frames / mixture.samplerate)
+    if heard.exists():
+        rendered = plan.render(block[0] for block in _blocks(heard))
+        channels, resolution = _blocks(tracks / f"{MIXTURE}.wav"), plan.assigned.how.mask_stft
+        parts = stems.carry_over(rendered, channels, mixture.samplerate, resolution)
+    else:
+        parts = (e[:, None] for e in plan.render(block[0] for block in _blocks(tracks / f"{MIXTURE}.wav")))
+    write_sounds(plan.objects, parts, part, shape, output, parents=False)  # a deleted job's folder isn't made again
+    KeptWindow.read(folder).changed(plan.audible, plan.first_shares.numpy()).write(part)
+
+
+def _blocks(file: Path) -> Iterator[NDArray[np.float32]]:
+    """Read a sound from its start, `(C, S)` at a time."""
+    with soundfile.SoundFile(file) as sound:
+        for block in sound.blocks(_BLOCK // sound.channels, dtype="float32", always_2d=True):
+            yield block.T
+
+
+def outcome(before: Outcome, plan: EditedPlan) -> Outcome:
+    """Say what a separation found, as edits have it; of no edits, what it found itself."""
+    first = before.first or First(objects=before.objects, heard=before.heard, windows=before.windows)
+    if not plan.edits:
+        return before.model_copy(update={**dict(first), "first": None, "edited": "", "edits": None})
+    known = {o.name: o for o in first.objects}
+    objects = []
+    for name in plan.objects:
+        new = {"name": name, "from": "given", "confidence": plan.confidence[name], "silent": False}
+        heard = {"sound_score": plan.sound_scores[name], "silent": name in plan.silent}
+        objects.append((known.get(name) or FoundObject.model_validate(new)).model_copy(update=heard))
+    rate, names = plan.assigned.how.stft.sample_rate, plan.assigned.known
+    windows = [
+        Heard(start_s=start / rate, end_s=end / rate, heard=_loud(dict(zip(names, scores.tolist(), strict=True)), 0.05))
+        for start, end, scores in plan.window_scores
+    ]
+    found = First(objects=tuple(objects), heard=_loud(plan.sound_scores, 0.01), windows=tuple(windows))
+    return before.model_copy(update={**dict(found), "first": first, "edits": plan.edits.as_dict()})
+
+
+def _loud(shares: dict[str, float], least: float) -> dict[str, float]:
+    return {n: s for n, s in sorted(shares.items(), key=lambda x: -x[1]) if s >= least}
