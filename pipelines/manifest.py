@@ -41,9 +41,12 @@ def parser() -> argparse.ArgumentParser:
     sources = p.add_mutually_exclusive_group(required=True)
     sources.add_argument("--table", metavar="CSV_OR_PARQUET", help="a table of media files")
     sources.add_argument("--audioset", nargs="+", metavar="CSV", help="AudioSet's segment files")
+    sources.add_argument("--music", nargs="+", metavar="JSON", help="MUSIC's files, or MUSIC-21's")
+    sources.add_argument("--ave", nargs="+", metavar="FILE", help="AVE's Annotations.txt, and its files of splits")
+    sources.add_argument("--vggsound", nargs=1, metavar="CSV", help="VGGSound's vggsound.csv")
     p.add_argument("--ontology", metavar="JSON", help="AudioSet's ontology.json")
     p.add_argument("--own-node-only", action="store_true", help="don't count the ontology's descendants")
-    p.add_argument("--objects", metavar="FILE", help="a vocabulary of your own, JSON or CSV (default: the 23 objects)")
+    p.add_argument("--objects", metavar="FILE", help="a vocabulary of your own, JSON or CSV (default: the set's own, else the 23 objects)")
     p.add_argument("--out", required=True, metavar="DIR", help="where to write; a manifest there is replaced")
     return p
 
@@ -54,6 +57,7 @@ if __name__ == "__main__":
 import pyarrow as pa
 
 from avsep import audioset, storage
+from avsep.datasets import PLANS
 from avsep.manifest import (
     SHARD_ROWS,
     STAGING,
@@ -107,7 +111,7 @@ def build(
     uris: list[str],
     folder: str,
     *,
-    repeats_are_bad: bool,
+    repeats: str,
     vocabulary: Vocabulary = AUDIOSET_23,
     shard_rows: int = SHARD_ROWS,
 ) -> None:
@@ -129,7 +133,7 @@ def build(
         parsed.segments
         | "ranges" >> beam.FlatMap(into_ranges, bounds)
         | "shards" >> beam.GroupByKey()
-        | "write" >> beam.Map(write_shard, bounds, folder, repeats_are_bad=repeats_are_bad, vocabulary=vocabulary)
+        | "write" >> beam.Map(write_shard, bounds, folder, repeats=repeats, vocabulary=vocabulary)
     )
     reports = (parsed.reports, written) | beam.Flatten()
     _ = (
@@ -149,11 +153,15 @@ def build(
 def plan_of(args: argparse.Namespace) -> tuple[list[str], Plan]:
     """Check arguments and input → its files, and how they are read. Raises ValueError or OSError."""
     own = read_objects(storage.resolve(args.objects, ".")) if args.objects else None
+    if not args.audioset and (args.ontology or args.own_node_only):
+        raise ValueError("--ontology and --own-node-only go with --audioset alone")
     if args.table:
-        if args.ontology or args.own_node_only:
-            raise ValueError("--ontology and --own-node-only go with --audioset, not with --table")
         uris = [storage.resolve(args.table, ".")]
         return uris, plan_table(uris[0], own)
+    for name, plan in PLANS.items():
+        if given := getattr(args, name):
+            uris = list(dict.fromkeys(storage.resolve(uri, ".") for uri in given))
+            return uris, plan(uris, own)
     if not args.ontology and not args.own_node_only:
         raise ValueError("--audioset needs --ontology ontology.json (or --own-node-only to do without)")
     uris = list(dict.fromkeys(storage.resolve(uri, ".") for uri in args.audioset))
@@ -170,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = runners.beam_options(others)
         out = storage.resolve(args.out, ".")
-        console.keep_apart(args, "table", "audioset", "ontology", "objects", writes=WRITES)
+        console.keep_apart(args, "table", "audioset", *PLANS, "ontology", "objects", writes=WRITES)
         uris, plan = plan_of(args)
         pipeline = beam.Pipeline(options=options)
         staging = storage.join(out, STAGING)
@@ -190,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             plan.read,
             uris,
             staging,
-            repeats_are_bad=bool(args.table),
+            repeats=plan.repeats,
             vocabulary=plan.vocabulary,
         )
         if console.is_local(options):  # what a step raises comes back to us; Beam would print its traceback first

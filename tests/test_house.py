@@ -23,7 +23,7 @@ FLOORS = (
     "storage tables records lock factors dictionary familiarity",
     "media",
     "model separation baselines plots report",
-    "fetching vision shards work manifest audioset synthetic",
+    "fetching vision shards work manifest audioset datasets synthetic",
     "stages extraction learning",
     "files videos outputs stems evaluation results results_report audit duplicates datacard",
     "service commands",
@@ -40,7 +40,7 @@ PIPELINES = sorted(p.stem for p in (ROOT / "pipelines").glob("*.py") if p.stem !
 # Every flag of every command. A new one needs a reason, and a line here.
 FLAGS = {
     "demo": {"--out", "--clips", "--in-process"},
-    "manifest": {"--audioset", "--ontology", "--own-node-only", "--table", "--objects", "--out"},
+    "manifest": {"--audioset", "--ontology", "--own-node-only", "--table", "--music", "--ave", "--vggsound", "--objects", "--out"},
     "extract": {
         "--segments", "--out", "--recipe", "--weights", "--labeller", "--retry-rejected",
         "--in-process", "--profile", "--dry-run", "--media", "--until", "--rate", "--proxies", "--cookies",
