@@ -26,7 +26,7 @@ from avsep.records import SCHEMA_VERSION, SEGMENT_SCHEMA, SPLITS
 
 VAL_PERCENT = 4
 MAX_SECONDS = 1e9
-_SHOWN = 30  # objects in what is said of a manifest
+_SHOWN, _FEW = 30, 10  # objects in what is said of a manifest; of more than these, the most frequent
 
 _ID = r"[0-9A-Za-z_-]+"
 _SECONDS = r"[0-9]{1,9}(?:\.[0-9]+)?"
@@ -221,9 +221,7 @@ def deduplicate(rows: pa.Table) -> tuple[pa.Table, pa.Table, NDArray[np.bool_]]:
     return rows.filter(pa.array(first)), rows.filter(pa.array(~first)), lost_to_test
 
 
-def merge_objects(
-    segments: pa.Table, repeats: pa.Table, vocabulary: Vocabulary
-) -> tuple[pa.Table, NDArray[np.bool_]]:
+def merge_objects(segments: pa.Table, repeats: pa.Table, vocabulary: Vocabulary) -> tuple[pa.Table, NDArray[np.bool_]]:
     """Give each segment the objects and labels that its repeats have, too (both columns are alike in either table).
 
     Returns the segments, and which repeats had an object that their segment lacked.
@@ -358,8 +356,8 @@ def _totals(by_object: Mapping[str, Mapping[str, int]]) -> str:
     totals = {name: sum(splits.values()) for name, splits in by_object.items()}
     there = [f"{name}\N{NO-BREAK SPACE}{n:,}" for name, n in totals.items() if n]
     if len(there) > _SHOWN:
-        most = sorted(totals, key=lambda name: -totals[name])[:_SHOWN]
-        there = [*(f"{name}\N{NO-BREAK SPACE}{totals[name]:,}" for name in most), f"{len(there) - _SHOWN} others"]
+        most = sorted(totals, key=lambda name: -totals[name])[:_FEW]
+        there = [*(f"{name}\N{NO-BREAK SPACE}{totals[name]:,}" for name in most), f"{len(there) - _FEW} others"]
     return f" ({', '.join(there)})" if there else ""
 
 

@@ -363,7 +363,9 @@ def plan_ave(uris: Sequence[str], asked: Vocabulary | None = None) -> Plan:
             rows = (row if row.problem else replace(row, problem=problem) for row in left)
         yield from to_segments(block, rows, ave.SCHEME, own, asked, _n_lines(data))
 
-    notes = [] if sets else ["AVE: no trainSet.txt, valSet.txt or testSet.txt is given: every segment is in split train"]
+    notes = (
+        [] if sets else ["AVE: no trainSet.txt, valSet.txt or testSet.txt is given: every segment is in split train"]
+    )
     return Plan(line_blocks(uris), read, notes, asked or own, "merged")
 
 

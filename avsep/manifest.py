@@ -372,7 +372,12 @@ def check_exist(uris: Iterable[str]) -> None:
 
 def report_lines(statistics: dict[str, Any], out: str, segments: list[str]) -> list[str]:
     """Say in a few lines what a run made."""
-    dropped = {"no_object": "without our objects", "duplicate": "duplicates", "also_in_eval": "also in eval", "merged": "merged"}
+    dropped = {
+        "no_object": "without our objects",
+        "duplicate": "duplicates",
+        "also_in_eval": "also in eval",
+        "merged": "merged",
+    }
     parts = [f"{statistics['kept']:,} segments"]
     parts += [f"{n:,} {dropped[reason]}" for reason, n in statistics["dropped"].items() if n]
     parts += [f"{statistics['dead_letters']:,} unusable"] if statistics["dead_letters"] else []

@@ -40,7 +40,9 @@ PIPELINES = sorted(p.stem for p in (ROOT / "pipelines").glob("*.py") if p.stem !
 # Every flag of every command. A new one needs a reason, and a line here.
 FLAGS = {
     "demo": {"--out", "--clips", "--in-process"},
-    "manifest": {"--audioset", "--ontology", "--own-node-only", "--table", "--music", "--ave", "--vggsound", "--objects", "--out"},
+    "manifest": {
+        "--audioset", "--ontology", "--own-node-only", "--table", "--music", "--ave", "--vggsound", "--objects", "--out",
+    },
     "extract": {
         "--segments", "--out", "--recipe", "--weights", "--labeller", "--retry-rejected",
         "--in-process", "--profile", "--dry-run", "--media", "--until", "--rate", "--proxies", "--cookies",

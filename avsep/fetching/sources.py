@@ -166,7 +166,8 @@ def url_of(source: str) -> str:
     """Return a source's web address; ValueError where it has none, ClipError where the site has no such ids."""
     if is_web(source):
         return source
-    if (found := site_of(source)) is None:
+    found = site_of(source)
+    if found is None or not is_fetched(source):
         raise ValueError(f"{source} is not to be fetched: that is {forms()}")
     site, video = found
     if not site.ID.fullmatch(video):

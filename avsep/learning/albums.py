@@ -28,9 +28,7 @@ def album_name(split: str, shard: shards.Shard) -> str:
     return f"{split}-{shard.name}-{hashlib.sha256(json.dumps(excerpts).encode()).hexdigest()[:8]}.parquet"
 
 
-def keep_images(
-    path: str, looking: Looking, segments: Sequence[Segment], store: MediaStore | None
-) -> tuple[int, int]:
+def keep_images(path: str, looking: Looking, segments: Sequence[Segment], store: MediaStore | None) -> tuple[int, int]:
     """Write the middles of some segments' pictures to an album; return how many have any, and how many can't be had.
 
     `store` has the media of remote segments.

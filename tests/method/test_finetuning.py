@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from avsep import media, shards, synthetic, vision
-from avsep.learning import finetuning
 from avsep.fetching import MediaStore
+from avsep.learning import finetuning
 from avsep.learning.albums import album_name, keep_images, open_images, read_album, write_album
 from avsep.learning.finetuning import FinetuningConfig
 from avsep.looks import Looking

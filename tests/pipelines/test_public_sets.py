@@ -1,0 +1,85 @@
+"""A set as MUSIC is one, from its table and people's copies of its videos to the results, with its own vocabulary."""
+
+import json
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from avsep import datasets, media, shards
+from avsep.audioset import hash_percent
+from avsep.model import Model
+from avsep.records import read_vocabulary
+from avsep.synthetic import performance
+from pipelines import collect, evaluate, extract, manifest, train
+
+RATE = 48_000
+PLAYED = ("acoustic_guitar", "flute", "violin")
+LENGTH_S = 21  # an excerpt from 10 to 20 s, and five beyond the end
+
+
+def ids_of(split: str, n: int) -> list[str]:
+    """Ids as YouTube's that are in a split, all with a dash in front."""
+    low, high = {"val": (0, 4), "train": (4, 90), "test": (90, 100)}[split]
+    named = (f"-{split:_<5}{i:05}" for i in range(5000))
+    return [video for video in named if low <= hash_percent(video) < high][:n]
+
+
+def render(folder: Path) -> Path:
+    """MUSIC's solos and duets as files of 21 s named by their ids, with references of the excerpts for test."""
+    videos: dict[str, list[str]] = {}
+    (folder / "media").mkdir(parents=True)
+    for split, n in (("train", 27), ("val", 3), ("test", 4)):
+        for number, video in enumerate(ids_of(split, n)):
+            rng = np.random.default_rng(number + 1000 * n)
+            names = list(rng.permutation(PLAYED)[: 2 if split == "test" else 1])
+            names = names if split == "test" else [PLAYED[number % 3]]
+            sounds = {name: 0.4 * performance(name, rng, LENGTH_S) for name in names}
+            soundfile.write(folder / "sound.wav", sum(sounds.values()), RATE)
+            picture = ["-f", "lavfi", "-i", f"color=c=gray:s=64x64:r=5:d={LENGTH_S}"]
+            target = ["-c:a", "aac", "-b:a", "192k", "-shortest", str(folder / "media" / f"{video}.mp4")]
+            subprocess.run(
+                [media.ffmpeg_executable(), "-v", "error", "-i", str(folder / "sound.wav"), *picture, *target],
+                check=True,
+                timeout=60,
+            )
+            if split == "test":
+                (folder / "references" / f"{video}_10000").mkdir(parents=True)
+                for name, x in sounds.items():
+                    path = folder / "references" / f"{video}_10000" / f"{name}.wav"
+                    soundfile.write(path, x[10 * RATE : 20 * RATE], RATE, subtype="FLOAT")
+            videos.setdefault(" ".join(names), []).append(video)
+    for kind in ("solo", "duet"):
+        some = {label: v for label, v in videos.items() if (" " in label) == (kind == "duet")}
+        (folder / f"MUSIC_{kind}_videos.json").write_text(json.dumps({"version": 1.0, "videos": some}, indent=4))
+    return folder
+
+
+@pytest.mark.slow
+def test_music_goes_all_the_way_with_its_own_instruments(tmp_path: Path) -> None:
+    folder = render(tmp_path / "music")
+    out = {name: str(tmp_path / name) for name in ("manifest", "clips", "train", "results")}
+    tables = [str(folder / f"MUSIC_{kind}_videos.json") for kind in ("solo", "duet")]
+    assert manifest.main(["--music", *tables, "--out", out["manifest"]]) == 0
+    own = datasets.vocabulary("music_11")
+    assert read_vocabulary(out["manifest"]) == own
+
+    given = ["--segments", out["manifest"], "--media", str(folder / "media"), "--out", out["clips"]]
+    assert extract.main([*given, "--in-process"]) == 0
+    state = shards.read_state(out["clips"])
+    assert len(state.clip_ids) == 34 and all(i.endswith("_10000") for i in state.clip_ids)
+    assert Counter(r.reason for r in state.rejections.values()) == {"past_end": 5 * 34}
+
+    assert train.main(["--clips", out["clips"], "--out", out["train"], "--epochs", "12", "--in-process"]) == 0
+    model = str(tmp_path / "train" / "model")
+    assert Model.load(model).config.objects == own.names
+    assert collect.main(["--model", model, "--clips", out["clips"], "--in-process"]) == 0
+    options = ["--segments", out["manifest"], "--references", str(folder / "references"), "--out", out["results"]]
+    evaluate.main(["--model", model, *options, "--in-process"])
+    results = json.loads((tmp_path / "results" / "results.json").read_text())["separators"]
+    sdr = {name: entry["mean"]["sdr"] for name, entry in results.items()}
+    assert sdr["mixture"] + 3 < sdr["default"] < sdr["ideal_mask"]
+    assert set(results["default"]["by_object"]) <= set(PLAYED)
