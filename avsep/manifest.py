@@ -372,14 +372,9 @@ def check_exist(uris: Iterable[str]) -> None:
 
 def report_lines(statistics: dict[str, Any], out: str, segments: list[str]) -> list[str]:
     """Say in a few lines what a run made."""
-    dropped = {
-        "no_object": "without our objects",
-        "duplicate": "duplicates",
-        "also_in_eval": "also in eval",
-        "merged": "merged",
-    }
+    dropped = {"no_object": "without our objects", "duplicate": "duplicates", "also_in_eval": "also in eval"}
     parts = [f"{statistics['kept']:,} segments"]
-    parts += [f"{n:,} {dropped[reason]}" for reason, n in statistics["dropped"].items() if n]
+    parts += [f"{n:,} {dropped.get(reason, reason)}" for reason, n in statistics["dropped"].items() if n]
     parts += [f"{statistics['dead_letters']:,} unusable"] if statistics["dead_letters"] else []
     lines = [f"{statistics['rows']:,} rows = {' + '.join(parts)}", *audioset.describe_segments(statistics)]
     files = segments[0] if len(segments) == 1 else f"{segments[0]} … {segments[-1]}"

@@ -161,9 +161,7 @@ def run(
         say(f"pictures: {labeller.architecture}, looks: {config.looks}")
     vocabulary = read_vocabulary(arguments.segments)
     made_with = DataConfig(config, vocabulary, *((labeller.architecture, labeller.sha256) if labeller else ()))
-    extraction = Extraction(
-        out, config, made_with.as_dict(), process, fetch_only=bool(arguments.until), whole=several_of(segments)
-    )
+    extraction = Extraction(out, config, made_with.as_dict(), process, bool(arguments.until), several_of(segments))
     if arguments.dry_run:
         state = shards.read_state(out)
         check_digest(state, extraction)

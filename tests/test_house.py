@@ -41,7 +41,8 @@ PIPELINES = sorted(p.stem for p in (ROOT / "pipelines").glob("*.py") if p.stem !
 FLAGS = {
     "demo": {"--out", "--clips", "--in-process"},
     "manifest": {
-        "--audioset", "--ontology", "--own-node-only", "--table", "--music", "--ave", "--vggsound", "--objects", "--out",
+        "--table", "--audioset", "--music", "--ave", "--vggsound", "--ontology", "--own-node-only", "--objects",
+        "--out",
     },
     "extract": {
         "--segments", "--out", "--recipe", "--weights", "--labeller", "--retry-rejected",

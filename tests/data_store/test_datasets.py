@@ -19,7 +19,7 @@ from avsep.records import Segment, read_segments, read_vocabulary
 from pipelines import manifest
 
 LETTERS = np.array(list(string.ascii_letters + string.digits + "_-"))
-DEFAULT = str(Path(datasets.__file__).with_name("audioset_23.csv"))
+DEFAULT = str(Path(datasets.__file__).parents[1] / "audioset_23.csv")
 
 
 def ids(n: int, seed: int = 0) -> list[str]:

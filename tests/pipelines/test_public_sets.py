@@ -40,12 +40,10 @@ def render(folder: Path) -> Path:
             sounds = {name: 0.4 * performance(name, rng, LENGTH_S) for name in names}
             soundfile.write(folder / "sound.wav", sum(sounds.values()), RATE)
             picture = ["-f", "lavfi", "-i", f"color=c=gray:s=64x64:r=5:d={LENGTH_S}"]
-            target = ["-c:a", "aac", "-b:a", "192k", "-shortest", str(folder / "media" / f"{video}.mp4")]
-            subprocess.run(
-                [media.ffmpeg_executable(), "-v", "error", "-i", str(folder / "sound.wav"), *picture, *target],
-                check=True,
-                timeout=60,
-            )
+            codecs = ["-preset", "ultrafast", "-threads", "1", "-c:a", "aac", "-b:a", "192k", "-shortest"]
+            made = [media.ffmpeg_executable(), "-y", "-nostdin", "-v", "error", "-i", str(folder / "sound.wav")]
+            target = str(folder / "media" / f"{video}.mp4")
+            subprocess.run([*made, *picture, *codecs, target], check=True, timeout=60)
             if split == "test":
                 (folder / "references" / f"{video}_10000").mkdir(parents=True)
                 for name, x in sounds.items():
