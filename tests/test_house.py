@@ -25,7 +25,7 @@ FLOORS = (
     "model separation baselines plots report",
     "fetching vision shards work manifest audioset datasets synthetic",
     "stages extraction learning",
-    "files videos outputs stems evaluation results results_report audit duplicates datacard",
+    "files videos outputs stems evaluation protocols results results_report audit duplicates datacard",
     "service commands",
     "cli",
 )
@@ -57,7 +57,7 @@ FLAGS = {
     "collect": {"--model", "--clips", "--replace", "--in-process"},
     "evaluate": {
         "--model", "--paper-model", "--compare", "--segments", "--references", "--out", "--split", "--given",
-        "--protocol", "--replace", "--in-process",
+        "--protocol", "--pairs", "--media", "--replace", "--in-process",
     },
     "serve": {"--model", "--port", "--in-process"},
     "avsep separate": {

@@ -250,7 +250,7 @@ def test_ave_without_its_splits_and_with_rows_that_are_odd(tmp_path: Path, capsy
         f"Bark&{a}&good&-1&3": "times are '-1' and '3'",
         f"Bark&{a}&good&x&nan": "times are 'x' and 'nan'",
         f"Bark&{a}&good&3": "4 cells; a row is Category&VideoID&Quality&StartTime&EndTime",
-        f"Barking&{a}&good&3&4": "unknown object 'Barking'; did you mean",
+        f"Barking&{a}&good&3&4": "unknown object 'Barking'; the objects are accordion",
         "Bark&a/b&good&3&4": "id is 'a/b'; it must be letters, digits, _ and -",
     }
     good = [f"Bark&{a}&good&0&4", f"Truck&{a}&good&0&4", f" Bark & {a} & good & 5.5 & 10", f"Cat&{b}&good&0&10"]
