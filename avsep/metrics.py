@@ -163,8 +163,9 @@ def _correlate(r: NDArray, x: NDArray, taps: int) -> NDArray:
 
 
 def improvement(of_estimate: ArrayLike, of_mixture: ArrayLike) -> NDArray[np.float64]:
-    """Return a figure's gain over the mixture as estimate, in dB; NaN where either is undefined."""
-    return np.asarray(of_estimate, np.float64) - np.asarray(of_mixture, np.float64)
+    """Return a figure's gain over the mixture as estimate, in dB; NaN where either is undefined or both are infinite."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(of_estimate, np.float64) - np.asarray(of_mixture, np.float64)
 
 
 def calibration(happened: ArrayLike, scores: ArrayLike, *, n_bins: int = 10) -> dict[str, Any]:

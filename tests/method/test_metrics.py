@@ -178,3 +178,8 @@ def test_si_sar_of_silence_copies_and_mixtures() -> None:
     assert (si_sar([a, 2 * a], [a, a]) > 100).all()  # nor where they are linearly dependent
     with pytest.raises(ValueError, match=r"references are \(400,\); \(J, S\) is needed"):
         si_sar(a, a)
+
+
+def test_nothing_is_gained_over_a_mixture_that_is_the_source_itself() -> None:
+    assert np.isnan(improvement([np.inf, -np.inf], [np.inf, -np.inf])).all()
+    assert improvement([np.inf], [3.0])[0] == np.inf

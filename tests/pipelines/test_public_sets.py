@@ -67,7 +67,7 @@ def test_music_goes_all_the_way_with_its_own_instruments(tmp_path: Path) -> None
     assert len(state.clip_ids) == n and all(i.endswith("_10000") for i in state.clip_ids)
     assert Counter(r.reason for r in state.rejections.values()) == {"past_end": 5 * n}
 
-    assert train.main(["--clips", out["clips"], "--out", out["train"], "--epochs", "12", "--in-process"]) == 0
+    assert train.main(["--clips", out["clips"], "--out", out["train"], "--epochs", "6", "--in-process"]) == 0
     model = str(tmp_path / "train" / "model")
     assert Model.load(model).config.objects == own.names
     assert collect.main(["--model", model, "--clips", out["clips"], "--in-process"]) == 0
