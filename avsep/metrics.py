@@ -163,7 +163,7 @@ def _correlate(r: NDArray, x: NDArray, taps: int) -> NDArray:
 
 
 def improvement(of_estimate: ArrayLike, of_mixture: ArrayLike) -> NDArray[np.float64]:
-    """Return a figure's gain over the mixture as estimate, in dB; NaN where either is undefined or both are infinite."""
+    """Return a gain over the mixture as estimate, in dB; NaN where either figure is undefined or both are infinite."""
     with np.errstate(invalid="ignore"):
         return np.asarray(of_estimate, np.float64) - np.asarray(of_mixture, np.float64)
 
