@@ -26,6 +26,7 @@ from avsep.records import SCHEMA_VERSION, SEGMENT_SCHEMA, SPLITS
 
 VAL_PERCENT = 4
 MAX_SECONDS = 1e9
+_SHOWN, _FEW = 30, 10  # objects in what is said of a manifest; of more than these, the most frequent
 
 _ID = r"[0-9A-Za-z_-]+"
 _SECONDS = r"[0-9]{1,9}(?:\.[0-9]+)?"
@@ -220,6 +221,26 @@ def deduplicate(rows: pa.Table) -> tuple[pa.Table, pa.Table, NDArray[np.bool_]]:
     return rows.filter(pa.array(first)), rows.filter(pa.array(~first)), lost_to_test
 
 
+def merge_objects(segments: pa.Table, repeats: pa.Table, vocabulary: Vocabulary) -> tuple[pa.Table, NDArray[np.bool_]]:
+    """Give each segment the objects and labels that its repeats have, too (both columns are alike in either table).
+
+    Returns the segments, and which repeats had an object that their segment lacked.
+    """
+    place = {s: i for i, s in enumerate(segments["segment_id"].to_pylist())} if len(repeats) else {}
+    objects = segments["objects"].to_pylist() if len(repeats) else []
+    new = np.zeros(len(repeats), bool)
+    for i, row in enumerate(repeats.select(["segment_id", "objects"]).to_pylist()):
+        at = place[row["segment_id"]]
+        together = {*objects[at], *row["objects"]}
+        new[i] = len(together) > len(objects[at])
+        objects[at] = sorted(together, key=vocabulary.index)
+    if new.any():
+        for column in ("objects", "labels"):
+            at, kind = segments.schema.get_field_index(column), segments.schema.field(column)
+            segments = segments.set_column(at, kind, pa.array(objects, kind.type))
+    return segments, new
+
+
 # Statistics are counters, so that counts of parts add up in any order. The keys are
 # (rows, FILE), (comments, FILE), (dropped, REASON), (dead_letters,), (segments, SPLIT),
 # (objects | labels, NAME, SPLIT), (unlabelled, SPLIT), (nothing, SPLIT), (shorter_than_10_s, SPLIT) and
@@ -240,10 +261,13 @@ def count_segments(segments: pa.Table, vocabulary: Vocabulary = AUDIOSET_23) -> 
         counts["unlabelled", split] = labels.null_count
         counts["nothing", split] = pc.sum(pc.equal(pc.list_value_length(labels), 0)).as_py() or 0
         for column in ("objects", "labels"):
-            n_clips = _present(segments[column].filter(pa.array(here)), vocabulary).sum(0)
+            found = _present(segments[column].filter(pa.array(here)), vocabulary) % len(vocabulary)
+            n_clips = np.bincount(found, minlength=len(vocabulary))
             for name, n in zip(vocabulary.names, n_clips.tolist(), strict=True):
                 counts[column, name, split] = n
-    present = _present(segments["objects"], vocabulary)
+    several = segments["objects"].filter(pc.greater(pc.list_value_length(segments["objects"]), 1))
+    present = np.zeros((len(several), len(vocabulary)), np.float32)  # counts beyond 2**24 would be rounded
+    present.reshape(-1)[_present(several, vocabulary)] = 1
     together = np.triu(present.T @ present, 1)
     for a, b in np.argwhere(together).tolist():
         counts["together", vocabulary.names[a], vocabulary.names[b]] = int(together[a, b])
@@ -251,11 +275,9 @@ def count_segments(segments: pa.Table, vocabulary: Vocabulary = AUDIOSET_23) -> 
 
 
 def _present(names: pa.ChunkedArray, vocabulary: Vocabulary) -> NDArray[np.int64]:
-    """Turn lists of objects into `(n, L)` zeros and ones."""
-    present = np.zeros((len(names), len(vocabulary)), np.int64)
-    indices = pc.index_in(pc.list_flatten(names), pa.array(vocabulary.names))
-    present[np.asarray(pc.list_parent_indices(names)), np.asarray(indices)] = 1
-    return present
+    """Return, of lists of objects, the places of the ones in a flat `(n, L)` table of zeros and ones."""
+    indices = np.asarray(pc.index_in(pc.list_flatten(names), pa.array(vocabulary.names)), np.int64)
+    return np.unique(np.asarray(pc.list_parent_indices(names), np.int64) * len(vocabulary) + indices)
 
 
 def add_counts(parts: Iterable[Counts]) -> Counts:
@@ -332,8 +354,11 @@ def describe_segments(statistics: Mapping[str, Any]) -> list[str]:
 
 def _totals(by_object: Mapping[str, Mapping[str, int]]) -> str:
     totals = {name: sum(splits.values()) for name, splits in by_object.items()}
-    shown = ", ".join(f"{name}\N{NO-BREAK SPACE}{n:,}" for name, n in totals.items() if n)
-    return f" ({shown})" if shown else ""
+    there = [f"{name}\N{NO-BREAK SPACE}{n:,}" for name, n in totals.items() if n]
+    if len(there) > _SHOWN:
+        most = sorted(totals, key=lambda name: -totals[name])[:_FEW]
+        there = [*(f"{name}\N{NO-BREAK SPACE}{totals[name]:,}" for name in most), f"{len(there) - _FEW} others"]
+    return f" ({', '.join(there)})" if there else ""
 
 
 def _wrapped(text: str) -> list[str]:

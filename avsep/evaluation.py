@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -27,8 +28,9 @@ from avsep.records import Segment
 from avsep.separation import REST, Planned, Separates, Separator, Whole, Window, render_whole
 from avsep.stft import STFT
 
-FIGURES = ("sdr", "sir", "sar", "si_sdr")
+FIGURES = ("sdr", "sir", "sar", "si_sdr", "si_sar")
 GAINS = tuple(f"{f}_improvement" for f in FIGURES)
+LEAST_LEAK_DB = -60.0  # under the mixture, and less: nobody hears it
 LOST_DB = -30.0  # what a sound that was lost altogether counts, instead of −inf
 STRUCK_METHOD = "harmonic_percussive"
 _ALONE_DB = 20.0  # an object sounds alone when whatever else there is stays this far below it
@@ -49,7 +51,12 @@ class ClipResult:
     sound_scores: dict[str, float] = field(default_factory=dict)
     confidence: dict[str, float] = field(default_factory=dict)  # of the objects separated, where the separator says it
     visible: list[str] | None = None  # as the table's labels say
+    absent: str = ""  # what was asked for, and isn't there
+    leak_db: dict[str, float] = field(default_factory=dict)  # separator → what that got, over the mixture's power
     error: str = ""
+
+
+Cases = list[tuple[Segment, ...]]  # what is measured: a clip each, or a pair of them
 
 
 def references_of(folder: str, segment_id: str) -> tuple[dict[str, NDArray[np.float32]], int]:
@@ -93,10 +100,16 @@ class Case:
     rest: Tensor
     noisy: bool = False  # the rest holds noise for certain: to a blind method one source more
     vocabulary: Vocabulary = AUDIOSET_23
+    absent: str = ""  # an object that isn't there, and is asked for
 
     @classmethod
-    def load(cls, segment: Segment, folder: str, sample_rate: int, vocabulary: Vocabulary = AUDIOSET_23) -> Case:
-        """Decode the clip and read its references."""
+    def load(cls, segment: Segment, folder: str | None, sample_rate: int, vocabulary: Vocabulary = AUDIOSET_23) -> Case:
+        """Decode the clip and read its references; without any, a clip of one known object is its own."""
+        if folder is None:
+            with storage.local_file(segment.source) as path:
+                sound = media.decode(path, segment.start_s, segment.end_s, sample_rate=sample_rate, pictures=False)
+            heard, names = torch.from_numpy(sound.waveform), list(segment.objects or ())
+            return cls(segment, heard, names, heard[None], torch.zeros_like(heard), vocabulary=vocabulary)
         waveforms, rate = references_of(folder, segment.segment_id)
         if rate != sample_rate:
             raise ValueError(f"references of {segment.segment_id} have {rate} Hz; the model works at {sample_rate} Hz")
@@ -134,13 +147,16 @@ class Case:
 
 def build_case(
     segments: Sequence[Segment],
-    references: str,
+    references: str | None,
     sample_rate: int,
     protocol: str,
     vocabulary: Vocabulary = AUDIOSET_23,
+    objects: Sequence[str] = (),
 ) -> Case:
-    """Load a clip, or mix what the protocol says of clips in which one object is alone."""
+    """Load a clip, or make what the protocol says of clips; `absent` asks for one of `objects` that isn't there."""
     cases = [Case.load(s, references, sample_rate, vocabulary) for s in segments]
+    if protocol == "absent":
+        return replace(cases[0], absent=choose_absent(cases[0], objects))
     if protocol == "pairs":
         return mix_pair(*cases)
     return add_noise(cases[0]) if protocol == "denoising" else cases[0]
@@ -169,8 +185,21 @@ def add_noise(case: Case) -> Case:
     return replace(case, mixture=case.mixture + noise, rest=case.rest + noise, noisy=True)
 
 
-def alone(references: str, segment: Segment) -> tuple[str | None, str]:
-    """Return the object that sounds alone in a clip, None when there isn't one, and why a clip can't be used."""
+def choose_absent(case: Case, objects: Sequence[str]) -> str:
+    """Return one of `objects` that isn't in a clip by its references or table, the same one for the same clip."""
+    there = {*case.names, *(case.segment.objects or ()), *(case.segment.labels or ())}
+    if not (others := [name for name in objects if name not in there]):
+        raise ValueError(f"{case.segment.segment_id} has all of {', '.join(objects)}: none is absent")
+    return others[factors.seed_of(case.segment.segment_id) % len(others)]
+
+
+def alone(references: str | None, segment: Segment) -> tuple[str | None, str]:
+    """Return the object that sounds alone in a clip, None when there isn't one, and why a clip can't be used.
+
+    Its references say it, or where there are none, the table.
+    """
+    if references is None:
+        return (segment.objects[0] if segment.objects and len(segment.objects) == 1 else None), ""
     try:
         waveforms, _ = references_of(references, segment.segment_id)
     except ValueError as error:
@@ -205,11 +234,16 @@ def measure(case: Case, separators: Mapping[str, Separates], given: str = "objec
     window = model.analyse(case.mixture) if model else None
     plans: dict[str, Planned] = {}
     estimates: dict[str, Tensor] = {}
+    leak_db = {}
     for name, separator in beside(case, separators, model, window).items():
-        plans[name], parts = render_whole(separator, case.mixture.numpy(), **told(case, given))
+        asked = {"objects": [*case.names, case.absent]} if case.absent and name in separators else told(case, given)
+        plans[name], parts = render_whole(separator, case.mixture.numpy(), **asked)
         found = dict(zip(plans[name].objects, torch.from_numpy(parts[:-1]), strict=True))
         estimates[name] = torch.stack([found.get(n, case.mixture) for n in case.names])
+        if case.absent and name in separators:
+            leak_db[name] = leak(found[case.absent], case.mixture)
     result = ClipResult(case.segment.segment_id, case.names, figures_of(case, estimates))
+    result.absent, result.leak_db = case.absent, leak_db
     if case.segment.labels is not None:
         result.visible = list(case.segment.labels)
     if default is not None:
@@ -220,11 +254,22 @@ def measure(case: Case, separators: Mapping[str, Separates], given: str = "objec
     return result
 
 
+def leak(estimate: Tensor, mixture: Tensor) -> float:
+    """Return an estimate's power over the mixture's in dB, at least LEAST_LEAK_DB; both `(S,)`.
+
+    >>> leak(torch.full((8,), 0.1), torch.ones(8)), leak(torch.zeros(8), torch.ones(8))
+    (-20.0, -60.0)
+    """
+    ratio = float(estimate.double().square().sum() / mixture.double().square().sum())
+    return round(max(10 * math.log10(max(ratio, 1e-12)), LEAST_LEAK_DB), 6)
+
+
 def figures_of(case: Case, estimates: Mapping[str, Tensor]) -> dict[str, dict[str, list[float]]]:
     """Measure estimates `(J, S)` by separator, the mixture among them: figures and gains, one value per object."""
     r, e = case.references.numpy(), np.stack([e.numpy() for e in estimates.values()])
     bss = metrics.bss_eval(r, e)
-    measured = {"sdr": bss.sdr, "sir": bss.sir, "sar": bss.sar, "si_sdr": metrics.si_sdr(r, e)}  # (separators, J)
+    measured = {"sdr": bss.sdr, "sir": bss.sir, "sar": bss.sar, "si_sdr": metrics.si_sdr(r, e)}
+    measured["si_sar"] = metrics.si_sar(r, e)  # each (separators, J)
     floor = list(estimates).index("mixture")
     for figure, values in list(measured.items()):
         measured[f"{figure}_improvement"] = metrics.improvement(bounded(values), bounded(values[floor]))

@@ -44,6 +44,7 @@ class Extraction:
     configuration: dict[str, Any]  # stored with the data
     process: Process = stages.extract_records
     fetch_only: bool = False
+    whole: frozenset[str] = frozenset()  # sources with several excerpts, see `fetching.several_of`
 
 
 @dataclass

@@ -69,6 +69,7 @@ class Plan:
     read: Reader
     notes: list[str]  # what there is to say of it
     vocabulary: Vocabulary
+    repeats: str = "dropped"  # what becomes of rows with one segment_id: they are bad, dropped or merged
 
 
 def read_lines(block: Block) -> bytes:
@@ -201,25 +202,29 @@ def write_shard(
     bounds: list[str],
     folder: str,
     *,
-    repeats_are_bad: bool,
+    repeats: str,
     vocabulary: Vocabulary,
 ) -> Report:
-    """Write a range of segments, sorted and each once; report them and the repeats."""
+    """Write a range of segments, sorted and each once; report them and what became of the `repeats`, see `Plan`."""
     index, tables = keyed
-    segments, repeats, lost_to_test = audioset.deduplicate(pa.concat_tables(tables).combine_chunks())
+    segments, others, lost_to_test = audioset.deduplicate(pa.concat_tables(tables).combine_chunks())
+    new = np.zeros(len(others), bool)
+    if repeats == "merged":
+        segments, new = audioset.merge_objects(segments, others, vocabulary)
     n_shards = len(bounds) + 1
     name = "segments.parquet" if n_shards == 1 else f"segments-{index:05d}-of-{n_shards:05d}.parquet"
     segments = segments.select(SEGMENT_SCHEMA.names)
     write_segments(storage.join(folder, name), segments, vocabulary)
     report = Report(audioset.count_segments(segments, vocabulary))
-    if repeats_are_bad:
-        report.counts["dead_letters",] = len(repeats)
-        for row in repeats.select(["segment_id", "file", "block", "line", "text"]).to_pylist():
+    if repeats == "bad":
+        report.counts["dead_letters",] = len(others)
+        for row in others.select(["segment_id", "file", "block", "line", "text"]).to_pylist():
             reason = f"segment_id {row['segment_id']!r} occurs more than once; one row is kept"
             report.bad.append((row["file"], row["block"], BadLine(row["line"], reason, row["text"])))
     else:
-        report.counts["dropped", "also_in_eval"] = int(lost_to_test.sum())
-        report.counts["dropped", "duplicate"] = int((~lost_to_test).sum())
+        report.counts["dropped", "merged"] = int(new.sum())
+        report.counts["dropped", "also_in_eval"] = int((lost_to_test & ~new).sum())
+        report.counts["dropped", "duplicate"] = int((~lost_to_test & ~new).sum())
     return report
 
 
@@ -294,7 +299,7 @@ def plan_audioset(
 ) -> Plan:
     """Check AudioSet's files → how to read them. Raises ValueError or OSError."""
     nodes: Any = []
-    _check_exist([*uris, *([ontology] if ontology else [])])
+    check_exist([*uris, *([ontology] if ontology else [])])
     if ontology:
         try:
             nodes = json.loads(storage.read_bytes(ontology))
@@ -329,7 +334,7 @@ def plan_table(uri: str, vocabulary: Vocabulary | None = None) -> Plan:
     """Check a user's table → how to read them. Raises ValueError or OSError."""
     if storage.is_directory(uri):
         raise ValueError(f"{uri} is a directory; give a table, .csv or .parquet")
-    _check_exist([uri])
+    check_exist([uri])
     own = vocabulary or read_vocabulary(uri)
     layout = read_layout(uri)
     notes = list(layout.notes)
@@ -338,11 +343,11 @@ def plan_table(uri: str, vocabulary: Vocabulary | None = None) -> Plan:
     if "segment_id" not in layout.columns:
         _check_names(layout)
     if layout.separator:  # a quoted cell may hold line breaks, so it is read from one end to the other
-        return Plan([Block(0, 0, uri, 0, 0)], lambda block: read_table(block, layout, None, own), notes, own)
+        return Plan([Block(0, 0, uri, 0, 0)], lambda block: read_table(block, layout, None, own), notes, own, "bad")
     with storage.open_input(uri) as f:
         n_groups = pq.ParquetFile(f).num_row_groups
     groups = [Block(0, i, uri, i, i + 1) for i in range(n_groups)] or [Block(0, 0, uri, 0, 0)]
-    return Plan(groups, lambda block: read_table(block, layout, range(block.start, block.stop), own), notes, own)
+    return Plan(groups, lambda b: read_table(b, layout, range(b.start, b.stop), own), notes, own, "bad")
 
 
 def _check_names(layout: tables.Layout) -> None:
@@ -358,7 +363,8 @@ def _check_names(layout: tables.Layout) -> None:
                 )
 
 
-def _check_exist(uris: Iterable[str]) -> None:
+def check_exist(uris: Iterable[str]) -> None:
+    """Raise ValueError where an input isn't there."""
     for uri in uris:
         if not storage.exists(uri):
             raise ValueError(f"{uri} doesn't exist; check the path")
@@ -368,7 +374,7 @@ def report_lines(statistics: dict[str, Any], out: str, segments: list[str]) -> l
     """Say in a few lines what a run made."""
     dropped = {"no_object": "without our objects", "duplicate": "duplicates", "also_in_eval": "also in eval"}
     parts = [f"{statistics['kept']:,} segments"]
-    parts += [f"{n:,} {dropped[reason]}" for reason, n in statistics["dropped"].items() if n]
+    parts += [f"{n:,} {dropped.get(reason, reason)}" for reason, n in statistics["dropped"].items() if n]
     parts += [f"{statistics['dead_letters']:,} unusable"] if statistics["dead_letters"] else []
     lines = [f"{statistics['rows']:,} rows = {' + '.join(parts)}", *audioset.describe_segments(statistics)]
     files = segments[0] if len(segments) == 1 else f"{segments[0]} … {segments[-1]}"

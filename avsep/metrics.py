@@ -42,6 +42,32 @@ def si_sdr(reference: ArrayLike, estimate: ArrayLike) -> NDArray[np.float64]:
     return _mark_silence(value, r, e)
 
 
+def si_sar(references: ArrayLike, estimates: ArrayLike) -> NDArray[np.float64]:
+    """Return the scale-invariant signal-to-artefacts ratio in dB, `(J, S), (…, J, S)` → `(…, J)`.
+
+    Of an estimate's error `e − a r`, with a as in `si_sdr`, the part that no sum of the references gives is artefacts;
+    the value is `10 log10(|a r|² / |artefacts|²)` (Le Roux et al. 2019). What is left of the error is interference,
+    and `10^(−SI-SDR/10) = 10^(−SI-SIR/10) + 10^(−SI-SAR/10)`: SI-SAR is never below SI-SDR, but by rounding.
+
+    NaN where the reference is silent, −inf where only the estimate is, as for `si_sdr`. Raises ValueError for
+    references other than `(J, S)`.
+
+    >>> r = np.array([[1.0, 0, 0], [0, 1.0, 0]]); e = np.array([[1.0, 0.5, 0.1], [0.1, 1.0, 1.0]])
+    >>> si_sar(r, e).round(6).tolist()
+    [20.0, 0.0]
+    """
+    r, e = _pair(references, estimates)
+    if r.ndim != 2:
+        raise ValueError(f"references are {r.shape}; (J, S) is needed")
+    basis, sizes, _ = np.linalg.svd(r.T, full_matrices=False)
+    q = basis[:, sizes > 1e-10 * max(sizes.max(), _SILENCE)]  # what the references span, (S, ≤ J)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        target = ((e * r).sum(-1) ** 2) / (r * r).sum(-1)
+        artefacts = ((e - (e @ q) @ q.T) ** 2).sum(-1)
+        value = 10 * np.log10(target / np.maximum(artefacts, _EPSILON * (e**2).sum(-1)))
+    return _mark_silence(value, r, e)
+
+
 def bss_eval(references: ArrayLike, estimates: ArrayLike, *, filter_length: int = 512) -> BSSEval:
     """Return BSS-eval v3 SDR, SIR and SAR of estimates in the references' order, `(J, S), (…, J, S)` → `(…, J)`.
 
@@ -137,8 +163,9 @@ def _correlate(r: NDArray, x: NDArray, taps: int) -> NDArray:
 
 
 def improvement(of_estimate: ArrayLike, of_mixture: ArrayLike) -> NDArray[np.float64]:
-    """Return a figure's gain over the mixture as estimate, in dB; NaN where either is undefined."""
-    return np.asarray(of_estimate, np.float64) - np.asarray(of_mixture, np.float64)
+    """Return a gain over the mixture as estimate, in dB; NaN where either figure is undefined or both are infinite."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(of_estimate, np.float64) - np.asarray(of_mixture, np.float64)
 
 
 def calibration(happened: ArrayLike, scores: ArrayLike, *, n_bins: int = 10) -> dict[str, Any]:

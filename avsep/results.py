@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from sklearn.metrics import roc_auc_score
 
 from avsep import metrics
 from avsep.evaluation import FIGURES, GAINS, LOST_DB, STRUCK_METHOD, ClipResult, bounded
+from avsep.records import Segment
 
 HEARD = 0.01  # scores below it are no claim that an object is audible
 
@@ -48,9 +51,17 @@ def _separators(clips: Sequence[ClipResult]) -> dict[str, Any]:
             "interval_95": _interval(with_it, name),
             "default_ahead": _ahead(with_it, name),
             "by_sources": {k: _means(g, name) | {"interval_95": _interval(g, name)} for k, g in groups.items()},
+            "leak_db": _leak([c.leak_db[name] for c in with_it if name in c.leak_db]),
             "by_object": {o: _means(with_it, name, only=o) for o in sorted({o for c in with_it for o in c.objects})},
         }
     return separators
+
+
+def _leak(values: Sequence[float]) -> dict[str, Any] | None:
+    """Average what got into objects that aren't there, with a 95 % interval; None where none was asked for."""
+    if not values:
+        return None
+    return {"mean": float(np.mean(values)), "interval_95": _bootstrap([np.array([v]) for v in values])}
 
 
 def _by_sources(clips: Sequence[ClipResult]) -> dict[int, list[ClipResult]]:
@@ -134,16 +145,43 @@ def clip_map(clips: Sequence[ClipResult]) -> float:
     return metrics.mean_average_precision(labels, [[c.sound_scores.get(n, 0.0) for n in names] for c in scored])
 
 
+def provenance(models: Mapping[str, str], segments: Sequence[Segment], settings: Mapping[str, str]) -> dict[str, str]:
+    """Say what results are of: the models' hashes by name, that of the segments, and the settings."""
+    digests = dict(models)
+    return {
+        "model": digests.pop("default"),
+        "paper model": digests.pop("paper", ""),
+        **{f"--compare {name}": sha256 for name, sha256 in digests.items()},
+        "segments": hashlib.sha256(repr(segments).encode()).hexdigest(),
+        **settings,
+    }
+
+
+def differing(written: bytes, source: Mapping[str, str]) -> str | None:
+    """Return what a written `results.json` was made of that differs from `source` (`provenance`); None: nothing."""
+    try:
+        there = dict(json.loads(written).get("source", {}))
+    except (ValueError, AttributeError, TypeError):
+        there = {}
+    return next((name for name in {**source, **there} if there.get(name) != source.get(name)), None)
+
+
 def clip_table(clips: Sequence[ClipResult]) -> str:
-    """Write the contract's `clips.csv`: a row per clip, separator and object; what is undefined is an empty cell."""
+    """Write the contract's `clips.csv`: a row per clip, separator and object; what is undefined is an empty cell.
+
+    An object that was asked for and isn't there has `leak_db` alone.
+    """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["clip", "separator", "object", *FIGURES, *GAINS])
+    table.writerow(["clip", "separator", "object", *FIGURES, *GAINS, "leak_db"])
     for clip in clips:
         for name, figures in clip.figures.items():
             for row, name_of_object in enumerate(clip.objects):
                 values = [figures[f][row] for f in (*FIGURES, *GAINS)]
-                table.writerow([clip.segment_id, name, name_of_object, *map(finite, values)])
+                table.writerow([clip.segment_id, name, name_of_object, *map(finite, values), None])
+            if name in clip.leak_db:
+                nothing = [None] * len((*FIGURES, *GAINS))
+                table.writerow([clip.segment_id, name, clip.absent, *nothing, clip.leak_db[name]])
     return text.getvalue()
 
 

@@ -23,6 +23,7 @@ TERMS = (
     ("SIR", "signal-to-interference ratio: the same, but only what is left of other objects counts as wrong."),
     ("SAR", "signal-to-artefacts ratio: the same, but only what the separation itself added counts as wrong."),
     ("SI-SDR", "the SDR of the estimate at its best volume."),
+    ("SI-SAR", "how free of artefacts it is, at that volume."),
     ("mixture", "no separation: the whole sound as the estimate of each object. The floor."),
     ("nmf clustering", "the clip's bases grouped by likeness alone, in the best order: nothing is learned."),
     ("harmonic percussive", "steady sounds told from struck ones by their shapes alone: nothing is learned."),
@@ -32,6 +33,7 @@ TERMS = (
     ("ideal mask", "masks made of the true sounds: the best that any mask can do. The ceiling."),
 )
 _SILENT = 1e-4  # of full scale
+_FIGURES = [figure.upper().replace("_", "-") for figure in FIGURES]
 
 
 def everywhere(results: dict[str, Any]) -> dict[str, Any]:
@@ -53,7 +55,7 @@ def table_rows(results: dict[str, Any], figures: Sequence[str] = FIGURES) -> lis
 def table_header(results: dict[str, Any]) -> list[str]:
     """Return the header of `table_rows`."""
     mixture = results["separators"]["mixture"]
-    names = ["SDR", "SIR", "SAR", "SI-SDR", *(["95 % of SDR"] if mixture["clips"] > 1 else []), "default ahead by"]
+    names = [*_FIGURES, *(["95 % of SDR"] if mixture["clips"] > 1 else []), "default ahead by"]
     return ["separator", *names, *(f"SDR, {plural(int(k), 'source')}" for k in mixture["by_sources"])]
 
 
@@ -83,6 +85,17 @@ def mean_sdr(results: dict[str, Any]) -> dict[str, float]:
     """Return the mean SDR of each separator that was run on every clip, and has one."""
     means = {n: e["mean"]["sdr"] for n, e in everywhere(results).items()}
     return {n: m for n, m in means.items() if m is not None and np.isfinite(m)}
+
+
+def leaks(results: dict[str, Any]) -> list[str]:
+    """Say how much each separator gave to objects that aren't there."""
+    found = {n: e.get("leak_db") for n, e in results["separators"].items()}
+    return [
+        f"{_name(n)} gave an object that isn't there a sound {_db(leak['mean'])} dB from the mixture's level"
+        + ("" if (span := _span(leak["interval_95"])) == "–" else f" (95 % {span})")
+        for n, leak in found.items()
+        if leak
+    ]
 
 
 def verdicts(results: dict[str, Any]) -> list[str]:
@@ -198,7 +211,7 @@ def add_results(report: Report, results: dict[str, Any], given: str) -> None:
         "labels": "The separators are told the table's weak labels, to which the sound may add.",
         "none": "The separators are told nothing and use what they hear.",
     }[given]
-    for sentence in verdicts(results):
+    for sentence in [*verdicts(results), *leaks(results)]:
         report.paragraph(f"{sentence[0].upper()}{sentence[1:]}.")
     clips = plural(results["separators"]["mixture"]["clips"], "clip")
     bars = [(_kind(n), _name(n), sdr, _db(sdr)) for n, sdr in mean_sdr(results).items()]
@@ -233,7 +246,7 @@ def _tables(results: dict[str, Any]) -> Report:
     report.table(table_header(results), table_rows(results), bounds)
     nsdr = " The SDR gain is NSDR." if results.get("protocol") == "denoising" else ""
     report.table(
-        ["gain over the mixture", "SDR", "SIR", "SAR", "SI-SDR"],
+        ["gain over the mixture", *_FIGURES],
         [(kind, [row[0], *row[1 : 1 + len(GAINS)]]) for kind, row in table_rows(results, GAINS)],
         f"The mixture has no artefacts, so whatever separates loses SAR.{nsdr}",
     )
@@ -286,7 +299,7 @@ def console_table(results: dict[str, Any]) -> list[str]:
         if curve:
             error = curve["expected_calibration_error"]
             lines.append(f"{name.replace('_', ' ')}, expected calibration error: {error:.3f}")
-    lines += verdicts(results)
+    lines += [*verdicts(results), *leaks(results)]
     return lines
 
 

@@ -69,7 +69,8 @@ WRITES: dict[str, dict[str, str]] = {
     },
     "evaluate": {
         "results.json": "figures by separator: means, by number of sources, by object; every clip's",
-        "clips.csv": "a row per clip, separator and object: SDR, SIR, SAR, SI-SDR and their gains",
+        "clips.csv": "a row per clip, separator and object: SDR, SIR, SAR, SI-SDR, SI-SAR and their gains; `leak_db`",
+        "?pairs.csv": "the pairs that were measured, for `--pairs`",
         "report.html": "the same to read, see and hear",
         "?previous/*": "what was there before",
     },

@@ -3,7 +3,8 @@
 Floor (the mixture) and ceiling (the ideal mask) are rows of the table like the others. The
 published protocols take the clips in which one object sounds alone: `pairs` mixes each two of
 different objects as they are (200 of them, drawn once, where there are more), `denoising` adds
-white noise as loud as the clip, and the SDR gain is then NSDR.
+white noise as loud as the clip, and the SDR gain is then NSDR. `absent` asks of each clip for one
+object more, which isn't there, and measures what that gets.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
-import itertools
 import json
 import re
 import sys
@@ -25,6 +25,8 @@ EXAMPLES = """examples:
       --out out/results
   python -m pipelines.evaluate --model out/run/model --paper-model out/paper/model --segments out/manifest \\
       --references clips/references --out out/results --given labels
+  python -m pipelines.evaluate --model out/run/model --segments out/music --media copies/music --protocol pairs \\
+      --out out/results
   python -m pipelines.evaluate --model out/run/model --compare before=out/last/model --compare tuned=out/tuned/model \\
       --segments out/manifest --references clips/references --out out/results
 """
@@ -39,7 +41,12 @@ def parser() -> argparse.ArgumentParser:
         "--compare", action="append", default=[], metavar="NAME=DIR", help="another model, a row by that name"
     )
     p.add_argument("--segments", required=True, help="a table, or a manifest's folder")
-    p.add_argument("--references", required=True, help="folder of SEGMENT_ID/OBJECT.flac (or .wav) and _rest")
+    p.add_argument(
+        "--references",
+        help="folder of SEGMENT_ID/OBJECT.flac (or .wav) and _rest; without it `pairs` and `denoising` take clips "
+        "of which the table knows one object, which are their own references",
+    )
+    p.add_argument("--media", metavar="URI", help="where extract found, or kept, the media of youtube:ID and the like")
     p.add_argument("--out", required=True, help="folder of results.json, clips.csv and report.html")
     p.add_argument("--split", default="test", help="train, val or test")
     p.add_argument(
@@ -50,10 +57,11 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--protocol",
-        choices=("mixtures", "pairs", "denoising"),
+        choices=("mixtures", "pairs", "denoising", "absent"),
         default="mixtures",
-        help="the clips as they are, all pairs of single-source clips, or those with noise at 0 dB",
+        help="the clips; all pairs of single-source clips; these with noise at 0 dB; clips asked for an absent object",
     )
+    p.add_argument("--pairs", metavar="FILE", help="measure the pairs of a pairs.csv that another run wrote")
     p.add_argument("--replace", action="store_true", help="write over another model's results, kept in OUT/previous")
     p.add_argument("--in-process", action="store_true", help="a plain loop without Ray")
     return p
@@ -64,8 +72,8 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from avsep import results, results_report, storage
-from avsep.evaluation import BESIDE, ClipResult, alone, bounded, build_case, measure, together
+from avsep import protocols, results, results_report, storage
+from avsep.evaluation import BESIDE, Case, Cases, ClipResult, alone, bounded, build_case, measure, together
 from avsep.model import MODEL_FILES
 from avsep.objects import Vocabulary
 from avsep.records import ClipError, Segment, check_vocabularies, read_segments, read_vocabulary
@@ -75,10 +83,9 @@ from pipelines import cluster, console, runners
 from pipelines.console import fail, say
 from pipelines.progress import Progress
 
-RESULTS = ("results.json", "clips.csv", "report.html")
+RESULTS = ("results.json", "clips.csv", protocols.PAIRS_FILE, "report.html")
 _NAME = re.compile(r"[a-z0-9_]+")
 _WORST = 10
-_MOST_PAIRS = 200
 
 
 @dataclass(frozen=True)
@@ -95,29 +102,30 @@ class Job:
     """What to measure with, and how."""
 
     models: tuple[Entry, ...]  # in the order of the tables; one of them is the default
-    references: str
+    references: str | None
     given: str = "objects"
     protocol: str = "mixtures"
+    objects: tuple[str, ...] = ()  # of which one that is absent is asked for
 
 
 def choose(
-    runner: runners.Runner, segments: Sequence[Segment], job: Job
-) -> tuple[list[tuple[Segment, ...]], list[str]]:
+    runner: runners.Runner, segments: Sequence[Segment], job: Job, listed: str | None
+) -> tuple[Cases, list[str]]:
     """Return what a protocol measures, clips or pairs of them, and what is wrong with clips that can't be used."""
-    if job.protocol == "mixtures":
+    if listed:
+        return protocols.read_pairs(listed, segments), []
+    if job.protocol in ("mixtures", "absent") and job.references:
         return [(s,) for s in segments], []
     found = runners.map_in_order(runner, alone, [(job.references, s) for s in segments])
     errors = [error for _, error in found if error]
     singles = [(s, name) for s, (name, _) in zip(segments, found, strict=True) if name is not None]
     say(f"evaluate: one object sounds alone in {len(singles)} of {len(segments)} clips")
-    if job.protocol == "denoising":
+    if job.protocol != "pairs":
         return [(s,) for s, _ in singles], errors
-    pairs = [(a, b) for (a, x), (b, y) in itertools.combinations(singles, 2) if x != y]
-    if len(pairs) > _MOST_PAIRS:
-        say(f"evaluate: {_MOST_PAIRS} of their {len(pairs)} pairs of different objects are measured")
-        chosen = np.random.default_rng(0).choice(len(pairs), _MOST_PAIRS, replace=False)
-        pairs = [pairs[i] for i in sorted(chosen)]
-    return list(pairs), errors
+    pairs, n_pairs = protocols.draw_pairs(singles)
+    if n_pairs > len(pairs):
+        say(f"evaluate: {len(pairs)} of their {n_pairs} pairs of different objects are measured")
+    return pairs, errors
 
 
 @functools.lru_cache(maxsize=1)
@@ -126,15 +134,17 @@ def separators(models: tuple[Entry, ...]) -> dict[str, Separator]:
     return together({m.name: Separator.load(m.directory) for m in models})
 
 
+def case_of(job: Job, segments: Sequence[Segment]) -> Case:
+    """Load or make what is measured."""
+    default = separators(job.models)["default"]
+    return build_case(segments, job.references, default.sample_rate, job.protocol, default.vocabulary, job.objects)
+
+
 def evaluate_clip(job: Job, segments: Sequence[Segment]) -> ClipResult:
     """Run every separator on one clip, or pair of clips, and measure it."""
     cluster.one_thread()
-    loaded = separators(job.models)
     try:
-        case = build_case(
-            segments, job.references, loaded["default"].sample_rate, job.protocol, loaded["default"].vocabulary
-        )
-        return measure(case, loaded, job.given)
+        return measure(case_of(job, segments), separators(job.models), job.given)
     except (ClipError, ValueError) as error:
         return ClipResult(segments[0].segment_id, [], {}, error=str(error))
 
@@ -143,8 +153,7 @@ def clip_section(job: Job, segments: Sequence[Segment], clip: ClipResult) -> Rep
     """Show one clip, or pair of clips, as the default separates it."""
     cluster.one_thread()
     default = separators(job.models)["default"]
-    case = build_case(segments, job.references, default.sample_rate, job.protocol, default.vocabulary)
-    return results_report.clip_section(segments, case, default, job.given, clip)
+    return results_report.clip_section(segments, case_of(job, segments), default, job.given, clip)
 
 
 def named_models(arguments: argparse.Namespace) -> tuple[Entry, ...]:
@@ -180,11 +189,13 @@ def check_models(models: Sequence[Entry]) -> None:
 
 def chosen_segments(arguments: argparse.Namespace, vocabulary: Vocabulary) -> list[Segment]:
     """Read the segments of the split; UsageError where there is none, or nothing of what they are to tell."""
+    protocol = f"--protocol {arguments.protocol}"
     if arguments.protocol != "mixtures" and arguments.given != "objects":
-        fail(
-            f"--given {arguments.given}: with --protocol {arguments.protocol} the audible objects are told; "
-            "leave --given out"
-        )
+        fail(f"--given {arguments.given}: with {protocol} the audible objects are told; leave --given out")
+    if arguments.protocol == "mixtures" and not arguments.references:
+        fail("--references is missing: the true sounds of each mixture are needed, but for the other protocols")
+    if arguments.protocol != "pairs" and arguments.pairs:
+        fail(f"--pairs {arguments.pairs}: {protocol} measures no pairs; leave it out, or say --protocol pairs")
     theirs = read_vocabulary(arguments.segments, vocabulary)
     check_vocabularies(f"--segments {arguments.segments}", theirs, f"--model {arguments.model}", vocabulary)
     everything = read_segments(arguments.segments, say, vocabulary)
@@ -192,6 +203,9 @@ def chosen_segments(arguments: argparse.Namespace, vocabulary: Vocabulary) -> li
     if not segments:
         splits = ", ".join(sorted({s.split for s in everything})) or "none"
         fail(f"{arguments.segments} holds no segments of --split {arguments.split}; its splits: {splits}")
+    segments, lacking = protocols.located(segments, arguments.media, everything)
+    if lacking:
+        say(f"evaluate: {lacking.total()} clips are not in {arguments.media}: {protocols.describe(lacking)}")
     if arguments.given == "labels" and (untold := sum(s.labels is None for s in segments)):
         if untold == len(segments):
             fail(f"--given labels: {arguments.segments} gives none; add a column `labels`, or say --given none")
@@ -203,20 +217,20 @@ def run(arguments: argparse.Namespace) -> int:
     """Evaluate, write results.json, clips.csv and report.html."""
     models = named_models(arguments)
     arguments.compare = [m.directory for m in models if m.name not in ("paper", "default")]
-    console.absolute(arguments, "model", "paper_model", "references", "out")
-    inputs = ("model", "paper_model", "compare", "segments", "references")
+    console.absolute(arguments, "model", "paper_model", "references", "media", "pairs", "out")
+    inputs = ("model", "paper_model", "compare", "segments", "references", "media", "pairs")
     console.keep_apart(arguments, *inputs, writes=RESULTS)
     check_models(models)
-    segments = chosen_segments(arguments, separators(models)["default"].vocabulary)
+    segments = chosen_segments(arguments, vocabulary := separators(models)["default"].vocabulary)
     source = provenance(arguments, models, segments)
     check_free(arguments.out, source, arguments.replace)
     storage.make_directory(arguments.out)
-    job = Job(models, arguments.references, arguments.given, arguments.protocol)
+    heard = protocols.heard_in(segments, vocabulary.names)
+    job = Job(models, arguments.references, arguments.given, arguments.protocol, heard)
     with runners.session(arguments.in_process) as runner:
-        cases, errors = choose(runner, segments, job)
+        cases, errors = choose(runner, segments, job, arguments.pairs)
         if not cases:
-            few = f"{arguments.segments} has too few clips with one object alone; leave it out"
-            fail(f"--protocol {job.protocol}: {few}")
+            fail(f"--protocol {job.protocol}: {arguments.segments} has too few clips with one object alone")
         clips = []
         with Progress("evaluate", len(cases), "clips") as progress:
             for clip in runner.map(evaluate_clip, ((job, c) for c in cases)):
@@ -230,6 +244,8 @@ def run(arguments: argparse.Namespace) -> int:
         by_id = {" + ".join(s.segment_id for s in c): c for c in cases}
         sections = runners.map_in_order(runner, clip_section, [(job, by_id[c.segment_id], c) for c in worst])
     write(arguments, source, usable, sections)
+    if job.protocol == "pairs":
+        storage.write_text(storage.join(arguments.out, protocols.PAIRS_FILE), protocols.pairs_table(cases))
     for error in errors:
         say(f"not measured: {error}")
     say(" and ".join(storage.join(arguments.out, f) for f in (RESULTS[0], RESULTS[-1])))
@@ -242,13 +258,8 @@ def write(
     """Write what RESULTS names to OUT, and the table to the terminal."""
     out, protocol = arguments.out, arguments.protocol
     found = results.summarise(clips) | {"protocol": protocol, "source": source}
-    many = len(clips) != 1
-    title = {
-        "mixtures": f"clip{'s' * many}",
-        "pairs": f"pair{'s' * many} of single-source clips",
-        "denoising": f"single-source clip{'s' * many} in noise",
-    }
-    report = Report(f"Separation of {len(clips)} {arguments.split} {title[protocol]}")
+    title = protocols.TITLES[protocol].format(s="s" * (len(clips) != 1))
+    report = Report(f"Separation of {len(clips)} {arguments.split} {title}")
     results_report.add_results(report, found, arguments.given)
     report.heading(f"Listen to the worst {results_report.plural(len(sections), 'clip')}")
     for section in sections:
@@ -263,27 +274,16 @@ def write(
 
 def provenance(arguments: argparse.Namespace, models: Sequence[Entry], segments: Sequence[Segment]) -> dict[str, str]:
     """Say what results are of: hashes of the models and of the segments, and the settings."""
-    digests = {m.name: m.sha256 for m in models}
-    return {
-        "model": digests.pop("default"),
-        "paper model": digests.pop("paper", ""),
-        **{f"--compare {name}": sha256 for name, sha256 in digests.items()},
-        "segments": hashlib.sha256(repr(segments).encode()).hexdigest(),
-        **{f"--{name}": str(getattr(arguments, name)) for name in ("split", "given", "protocol")},
-    }
+    settings = {f"--{name}": str(getattr(arguments, name)) for name in ("split", "given", "protocol")}
+    if arguments.pairs:
+        settings["--pairs"] = hashlib.sha256(storage.read_bytes(arguments.pairs)).hexdigest()
+    return results.provenance({m.name: m.sha256 for m in models}, segments, settings)
 
 
 def check_free(out: str, source: dict[str, str], replace: bool) -> None:
     """Raise UsageError where OUT has results of something else, unless they are to be replaced."""
     path = storage.join(out, RESULTS[0])
-    if not storage.exists(path):
-        return
-    try:
-        there = dict(json.loads(storage.read_bytes(path)).get("source", {}))
-    except (ValueError, AttributeError, TypeError):
-        there = {}
-    other = next((name for name in {**source, **there} if there.get(name) != source.get(name)), None)
-    if other:
+    if storage.exists(path) and (other := results.differing(storage.read_bytes(path), source)):
         what = f"--out {out} holds results of another {other.removeprefix('--')}; another --out leaves them alone"
         console.check_free(out, RESULTS, what, replace)
 

@@ -63,7 +63,7 @@ if __name__ == "__main__":
 from avsep import fetching, lock, shards, stages, storage
 from avsep.extraction import Extraction, Process, describe_computing, describe_downloads, describe_work, fit_looks
 from avsep.factors import DataConfig
-from avsep.fetching import identities, open_store
+from avsep.fetching import identities, open_store, several_of
 from avsep.model import LABELLER_FILE
 from avsep.records import Reason, Segment, check_vocabularies, read_segments, read_vocabulary
 from avsep.vision import ImageLabeller
@@ -85,7 +85,7 @@ def read_checked(arguments: argparse.Namespace) -> list[Segment]:
     if not segments:
         fail(f"{arguments.segments} holds no segments")
     if not arguments.media and (remote := sum(map(fetching.is_remote, segments))):
-        fail(f"{remote} segments must be downloaded; say with --media FOLDER where downloads are kept")
+        fail(f"{remote} segments must be downloaded, or found: say with --media FOLDER where the files are kept")
     if arguments.until and not arguments.media:
         fail("--until fetch: say with --media FOLDER where downloads are kept")
     if not 0 < arguments.rate < math.inf:
@@ -130,7 +130,7 @@ def dry_run(
     todo = [s for w in works for s in w.segments]
     if not todo:
         return
-    store = open_store(arguments.media, todo) if arguments.media else None
+    store = open_store(arguments.media, todo, extraction.whole) if arguments.media else None
     download_s = 0.0
     if store and store.missing:
         n_identities = max(1, len(identities(arguments.proxies, arguments.cookies)))
@@ -161,7 +161,7 @@ def run(
         say(f"pictures: {labeller.architecture}, looks: {config.looks}")
     vocabulary = read_vocabulary(arguments.segments)
     made_with = DataConfig(config, vocabulary, *((labeller.architecture, labeller.sha256) if labeller else ()))
-    extraction = Extraction(out, config, made_with.as_dict(), process, fetch_only=bool(arguments.until))
+    extraction = Extraction(out, config, made_with.as_dict(), process, bool(arguments.until), several_of(segments))
     if arguments.dry_run:
         state = shards.read_state(out)
         check_digest(state, extraction)
@@ -251,7 +251,8 @@ def extract_round(
 
     `following` is what the last round returned.
     """
-    store, outlook, others = open_store(arguments.media, [s for w in works for s in w.segments]), None, False
+    store = open_store(arguments.media, [s for w in works for s in w.segments], extraction.whole)
+    outlook, others = None, False
     with contextlib.ExitStack() as stack:
         locks = [mine]
         if store and store.missing:

@@ -230,7 +230,7 @@ def album_files(
     remote = [s for group in by_split.values() for s in group if fetching.is_remote(s)]
     if remote and not arguments.media:
         fail(f"{len(remote)} segments are remote; say with --media where pipelines.extract keeps downloads")
-    known = fetching.find_media(arguments.media, remote) if remote else {}
+    store = fetching.open_store(arguments.media, remote, fetching.several_of(remote)) if remote else None
     files: dict[str, list[str]] = {}
     todo = []
     for split, segments in by_split.items():
@@ -239,8 +239,7 @@ def album_files(
             path = storage.join(arguments.out, f"pictures-{looking.size}", albums.album_name(split, shard))
             files[split].append(path)
             if not storage.exists(path):
-                here = {s.segment_id: known[s.segment_id] for s in shard.segments if s.segment_id in known}
-                todo.append((path, looking, shard.segments, here))
+                todo.append((path, looking, shard.segments, store.of(shard.segments) if store else None))
     missing = 0
     with Progress("pictures", sum(len(t[2]) for t in todo), "clips") as progress:
         for count, lost in runner.map(keep_images, todo):

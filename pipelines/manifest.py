@@ -1,6 +1,6 @@
-"""Segments from AudioSet's CSV files, or from any table of media files, with Apache Beam.
+"""Segments from AudioSet's, MUSIC's, AVE's or VGGSound's own files, or any table of media files, with Apache Beam.
 
-Input is cut into blocks of lines (AudioSet) or row groups; each becomes an Arrow table of segments, the
+Input is cut into blocks of lines, row groups or files; each becomes an Arrow table of segments, the
 tables meet again in ranges of segment_id, where repeats are found and Parquet files written.
 """
 
@@ -22,14 +22,24 @@ examples:
   AudioSet (files with 'eval' in their name become split test, 4 % of the others val):
     python -m pipelines.manifest --audioset balanced_train_segments.csv unbalanced_train_segments.csv \\
         eval_segments.csv --ontology ontology.json --out out/manifest
+  MUSIC, AVE and VGGSound, as published:
+    python -m pipelines.manifest --music MUSIC_solo_videos.json MUSIC_duet_videos.json --out out/music
+    python -m pipelines.manifest --ave Annotations.txt trainSet.txt valSet.txt testSet.txt --out out/ave
+    python -m pipelines.manifest --vggsound vggsound.csv --out out/vggsound
   the same on a cluster (other options go to Beam):
     python -m pipelines.manifest --audioset gs://B/eval_segments.csv --ontology gs://B/ontology.json \\
         --out gs://B/manifest --runner FlinkRunner --flink_master HOST:8081
 
+MUSIC's videos give excerpts of 10 s at 10, 30, 50, 70, 90 and 110 s; extract rejects what lies beyond a video's end.
+By a hash of its id 4 % of the videos are val, 10 % test. AVE's rows are train unless one of its sets is given. AVE's
+and VGGSound's splits are as published. The objects are the set's own. With --objects, an excerpt whose label is none
+of them by name or alias is left out, and counted; a label that the set itself doesn't have is a dead letter. Rows for
+one excerpt are merged.
+
 DIR gets segments.parquet (several files beyond half a million segments), statistics.json (written
 last) and dead_letters.jsonl: rows that can't be used, with file, line, reason and text.
 
-exit status: 0 done; 1 done, but rows of one's own table are among the dead letters, or none of AudioSet's
+exit status: 0 done; 1 done, but rows of one's own table are among the dead letters, or none of a set's
 is left; 2 unusable arguments or input, such as a table without a usable row."""
 
 
@@ -41,9 +51,16 @@ def parser() -> argparse.ArgumentParser:
     sources = p.add_mutually_exclusive_group(required=True)
     sources.add_argument("--table", metavar="CSV_OR_PARQUET", help="a table of media files")
     sources.add_argument("--audioset", nargs="+", metavar="CSV", help="AudioSet's segment files")
+    sources.add_argument("--music", nargs="+", metavar="JSON", help="MUSIC's files, or MUSIC-21's")
+    sources.add_argument("--ave", nargs="+", metavar="FILE", help="AVE's Annotations.txt, and its files of splits")
+    sources.add_argument("--vggsound", nargs=1, metavar="CSV", help="VGGSound's vggsound.csv")
     p.add_argument("--ontology", metavar="JSON", help="AudioSet's ontology.json")
     p.add_argument("--own-node-only", action="store_true", help="don't count the ontology's descendants")
-    p.add_argument("--objects", metavar="FILE", help="a vocabulary of your own, JSON or CSV (default: the 23 objects)")
+    p.add_argument(
+        "--objects",
+        metavar="FILE",
+        help="a vocabulary of your own, JSON or CSV (default: the set's own, else the 23 objects)",
+    )
     p.add_argument("--out", required=True, metavar="DIR", help="where to write; a manifest there is replaced")
     return p
 
@@ -54,6 +71,7 @@ if __name__ == "__main__":
 import pyarrow as pa
 
 from avsep import audioset, storage
+from avsep.datasets import PLANS
 from avsep.manifest import (
     SHARD_ROWS,
     STAGING,
@@ -107,7 +125,7 @@ def build(
     uris: list[str],
     folder: str,
     *,
-    repeats_are_bad: bool,
+    repeats: str,
     vocabulary: Vocabulary = AUDIOSET_23,
     shard_rows: int = SHARD_ROWS,
 ) -> None:
@@ -129,7 +147,7 @@ def build(
         parsed.segments
         | "ranges" >> beam.FlatMap(into_ranges, bounds)
         | "shards" >> beam.GroupByKey()
-        | "write" >> beam.Map(write_shard, bounds, folder, repeats_are_bad=repeats_are_bad, vocabulary=vocabulary)
+        | "write" >> beam.Map(write_shard, bounds, folder, repeats=repeats, vocabulary=vocabulary)
     )
     reports = (parsed.reports, written) | beam.Flatten()
     _ = (
@@ -149,11 +167,15 @@ def build(
 def plan_of(args: argparse.Namespace) -> tuple[list[str], Plan]:
     """Check arguments and input → its files, and how they are read. Raises ValueError or OSError."""
     own = read_objects(storage.resolve(args.objects, ".")) if args.objects else None
+    if not args.audioset and (args.ontology or args.own_node_only):
+        raise ValueError("--ontology and --own-node-only go with --audioset alone")
     if args.table:
-        if args.ontology or args.own_node_only:
-            raise ValueError("--ontology and --own-node-only go with --audioset, not with --table")
         uris = [storage.resolve(args.table, ".")]
         return uris, plan_table(uris[0], own)
+    for name, plan in PLANS.items():
+        if given := getattr(args, name):
+            uris = list(dict.fromkeys(storage.resolve(uri, ".") for uri in given))
+            return uris, plan(uris, own)
     if not args.ontology and not args.own_node_only:
         raise ValueError("--audioset needs --ontology ontology.json (or --own-node-only to do without)")
     uris = list(dict.fromkeys(storage.resolve(uri, ".") for uri in args.audioset))
@@ -170,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = runners.beam_options(others)
         out = storage.resolve(args.out, ".")
-        console.keep_apart(args, "table", "audioset", "ontology", "objects", writes=WRITES)
+        console.keep_apart(args, "table", "audioset", *PLANS, "ontology", "objects", writes=WRITES)
         uris, plan = plan_of(args)
         pipeline = beam.Pipeline(options=options)
         staging = storage.join(out, STAGING)
@@ -190,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             plan.read,
             uris,
             staging,
-            repeats_are_bad=bool(args.table),
+            repeats=plan.repeats,
             vocabulary=plan.vocabulary,
         )
         if console.is_local(options):  # what a step raises comes back to us; Beam would print its traceback first

@@ -23,9 +23,9 @@ FLOORS = (
     "storage tables records lock factors dictionary familiarity",
     "media",
     "model separation baselines plots report",
-    "fetching vision shards work labelled manifest audioset synthetic",
+    "fetching vision shards work labelled manifest audioset datasets synthetic",
     "stages extraction learning",
-    "files videos outputs stems separated evaluation results results_report audit duplicates datacard",
+    "files videos outputs stems separated evaluation protocols results results_report audit duplicates datacard",
     "service commands",
     "cli",
 )
@@ -40,7 +40,10 @@ PIPELINES = sorted(p.stem for p in (ROOT / "pipelines").glob("*.py") if p.stem !
 # Every flag of every command. A new one needs a reason, and a line here.
 FLAGS = {
     "demo": {"--out", "--clips", "--in-process"},
-    "manifest": {"--audioset", "--ontology", "--own-node-only", "--table", "--objects", "--out"},
+    "manifest": {
+        "--table", "--audioset", "--music", "--ave", "--vggsound", "--ontology", "--own-node-only", "--objects",
+        "--out",
+    },
     "extract": {
         "--segments", "--out", "--recipe", "--weights", "--labeller", "--retry-rejected",
         "--in-process", "--profile", "--dry-run", "--media", "--until", "--rate", "--proxies", "--cookies",
@@ -54,7 +57,7 @@ FLAGS = {
     "collect": {"--model", "--clips", "--replace", "--in-process"},
     "evaluate": {
         "--model", "--paper-model", "--compare", "--segments", "--references", "--out", "--split", "--given",
-        "--protocol", "--replace", "--in-process",
+        "--protocol", "--pairs", "--media", "--replace", "--in-process",
     },
     "serve": {"--model", "--port", "--in-process"},
     "avsep separate": {

@@ -16,7 +16,7 @@ from avsep.fetching.egress import (
 )
 from avsep.fetching.options import Budget, FetchOptions, FetchResult, Stopped
 from avsep.fetching.answers import classify
-from avsep.fetching.sources import find_media, is_remote, store_path, within
+from avsep.fetching.sources import find_media, is_remote, several_of, store_path, within
 from avsep.fetching.ytdlp import check_tools
 from avsep.fetching.fetch import download, fetch
 from avsep.fetching.store import MediaStore, open_store
@@ -42,6 +42,7 @@ __all__ = [
     "identities",
     "is_remote",
     "open_store",
+    "several_of",
     "store_path",
     "within",
 ]

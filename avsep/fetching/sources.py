@@ -13,7 +13,7 @@ from typing import Protocol
 import pyarrow.fs as pafs
 
 from avsep import media, storage
-from avsep.fetching import youtube
+from avsep.fetching import ave, youtube
 from avsep.records import ClipError, Reason, Segment
 
 _SUFFIXES = (  # of owned files, pictures and sound before sound alone
@@ -29,11 +29,11 @@ class Site(Protocol):
     NAME: str  # as people know it
     ID: re.Pattern[str]  # of a whole id, without `.`, `:` and slashes
     ID_RULE: str  # the same in words
-    PAGE: str  # the web address, with {} for the id, of what yt-dlp is to download
+    PAGE: str  # the web address, with {} for the id, of what yt-dlp is to download; empty: people hold the files
     FILES: tuple[str, ...]  # how users name a whole video's file, without suffix, with {} for the id
 
 
-_SITES: tuple[Site, ...] = (youtube,)
+_SITES: tuple[Site, ...] = (youtube, ave)
 SCHEMES: dict[str, Site] = {site.SCHEME: site for site in _SITES}
 
 
@@ -49,18 +49,19 @@ def is_web(source: str) -> bool:
 
 
 def is_fetched(source: str) -> bool:
-    """Tell whether a source has to be fetched: `youtube:ID` or another site's, `http://…`, `https://…`."""
-    return is_web(source) or site_of(source) is not None
+    """Tell whether a source can be fetched: `youtube:ID` or another site's, `http://…`, `https://…`."""
+    site = site_of(source)
+    return is_web(source) or (site is not None and bool(site[0].PAGE))
 
 
 def is_remote(segment: Segment) -> bool:
-    """Tell whether a segment's source has to be fetched, as `is_fetched` does."""
-    return is_fetched(segment.source)
+    """Tell whether a segment's media are in a media store: fetched, or a site's files that people hold."""
+    return is_fetched(segment.source) or site_of(segment.source) is not None
 
 
 def forms() -> str:
     """Say what sources that are fetched look like: `http://…, https://… or youtube:ID`."""
-    *some, last = ["http://…", "https://…", *(f"{scheme}:ID" for scheme in SCHEMES)]
+    *some, last = ["http://…", "https://…", *(f"{scheme}:ID" for scheme, site in SCHEMES.items() if site.PAGE)]
     return f"{', '.join(some)} or {last}"
 
 
@@ -107,15 +108,19 @@ def find_media(folder: str, segments: Iterable[Segment]) -> dict[str, str]:
     return {segment_id: path for segment_id, (_, _, path) in found.items()}
 
 
-def within(segment: Segment, path: str) -> Segment:
+def within(segment: Segment, path: str, *, whole: bool = False) -> Segment:
     """Return the segment with `path` as its source and its times as they are in that file.
 
     A file that isn't longer than the segment (1 s over is let pass) is the excerpt, and so is a
     longer one that is named by the excerpt's start; a longer one named by the video's id alone is the whole
-    video. Raises ClipError when the file can't be read.
+    video, and so is any one with `whole`: several excerpts of it are asked for (`several_of`). In files of sites
+    without pages, such as AVE's, the times are the segment's. Raises ClipError when the file can't be read.
     """
     if path.endswith(f"/{_key(segment.segment_id)}"):
         return replace(segment, source=path, start_s=0.0, end_s=None)
+    stem = os.path.splitext(storage.name(path))[0]
+    if not is_fetched(segment.source) or (whole and stem in _video_names(segment.source)):
+        return replace(segment, source=path)
     length_s = media.or_inf(segment.end_s) - segment.start_s
     try:
         with storage.local_file(path) as file:
@@ -124,16 +129,24 @@ def within(segment: Segment, path: str) -> Segment:
         raise ClipError(Reason.MISSING, f"{path} doesn't exist") from None
     if duration_s is not None and duration_s <= length_s + media.SLACK_S and math.isfinite(length_s):
         return replace(segment, source=path, start_s=0.0, end_s=length_s)
-    stem = os.path.splitext(storage.name(path))[0]
     if stem in _video_names(segment.source) or not math.isfinite(length_s):
         return replace(segment, source=path)
     return replace(segment, source=path, start_s=0.0, end_s=length_s)
 
 
+def several_of(segments: Iterable[Segment]) -> frozenset[str]:
+    """Return the sources of which several excerpts are asked for: a file that is named by one's id is all of it."""
+    first: dict[str, tuple[float, float | None]] = {}
+    times = ((s.source, (s.start_s, s.end_s)) for s in segments if is_remote(s))
+    return frozenset(source for source, excerpt in times if first.setdefault(source, excerpt) != excerpt)
+
+
 def names_of(segment: Segment) -> list[str]:
     """List the names that a segment's file may have, without suffix, best first."""
-    names = [segment.segment_id]
-    if videos := _video_names(segment.source):
+    names, videos = [segment.segment_id], _video_names(segment.source)
+    if not is_fetched(segment.source):
+        return videos
+    if videos:
         times = [segment.start_s] if segment.end_s is None else [segment.start_s, segment.end_s]
         forms = [[f"{1000 * t:.0f}" for t in times], [f"{t:.3f}" for t in times]]
         if all(t.is_integer() for t in map(float, times)):
@@ -153,7 +166,8 @@ def url_of(source: str) -> str:
     """Return a source's web address; ValueError where it has none, ClipError where the site has no such ids."""
     if is_web(source):
         return source
-    if (found := site_of(source)) is None:
+    found = site_of(source)
+    if found is None or not is_fetched(source):
         raise ValueError(f"{source} is not to be fetched: that is {forms()}")
     site, video = found
     if not site.ID.fullmatch(video):

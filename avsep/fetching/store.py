@@ -8,7 +8,7 @@ from typing import Any
 
 from avsep.fetching.fetch import fetch
 from avsep.fetching.options import Budget
-from avsep.fetching.sources import find_media, is_remote, within
+from avsep.fetching.sources import find_media, is_fetched, is_remote, names_of, within
 from avsep.records import ClipError, Reason, Rejection, Segment
 
 
@@ -18,8 +18,9 @@ class MediaStore:
 
     uri: str
     known: dict[str, str]  # segment_id → path, as listed at the start
-    missing: set[str]  # remote segments that aren't there
+    missing: set[str]  # segments that are to be fetched
     siblings: dict[str, tuple[Segment, ...]]  # source → its missing segments, where there are several
+    whole: frozenset[str] = frozenset()  # sources with several excerpts, see `sources.several_of`
     budget: Budget | None = None  # None: somebody else downloads
     retried: list[dict[str, Any]] = field(default_factory=list)  # downloads that failed and were tried again
 
@@ -31,6 +32,7 @@ class MediaStore:
             {i: self.known[i] for i in ids & self.known.keys()},
             ids & self.missing,
             {s: self.siblings[s] for s in sources & self.siblings.keys()},
+            self.whole & sources,
             self.budget,
         )
 
@@ -39,6 +41,8 @@ class MediaStore:
         if not is_remote(segment):
             return segment
         path = self.known.get(segment.segment_id)
+        if path is None and not is_fetched(segment.source):
+            raise ClipError(Reason.MISSING, f"{self.uri} holds no file {names_of(segment)[0]}: it can't be downloaded")
         if path is None:
             if self.budget is None:
                 raise ClipError(Reason.MISSING, f"not in {self.uri} yet", transient=True)
@@ -57,7 +61,7 @@ class MediaStore:
 
             siblings = self.siblings.get(segment.source, ())
             path = fetch(segment, self.uri, self.budget, siblings=siblings, tell=tell).path
-        return within(segment, path)
+        return within(segment, path, whole=segment.source in self.whole)
 
     def fetch_all(self, segments: Sequence[Segment]) -> list[Rejection]:
         """Bring segments' media into the store; return those that can't be had."""
@@ -70,16 +74,16 @@ class MediaStore:
         return rejections
 
 
-def open_store(uri: str, segments: Sequence[Segment]) -> MediaStore | None:
-    """List what the media store holds; None where no segment needs one."""
+def open_store(uri: str, segments: Sequence[Segment], whole: frozenset[str] = frozenset()) -> MediaStore | None:
+    """List what the media store holds; None where no segment needs one. `whole` is `several_of` the whole table."""
     remote = [s for s in segments if is_remote(s)]
     if not remote:
         return None
     known = find_media(uri, remote)
-    missing = {s.segment_id for s in remote if s.segment_id not in known}
+    missing = {s.segment_id for s in remote if s.segment_id not in known and is_fetched(s.source)}
     by_source: dict[str, list[Segment]] = {}
     for s in remote:
         if s.segment_id in missing:
             by_source.setdefault(s.source, []).append(s)
     siblings = {source: tuple(several) for source, several in by_source.items() if len(several) > 1}
-    return MediaStore(uri, known, missing, siblings)
+    return MediaStore(uri, known, missing, siblings, whole)

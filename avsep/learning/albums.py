@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
-from avsep import fetching, media, shards, storage
+from avsep import media, shards, storage
+from avsep.fetching import MediaStore
 from avsep.looks import Looking
 from avsep.records import ClipError, Segment
 
@@ -27,16 +28,15 @@ def album_name(split: str, shard: shards.Shard) -> str:
     return f"{split}-{shard.name}-{hashlib.sha256(json.dumps(excerpts).encode()).hexdigest()[:8]}.parquet"
 
 
-def keep_images(path: str, looking: Looking, segments: Sequence[Segment], known: Mapping[str, str]) -> tuple[int, int]:
+def keep_images(path: str, looking: Looking, segments: Sequence[Segment], store: MediaStore | None) -> tuple[int, int]:
     """Write the middles of some segments' pictures to an album; return how many have any, and how many can't be had.
 
-    `known` is where the media of remote segments are.
+    `store` has the media of remote segments.
     """
     clips, missing = [], 0
     for segment in segments:
-        at = known.get(segment.segment_id)
         try:
-            s = fetching.within(segment, at) if at else segment
+            s = store.locate(segment) if store else segment
             with storage.local_file(s.source) as file:
                 images = looking(media.decode(file, s.start_s, s.end_s).images).crops
         except (ClipError, FileNotFoundError, ValueError):

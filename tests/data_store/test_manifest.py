@@ -319,7 +319,7 @@ def in_pieces(files: tuple[list[Path], Path], tmp_path_factory: pytest.TempPathF
             lambda block: segments_of.read_audioset(block, masks),
             [str(path) for path in files[0]],
             str(staging),
-            repeats_are_bad=False,
+            repeats="dropped",
             shard_rows=100,
         )
     segments_of.commit(str(staging), str(folder))

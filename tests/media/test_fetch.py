@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 
 from avsep import media
+from avsep.factors import ExtractionConfig
 from avsep.fetching import (
     EgressBudget,
     EgressIdentity,
@@ -40,13 +41,16 @@ from avsep.fetching import (
     fetch,
     find_media,
     identities,
+    open_store,
+    several_of,
     store_path,
     within,
     ytdlp,
 )
-from avsep.fetching.sources import SCHEMES, forms, is_remote, origin
+from avsep.fetching.sources import SCHEMES, forms, is_fetched, is_remote, origin, url_of
 from avsep.media import cut
 from avsep.records import ClipError, Reason, Segment, validate
+from avsep.stages import decode
 
 pytest.importorskip("yt_dlp")
 
@@ -687,6 +691,43 @@ def test_owned_files(files: Path, tmp_path: Path) -> None:
     times = {i.segment_id: within(i, found[i.segment_id]) for i in (whole, clip, named)}
     assert [(s.start_s, s.end_s) for s in times.values()] == [(3.0, 5.0), (0.0, 10.0), (0.0, 2.0)]
     assert find_media(str(tmp_path / "nowhere"), [whole]) == {}
+
+
+def test_files_as_copies_of_public_sets_name_them(files: Path, tmp_path: Path) -> None:
+    """AVE's hold ten seconds and its times are theirs; VGGSound's are cut; MUSIC's are whole videos, however short."""
+    owned = {
+        "-ave_file_0.mp4": Segment("-ave_file_0_1000_8000", "ave:-ave_file_0", 1.0, 8.0),
+        "vggsound_01_000030.mp4": Segment("vggsound_01_30000", "youtube:vggsound_01", 30.0, 40.0),
+        "-ggsound_02_30_40.mp4": Segment("-ggsound_02_30000", "youtube:-ggsound_02", 30.0, 40.0),
+        "music__0001.mp4": Segment("music__0001_10000", "youtube:music__0001", 10.0, 20.0),
+        "nobody_has_.mp4": Segment("nobody_has__0_10000", "ave:nobody_has_", 0.0, 10.0),
+    }
+    for name in list(owned)[:-1]:
+        (tmp_path / name).write_bytes((files / "film.mp4").read_bytes())
+    later = Segment("music__0001_30000", "youtube:music__0001", 30.0, 40.0)
+    segments = [*owned.values(), later]
+    assert several_of(segments) == several_of([*segments, *segments]) == {"youtube:music__0001"}
+    store = open_store(str(tmp_path), segments, several_of(segments))
+    assert store is not None and not store.missing  # what can't be fetched isn't to be
+    part = store.of([later])
+    assert part.whole == {"youtube:music__0001"} and part.locate(later).start_s == 30.0
+    excerpts = {name: store.locate(s) for name, s in list(owned.items())[:-1]}
+    assert all(s.source == str(tmp_path / name) for name, s in excerpts.items())
+    assert [(s.start_s, s.end_s) for s in excerpts.values()] == [(1.0, 8.0), (0.0, 10.0), (0.0, 10.0), (10.0, 20.0)]
+    config = ExtractionConfig()
+    for name, s in excerpts.items():
+        if name.startswith("music"):  # a film of 8 s
+            with pytest.raises(ClipError, match=r"past_end: nothing follows 10 s"):
+                decode(s, config)
+        else:
+            seconds = len(decode(s, config).clip.waveform) / config.stft.sample_rate
+            assert abs(seconds - (7 if "ave" in name else 8)) < 0.1
+    with pytest.raises(ClipError, match=r"missing: .* holds no file nobody_has_: it can't be downloaded") as missing:
+        store.locate(owned["nobody_has_.mp4"])
+    assert not missing.value.transient
+    with pytest.raises(ValueError, match=r"ave:nobody_has_ is not to be fetched: that is .* or youtube:ID$"):
+        url_of("ave:nobody_has_")
+    assert not is_fetched("ave:nobody_has_") and is_remote(owned["nobody_has_.mp4"])
 
 
 # Arithmetic, on a clock of our own

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from avsep import media, shards, synthetic, vision
+from avsep.fetching import MediaStore
 from avsep.learning import finetuning
 from avsep.learning.albums import album_name, keep_images, open_images, read_album, write_album
 from avsep.learning.finetuning import FinetuningConfig
@@ -161,12 +162,13 @@ def test_what_cannot_be_had_is_counted(tmp_path: Path) -> None:
     (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 12)
     noise = str(tmp_path / "noise.mp4")
     segments = [Segment("a", noise, 0.0, 1.0), Segment("b", "youtube:abcdefghijk", 0.0, 1.0)]
-    assert keep_images(str(tmp_path / "album"), Looking("centre", SIZE), segments, {"b": noise}) == (0, 2)
+    store = MediaStore(str(tmp_path), {"b": noise}, set(), {})
+    assert keep_images(str(tmp_path / "album"), Looking("centre", SIZE), segments, store) == (0, 2)
 
 
 def test_the_middle_of_each_picture_is_kept_at_the_networks_size(rendered: Path, tmp_path: Path) -> None:
     path, album = min((rendered / "clips").iterdir()), str(tmp_path / "album")
-    assert keep_images(album, Looking("centre", SIZE), [Segment("a", str(path), 0.0, 2.0)], {}) == (1, 0)
+    assert keep_images(album, Looking("centre", SIZE), [Segment("a", str(path), 0.0, 2.0)], None) == (1, 0)
     ((name, jpegs),) = read_album(album)
     kept = open_images(jpegs).astype(int)
     assert name == "a" and kept.shape == (2, SIZE, SIZE, 3)

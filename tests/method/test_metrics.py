@@ -4,7 +4,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from avsep.metrics import bss_eval, calibration, improvement, si_sdr
+from avsep.metrics import bss_eval, calibration, improvement, si_sar, si_sdr
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -140,3 +140,46 @@ def test_errors_name_the_value_and_the_rule() -> None:
         bss_eval(noise(2000), noise(2000))
     with pytest.raises(ValueError, match=r"100 samples; BSS-eval's filter of 512 taps.*smaller filter"):
         bss_eval(noise(2, 100), noise(2, 100))
+
+
+# ------------------------------------------------------------------------------------------ SI-SAR
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+def test_si_sar_counts_only_what_the_references_cannot_give(scale: float) -> None:
+    """Orthogonal references and artefacts of known power; the other source in the estimate costs nothing."""
+    r = np.eye(3, 64)[:2] * np.sqrt(64)
+    artefact = np.eye(3, 64)[2] * np.sqrt(64)
+    e = scale * np.stack([r[0] + 0.5 * r[1] + 0.1 * artefact, r[1] - 2.0 * r[0] + 0.01 * artefact])
+    assert si_sar(r, e) == pytest.approx([20, 40], abs=1e-6)
+    assert si_sar(r, np.stack([e, e])).shape == (2, 2)
+
+
+def test_si_sdr_splits_into_interference_and_artefacts() -> None:
+    """10^(−SI-SDR/10) = 10^(−SI-SIR/10) + 10^(−SI-SAR/10), the interference found by least squares."""
+    rng = np.random.default_rng(0)
+    r, e = rng.standard_normal((3, 500)), rng.standard_normal((3, 500))
+    e += r + 0.3 * r[::-1]
+    for j in range(3):
+        target = (e[j] @ r[j]) / (r[j] @ r[j]) * r[j]
+        within = r.T @ np.linalg.lstsq(r.T, e[j], rcond=None)[0]
+        si_sir = 10 * np.log10((target @ target) / ((within - target) @ (within - target)))
+        parts = 10 ** (-si_sir / 10) + 10 ** (-si_sar(r, e)[j] / 10)
+        assert 10 ** (-float(si_sdr(r[j], e[j])) / 10) == pytest.approx(parts, rel=1e-9)
+
+
+def test_si_sar_of_silence_copies_and_mixtures() -> None:
+    rng = np.random.default_rng(1)
+    a, b, zero = rng.standard_normal(400), rng.standard_normal(400), np.zeros(400)
+    found = si_sar([a, zero], [a + b, b])
+    assert found[0] == pytest.approx(float(si_sdr(a, a + b))) and np.isnan(found[1])  # a silent one explains nothing
+    assert np.isneginf(si_sar([a, b], [zero, b])[0])
+    assert (si_sar([a, b], [a + b, a + b]) > 100).all()  # a mixture of the references has no artefacts
+    assert (si_sar([a, 2 * a], [a, a]) > 100).all()  # nor where they are linearly dependent
+    with pytest.raises(ValueError, match=r"references are \(400,\); \(J, S\) is needed"):
+        si_sar(a, a)
+
+
+def test_nothing_is_gained_over_a_mixture_that_is_the_source_itself() -> None:
+    assert np.isnan(improvement([np.inf, -np.inf], [np.inf, -np.inf])).all()
+    assert improvement([np.inf], [3.0])[0] == np.inf

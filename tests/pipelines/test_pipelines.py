@@ -184,6 +184,56 @@ def test_the_published_protocols(run, solos, tmp_path, protocol):
         assert 10 * math.log10(noise) == pytest.approx(0, abs=0.05)
 
 
+def test_pairs_are_written_and_the_same_ones_measured_again(run, solos, tmp_path, capsys):
+    """Without references, too: a clip of which the table knows one object is its own."""
+    shutil.copytree(solos, tmp_path / "solos")
+    names = ("drum", "flute", "violin")
+    rows = [{"segment_id": n, "source": f"{n}.flac", "split": "test", "objects": n} for n in names]
+    table_of(tmp_path / "solos", rows)
+    command = ["--model", str(run / "run" / "model"), "--segments", str(tmp_path / "solos" / "table.csv")]
+    command += ["--in-process", "--protocol", "pairs"]
+    assert evaluate.main([*command, "--out", str(tmp_path / "a")]) == 0
+    listed = tmp_path / "a" / "pairs.csv"
+    assert listed.read_text() == "one,other\ndrum,flute\ndrum,violin\nflute,violin\n"
+    listed.write_text("one,other\nviolin,drum\n")
+    with_references = [*command, "--references", str(solos / "references"), "--pairs", str(listed)]
+    assert evaluate.main([*with_references, "--out", str(tmp_path / "b")]) == 0
+    a, b = (json.loads((tmp_path / n / "results.json").read_text()) for n in "ab")
+    (clip,) = b["clips"]
+    assert clip["segment_id"] == "violin + drum" and (tmp_path / "b" / "pairs.csv").read_text() == listed.read_text()
+    (same,) = (c for c in a["clips"] if c["segment_id"] == "drum + violin")
+    for figure in ("sdr", "si_sdr", "si_sar"):  # references are the clips themselves
+        assert clip["figures"]["mixture"][figure] == pytest.approx(same["figures"]["mixture"][figure], abs=0.01)
+    capsys.readouterr()
+    for text, said in (("one,other\ndrum,dog\n", "drum and dog are not two clips"), ("a,b\n", "is no list of pairs")):
+        listed.write_text(text)
+        assert evaluate.main([*with_references, "--out", str(tmp_path / "c")]) == 2
+        assert said in capsys.readouterr().err
+    assert evaluate.main([*command[:-1], "mixtures", "--out", str(tmp_path / "c")]) == 2
+    assert "--references is missing" in capsys.readouterr().err
+
+
+def test_what_leaks_into_an_object_that_is_not_there(run, solos, tmp_path):
+    rows = [
+        {"segment_id": n, "source": f"{n}.flac", "split": "test", "objects": n} for n in ("drum", "flute", "violin")
+    ]
+    shutil.copytree(solos, tmp_path / "solos")
+    table_of(tmp_path / "solos", rows)
+    command = ["--model", str(run / "run" / "model"), "--segments", str(tmp_path / "solos" / "table.csv")]
+    command += ["--in-process", "--protocol", "absent", "--out", str(tmp_path / "out")]
+    assert evaluate.main(command) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    for clip in results["clips"]:
+        assert clip["absent"] in {"drum", "flute", "violin"} - set(clip["objects"])
+        assert set(clip["leak_db"]) == {"default"} and -60 <= clip["leak_db"]["default"] < 0
+    leak = results["separators"]["default"]["leak_db"]
+    assert leak["mean"] == pytest.approx(np.mean([c["leak_db"]["default"] for c in results["clips"]]))
+    assert results["separators"]["mixture"]["leak_db"] is None
+    lines = (tmp_path / "out" / "clips.csv").read_text().splitlines()
+    assert sum(line.split(",")[-1] not in ("", "leak_db") for line in lines) == 3
+    assert "gave an object that isn" in (tmp_path / "out" / "report.html").read_text()
+
+
 @pytest.mark.parametrize("given", ["labels", "none"])
 def test_evaluation_without_being_told(run, rendered, tmp_path, given):
     arguments = ["--model", str(run / "run" / "model"), "--segments", str(rendered / "segments.csv"), "--in-process"]
