@@ -26,7 +26,7 @@ FLOORS = (
     "fetching vision shards work manifest audioset synthetic",
     "stages extraction learning",
     "files videos outputs stems evaluation results results_report audit duplicates datacard",
-    "service commands",
+    "service commands many",
     "cli",
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
@@ -55,6 +55,10 @@ FLAGS = {
     "evaluate": {
         "--model", "--paper-model", "--compare", "--segments", "--references", "--out", "--split", "--given",
         "--protocol", "--replace", "--in-process",
+    },
+    "separate": {
+        "--videos", "--out", "--model", "--objects", "--weights", "--track", "--two-stems", "--format", "--mono",
+        "--video", "--in-process",
     },
     "serve": {"--model", "--port", "--in-process"},
     "avsep separate": {
