@@ -236,7 +236,9 @@ def name_files(
     `before` are all that were ever asked for in OUT: a file of them keeps its name, and no other file gets it. So a
     file's name follows from the files' paths, whatever was killed when.
     """
-    kept = {s.source: i for i, s in before.items() if (s.start_s, s.end_s) == (0, None)}
+    kept = {
+        s.source: i for i, s in before.items() if replace(s, segment_id="") == Segment("", s.source, objects=objects)
+    }
     ids = {s.segment_id for s in rows}
     known = {f: kept[f] for f in files if f in kept and kept[f] not in ids}
     taken = {*_RESERVED, *ids, *before}
@@ -261,13 +263,14 @@ def remember_files(out: str, segments: Iterable[Segment], before: Mapping[str, S
     return everything
 
 
-def check_inputs(out: str, segments: Iterable[Segment], track: int) -> None:
+def check_inputs(out: str, rows: Sequence[Segment], files: Iterable[str], track: int) -> None:
     """Raise ValueError for files in OUT, which may be overwritten, and for excerpts of other tracks than the first."""
     inside = out.rstrip("/") + "/" if storage.is_uri(out) else os.path.realpath(out) + "/"
-    for s in segments:
-        source = s.source if storage.is_uri(s.source) or storage.is_uri(out) else os.path.realpath(s.source)
+    for given in (*(s.source for s in rows), *files):
+        source = given if storage.is_uri(given) or storage.is_uri(out) else os.path.realpath(given)
         if source.startswith(inside):
-            raise ValueError(f"--out {out} holds {s.source}, which is to be separated; give another --out")
+            raise ValueError(f"--out {out} holds {given}, which is to be separated; give another --out")
+    for s in rows:
         if track != 1 and _is_excerpt(s):
             raise ValueError(f"--track {track}: excerpts, such as {s.segment_id}, are of the first track; leave it out")
 

@@ -71,11 +71,11 @@ def run(arguments: argparse.Namespace) -> int:
     output = Output(arguments.mono, arguments.format, arguments.two_stems, arguments.with_video)
     job = many.prepare(arguments.out, arguments.model, arguments.weights, arguments.objects, arguments.track, output)
     rows, files = many.find(arguments.videos, job.objects, job.separator().config.vocabulary, say)
+    many.check_inputs(job.out, rows, files, job.track)
     storage.make_directory(job.out)
     with lock.Lock(storage.join(job.out, many.LOCK_FILE), f"--out {job.out}", tell=say) as mine:
         state, before = shards.read_state(job.root), many.read_files(job.out)
         segments = many.name_files(files, rows, job.objects, before)
-        many.check_inputs(job.out, segments, job.track)
         many.check_same(job, state)
         many.check_names(job.out, state, segments, before)
         everything = many.remember_files(job.out, segments, before)
@@ -107,9 +107,9 @@ def drive(
     todo = {s.segment_id for w in works for s in w.segments}
     say(describe_training(job.separator().config))
     if done := len(segments) - len(todo):
-        say(f"{done} of {len(segments)} files are done")
+        say(f"done before: {done} of {len(segments)} files")
     if again := len(todo & (changes.again | changes.rejected)):
-        say(f"{again} files are done again: they changed, their sounds are gone, or what failed may pass")
+        say(f"done again: {again} files, which changed, whose sounds are gone, or whose rejection may pass")
     ours = {s.segment_id for s in segments} - todo
     rejected = Counter(str(r.reason) for i, r in state.rejections.items() if i in ours)
     with (
