@@ -126,6 +126,8 @@ def drive(
     ):
         devices = gpus(runner, job) if works else []
         extract_shards(works, job, runner, progress, function=separate_shard, devices=devices, locks=[mine])
+    for folder in [] if storage.is_uri(job.out) else todo:
+        storage.sweep(storage.join(job.out, folder))  # what a worker left that outlived its driver for a moment
 
 
 def gpus(runner: runners.Runner, job: many.Separations) -> list[Devices]:
