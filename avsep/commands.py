@@ -255,8 +255,12 @@ def separate_local(
     track: int = 1,
     output: Output = AS_IT_IS,
     step: Step = no_step,
+    draw: bool = True,
 ) -> dict[str, Any]:
-    """Do what `separate_file` does to a file on this machine; its report begins with what is `said` of the source."""
+    """Do what `separate_file` does to a file on this machine; its report begins with what is `said` of the source.
+
+    Without `draw` there is no relation map, which takes longer to draw than a short sound to separate.
+    """
     earlier = _earlier_files(out, output)
     with _staging(out) as folder:
         done = separate_video(path, folder, objects, step=step, track=track, output=output)
@@ -266,7 +270,7 @@ def separate_local(
         report |= done.report
         report["note"] = "; ".join(filter(None, (report.pop("unlearned"), report["note"])))
         written = list(done.files)
-        if done.plan.explanation is not None:
+        if draw and done.plan.explanation is not None:
             report["relation_map"] = _MAP
             written.append(_MAP)
             (folder / _MAP).write_bytes(_relation_map(done, done.plan.explanation))

@@ -1,6 +1,6 @@
 """Many files to separate: which, under what names; the work on a shard of them; the tables of what became of them.
 
-    OUT/NAME/…                 one file's sounds, as `avsep separate` writes them
+    OUT/NAME/…                 one file's sounds and report, as `avsep separate` writes them
     OUT/results.parquet        a row per file and object, made from the commits at the end
     OUT/rejections.parquet     a row per file that can't be separated, likewise
     OUT/_shards/               what counts: commits with their rows, as `avsep.shards` writes them
@@ -71,22 +71,22 @@ class Result:
     file: str  # a path or URI
     start_s: float  # of the excerpt
     end_s: float | None  # null: the file's end
-    object: str | None
+    object: str | None  # null: none was found, and all columns that speak of it
     sound: str | None  # its file in the folder; null where it isn't written
     rest: str  # the file of all that is left
-    share: float | None  # of the file's sound
-    confidence: float | None
-    silent: bool | None
+    share: float | None  # of the file's sound, as the model hears it
+    confidence: float | None  # that it sounds
+    silent: bool | None  # asked for or seen, and not heard
     found_from: str | None  # given, pictures or sound
-    familiarity: float | None
-    picture_score: float | None
-    visible: bool | None
-    doubt: str
+    familiarity: float | None  # how like the training its sound is
+    picture_score: float | None  # null: no picture was looked at
+    visible: bool | None  # likewise
+    doubt: str  # why it may not be what it is called
     duration_s: float
     sample_rate: int  # Hz
     channels: int
     labeller: str | None  # the picture network, where it saw pictures
-    note: str
+    note: str  # what of the file couldn't be used
 
 
 _ARROW = {"str": pa.string(), "float": pa.float64(), "bool": pa.bool_(), "int": pa.int32()}
@@ -398,8 +398,9 @@ def separate_segment(job: Separations, segment: Segment, separate_video: VideoSe
                 said |= {"start_s": segment.start_s, "end_s": segment.end_s}
                 path = _cut(path, segment, Path(stack.enter_context(tempfile.TemporaryDirectory())), job.output)
             commands.check_outputs({segment.source: out}, job.model, job.output)
-            objects = segment.objects
-            return commands.separate_local(path, said, job.model, out, objects, separate_video, job.track, job.output)
+            return commands.separate_local(
+                path, said, job.model, out, segment.objects, separate_video, job.track, job.output, draw=False
+            )
         except ClipError as error:
             return reject("decode", error.reason, error.transient, detail=error.detail)
         except ValueError as error:

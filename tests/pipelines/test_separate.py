@@ -1,5 +1,6 @@
 """Many files: names, rows, rejections and what a second run does, with a network that knows dogs and violins."""
 
+import fnmatch
 import json
 import resource
 import shutil
@@ -12,6 +13,7 @@ import soundfile
 
 from avsep import many, shards, storage
 from avsep.records import Segment
+from deploy import pages
 from pipelines import separate
 from tests.support.loopback import S3
 from tests.support.tones import DOG, RATE, UNSEEN, VIOLIN, model, tone
@@ -72,6 +74,10 @@ def test_each_file_has_its_folder_and_rows_or_a_rejection(model_dir, videos, tmp
     (rejected,) = rows(out, many.REJECTIONS)
     assert rejected["file"] == str(videos / "b" / "bad.mp4")
     assert (rejected["folder"], rejected["reason"], rejected["attempts"]) == ("bad", "unreadable", 1)
+    patterns = pages.WRITES["separate"]
+    files = [str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()]
+    assert not [f for f in files if not any(fnmatch.fnmatch(f, p.removeprefix("?")) for p in patterns)]
+    assert all(p[0] == "?" or fnmatch.filter(files, p) for p in patterns)
     assert "3 files separated and 1 rejected of 4" in capfd.readouterr().out
     assert json.loads((out / "status.json").read_text())["state"] == "finished"
 
