@@ -1,5 +1,6 @@
 """Extraction, and many separations, on a cluster of three nodes while driver, workers and nodes are killed."""
 
+import contextlib
 import csv
 import json
 import os
@@ -83,7 +84,14 @@ def disturb(program: list[str], task: str, committed: Path, n_kills: int, log: P
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+
+    def add_node() -> object:
+        for _ in range(3):
+            with contextlib.suppress(Exception):  # on a busy machine one may not start within Ray's 30 s
+                return cluster.add_node(num_cpus=1)
+        raise AssertionError("no node started in 3 tries")
+
+    nodes = [add_node() for _ in range(2)]
     environment = os.environ | {"RAY_ADDRESS": cluster.address}
     rng = random.Random(int(os.environ.get("AVSEP_CHAOS_SEED", "0")))
     said = log.open("w")
@@ -127,7 +135,7 @@ def disturb(program: list[str], task: str, committed: Path, n_kills: int, log: P
                 os.kill(rng.choice(at_work), signal.SIGKILL)
             elif kills["node"] < 2:
                 cluster.remove_node(nodes.pop(rng.randrange(len(nodes))), allow_graceful=False)
-                nodes.append(cluster.add_node(num_cpus=1))
+                nodes.append(add_node())
             else:
                 continue
             kills[what] += 1

@@ -1,6 +1,7 @@
 """Many files: names, rows, rejections and what a second run does, with a network that knows dogs and violins."""
 
 import fnmatch
+import functools
 import json
 import resource
 import shutil
@@ -12,9 +13,14 @@ import pytest
 import soundfile
 
 from avsep import many, shards, storage
+from avsep.outputs import AS_IT_IS
 from avsep.records import Segment
+from avsep.stages import DeviceStages
+from avsep.work import Work
 from deploy import pages
-from pipelines import separate
+from pipelines import runners, separate
+from pipelines.devices import Devices, open_stages
+from pipelines.shardtasks import ShardTask
 from tests.support.loopback import S3
 from tests.support.tones import DOG, RATE, UNSEEN, VIOLIN, model, tone
 from tests.support.uris import everything
@@ -200,6 +206,21 @@ def test_sounds_that_cannot_be_written_as_asked_are_rejected(model_dir, videos, 
         (rejected,) = rows(folder, many.REJECTIONS)
         assert rejected["reason"] == "refused" and words in rejected["detail"]
     assert [p.name for p in (out / "duet").iterdir()] == ["mine.wav"]
+
+
+def test_windows_factorised_elsewhere_give_the_same_rows(model_dir, videos, tmp_path) -> None:
+    """As a GPU's actor does it, here on the CPU."""
+    assert run(model_dir, tmp_path / "here", videos / "a") == 0
+    job = many.prepare(str(tmp_path / "there"), model_dir, None, None, 1, AS_IT_IS)
+    make = functools.partial(open_stages, job.separator().config.extraction, None, None)
+    (actor,) = runners.InProcess().actors(make, 1, gpus=0.5)
+    work = Work("shard", 0, tuple(many.name_files([str(videos / "a" / "duet.wav")], [], None, {})))
+    task = ShardTask(job, work, Devices(None, functools.partial(actor, DeviceStages.factorize)))
+    assert separate.separate_shard(task).n_clips == 1
+    (commit,) = shards.read_commits(job.root)
+    there = rows(job.root, commit.clips.path if commit.clips else "")
+    for mine, theirs in zip(there, rows(tmp_path / "here"), strict=True):
+        assert mine == {k: pytest.approx(v, rel=1e-3) if isinstance(v, float) else v for k, v in theirs.items()}
 
 
 def test_results_go_to_an_object_store(model_dir, videos, s3: S3, s3_folder) -> None:
