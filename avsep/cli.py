@@ -60,20 +60,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="any file that ffmpeg reads, sound alone, too; a folder, whose videos and sounds are meant; or a pattern",
     )
-    s.add_argument("--model", help="a folder that pipelines.train wrote (default: the starter model)")
     s.add_argument(
         "--out",
         help="folder for the sounds and separation.json (default: separated/NAME); of several files, a folder, or a "
         "pattern, for one folder per file",
     )
-    s.add_argument("--objects", help="comma-separated names; without it the pictures decide, or the sound")
-    s.add_argument("--weights", help="weights of the picture network, in place of the model's own or torchvision's")
-    s.add_argument("--two-stems", metavar="OBJECT", help="write OBJECT and no_OBJECT, all the rest, alone")
-    s.add_argument("--format", default="wav", choices=("wav", "flac", "mp3"), help="of the sounds (default: wav)")
-    s.add_argument("--mono", action="store_true", help="one channel at the model's sample rate, not as the file is")
-    s.add_argument(
-        "--video", dest="with_video", action="store_true", help="the pictures, too, with each object's sound"
-    )
+    separation_options(s)
     s.add_argument(
         "--edit",
         metavar="JSON",
@@ -81,7 +73,6 @@ def parser() -> argparse.ArgumentParser:
         '["cat"], "spans": [{"start_s": 2, "end_s": 4.5, "object": "violin", "present": false}]}; the bases of each '
         'window are in separation.json; "to": "_rest" gives one to the rest',
     )
-    s.add_argument("--track", type=int, default=1, help="which of several audio tracks, counted from 1")
     i = commands.add_parser("inspect", help="what is in a shard, an extraction's folder or a model", **shown)
     i.add_argument("path", help="a .parquet file or a folder")
     la = commands.add_parser(
@@ -106,6 +97,20 @@ def parser() -> argparse.ArgumentParser:
         "of torchvision (default: the model's; without one the first to be had of resnet152 and efficientnet_lite2)",
     )
     return p
+
+
+def separation_options(p: argparse.ArgumentParser) -> None:
+    """Add what one file and many have in common: how they are separated, and what is written."""
+    p.add_argument("--model", help="a folder that pipelines.train wrote (default: the starter model)")
+    p.add_argument("--objects", help="comma-separated names; without it the pictures decide, or the sound")
+    p.add_argument("--weights", help="weights of the picture network, in place of the model's own or torchvision's")
+    p.add_argument("--two-stems", metavar="OBJECT", help="write OBJECT and no_OBJECT, all the rest, alone")
+    p.add_argument("--format", default="wav", choices=("wav", "flac", "mp3"), help="of the sounds (default: wav)")
+    p.add_argument("--mono", action="store_true", help="one channel at the model's sample rate, not as the file is")
+    p.add_argument(
+        "--video", dest="with_video", action="store_true", help="the pictures, too, with each object's sound"
+    )
+    p.add_argument("--track", type=int, default=1, help="which of several audio tracks, counted from 1")
 
 
 class _Version(argparse.Action):

@@ -15,7 +15,7 @@ import tempfile
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from avsep import shards, starter, storage
 from avsep.console import complain, lost, say
 from avsep.edits import Edits
 from avsep.factors import ExtractionConfig
-from avsep.files import SUFFIXES, Step, pictures
+from avsep.files import SUFFIXES, Step, no_step, pictures
 from avsep.locating import Locations
 from avsep.model import CONFIG_FILE, Labelling, Model, describe_training, label_config, training_facts
 from avsep.objects import Vocabulary
@@ -42,6 +42,7 @@ _FILE = re.compile(rf"[a-z0-9_]+\.({'|'.join(FORMATS)}|mp4|mkv)")  # an object's
 _OUT = "separated"  # unless --out names another folder
 _SAY_EVERY_S, _SAY_NEXT_S = 5.0, 1.0  # how far a stage is, and that the next has begun, at the soonest
 _NAMED = 5  # files that are left out
+_UNNAMED = str.maketrans({"\0": "", "\\": "_", "\r": "_", "\n": "_"})  # in names of files, for those of folders
 _REMEDIES = {
     Reason.MISSING: "check the path",
     Reason.NO_AUDIO: "give a file with sound",
@@ -68,14 +69,13 @@ def separate(
     model = starter.PATH if model is None else model
     found, left_out = find_files(files)
     if left_out:
-        more = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
-        say(f"left out, as neither video nor sound by their names: {', '.join(left_out[:_NAMED])}{more}")
+        say(describe_left_out(left_out))
     if edits is not None and len(found) > 1:
         raise ValueError(f"--edit {edit} is of one separation, and there are {len(found)} files; give one file")
     folders = _folders(out, found, alone=list(files) == found)
     check_outputs(folders, model, Output(format=format, video=with_video))
     separate_video = _load(model, weights)
-    names = None if objects is None else _object_names(objects, separate_video.config.vocabulary)
+    names = None if objects is None else object_names(objects, separate_video.config.vocabulary)
     one = None if two_stems is None else separate_video.config.vocabulary.find(two_stems)
     output = Output(mono, format, one, with_video)
     say(describe_training(separate_video.config))
@@ -91,7 +91,8 @@ def separate(
     return 0 if not failed else 1 if failed < len(folders) else 2
 
 
-def _object_names(text: str, vocabulary: Vocabulary) -> list[str]:
+def object_names(text: str, vocabulary: Vocabulary) -> list[str]:
+    """Read what `--objects` names; ValueError for unknown ones, or none at all."""
     names = list(dict.fromkeys(n.strip() for n in text.split(",") if n.strip()))
     if not names:
         raise ValueError(f"--objects {text!r} names no object; the objects are {', '.join(vocabulary.names)}")
@@ -127,6 +128,12 @@ def find_files(named: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(found.values()), left_out
 
 
+def describe_left_out(files: Sequence[str]) -> str:
+    """Say which files of folders weren't taken."""
+    more = f" and {len(files) - _NAMED} more" if len(files) > _NAMED else ""
+    return f"left out, as neither video nor sound by their names: {', '.join(files[:_NAMED])}{more}"
+
+
 def _matches(text: str) -> list[str]:
     """Return the paths that match a pattern; a path itself."""
     if not set(text) & set("*?[") or text.startswith(("http://", "https://")) or os.path.exists(text):
@@ -151,29 +158,33 @@ def _folders(out: str | None, files: Sequence[str], *, alone: bool) -> dict[str,
     """Give each file its folder: `out` itself for one that was named `alone`, else one of the file's name in it."""
     if out is not None and alone and len(files) == 1:
         return {files[0]: out}
-    return {file: storage.join(out or _OUT, name) for file, name in zip(files, _distinct(files), strict=True)}
+    return {file: storage.join(out or _OUT, name) for file, name in zip(files, distinct(files), strict=True)}
 
 
-def _distinct(files: Sequence[str]) -> list[str]:
+def distinct(files: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
     """Name files by their stems; where these collide by their names, by their folders, too, and at last by numbers.
 
-    >>> _distinct(["a/duet.mp4", "b/duet.mp4", "b/Duet.wav", "solo.wav"])
+    No two names, and none and one that is `taken`, differ by case alone.
+
+    >>> distinct(["a/duet.mp4", "b/duet.mp4", "b/Duet.wav", "solo.wav"])
     ['a-duet.mp4', 'b-duet.mp4', 'Duet.wav', 'solo']
     """
     names = [""] * len(files)
+    others = {name.casefold() for name in taken}
     pending = list(range(len(files)))
     for level in range(3):
         for i in pending:
             names[i] = _name(files[i], level)
-        counts = Counter(name.casefold() for name in names)
+        counts = Counter([*(name.casefold() for name in names), *others])
         pending = [i for i in pending if counts[names[i].casefold()] > 1]
-    taken = {names[i].casefold() for i in range(len(files)) if i not in pending}
+    left = set(pending)
+    used = others | {names[i].casefold() for i in range(len(files)) if i not in left}
     for i in pending:
         name, number = names[i], 1
-        while names[i].casefold() in taken:
+        while names[i].casefold() in used:
             number += 1
             names[i] = f"{name}-{number}"
-        taken.add(names[i].casefold())
+        used.add(names[i].casefold())
     return names
 
 
@@ -182,7 +193,7 @@ def _name(file: str, level: int) -> str:
     if file.startswith(("http://", "https://")):
         address = urllib.parse.urlsplit(file)
         file = f"{address.netloc}{urllib.parse.unquote(address.path)}"
-    parts = os.fsencode(file).decode("utf-8", "replace").replace("\0", "").rstrip("/").split("/")
+    parts = os.fsencode(file).decode("utf-8", "replace").translate(_UNNAMED).rstrip("/").split("/")
     name = parts[-1] if parts[-1] not in ("", ".", "..") else "sound"
     if level == 2 and len(parts) > 1 and parts[-2] not in ("", ".", ".."):
         return f"{parts[-2]}-{name}"
@@ -231,23 +242,43 @@ def separate_file(
     be overwritten.
     """
     check_outputs({video: out}, model_dir, output)
-    earlier = _earlier_files(out, output)
+    _earlier_files(out, output)  # a mistake is told before the model is loaded
     if separate_video is None:
         if model_dir is None:
             raise ValueError("there is neither a model's folder nor a separator; give one")
         separate_video = _load(model_dir, weights)
-    with contextlib.ExitStack() as stack:
-        path = stack.enter_context(storage.local_file(video))
-        folder = stack.enter_context(_staging(out))
-        step = stack.enter_context(_progress())
+    with storage.local_file(video) as path, _progress() as step:
+        said = {"source": video}
+        return separate_local(path, said, model_dir, out, objects, separate_video, track, output, step, edits=edits)
+
+
+def separate_local(
+    path: Path,
+    said: Mapping[str, Any],
+    model_dir: str | None,
+    out: str,
+    objects: Sequence[str] | None,
+    separate_video: VideoSeparator,
+    track: int = 1,
+    output: Output = AS_IT_IS,
+    step: Step = no_step,
+    draw: bool = True,
+    edits: Edits | None = None,
+) -> dict[str, Any]:
+    """Do what `separate_file` does to a file on this machine; its report begins with what is `said` of the source.
+
+    Without `draw` there is no relation map, which takes longer to draw than a short sound to separate.
+    """
+    earlier = _earlier_files(out, output)
+    with _staging(out) as folder:
         done = separate_video(path, folder, objects, step=step, track=track, output=output, edits=edits)
-        report: dict[str, Any] = {"source": video}
+        report = dict(said)
         if isinstance(separate_video.separator, Separator):
             report["model"] = {"path": model_dir, **training_facts(separate_video.config)}
         report |= done.report
         report["note"] = "; ".join(filter(None, (report.pop("unlearned"), report["note"])))
         written = list(done.files)
-        if done.plan.explanation is not None:
+        if draw and done.plan.explanation is not None:
             report["relation_map"] = _MAP
             written.append(_MAP)
             (folder / _MAP).write_bytes(_relation_map(done, done.plan.explanation))
@@ -329,9 +360,10 @@ def _progress() -> Iterator[Step]:
 
 def _earlier_files(out: str, output: Output) -> list[str]:
     """List an earlier separation's sounds and map in a folder; ValueError for sounds there that are somebody else's."""
-    ours = _owned(out)
+    there = storage.list_files(out)
+    ours = _owned(out)  # after that: a twin's report is there before its files
     found = []
-    for path in storage.list_files(out):
+    for path in there:
         name = storage.name(path)
         if name not in ours:
             if not name.lower().endswith(output.suffixes) and name not in (_REPORT, _MAP):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import operator
 from collections.abc import Sequence
@@ -320,6 +321,12 @@ class Model:
         except (TypeError, KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
             raise _no_model(directory, storage.name(path), error) from None
         return cls(config, network.eval(), dictionary, context.eval() if context else None, familiarity)
+
+
+def fingerprint(directory: storage.AnyPath) -> str:
+    """Return the SHA-256 of a model directory's files, but for its card."""
+    files = [storage.join(directory, f) for f in MODEL_FILES]
+    return hashlib.sha256(b"".join(storage.read_bytes(f) for f in files if storage.exists(f))).hexdigest()
 
 
 def training_facts(config: ModelConfig) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class Reason(StrEnum):
     SILENT = "silent"
     TIMEOUT = "timed_out"
     CRASHED_DECODER = "crashed_decoder"  # or took its worker along
+    REFUSED = "refused"  # its sounds can't be written as asked
     # fetching
     REMOVED = "removed"
     PRIVATE = "private"

@@ -157,6 +157,39 @@ def write_shard(
     vocabulary = Vocabulary.from_list(configuration["vocabulary"])
     for record in everything:
         validate(record, vocabulary)
+    return commit_shard(
+        out,
+        shard,
+        generation,
+        clips_to_table(clips, *shape) if clips else None,
+        rejections,
+        configuration=configuration,
+        timings_s=timings_s,
+        retried=retried,
+        replaces=replaces,
+        asked={**(asked or {}), **{c.segment_id: definition(c) for c in clips}},
+    )
+
+
+def commit_shard(
+    out: str,
+    shard: str,
+    generation: int,
+    done: pa.Table | None,
+    rejections: Sequence[Rejection],
+    *,
+    configuration: dict[str, Any],
+    kind: str = "clips",
+    key: str = "segment_id",
+    timings_s: dict[str, float] | None = None,
+    retried: Sequence[str] = (),
+    replaces: bool = False,
+    asked: Mapping[str, str] | None = None,
+) -> Commit:
+    """Write what was `done` of a shard's generation to OUT/`kind`, and commit it, as `write_shard` does clips.
+
+    `done` has one or more rows per segment, whose ids are its column `key`. `configuration` is JSON-able.
+    """
     digest = configuration_digest(configuration)
     metadata = {
         b"avsep.schema_version": str(SCHEMA_VERSION).encode(),
@@ -168,12 +201,12 @@ def write_shard(
         shard,
         generation,
         digest,
-        _write_table(out, "clips", stem, clips_to_table(clips, *shape), metadata) if clips else None,
+        _write_table(out, kind, stem, done, metadata, key) if done is not None else None,
         _write_table(out, "rejections", stem, rejections_to_table(rejections), metadata) if rejections else None,
         timings_s or {},
         retried=tuple(retried),
         replaces=replaces,
-        asked={**(asked or {}), **{c.segment_id: definition(c) for c in clips}},
+        asked=dict(asked or {}),
     )
     path = storage.join(out, "commits", f"{stem}.json")
     storage.write_bytes(path, json.dumps(asdict(commit), indent=1).encode(), exclusive=True)
@@ -182,7 +215,9 @@ def write_shard(
     return standing
 
 
-def _write_table(out: str, kind: str, stem: str, table: pa.Table, metadata: dict[bytes, bytes]) -> DataFile:
+def _write_table(
+    out: str, kind: str, stem: str, table: pa.Table, metadata: dict[bytes, bytes], key: str = "segment_id"
+) -> DataFile:
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), **metadata})
     sink = io.BytesIO()
     rows = max(1, _ROW_GROUP_BYTES * len(table) // max(1, table.nbytes))
@@ -195,7 +230,7 @@ def _write_table(out: str, kind: str, stem: str, table: pa.Table, metadata: dict
     back = storage.read_bytes(storage.join(out, path))
     if hashlib.sha256(back).hexdigest() != sha256 or pq.read_metadata(io.BytesIO(back)).num_rows != len(table):
         raise OSError(f"{storage.join(out, path)} reads back differently from what was written: check the disk")
-    return DataFile(path, sha256, tuple(table.column("segment_id").to_pylist()))
+    return DataFile(path, sha256, tuple(dict.fromkeys(table.column(key).to_pylist())))
 
 
 def _withdraw(out: str, mine: Commit, standing: Commit) -> None:
@@ -206,7 +241,7 @@ def _withdraw(out: str, mine: Commit, standing: Commit) -> None:
             storage.delete_file(storage.join(out, f.path))
 
 
-def sweep(out: str, commits: Iterable[Commit]) -> list[str]:
+def sweep(out: str, commits: Iterable[Commit], kinds: Sequence[str] = ("clips", "rejections")) -> list[str]:
     """Delete what killed writers left: temporary files, and data files that no commit will ever name.
 
     A data file whose generation has a commit that doesn't name it is a loser's; one whose generation has
@@ -217,7 +252,7 @@ def sweep(out: str, commits: Iterable[Commit]) -> list[str]:
     named = {(c.shard, c.generation): {f.path for f in (c.clips, c.rejections) if f} for c in commits}
     replaced = _replaced(commits)
     swept = storage.sweep(storage.join(out, "commits"))
-    for kind in ("clips", "rejections"):
+    for kind in kinds:
         swept += storage.sweep(storage.join(out, kind))
         for info in storage.infos(storage.join(out, kind)):
             match = _DATA_FILE.fullmatch(info.base_name)
@@ -361,10 +396,19 @@ def without_logits(out: storage.AnyPath, commits: Iterable[Commit], ids: Set[str
     return found
 
 
-def newer_media(out: storage.AnyPath, commits: Iterable[Commit], segments: Iterable[Segment]) -> set[str]:
-    """Return the ids of clips whose local media file was written after their commit; URIs aren't looked at."""
+def newer_media(
+    out: storage.AnyPath, commits: Iterable[Commit], segments: Iterable[Segment], *, rejected: bool = False
+) -> set[str]:
+    """Return the ids of clips whose local media file was written after their commit; URIs aren't looked at.
+
+    With `rejected`, those of rejections, too.
+    """
     written = {i.base_name: i.mtime_ns for i in storage.infos(storage.join(out, "commits"))}
-    committed = {i: written.get(f"{c.shard}-g{c.generation}.json") for c in commits for i in c.clip_ids}
+    committed = {
+        i: written.get(f"{c.shard}-g{c.generation}.json")
+        for c in sorted(commits, key=lambda c: c.generation)
+        for i in (*c.clip_ids, *(c.rejection_ids if rejected else ()))
+    }
     now, newer = time.time_ns(), set()
     for s in segments:
         if (then := committed.get(s.segment_id)) is None or storage.is_uri(s.source):

@@ -89,8 +89,11 @@ def plan_work(
     segments: Sequence[Segment],
     retry_reasons: Sequence[str] | None = None,
     changes: Changes = Changes(),
+    shard_size: int | None = None,
 ) -> list[Work]:
     """Say what is left to do. `retry_reasons` None retries nothing, an empty list every rejection.
+
+    `shard_size` None is that of an extraction (`shards.default_shard_size`).
 
     Changed clips are done again where they are: in the next generation of their own shard, which replaces it.
     """
@@ -102,7 +105,8 @@ def plan_work(
     }
     done = state.clip_ids | (rejections.keys() - retried)
     parts = {
-        shard.name: tuple(s for s in shard.segments if s.segment_id not in done) for shard in shards.plan(segments)
+        shard.name: tuple(s for s in shard.segments if s.segment_id not in done)
+        for shard in shards.plan(segments, shard_size)
     }
     by_id = {s.segment_id: s for s in segments if s.segment_id in changes.again | changes.relabelled}
     changed: dict[str, list[Segment]] = {}

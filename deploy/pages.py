@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from avsep import records
+from avsep import many, records
 from avsep.factors import ExtractionConfig
 
 PAGE = Path(__file__).resolve().parent / "PIPELINES.md"
@@ -73,6 +73,18 @@ WRITES: dict[str, dict[str, str]] = {
         "?pairs.csv": "the pairs that were measured, for `--pairs`",
         "report.html": "the same to read, see and hear",
         "?previous/*": "what was there before",
+    },
+    "separate": {
+        "*/separation.json": "one folder per file: its objects, where each came from, which sounds were written",
+        "*/*.wav": "its sounds; `.flac` or `.mp3` with `--format`",
+        "?*/*.mp4": "its pictures with each object's sound, with `--video`",
+        "results.parquet": "one row per file and object",
+        "rejections.parquet": "one row per file that can't be separated, and why",
+        "status.json": "where the run stands",
+        "_shards/commits/*.json": "what counts, as for `extract`; the tables are made from it",
+        "?_shards/results/*.parquet": "results of a shard",
+        "?_shards/rejections/*.parquet": "rejections of a shard",
+        "_shards/files.parquet": "every file that was asked for, and its folder's name",
     },
     "serve": {},
     "demo": {},
@@ -146,6 +158,7 @@ Exit status: 0 done, 1 finished with a stated shortfall, 2 unusable arguments or
         "## Records",
         schema("Segment", records.Segment, records.SEGMENT_SCHEMA),
         schema("Clip record", records.ClipRecord, records.clip_schema(*ExtractionConfig().shape)),
+        schema("Result", many.Result, many.RESULT_SCHEMA),
         schema("Rejection", records.Rejection, records.REJECTION_SCHEMA),
         "`reason` is one of " + ", ".join(f"`{reason}`" for reason in records.Reason) + ".",
     ])  # fmt: skip

@@ -22,6 +22,7 @@ INPUTS = {
     "references": ("", "give the folder of SEGMENT_ID/OBJECT.flac"),
     "weights": ("", "give a .pth or .safetensors file of the picture network"),
     "table": ("", "give a table, .csv or .parquet"),
+    "videos": ("", "give files, folders, patterns or tables"),
     "audioset": ("", "give AudioSet's segment files"),
     "ontology": ("", "give AudioSet's ontology.json"),
     "cookies": ("", "give files of cookies, as browsers export them"),
@@ -81,7 +82,8 @@ def _mistake(name: str, path: str) -> str:
     holds, remedy = INPUTS[name]
     if not path:
         return f"is empty; {remedy}"
-    if not os.path.exists(path):
+    pattern = name == "videos" and set(path) & set("*?[")
+    if not os.path.exists(path) and not pattern:
         return f"{path} doesn't exist; {remedy}"
     return f"{path} holds no {holds}; {remedy}" if holds and not os.path.exists(os.path.join(path, holds)) else ""
 

@@ -74,7 +74,7 @@ import numpy as np
 
 from avsep import protocols, results, results_report, storage
 from avsep.evaluation import BESIDE, Case, Cases, ClipResult, alone, bounded, build_case, measure, together
-from avsep.model import MODEL_FILES
+from avsep.model import fingerprint
 from avsep.objects import Vocabulary
 from avsep.records import ClipError, Segment, check_vocabularies, read_segments, read_vocabulary
 from avsep.report import Report
@@ -167,12 +167,7 @@ def named_models(arguments: argparse.Namespace) -> tuple[Entry, ...]:
             fail(f"--compare {text}: {name} is the name of another separator in the results; give another one")
         named[name] = directory
     here = {name: storage.resolve(directory, ".") for name, directory in named.items() if directory}
-    return tuple(Entry(name, directory, _sha256(directory)) for name, directory in here.items())
-
-
-def _sha256(model: str) -> str:
-    files = [storage.join(model, f) for f in MODEL_FILES]
-    return hashlib.sha256(b"".join(storage.read_bytes(f) for f in files if storage.exists(f))).hexdigest()
+    return tuple(Entry(name, directory, fingerprint(directory)) for name, directory in here.items())
 
 
 def check_models(models: Sequence[Entry]) -> None:

@@ -1,4 +1,7 @@
-"""The shards of an extraction as Ray tasks: how many are in flight, and what becomes of those that fail."""
+"""Shards, of an extraction or of many files to separate, as Ray tasks.
+
+How many are in flight, and what becomes of those that fail.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from avsep import extraction, fetching, lock
-from avsep.extraction import Done, Extraction
+from avsep.extraction import Done
 from avsep.fetching import MediaStore
 from avsep.records import Reason, Rejection
 from avsep.work import Work
@@ -26,7 +30,7 @@ _LEAST_CPU = 0.5  # that a task claims, however long it waits for a GPU: its pro
 class ShardTask:
     """The work on one shard, and what it needs."""
 
-    extraction: Extraction
+    job: Any  # what the run's shards have in common: an `Extraction`, …
     work: Work
     devices: Devices
     store: MediaStore | None = None  # its part for this shard
@@ -36,15 +40,16 @@ def extract_shard(task: ShardTask) -> Done:
     """Run one Ray task."""
     cluster.one_thread()
     devices = task.devices
-    return extraction.extract_shard(task.extraction, task.work, devices.label, devices.factorize, task.store)
+    return extraction.extract_shard(task.job, task.work, devices.label, devices.factorize, task.store)
 
 
 def extract_shards(
     works: Sequence[Work],
-    extraction: Extraction,
+    job: Any,
     runner: runners.Runner,
     progress: Progress,
     *,
+    function: Callable[[ShardTask], Done] = extract_shard,
     devices: Sequence[Devices] = (Devices(),),
     store: MediaStore | None = None,
     outlook: Outlook | None = None,
@@ -52,7 +57,7 @@ def extract_shards(
 ) -> None:
     """Have every shard done: the driver, which holds a bounded number of shards in flight.
 
-    Tasks take the `devices` in turn. Raises lock.Held when one of the locks was lost.
+    Tasks take the `devices` in turn; `function` is what each runs. Raises lock.Held when one of the locks was lost.
     """
     numbers = itertools.count()
     in_flight: dict[str, int] = {}
@@ -62,13 +67,13 @@ def extract_shards(
         progress.in_flight = sum(in_flight.values())
         progress.add(0)
         whose = devices[next(numbers) % len(devices)]
-        return (ShardTask(extraction, work, whose, store.of(work.segments) if store else None),)
+        return (ShardTask(job, work, whose, store.of(work.segments) if store else None),)
 
     queue = runners.Queue(map(task, works))
     crashes = Crashes(queue, task, progress)
     elsewhere = any(d.factorize for d in devices)
     for done in runner.map(
-        extract_shard, queue, crashes.recover, lambda: busy_share(progress.seconds) if elsewhere else 1.0
+        function, queue, crashes.recover, lambda: busy_share(progress.seconds) if elsewhere else 1.0
     ):
         for one in locks:
             one.check()

@@ -26,7 +26,7 @@ FLOORS = (
     "fetching vision shards work labelled manifest audioset datasets synthetic",
     "stages extraction learning",
     "files videos outputs stems separated evaluation protocols results results_report audit duplicates datacard",
-    "service commands",
+    "service commands many",
     "cli",
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
@@ -58,6 +58,10 @@ FLAGS = {
     "evaluate": {
         "--model", "--paper-model", "--compare", "--segments", "--references", "--out", "--split", "--given",
         "--protocol", "--pairs", "--media", "--replace", "--in-process",
+    },
+    "separate": {
+        "--videos", "--out", "--model", "--objects", "--weights", "--track", "--two-stems", "--format", "--mono",
+        "--video", "--in-process",
     },
     "serve": {"--model", "--port", "--in-process"},
     "avsep separate": {

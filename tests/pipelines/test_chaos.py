@@ -1,5 +1,6 @@
-"""Extraction on a cluster of three nodes while its driver, its workers and its nodes are killed."""
+"""Extraction, and many separations, on a cluster of three nodes while driver, workers and nodes are killed."""
 
+import contextlib
 import csv
 import json
 import os
@@ -12,19 +13,22 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from avsep import audit, media, shards, storage
+from avsep import audit, many, media, shards, storage
+from tests.support import tones
 
 N_FILES = int(os.environ.get("AVSEP_CHAOS_FILES", "300"))
+N_SOUNDS = int(os.environ.get("AVSEP_CHAOS_SOUNDS", "200"))
 N_KILLS = int(os.environ.get("AVSEP_CHAOS_KILLS", "12"))
 RATE = 48_000
 
 
 def make_media(folder: Path, n: int) -> Path:
     """Make small films with sound, one in eight of them cut short or no film at all, and their table."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     rows = []
     for i in range(n):
         rng = np.random.default_rng(i)
@@ -63,10 +67,11 @@ def stand(out: Path) -> dict[str, tuple[int, int, int]]:
     return {p: ((s := (out / p).stat()).st_ino, s.st_mtime_ns, s.st_size) for p in paths}
 
 
-@pytest.mark.chaos
-@pytest.mark.timeout(1500)
-def test_whatever_is_killed_each_segment_ends_up_once(tmp_path, monkeypatch):
-    table, out, calm = make_media(tmp_path / "media", N_FILES), tmp_path / "out", tmp_path / "calm"
+def disturb(program: list[str], task: str, committed: Path, n_kills: int, log: Path, monkeypatch) -> None:
+    """Run a program on a cluster of three nodes to its end while driver, workers and nodes are killed, and once more.
+
+    What is committed is never touched again. `task` is what its Ray tasks are called.
+    """
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_worker_niceness", "0")  # else a busy machine starves the workers
     for name, value in {
@@ -78,28 +83,34 @@ def test_whatever_is_killed_each_segment_ends_up_once(tmp_path, monkeypatch):
         monkeypatch.setenv(f"RAY_health_check_{name}", value)
     from ray.cluster_utils import Cluster
 
-    program = [sys.executable, "-m", "pipelines.extract", "--segments", str(table), "--out"]
-    assert subprocess.run([*program, str(calm), "--in-process"], timeout=600).returncode == 0
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    cluster = Cluster()
+
+    def add_node(**options: object) -> object:
+        for _ in range(5):
+            with contextlib.suppress(Exception):  # on a busy machine one may not start within Ray's 30 s
+                return cluster.add_node(num_cpus=1, **options)
+        raise AssertionError("no node started in 5 tries")
+
+    add_node(include_dashboard=False)
+    nodes = [add_node() for _ in range(2)]
     environment = os.environ | {"RAY_ADDRESS": cluster.address}
     rng = random.Random(int(os.environ.get("AVSEP_CHAOS_SEED", "0")))
-    log = (tmp_path / "log").open("w")
+    said = log.open("w")
     kills: Counter[str] = Counter()
-    first = rng.sample(["driver", "worker", "node"], 3)
+    first = ["node", *rng.sample(["driver", "worker"], 2)]  # the node last: all may be done until another has started
     stood: dict[str, tuple[int, int, int]] = {}
 
     def start() -> subprocess.Popen:
-        return subprocess.Popen([*program, str(out)], env=environment, stdout=log, stderr=log)
+        return subprocess.Popen(program, env=environment, stdout=said, stderr=said)
 
     def workers() -> list[int]:
-        """Find those processes of this cluster that extract a shard."""
+        """Find those processes of this cluster that do a shard."""
         raylets = {n.all_processes["raylet"][0].process.pid for n in (cluster.head_node, *nodes)}
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                if parent in raylets and b"ray::extract_shard" in (folder / "cmdline").read_bytes():
+                if parent in raylets and f"ray::{task}".encode() in (folder / "cmdline").read_bytes():
                     found.append(int(folder.name))
             except OSError:
                 pass
@@ -108,13 +119,13 @@ def test_whatever_is_killed_each_segment_ends_up_once(tmp_path, monkeypatch):
     driver = start()
     deadline = time.monotonic() + 1000
     try:
-        while kills.total() < N_KILLS and time.monotonic() < deadline:
+        while kills.total() < n_kills and time.monotonic() < deadline:
             time.sleep(rng.uniform(0.2, 1.0) if first else rng.uniform(0.5, 4.0))
             if driver.poll() is not None:
-                assert driver.returncode == 0, (tmp_path / "log").read_text()[-3000:]
+                assert driver.returncode == 0, log.read_text()[-3000:]
                 break
             at_work = workers()
-            if not at_work or (not first and len(stand(out)) == len(stood) and rng.random() < 0.8):
+            if not at_work or (not first and len(stand(committed)) == len(stood) and rng.random() < 0.8):
                 continue  # one of each soon, as work may be done soon; then mostly something is committed in between
             what = first.pop() if first else rng.choice(["driver", "worker", "worker", "node"])
             if what == "driver":
@@ -125,24 +136,33 @@ def test_whatever_is_killed_each_segment_ends_up_once(tmp_path, monkeypatch):
                 os.kill(rng.choice(at_work), signal.SIGKILL)
             elif kills["node"] < 2:
                 cluster.remove_node(nodes.pop(rng.randrange(len(nodes))), allow_graceful=False)
-                nodes.append(cluster.add_node(num_cpus=1))
+                nodes.append(add_node())
             else:
                 continue
             kills[what] += 1
-            now = stand(out)
+            now = stand(committed)
             assert stood.items() <= now.items()  # what was committed is untouched
             stood = now
-        assert driver.wait(timeout=max(60, deadline - time.monotonic())) == 0, (tmp_path / "log").read_text()[-3000:]
-        again = subprocess.run([*program, str(out)], env=environment, capture_output=True, text=True, timeout=300)
+        assert driver.wait(timeout=max(60, deadline - time.monotonic())) == 0, log.read_text()[-3000:]
+        again = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300)
         assert again.returncode == 0, again.stderr
     finally:
         driver.kill()
         driver.wait()
         cluster.shutdown()
-        log.close()
+        said.close()
     print(f"killed: {dict(kills)}")
     assert kills["driver"] and kills["worker"] and kills["node"], kills
-    assert stood.items() <= stand(out).items()
+    assert stood.items() <= stand(committed).items()
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1500)
+def test_whatever_is_killed_each_segment_ends_up_once(tmp_path, monkeypatch):
+    table, out, calm = make_media(tmp_path / "media", N_FILES), tmp_path / "out", tmp_path / "calm"
+    program = [sys.executable, "-m", "pipelines.extract", "--segments", str(table), "--out"]
+    assert subprocess.run([*program, str(calm), "--in-process"], timeout=600).returncode == 0
+    disturb([*program, str(out)], "extract_shard", out, N_KILLS, tmp_path / "log", monkeypatch)
 
     ids = shards.read_ids(str(out))
     assert ids == shards.read_ids(str(calm)) and len(ids[0]) + len(ids[1]) == N_FILES
@@ -162,3 +182,41 @@ def test_whatever_is_killed_each_segment_ends_up_once(tmp_path, monkeypatch):
     reasons = [{r.segment_id: r.reason for r in shards.read_rejections(str(o))} for o in (out, calm)]
     assert reasons[0] == reasons[1]
     assert json.loads((out / "status.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1500)
+def test_whatever_is_killed_each_file_is_separated_or_rejected_once(tmp_path, monkeypatch):
+    videos, out, calm = tmp_path / "videos", tmp_path / "out", tmp_path / "calm"
+    make_media(videos / "films", 8)
+    for i in range(N_SOUNDS):
+        rng = np.random.default_rng(i)
+        loud, beat = rng.uniform(0.05, 0.3), rng.uniform(1.0, 4.0)
+        sound = loud * tones.tone(tones.DOG, 0.6, beat) + 0.2 * tones.tone(tones.VIOLIN, 0.6)
+        path = videos / "ab"[i % 2] / f"{i // 2}.wav"
+        path.parent.mkdir(exist_ok=True)
+        soundfile.write(path, sound.numpy(), tones.RATE)
+        if i % 10 == 3:
+            path.write_bytes(path.read_bytes()[: 30 * (i % 3)])
+    tones.model(tones.UNSEEN).save(tmp_path / "model")
+    program = [sys.executable, "-m", "pipelines.separate", "--model", str(tmp_path / "model")]
+    program += ["--videos", *(str(videos / name) for name in ("films", "a", "b")), "--out"]
+    assert subprocess.run([*program, str(calm), "--in-process"], timeout=600).returncode == 0
+    disturb([*program, str(out)], "separate_shard", out / "_shards", N_KILLS // 2, tmp_path / "log", monkeypatch)
+
+    one, other = ({t: pq.read_table(o / t).to_pylist() for t in (many.RESULTS, many.REJECTIONS)} for o in (out, calm))
+    done, rejected = ([r["file"] for r in one[t]] for t in (many.RESULTS, many.REJECTIONS))
+    assert sorted({*done, *rejected}) == sorted(str(p) for p in videos.rglob("*.*") if p.suffix in (".wav", ".mp4"))
+    assert not {*done} & {*rejected} and len(rejected) == len({*rejected}) > N_SOUNDS // 20
+    assert len({(r["file"], r["object"]) for r in one[many.RESULTS]}) == len(done)
+    for table in (many.RESULTS, many.REJECTIONS):
+        for mine, theirs in zip(one[table], other[table], strict=True):
+            assert mine == {k: pytest.approx(v, rel=1e-4) if isinstance(v, float) else v for k, v in theirs.items()}
+    for folder in {r["folder"] for r in one[many.RESULTS]}:
+        names = {p.name for p in (calm / folder).iterdir()}
+        assert {p.name for p in (out / folder).iterdir()} == names
+        for name in (n for n in names if n.endswith(".wav")):
+            sounds = [soundfile.read(o / folder / name)[0] for o in (out, calm)]
+            np.testing.assert_allclose(*sounds, atol=1e-4)
+    assert not list(out.rglob("*.tmp")) and not (out / many.LOCK_FILE).exists()
+    assert json.loads((out / many.STATUS_FILE).read_text())["state"] == "finished"

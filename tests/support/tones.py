@@ -6,18 +6,21 @@ import torch
 
 from avsep.factors import ExtractionConfig
 from avsep.model import Model, ModelConfig, NetworkConfig, SeparationConfig
-from avsep.objects import object_index
+from avsep.objects import AUDIOSET_23, SoundObject, Vocabulary, object_index
 from avsep.stft import STFT
 
 RATE = 2000
 SMALL = STFT(sample_rate=RATE, n_fft=200, hop_length=100)  # F = 101
 DOG, VIOLIN = object_index("dog"), object_index("violin")
 PITCH = {DOG: 200, VIOLIN: 700}  # Hz
+UNSEEN = Vocabulary((SoundObject("dog"), SoundObject("violin")))  # no picture network knows them: none is loaded
 
 
-def model(**separation: object) -> Model:
+def model(vocabulary: Vocabulary = AUDIOSET_23, **separation: object) -> Model:
     """A network that knows by construction: low bases are dogs, high ones violins, by 20 points of score."""
+    dog, violin = vocabulary.index("dog"), vocabulary.index("violin")
     config = ModelConfig(
+        vocabulary=vocabulary,
         extraction=ExtractionConfig(stft=SMALL, n_bases=6, n_iter=60),
         network=NetworkConfig(n_subconcepts=1, hidden=2, published_head=False),
         separation=SeparationConfig(**{"window_s": 2.0, "overlap_s": 0.4, "n_iter": 60} | separation),
@@ -30,7 +33,7 @@ def model(**separation: object) -> Model:
         network.shared[0].weight[1, 45:] = 1.0
         network.subconcepts.bias.fill_(-10.0)
         network.subconcepts.weight.zero_()
-        network.subconcepts.weight[DOG, 0] = network.subconcepts.weight[VIOLIN, 1] = 20.0
+        network.subconcepts.weight[dog, 0] = network.subconcepts.weight[violin, 1] = 20.0
     return Model(config, network)
 
 
