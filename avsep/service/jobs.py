@@ -253,8 +253,8 @@ def reserve(store: ResultStore, job_id: str, n_tracks: int, card: Card, mono: bo
     window = 4 * round(card.sample_rate * min(job.duration_s, card.window_s or 0.0))
     size = (store.path(job_id) / UPLOAD).stat().st_size
     sounds = 4 * round(rate * job.duration_s) * channels * n_tracks
-    heard = 0 if mono else 1
-    bases = round(4 * card.sample_rate * job.duration_s * (_BASES_PART + heard))  # and the mono mix
+    beside = _BASES_PART + ((rate, channels) != (card.sample_rate, 1))  # the mono mix that is listened to
+    bases = round(4 * card.sample_rate * job.duration_s * beside)
     store.reserve(job_id, size + sounds + bases + window + _BESIDE_BYTES)
 
 

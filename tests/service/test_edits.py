@@ -138,6 +138,26 @@ def test_edits_that_cannot_be_are_refused_in_a_line_and_change_nothing(server, j
     assert server.client.get(path).json() == before
 
 
+def test_a_stereo_file_of_another_rate_stays_so_when_edited(server, tmp_path):
+    """The dog left, the violin right: what is moved changes channels with its sound, and all still adds up."""
+    rate = 2 * RATE
+    left, right = (np.repeat(tone(name, 6), 2) for name in ("dog", "violin"))
+    soundfile.write(tmp_path / "wide.wav", np.stack([left, right], 1), rate, subtype="FLOAT")
+    job = server.post(tmp_path / "wide.wav", objects="dog,violin").json()
+    assert (job["result"]["channels"], job["result"]["sample_rate"]) == (2, rate)
+    before = heard(server, job, "violin")
+    moves = [{"window": 0, "basis": m, "to": "violin"} for m in low_bases(server, job)]
+    edited = patch(server, job, moves=moves).json()
+    sounds = [heard(server, edited, name) for name in ("dog", "violin", "_rest")]
+    mixture = heard(server, edited, "_mixture")
+    assert mixture.shape == before.shape == sounds[1].shape
+    assert np.abs(sum(sounds) - mixture).max() < 1e-3 * np.sqrt(np.mean(mixture**2))
+    level = lambda x: np.sqrt(np.mean(x[:, 0] ** 2))  # noqa: E731
+    assert level(before) < 0.3 * level(mixture) < level(sounds[1])
+    mixed = server.client.get(edited["result"]["mix"]["sound"] + "?gains=dog:0,_rest:0")
+    assert np.allclose(soundfile.read(io.BytesIO(mixed.content))[0], sounds[1], atol=1e-6)  # of the edited sounds
+
+
 def test_edits_made_at_once_leave_one_result_and_two_folders_at_most(server, job):
     bodies = [{"moves": [{"basis": m, "to": "_rest"}]} for m in range(6)]
     with ThreadPoolExecutor(6) as pool:
