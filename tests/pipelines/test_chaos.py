@@ -85,14 +85,17 @@ def disturb(program: list[str], task: str, committed: Path, n_kills: int, log: P
 
     cluster = Cluster()
 
-    def add_node(**options: object) -> object:
-        for _ in range(5):
-            with contextlib.suppress(Exception):  # on a busy machine one may not start within Ray's 30 s
-                return cluster.add_node(num_cpus=1, **options)
-        raise AssertionError("no node started in 5 tries")
+    def add_nodes(count: int, tries: int, **options: object) -> list:
+        """Start nodes; on a busy machine one may not start within Ray's 30 s."""
+        started: list = []
+        for _ in range(tries):
+            with contextlib.suppress(Exception):
+                while len(started) < count:
+                    started.append(cluster.add_node(num_cpus=1, **options))
+        return started
 
-    add_node(include_dashboard=False)
-    nodes = [add_node() for _ in range(2)]
+    add_nodes(1, 5, include_dashboard=False)
+    nodes = add_nodes(2, 5)
     environment = os.environ | {"RAY_ADDRESS": cluster.address}
     rng = random.Random(int(os.environ.get("AVSEP_CHAOS_SEED", "0")))
     said = log.open("w")
@@ -116,6 +119,9 @@ def disturb(program: list[str], task: str, committed: Path, n_kills: int, log: P
                 pass
         return found
 
+    if not nodes:
+        cluster.shutdown()
+        pytest.fail("no cluster of two nodes or more started in 5 tries")
     driver = start()
     deadline = time.monotonic() + 1000
     try:
@@ -134,9 +140,9 @@ def disturb(program: list[str], task: str, committed: Path, n_kills: int, log: P
                 driver = start()
             elif what == "worker":
                 os.kill(rng.choice(at_work), signal.SIGKILL)
-            elif kills["node"] < 2:
+            elif kills["node"] < 2 and nodes:
                 cluster.remove_node(nodes.pop(rng.randrange(len(nodes))), allow_graceful=False)
-                nodes.append(add_node())
+                nodes += add_nodes(1, 2)
             else:
                 continue
             kills[what] += 1
