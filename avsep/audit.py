@@ -1,7 +1,7 @@
 """Is an extraction whole, and what is in it: integrity, counts, agreement, duplicates.
 
 Each function looks at one thing, commit records, one shard file, or a table of facts about clips, so
-that a scheduler can map it; `Report`s add up.
+that a scheduler can map it; `Findings` add up.
 """
 
 from __future__ import annotations
@@ -66,20 +66,20 @@ class Finding:
 
 
 @dataclass
-class Report:
+class Findings:
     """What a part of the audit has to say."""
 
     counts: Counts = field(default_factory=Counter)
-    findings: list[Finding] = field(default_factory=list)
+    damage: list[Finding] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
 
 
-def add_reports(parts: Iterable[Report]) -> Report:
-    """Put reports together."""
-    total = Report()
+def add_findings(parts: Iterable[Findings]) -> Findings:
+    """Put findings together."""
+    total = Findings()
     for part in parts:
         total.counts.update(part.counts)
-        total.findings += part.findings
+        total.damage += part.damage
         total.pairs += part.pairs
     return total
 
@@ -205,10 +205,10 @@ def _few(ids: Sequence[str]) -> str:
 
 def check_file(
     out: str, kind: str, file: DataFile, digest: str, standing: Container[str] = ()
-) -> tuple[Report, pa.Table]:
+) -> tuple[Findings, pa.Table]:
     """Check one committed file of clips or rejections and count what is in it.
 
-    Of rejections only those of `standing` ids count. Returns the report, and facts of the clips as
+    Of rejections only those of `standing` ids count. Returns the findings, and facts of the clips as
     a table of FACTS_SCHEMA. A damaged file gives one finding of each kind of damage, and no counts.
     """
     findings: list[Finding] = []
@@ -218,9 +218,9 @@ def check_file(
         data = storage.read_bytes(storage.join(out, file.path))
     except FileNotFoundError:
         detail = f"is missing, and with it {len(file.ids)} segments; remove its commit record to have its shard redone"
-        return Report(findings=[Finding(file.path, "missing", detail)]), FACTS_SCHEMA.empty_table()
+        return Findings(damage=[Finding(file.path, "missing", detail)]), FACTS_SCHEMA.empty_table()
     except OSError as error:
-        return Report(findings=[Finding(file.path, "unreadable", str(error))]), FACTS_SCHEMA.empty_table()
+        return Findings(damage=[Finding(file.path, "unreadable", str(error))]), FACTS_SCHEMA.empty_table()
     sha256 = hashlib.sha256(data).hexdigest()
     try:
         parquet = pq.ParquetFile(io.BytesIO(data))
@@ -240,8 +240,8 @@ def check_file(
         detail = f"SHA-256 is {sha256[:12]}…, the commit says {file.sha256[:12]}…; restore it{also}"
         findings = [Finding(file.path, "hash", detail)]
     if findings:
-        return Report(findings=findings), FACTS_SCHEMA.empty_table()
-    return Report(counts), pa.Table.from_pylist(facts, schema=FACTS_SCHEMA)
+        return Findings(damage=findings), FACTS_SCHEMA.empty_table()
+    return Findings(counts), pa.Table.from_pylist(facts, schema=FACTS_SCHEMA)
 
 
 def _check_header(parquet: pq.ParquetFile, kind: str, file: DataFile, digest: str) -> Iterator[Finding]:

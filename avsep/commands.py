@@ -355,9 +355,9 @@ def _tell(out: str, report: Mapping[str, Any]) -> None:
     for entry in report["objects"]:
         state = "silent" if entry["silent"] else f"{entry['sound_score']:.0%} of the sound"
         sure = 1 - entry["confidence"] if entry["silent"] else entry["confidence"]
-        told = "" if entry["from"] == "given" else f", {sure:.0%} sure"
-        told += f"; {entry['doubt']}" if entry["doubt"] else ""
-        say(f"{storage.join(out, entry['file'] or entry['name'])}: {state}, from {entry['from']}{told}")
+        how = "" if entry["from"] == "given" else f", {sure:.0%} sure"
+        how += f"; {entry['doubt']}" if entry["doubt"] else ""
+        say(f"{storage.join(out, entry['file'] or entry['name'])}: {state}, from {entry['from']}{how}")
     for name in (report["rest"], _REPORT):
         say(storage.join(out, name))
 

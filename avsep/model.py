@@ -322,13 +322,13 @@ def training_facts(config: ModelConfig) -> dict[str, Any]:
 
     `recipe`, `clips` of split train, `clips_by_label`, `sources` (clips by where they came from) and `about`.
     """
-    told = config.training
+    facts = config.training
     return {
         "recipe": config.recipe,
-        "clips": told.get("clips"),
-        "clips_by_label": told.get("clips_by_label"),
-        "sources": told.get("sources"),
-        "about": told.get("about"),
+        "clips": facts.get("clips"),
+        "clips_by_label": facts.get("clips_by_label"),
+        "sources": facts.get("sources"),
+        "about": facts.get("about"),
     }
 
 

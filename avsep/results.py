@@ -17,7 +17,7 @@ from avsep.evaluation import FIGURES, GAINS, LOST_DB, STRUCK_METHOD, ClipResult,
 HEARD = 0.01  # scores below it are no claim that an object is audible
 
 
-def summarise(clips: Sequence[ClipResult]) -> dict[str, Any]:
+def summarize(clips: Sequence[ClipResult]) -> dict[str, Any]:
     """Average clips into the contract's `results.json`."""
     struck = [c for c in clips if STRUCK_METHOD in c.figures]
     return {

@@ -91,7 +91,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Job:
+class Setup:
     """What to measure with, and how."""
 
     models: tuple[Entry, ...]  # in the order of the tables; one of them is the default
@@ -101,16 +101,16 @@ class Job:
 
 
 def choose(
-    runner: runners.Runner, segments: Sequence[Segment], job: Job
+    runner: runners.Runner, segments: Sequence[Segment], setup: Setup
 ) -> tuple[list[tuple[Segment, ...]], list[str]]:
     """Return what a protocol measures, clips or pairs of them, and what is wrong with clips that can't be used."""
-    if job.protocol == "mixtures":
+    if setup.protocol == "mixtures":
         return [(s,) for s in segments], []
-    found = runners.map_in_order(runner, alone, [(job.references, s) for s in segments])
+    found = runners.map_in_order(runner, alone, [(setup.references, s) for s in segments])
     errors = [error for _, error in found if error]
     singles = [(s, name) for s, (name, _) in zip(segments, found, strict=True) if name is not None]
     say(f"evaluate: one object sounds alone in {len(singles)} of {len(segments)} clips")
-    if job.protocol == "denoising":
+    if setup.protocol == "denoising":
         return [(s,) for s, _ in singles], errors
     pairs = [(a, b) for (a, x), (b, y) in itertools.combinations(singles, 2) if x != y]
     if len(pairs) > _MOST_PAIRS:
@@ -126,25 +126,25 @@ def separators(models: tuple[Entry, ...]) -> dict[str, Separator]:
     return together({m.name: Separator.load(m.directory) for m in models})
 
 
-def evaluate_clip(job: Job, segments: Sequence[Segment]) -> ClipResult:
+def evaluate_clip(setup: Setup, segments: Sequence[Segment]) -> ClipResult:
     """Run every separator on one clip, or pair of clips, and measure it."""
     cluster.one_thread()
-    loaded = separators(job.models)
+    loaded = separators(setup.models)
     try:
         case = build_case(
-            segments, job.references, loaded["default"].sample_rate, job.protocol, loaded["default"].vocabulary
+            segments, setup.references, loaded["default"].sample_rate, setup.protocol, loaded["default"].vocabulary
         )
-        return measure(case, loaded, job.given)
+        return measure(case, loaded, setup.given)
     except (ClipError, ValueError) as error:
         return ClipResult(segments[0].segment_id, [], {}, error=str(error))
 
 
-def clip_section(job: Job, segments: Sequence[Segment], clip: ClipResult) -> Report:
+def clip_section(setup: Setup, segments: Sequence[Segment], clip: ClipResult) -> Report:
     """Show one clip, or pair of clips, as the default separates it."""
     cluster.one_thread()
-    default = separators(job.models)["default"]
-    case = build_case(segments, job.references, default.sample_rate, job.protocol, default.vocabulary)
-    return results_report.clip_section(segments, case, default, job.given, clip)
+    default = separators(setup.models)["default"]
+    case = build_case(segments, setup.references, default.sample_rate, setup.protocol, default.vocabulary)
+    return results_report.clip_section(segments, case, default, setup.given, clip)
 
 
 def named_models(arguments: argparse.Namespace) -> tuple[Entry, ...]:
@@ -211,15 +211,15 @@ def run(arguments: argparse.Namespace) -> int:
     source = provenance(arguments, models, segments)
     check_free(arguments.out, source, arguments.replace)
     storage.make_directory(arguments.out)
-    job = Job(models, arguments.references, arguments.given, arguments.protocol)
+    setup = Setup(models, arguments.references, arguments.given, arguments.protocol)
     with runners.session(arguments.in_process) as runner:
-        cases, errors = choose(runner, segments, job)
+        cases, errors = choose(runner, segments, setup)
         if not cases:
             few = f"{arguments.segments} has too few clips with one object alone; leave it out"
-            fail(f"--protocol {job.protocol}: {few}")
+            fail(f"--protocol {setup.protocol}: {few}")
         clips = []
         with Progress("evaluate", len(cases), "clips") as progress:
-            for clip in runner.map(evaluate_clip, ((job, c) for c in cases)):
+            for clip in runner.map(evaluate_clip, ((setup, c) for c in cases)):
                 clips.append(clip)
                 progress.add(1)
         usable = sorted((c for c in clips if not c.error), key=lambda c: c.segment_id)
@@ -228,7 +228,7 @@ def run(arguments: argparse.Namespace) -> int:
             fail(f"no clip of split {arguments.split} could be measured; the first: {errors[0]}")
         worst = sorted(usable, key=lambda c: float(np.nanmean(bounded(c.figures["default"]["sdr"]))))[:_WORST]
         by_id = {" + ".join(s.segment_id for s in c): c for c in cases}
-        sections = runners.map_in_order(runner, clip_section, [(job, by_id[c.segment_id], c) for c in worst])
+        sections = runners.map_in_order(runner, clip_section, [(setup, by_id[c.segment_id], c) for c in worst])
     write(arguments, source, usable, sections)
     for error in errors:
         say(f"not measured: {error}")
@@ -241,7 +241,7 @@ def write(
 ) -> None:
     """Write what RESULTS names to OUT, and the table to the terminal."""
     out, protocol = arguments.out, arguments.protocol
-    found = results.summarise(clips) | {"protocol": protocol, "source": source}
+    found = results.summarize(clips) | {"protocol": protocol, "source": source}
     many = len(clips) != 1
     title = {
         "mixtures": f"clip{'s' * many}",

@@ -300,7 +300,7 @@ def check(clips: Path) -> list[tuple[str, str]]:
     """What the program maps over the files, without Beam."""
     commits, findings = audit.check_commits(str(clips))
     for work in program.plan(commits):
-        findings += audit.check_file(str(clips), *work)[0].findings
+        findings += audit.check_file(str(clips), *work)[0].damage
     return sorted((f.kind, f.path) for f in findings)
 
 
