@@ -26,7 +26,7 @@ from tqdm import tqdm
 from avsep import shards, starter, storage
 from avsep.console import complain, lost, say
 from avsep.factors import ExtractionConfig
-from avsep.files import SUFFIXES, Step, pictures
+from avsep.files import SUFFIXES, Step, images
 from avsep.model import CONFIG_FILE, Labelling, Model, describe_training, label_config, training_facts
 from avsep.objects import Vocabulary
 from avsep.outputs import AS_IT_IS, FORMATS, Output
@@ -253,9 +253,9 @@ def _relation_map(done: FileSeparation, window: Explanation) -> bytes:
     """Draw the first window's relation map beside a picture from the file's middle."""
     from avsep import plots  # half a second, needed only at the end
 
-    picture = done.pictures[len(done.pictures) // 2] if len(done.pictures) else None
+    image = done.images[len(done.images) // 2] if len(done.images) else None
     relation, energy = window.relation.numpy(), window.factors.basis_energy.numpy()
-    return plots.relation_map(relation, window.objects, energy, picture, done.plan.objects)
+    return plots.relation_map(relation, window.objects, energy, image, done.plan.objects)
 
 
 @contextlib.contextmanager
@@ -402,7 +402,7 @@ def inspect(path: str) -> int:
 def label(video: str, weights: str | None, labeller: str | None) -> int:
     """Run `avsep label`."""
     with storage.local_file(video) as path:
-        found = pictures(path, ExtractionConfig.image_size)
+        found = images(path, ExtractionConfig.image_size)
     if len(found) == 0:
         raise ValueError(f"{video} has no pictures")
     network = _labeller(labeller, weights)

@@ -71,9 +71,9 @@ class WholeFile:
                 raise _too_long(limits) from None
             self._listening, self.notes = media.listen(video, limits=limits.decode, track=track)
             self.n_samples = round(sample_rate * (duration_s or 2 * held))  # a guess, where the header doesn't say
-            self.pictures = pictures(video, image_size, info, limits.decode, step)
+            self.images = images(video, image_size, info, limits.decode, step)
         else:
-            self._held, self.pictures, self.notes = clip.waveform, clip.images, clip.notes
+            self._held, self.images, self.notes = clip.waveform, clip.images, clip.notes
             self.n_samples = len(clip.waveform)
 
     def blocks(self) -> Iterator[NDArray[np.float32]]:
@@ -103,7 +103,7 @@ def _too_long(limits: FileLimits) -> ClipError:
     return ClipError(Reason.TOO_LONG, f"more than {limits.max_duration_s:g} s")
 
 
-def pictures(
+def images(
     video: Path,
     image_size: int,
     info: media.MediaInfo | None = None,

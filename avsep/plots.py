@@ -49,33 +49,33 @@ def relation_map(
     relation: NDArray,
     objects: Sequence[str],
     basis_energy: NDArray,
-    picture: NDArray[np.uint8] | None = None,
+    image: NDArray[np.uint8] | None = None,
     highlighted: Sequence[str] = (),
     owners: Sequence[int] | None = None,
 ) -> bytes:
-    """Draw objects × bases, the loudest basis first, beside a frame of the clip.
+    """Draw objects × bases, the loudest basis first, beside a picture of the clip.
 
     Args:
         relation: `(L, M)` scores, drawn as each basis's softmax over the objects and noise.
         objects: the L names. `highlighted` ones are set in bold.
         basis_energy: `(M,)`.
-        picture: `(height, width, 3)` uint8, or None.
+        image: `(height, width, 3)` uint8, or None.
         owners: each basis's true object, `(M,)` rows of the map (L for none), ringed; None when unknown.
     """
     scores = np.concatenate([relation, np.zeros_like(relation[:1])])
     scores = np.exp(scores - scores.max(0))
     order = np.argsort(-basis_energy, kind="stable")
     scores = (scores / scores.sum(0))[:, order]
-    figure = Figure((8.5 if picture is not None else 5.5, 4.6), layout="constrained")
-    if picture is not None:
+    figure = Figure((8.5 if image is not None else 5.5, 4.6), layout="constrained")
+    if image is not None:
         grid = figure.add_gridspec(1, 2, width_ratios=(1, 1.6))
-        frame = figure.add_subplot(grid[0])
-        frame.imshow(picture)
-        frame.set_axis_off()
+        left = figure.add_subplot(grid[0])
+        left.imshow(image)
+        left.set_axis_off()
         axes = figure.add_subplot(grid[1])
     else:
         axes = figure.subplots()
-    image = axes.imshow(scores, aspect="auto", cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+    drawn = axes.imshow(scores, aspect="auto", cmap="magma", vmin=0, vmax=1, interpolation="nearest")
     if owners is not None:
         axes.plot(np.asarray(owners)[order], "o", color="none", markeredgecolor="cyan", markersize=5)
     axes.set_yticks(range(len(objects) + 1), [*objects, "noise"], fontsize=7)
@@ -83,7 +83,7 @@ def relation_map(
         if label.get_text() in highlighted:
             label.set_fontweight("bold")
     axes.set_xlabel("NMF bases, loudest first")
-    figure.colorbar(image, ax=axes, label="p(object | basis)")
+    figure.colorbar(drawn, ax=axes, label="p(object | basis)")
     return _png(figure)
 
 
@@ -104,12 +104,12 @@ def reliability(curves: dict[str, Sequence[dict[str, float]]]) -> bytes:
 
 
 def overview(
-    picture: NDArray[np.uint8], sounds: Sequence[tuple[str, NDArray[np.float32]]], stft: STFT, top_hz: float = 8000.0
+    image: NDArray[np.uint8], sounds: Sequence[tuple[str, NDArray[np.float32]]], stft: STFT, top_hz: float = 8000.0
 ) -> bytes:
-    """Draw the whole job in one figure: a frame, the mixture, and each separated sound, `(name, (S,))`."""
+    """Draw the whole job in one figure: a picture, the mixture, and each separated sound, `(name, (S,))`."""
     figure = Figure((2.6 * (len(sounds) + 1), 2.5), layout="constrained")
     panels = figure.subplots(1, len(sounds) + 1)
-    panels[0].imshow(picture)
+    panels[0].imshow(image)
     panels[0].set_axis_off()
     panels[0].set_title("video", fontsize=9)
     levels = [_level(waveform, stft) for _, waveform in sounds]

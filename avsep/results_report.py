@@ -163,12 +163,12 @@ def _relation_map(segments: Sequence[Segment], case: Case, window: Explanation, 
     _, owner = baselines.oracle_assignment(case.mixture[:n], case.everything[:, :n], window.factors, window.stft)
     rows = {name: row for row, name in enumerate(window.objects)}
     owners = [*(rows.get(name, len(rows)) for name in case.names), len(rows)]  # whose row there isn't is noise to it
-    frames = [f for f in (stages.middle_picture(s.source, s.start_s, s.end_s) for s in segments) if f is not None]
+    images = [f for f in (stages.middle_image(s.source, s.start_s, s.end_s) for s in segments) if f is not None]
     return plots.relation_map(
         window.relation.numpy(),
         window.objects,
         window.factors.basis_energy.numpy(),
-        np.concatenate(frames, 1) if frames else None,
+        np.concatenate(images, 1) if images else None,
         objects,
         [owners[o] for o in owner.tolist()],
     )

@@ -37,7 +37,7 @@ class FileSeparation:
 
     report: dict[str, Any]  # for `separation.json`
     plan: Planned
-    pictures: NDArray[np.uint8]  # (n, height, width, 3)
+    images: NDArray[np.uint8]  # (n, height, width, 3)
     files: tuple[str, ...]  # names of those with sounds
     notes: tuple[str, ...] = ()  # on the file itself
 
@@ -152,7 +152,7 @@ class VideoSeparator:
         image_size = self.config.extraction.image_size
         source = WholeFile(video, separator.sample_rate, image_size, self.limits, patience.tell, track)
         timings["decode_s"] = clock()
-        looked = self._look(source.pictures, patience)
+        looked = self._look(source.images, patience)
         timings["look_s"] = clock()
         plan = _listen(separator, source, given, looked, patience.tell)
         one = output.two_stems
@@ -174,7 +174,7 @@ class VideoSeparator:
         report |= output.described(plan.objects, shape, files, report["objects"])
         report["note"] = "; ".join(filter(None, (*source.notes, looked.note, clipped, shape.note)))
         report["timings"] = {name: round(seconds, 3) for name, seconds in timings.items()}
-        return FileSeparation(report, plan, source.pictures, tuple(files), tuple(source.notes))
+        return FileSeparation(report, plan, source.images, tuple(files), tuple(source.notes))
 
     def _shape(self, video: Path, model_rate: int, track: int, output: Output) -> Shape:
         """Say in what channels and sample rate a file's sounds are written; ValueError where that can't be."""
@@ -184,9 +184,7 @@ class VideoSeparator:
             if (rate, listening.layout) != (model_rate, "mono"):
                 shape = Shape(rate, listening.n_channels, listening)
         output.check(shape)
-        return replace(
-            shape, container=media.picture_container(video, limits=self.limits.decode) if output.video else ""
-        )
+        return replace(shape, container=media.video_container(video, limits=self.limits.decode) if output.video else "")
 
     def _for_a_file(self, bases: str | None, patience: _Patience) -> Separates:
         """Return the separator, or one for a single file where bases are asked for or others factorise."""
@@ -199,18 +197,18 @@ class VideoSeparator:
             return self.separator if config == self.separator.config else Separator(self.separator.model, config)
         return Separator(self.separator.model, config, patience.with_others(self.factorize))
 
-    def _look(self, pictures: NDArray[np.uint8], patience: _Patience) -> _Looked:
+    def _look(self, images: NDArray[np.uint8], patience: _Patience) -> _Looked:
         """Ask the picture network what pictures show; or say why it can't be asked."""
-        if len(pictures) == 0:
+        if len(images) == 0:
             return _Looked("there are no pictures to look at")
         if isinstance(self.labeller, str):
             return _Looked(self.labeller)
         patience.tell("looking", 0.0)
         if self.label is None:
-            views = self.labeller.looking(self.config.extraction.looks)(pictures)
+            views = self.labeller.looking(self.config.extraction.looks)(images)
             logits = self.labeller(views.crops)
         else:
-            views = self.label.looking(pictures)
+            views = self.label.looking(images)
             logits = torch.as_tensor(patience.wait(self.label.classify(views.crops)))
         scores = self.labels.scores(views.evidence(logits))
         marks = self.labels.choose(scores)

@@ -121,7 +121,7 @@ def dry_run(
     segments: Sequence[Segment],
     state: shards.State,
     extraction: Extraction,
-    pictured: bool,
+    with_images: bool,
 ) -> None:
     """Say what there is to do and what it will cost."""
     works = plan_work(state, segments, arguments.retry_rejected, tell_changes(extraction, state, segments))
@@ -138,7 +138,7 @@ def dry_run(
         say(describe_downloads(len(store.missing), arguments.rate, n_identities))
     if arguments.until:
         return
-    for line in describe_computing(works, state, extraction.config, pictured, download_s):
+    for line in describe_computing(works, state, extraction.config, with_images, download_s):
         say(line)
 
 

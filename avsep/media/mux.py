@@ -16,12 +16,12 @@ _AAC_CHANNELS = (1, 2, 3, 4, 5, 6, 8)  # others are mixed to two
 _IN_MP4 = {"av1", "h264", "hevc", "mjpeg", "mpeg1video", "mpeg2video", "mpeg4", "vp9", "vvc"}
 
 
-def picture_container(path: Path, *, limits: DecodeLimits = DecodeLimits()) -> str:
+def video_container(path: Path, *, limits: DecodeLimits = DecodeLimits()) -> str:
     """Return the suffix of a file that can hold a file's picture stream: `mp4`, else `mkv`.
 
     Raises ClipError: MISSING, EMPTY, UNREADABLE, NO_VIDEO, CRASHED_DECODER, TIMEOUT (transient).
     """
-    return "mp4" if _header(path, limits).picture_codec in _IN_MP4 else "mkv"
+    return "mp4" if _header(path, limits).video_codec in _IN_MP4 else "mkv"
 
 
 def _header(path: Path, limits: DecodeLimits) -> Header:
@@ -36,7 +36,7 @@ def mux(video: Path, sound: Path, n_channels: int, target: Path, *, limits: Deco
 
     The sound's first sample is what `media.decode` and `iter_audio` give first of the video's sound;
     start times keep both together. `timeout_s` bounds the whole. Raises ClipError as
-    `picture_container` does, and UNREADABLE where the stream can't be copied.
+    `video_container` does, and UNREADABLE where the stream can't be copied.
     """
     header = _header(video, limits)
     source = input_of(video, limits)

@@ -39,7 +39,7 @@ class Device:
         """Classify each request's pictures; OtherNetwork for those of another one than the present model's."""
         labeller = self._model().labeller
         own = None if isinstance(labeller, str) else labeller.sha256
-        mine = [pictures for pictures, sha256 in requests if sha256 == own]
+        mine = [images for images, sha256 in requests if sha256 == own]
         if not mine or isinstance(labeller, str):
             return [OtherNetwork() for _ in requests]
         logits = iter(labeller(np.concatenate(mine)).split([len(p) for p in mine]))

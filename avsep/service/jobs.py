@@ -27,7 +27,7 @@ from avsep.service.hotmodel import HotModel, Load, card_of
 from avsep.service.results import UPLOAD, NoSuchJob, ResultStore
 from avsep.service.state import Failure, FoundObject, Outcome, State
 from avsep.service.uploads import download
-from avsep.service.window import TRACKS, KeptWindow, write_frame
+from avsep.service.window import TRACKS, KeptWindow, write_image
 from avsep.service.work import FactorizeBy, LabelBy, OtherNetwork, OutOfTime
 from avsep.stages import Label
 from avsep.videos import FileSeparation, VideoSeparator
@@ -108,7 +108,7 @@ class JobWorker:
         kept = KeptWindow.of(done.plan)
         if kept is not None:
             kept.write(folder)
-        has_frame = write_frame(folder, done.pictures)
+        has_image = write_image(folder, done.images)
         try:
             part.rename(folder / TRACKS)
         except OSError:
@@ -116,7 +116,7 @@ class JobWorker:
                 return
             _remove(folder, TRACKS)  # of a worker that died before it could say that it was done
             part.rename(folder / TRACKS)
-        result = outcome(job, separate, done).model_copy(update={"has_frame": has_frame, "explained": kept is not None})
+        result = outcome(job, separate, done).model_copy(update={"has_image": has_image, "explained": kept is not None})
         self.store.sweep()  # while this one is in progress: others make room, or there is none
         _remove(folder, f"{TRACKS}.*.part", "fetched")
         self.store.finish(job_id, "done", stage="done", progress=1.0, result=result)
@@ -183,7 +183,7 @@ def outcome(job: State, separate: VideoSeparator, done: FileSeparation) -> Outco
     card, report = card_of(separate), done.report
     timings = {"queued_s": round((job.started or 0.0) - (job.queued or 0.0), 3), **report["timings"]}
     timings["total_s"] = round(time.time() - (job.queued or 0.0), 3)
-    blind = _BLIND if report["labeller"] is None and len(done.pictures) else ""
+    blind = _BLIND if report["labeller"] is None and len(done.images) else ""
     notes = (report["unlearned"], *done.notes, blind)
     return Outcome.model_validate(
         {
@@ -210,8 +210,8 @@ def _label_of(separate: VideoSeparator, label: LabelBy | None) -> Label | None:
     if label is None or isinstance(own, str):
         return None
 
-    def classify(pictures: NDArray[np.uint8]) -> Future:
-        return label(pictures, own.sha256)
+    def classify(images: NDArray[np.uint8]) -> Future:
+        return label(images, own.sha256)
 
     return Label(own.looking(separate.config.extraction.looks), classify)
 

@@ -49,9 +49,9 @@ def _result(job_id: str, found: Outcome) -> Result:
         rest=audio(REST),
         mixture=audio(MIXTURE),
         relation=Relation(data=f"{base}/relation", png=f"{base}/relation.png") if found.explained else None,
-        frame=f"{base}/frame.png" if found.has_frame else None,
+        frame=f"{base}/frame.png" if found.has_image else None,
         archive=f"{base}/archive.zip",
-        **found.model_dump(exclude={"objects", "has_frame", "explained"}),
+        **found.model_dump(exclude={"objects", "has_image", "explained"}),
     )
 
 

@@ -72,7 +72,7 @@ class Outcome(_Kept):
     timings: dict[str, float]  # in seconds
     model: dict[str, str] = {}
     trained_on: dict[str, Any] = {}
-    has_frame: bool = False
+    has_image: bool = False
     explained: bool = False  # whether its first window was kept
 
 

@@ -106,15 +106,15 @@ class KeptWindow:
         return self.stft.inverse(mask * self.stft(waveform), len(waveform)).numpy()[: len(mixture)]
 
 
-def write_frame(folder: Path, pictures: NDArray[np.uint8]) -> bool:
+def write_image(folder: Path, images: NDArray[np.uint8]) -> bool:
     """Keep the middle one of a video's pictures, `(n, height, width, 3)`; False where there is none."""
-    if not len(pictures):
+    if not len(images):
         return False
-    Image.fromarray(pictures[len(pictures) // 2]).save(frame_path(folder), compress_level=1)
+    Image.fromarray(images[len(images) // 2]).save(image_path(folder), compress_level=1)
     return True
 
 
-def frame_path(folder: Path) -> Path:
+def image_path(folder: Path) -> Path:
     """Where a job's picture is, if it has one."""
     return folder / _FRAME
 
@@ -127,8 +127,8 @@ def relation(folder: Path) -> dict[str, Any]:
 def relation_png(folder: Path) -> bytes:
     """Draw a job's relation map beside its picture."""
     kept = KeptWindow.read(folder)
-    picture = np.asarray(Image.open(frame_path(folder))) if frame_path(folder).exists() else None
-    return plots.relation_map(kept.relation, kept.objects, kept.energy, picture, kept.audible)
+    image = np.asarray(Image.open(image_path(folder))) if image_path(folder).exists() else None
+    return plots.relation_map(kept.relation, kept.objects, kept.energy, image, kept.audible)
 
 
 def basis_sound(folder: Path, basis: int) -> tuple[NDArray[np.float32], int]:

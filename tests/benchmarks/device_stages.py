@@ -221,7 +221,7 @@ def labeller(report: Report) -> None:
         report.add(
             f"{architecture}, {len(crops)} pictures at once", "clips/s", rates.pop("avsep"), rates, peak_by=by,
             share_of_peak={side: round(flops / seconds / highest, 4) for side, seconds in times.items()},
-            pictures_a_clip=len(clip), gflop_a_picture=flops / len(crops) / 1e9,
+            images_a_clip=len(clip), gflop_a_picture=flops / len(crops) / 1e9,
         )  # fmt: skip
     report.rates("cutting the tiles, on one core", 1, {"avsep": lambda: label.looking("tiles")(pictures())})
 

@@ -153,9 +153,9 @@ def test_ffmpeg_is_started_once(movie: Path, make: Make, tmp_path: Path, monkeyp
     counting.write_text(f'#!/bin/sh\necho >> {count}\nexec {media.ffmpeg_executable()} "$@"\n')
     counting.chmod(0o755)
     monkeypatch.setenv("PATH", f"{counting.parent}:{os.environ['PATH']}")
-    for path, pictures, starts in ((movie, True, 1), (movie, False, 1), (sound, False, 1), (sound, True, 2)):
+    for path, images, starts in ((movie, True, 1), (movie, False, 1), (sound, False, 1), (sound, True, 2)):
         count.unlink(missing_ok=True)
-        decode(path, 0, 10, pictures=pictures)
+        decode(path, 0, 10, images=images)
         assert len(count.read_text()) == starts
 
 
@@ -223,7 +223,7 @@ def test_a_mute_film_shows_its_pictures(make: Make, seconds: int, shown_s: int) 
     path = make(f"mute-{seconds}.mp4", [f"testsrc=s=64x48:d={seconds}"], *X264)
     clip = decode(path, seconds - 3.0, sound=False)
     assert len(clip.waveform) == 0 and len(clip.images) == 3
-    assert len(files.pictures(path, 48)) == shown_s
+    assert len(files.images(path, 48)) == shown_s
 
 
 def test_audio_without_video(make: Make) -> None:
@@ -333,10 +333,10 @@ def test_rotated_video_is_upright(make: Make, folder: Path) -> None:
     )
     turned = folder / "turned.mp4"
     run_ffmpeg("-display_rotation:v", "90", "-i", flat, "-c", "copy", turned)
-    picture = decode(flat).images[0]
-    assert picture.shape == (256, 384, 3) and picture[:120].min() > 240 and picture[136:].max() < 15
-    picture = decode(turned).images[0]  # anticlockwise: the top is on the left
-    assert picture.shape == (384, 256, 3) and picture[:, :120].min() > 240 and picture[:, 136:].max() < 15
+    image = decode(flat).images[0]
+    assert image.shape == (256, 384, 3) and image[:120].min() > 240 and image[136:].max() < 15
+    image = decode(turned).images[0]  # anticlockwise: the top is on the left
+    assert image.shape == (384, 256, 3) and image[:, :120].min() > 240 and image[:, 136:].max() < 15
 
 
 @pytest.mark.parametrize(
@@ -347,18 +347,18 @@ def test_pictures_are_whole(make: Make, width: int, height: int, shape: tuple[in
     inside = f"between(X,8,{width - 9})*between(Y,8,{height - 9})"
     level = f"color=s={width}x{height}:d=1,format=yuv420p,geq=lum='if({inside},16,235)':cb=128:cr=128"
     path = make(f"framed{width}x{height}.mp4", [level, "sine=d=1"], *X264)
-    picture = decode(path, image_size=96).images[0, :, :, 0].astype(int)
-    assert picture.shape == shape
-    edges = (picture[:4], picture[-4:], picture[:, :4], picture[:, -4:])
-    assert all(edge.min() > 200 for edge in edges) and picture[14:-14, 14:-14].max() < 40
+    image = decode(path, image_size=96).images[0, :, :, 0].astype(int)
+    assert image.shape == shape
+    edges = (image[:4], image[-4:], image[:, :4], image[:, -4:])
+    assert all(edge.min() > 200 for edge in edges) and image[14:-14, 14:-14].max() < 40
 
 
 def test_the_middle_of_a_very_wide_picture(make: Make) -> None:
     """Of 512x64 three times the height is kept, 96 columns on either side of the middle."""
     level = "color=s=512x64:d=1,format=yuv420p,geq=lum='if(between(X,176,335),16,235)':cb=128:cr=128"
-    picture = decode(make("strip.mp4", [level, "sine=d=1"], *X264), image_size=64).images[0, :, :, 0].astype(int)
-    assert picture.shape == (64, 192)
-    assert picture[:, 20:172].max() < 40 and picture[:, :12].min() > 200 and picture[:, -12:].min() > 200
+    image = decode(make("strip.mp4", [level, "sine=d=1"], *X264), image_size=64).images[0, :, :, 0].astype(int)
+    assert image.shape == (64, 192)
+    assert image[:, 20:172].max() < 40 and image[:, :12].min() > 200 and image[:, -12:].min() > 200
 
 
 def test_late_audio_stays_in_sync(movie: Path, folder: Path) -> None:
@@ -396,10 +396,10 @@ def test_streams_of_different_lengths(make: Make) -> None:
 
 
 def test_without_pictures_the_sound_is_the_same(movie: Path, make: Make) -> None:
-    clip = decode(movie, 2.3, 5.1, pictures=False)
+    clip = decode(movie, 2.3, 5.1, images=False)
     assert np.array_equal(clip.waveform, decode(movie, 2.3, 5.1).waveform) and len(clip.images) == 0
     late = make("quiet_end.mkv", [FRAMES, "sine=r=48000:d=4"], *X264, "-c:a", "flac")
-    clip = decode(late, pictures=False)  # the pictures go on, so nothing is missing
+    clip = decode(late, images=False)  # the pictures go on, so nothing is missing
     assert np.array_equal(clip.waveform, decode(late).waveform)
 
 
@@ -587,7 +587,7 @@ def test_other_streams_may_outlast_the_sound(whole: Path, tmp_path: Path, name: 
     run_ffmpeg("-i", whole, "-i", tmp_path / "a.srt", "-i", tmp_path / "a.txt", "-c", "copy", *options, path)
     clip = decode(path)
     assert len(clip.waveform) == pytest.approx(3 * RATE, abs=2048) and not clip.notes
-    assert len(decode(path, pictures=False).waveform) == len(clip.waveform)
+    assert len(decode(path, images=False).waveform) == len(clip.waveform)
     assert sum(map(len, iter_audio(path, sample_rate=RATE, block=RATE))) == len(clip.waveform)
     assert reason(path, 4.0, 8.0) in (Reason.PAST_END, Reason.EMPTY)
     if name.endswith("mkv"):
@@ -683,14 +683,14 @@ def test_parameters_that_change_on_the_way(
     first, second = parts(make, suffix, *options, rates=rates)
     path = tmp_path / f"both.{suffix}"
     path.write_bytes(first + second)
-    waveform = decode(path, pictures=False).waveform
+    waveform = decode(path, images=False).waveform
     assert len(waveform) == pytest.approx(4 * RATE, abs=0.25 * RATE)
     assert tone(waveform[: int(1.9 * RATE)]) == 440 and tone(waveform[int(2.2 * RATE) : 4 * RATE]) == 880
     quiet = np.abs(waveform[: 4 * RATE - 4800].reshape(-1, 480)).max(1) < 0.01
     assert quiet.sum() < 12  # a codec's run-up, no hole
     blocks = list(iter_audio(path, sample_rate=RATE, block=5_001))
     np.testing.assert_array_equal(np.concatenate(blocks), waveform)
-    assert tone(decode(path, 0.5, 3.5, pictures=False).waveform[2 * RATE :]) == 880
+    assert tone(decode(path, 0.5, 3.5, images=False).waveform[2 * RATE :]) == 880
 
 
 def test_an_ogg_chain_of_many_links(make: Make, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_the_main_job_from_pictures_alone(tmp_path: Path, capfd, monkeypatch) ->
     assert (tmp_path / "results" / "results.json").exists()
 
     video, out = str(tmp_path / "test0.mp4"), tmp_path / "separated"
-    assert VideoSeparator.load(model)(Path(video), tmp_path / "parts").pictures.shape == (3, 288, 513, 3)
+    assert VideoSeparator.load(model)(Path(video), tmp_path / "parts").images.shape == (3, 288, 513, 3)
     assert cli.main(["separate", video, "--model", model, "--out", str(out)]) == 0
     assert "pictures: efficientnet_lite0" in capfd.readouterr().out
     report = json.loads((out / "separation.json").read_text())

@@ -298,10 +298,8 @@ def test_clips_without_a_label_teach_noise_and_absence(clips: list[str]) -> None
 def test_a_files_pictures_decide_as_each_clips_do(tmp_path: Path) -> None:
     """Clips of several numbers of pictures among those with given labels, and without either."""
     rng = np.random.default_rng(0)
-    pictures = [
-        None if i % 7 == 0 else 3 * rng.standard_normal(1000 * (1 + i % 3)).astype(np.float16) for i in range(21)
-    ]
-    records = [clip(i, labels=("dog",) if i % 5 == 0 else None, image_logits=p) for i, p in enumerate(pictures)]
+    images = [None if i % 7 == 0 else 3 * rng.standard_normal(1000 * (1 + i % 3)).astype(np.float16) for i in range(21)]
+    records = [clip(i, labels=("dog",) if i % 5 == 0 else None, image_logits=p) for i, p in enumerate(images)]
     write_shard(str(tmp_path), "00000", 0, records, [], configuration=CONFIGURATION, shape=(F, M))
     (file,) = clip_files(str(tmp_path))
     config = Labelling(LabelConfig(threshold=0.05, unlabelled=False))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from avsep import lite, storage, synthetic, vision
 from avsep.objects import object_index, object_scores
-from avsep.vision import NETWORKS, ImageLabeller, LabellerUnavailable, PictureNetwork, Preprocessing, build_network
+from avsep.vision import NETWORKS, ImageLabeller, ImageNetwork, LabellerUnavailable, Preprocessing, build_network
 
 TINY = "squeezenet1_1"  # the smallest of torchvision's with 1000 classes: 5 MB
 CLASSES = (889, 0, 420)
@@ -300,7 +300,7 @@ def test_another_picture_network_is_an_entry(
     name = f"blots-{hashlib.sha256((folder / 'plain.pth').read_bytes()).hexdigest()[:8]}.pth"
     (folder / "plain.pth").rename(folder / name)
     look = Preprocessing(8, 0.5, (0.0,) * 3, (0.5,) * 3, Image.Resampling.NEAREST)
-    monkeypatch.setitem(NETWORKS, "blots", PictureNetwork(blots, look, f"{address}/{name}"))
+    monkeypatch.setitem(NETWORKS, "blots", ImageNetwork(blots, look, f"{address}/{name}"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     labeller, again = ImageLabeller.load("blots"), ImageLabeller.load("blots")
@@ -316,10 +316,10 @@ def test_another_picture_network_is_an_entry(
     assert torch.equal(back(image), small(image)) and back.preprocessing == look
     with pytest.raises(LabellerUnavailable, match=r"give efficientnet_lite0, .*, blots, or a class"):
         ImageLabeller.load("nosuchnet")
-    monkeypatch.setitem(NETWORKS, "blots", PictureNetwork(blots, look, f"{address}/blots-00000000.pth"))
+    monkeypatch.setitem(NETWORKS, "blots", ImageNetwork(blots, look, f"{address}/blots-00000000.pth"))
     with pytest.raises(LabellerUnavailable, match=r"of blots can't be downloaded \(.*404.*fetch .*pass --weights FILE"):
         ImageLabeller.load("blots")
-    monkeypatch.setitem(NETWORKS, "blots", PictureNetwork(blots, look))
+    monkeypatch.setitem(NETWORKS, "blots", ImageNetwork(blots, look))
     with pytest.raises(LabellerUnavailable, match="'blots' is no picture network with ImageNet weights"):
         ImageLabeller.load("blots")
 

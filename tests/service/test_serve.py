@@ -795,7 +795,7 @@ def test_a_store_of_the_version_before_is_read(tmp_path):
     found = {"name": "dog", "file": "dog.wav", "from": "sound", "confidence": 0.9, "familiarity": 1.0, "doubt": ""}
     found |= {"sound_score": 0.4, "picture_score": None, "visible": None, "silent": False, "learned": True}
     result = {"sample_rate": 8000, "duration_s": 6.0, "objects_from": "sound", "note": "", "labeller": None}
-    result |= {"objects": [found], "rest": "_rest.wav", "heard": {"dog": 0.4}, "bases": "own", "has_frame": False}
+    result |= {"objects": [found], "rest": "_rest.wav", "heard": {"dog": 0.4}, "bases": "own", "has_image": False}
     result |= {"windows": [{"start_s": 0.0, "end_s": 6.0, "heard": {"dog": 0.4}}], "timings": {"total_s": 1.0}}
     result |= {"model": {"recipe": "default"}, "trained_on": {"clips": 9}}
     state = {"id": job, "status": "done", "created": 1e9, "progress": 1.0, "options": {"objects": ["dog"]}}
