@@ -11,7 +11,7 @@ from typing import Any
 
 from avsep import audioset, shards, stages, storage
 from avsep.console import duration
-from avsep.factors import ExtractionConfig, Factorize
+from avsep.factors import DataConfig, ExtractionConfig, Factorize
 from avsep.fetching import MediaStore
 from avsep.objects import Vocabulary
 from avsep.records import (
@@ -40,8 +40,7 @@ class Extraction:
     """What the shards of one extraction have in common."""
 
     out: str
-    config: ExtractionConfig
-    configuration: dict[str, Any]  # stored with the data
+    made_with: DataConfig  # stored with the data
     process: Process = stages.extract_records
     fetch_only: bool = False
 
@@ -83,7 +82,9 @@ def extract_shard(
             else extraction.process
         )
         for segments in [(s,) for s in segments_to_do] if work.apart else [segments_to_do]:
-            some_records, some_rejections, some_seconds = process(segments, extraction.config, label, locate)
+            some_records, some_rejections, some_seconds = process(
+                segments, extraction.made_with.extraction, label, locate
+            )
             records += some_records
             rejections += some_rejections
             seconds |= {stage: seconds.get(stage, 0.0) + s for stage, s in some_seconds.items()}
@@ -100,8 +101,8 @@ def extract_shard(
         work.generation,
         records,
         [*work.kept, *rejections],
-        configuration=extraction.configuration,
-        shape=extraction.config.shape,
+        configuration=extraction.made_with.as_dict(),
+        shape=extraction.made_with.extraction.shape,
         timings_s=seconds,
         retried=sorted({*work.attempts, *(i for c in work.replaced for i in c.retried)}),
         replaces=bool(work.replaced),

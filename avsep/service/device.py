@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from avsep.factors import ExtractionConfig, Factors, factorize_clips
 from avsep.service.config import ServiceConfig, log
+from avsep.service.elsewhere import OtherNetwork
 from avsep.service.hotmodel import HotModel
-from avsep.service.work import OtherNetwork
 
 # What `work.LabelBy` and `work.FactorizeBy` are given.
 ToLabel = tuple[NDArray[np.uint8], str]

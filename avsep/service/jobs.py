@@ -22,13 +22,13 @@ from avsep.fetching import EgressIdentity, sources
 from avsep.records import ClipError, Segment
 from avsep.separation import Separator
 from avsep.service.config import ServiceConfig, log
+from avsep.service.elsewhere import FactorizeBy, LabelBy, OtherNetwork, OutOfTime
 from avsep.service.failures import as_failure
 from avsep.service.hotmodel import HotModel, Load, card_of
 from avsep.service.results import UPLOAD, NoSuchJob, ResultStore
 from avsep.service.state import Failure, FoundObject, Outcome, State
 from avsep.service.uploads import download
 from avsep.service.window import TRACKS, KeptWindow, write_image
-from avsep.service.work import FactorizeBy, LabelBy, OtherNetwork, OutOfTime
 from avsep.stages import Label
 from avsep.videos import FileSeparation, VideoSeparator
 

@@ -19,13 +19,13 @@ from starlette.concurrency import run_in_threadpool
 from avsep.service import hotmodel, jobs
 from avsep.service.answers import Card
 from avsep.service.config import ServiceConfig
+from avsep.service.elsewhere import Busy, OutOfTime, WorkerLost
 from avsep.service.failures import as_failure
 from avsep.service.problems import Problem
 from avsep.service.requests import parse_options
 from avsep.service.results import UPLOAD, NoSuchJob, StoreFull
 from avsep.service.state import Options, State
 from avsep.service.uploads import Uploads, client_of, receive_multipart
-from avsep.service.work import Busy, OutOfTime, WorkerLost
 
 _SWEEP_S = 15.0
 _PROBES = 4  # files whose headers are read together

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from avsep import factors, fetching, shards, stages, storage, work
+from avsep import fetching, shards, stages, storage, work
 from avsep.audit import check_commits
 from avsep.extraction import Extraction
 from avsep.factors import DataConfig, ExtractionConfig
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 N = 12  # two shards
 
 
-CONFIGURATION = DataConfig(ExtractionConfig()).as_dict()
+MADE_WITH = DataConfig(ExtractionConfig())
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_segments_too_large_together_are_done_one_after_the_other(tmp_path, enou
 
     segments = [Segment(f"s{i}", f"{i}.wav", 0.0, 1.0, "train", labels=("dog",)) for i in range(4)]
     made, progress = (
-        Extraction(str(tmp_path), factors.ExtractionConfig(), CONFIGURATION, process),
+        Extraction(str(tmp_path), MADE_WITH, process),
         Progress("x", 4, "s"),
     )
     works = work.plan_work(shards.read_state(str(tmp_path)), segments)
@@ -91,7 +91,7 @@ def test_a_run_ends_with_one_line_once_no_download_is_worth_a_try(tmp_path):
 
     segments = [Segment("s", "youtube:aaaaaaaaaaa", 0.0, 1.0, "train", labels=("dog",))]
     made, progress = (
-        Extraction(str(tmp_path), factors.ExtractionConfig(), CONFIGURATION, process),
+        Extraction(str(tmp_path), MADE_WITH, process),
         Progress("x", 1, "s"),
     )
     works = work.plan_work(shards.read_state(str(tmp_path)), segments)

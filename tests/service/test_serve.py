@@ -33,13 +33,13 @@ from avsep.separation import Separator
 from avsep.service import answers, jobs, service
 from avsep.service.config import ServiceConfig
 from avsep.service.device import Device, Together, each
+from avsep.service.elsewhere import OtherNetwork
 from avsep.service.failures import as_failure
 from avsep.service.jobs import JobWorker, fail
 from avsep.service.requests import describe
 from avsep.service.results import NoSuchJob, ResultStore, StoreFull
 from avsep.service.state import Failure
 from avsep.service.uploads import BadUpload, download, public_addresses
-from avsep.service.work import OtherNetwork
 from tests.support.serving import (
     PITCH,
     RATE,
