@@ -44,6 +44,11 @@ class Extraction:
     process: Process = stages.extract_records
     fetch_only: bool = False
 
+    @property
+    def config(self) -> ExtractionConfig:
+        """What decides a clip's record."""
+        return self.made_with.extraction
+
 
 @dataclass
 class Done:
@@ -82,9 +87,7 @@ def extract_shard(
             else extraction.process
         )
         for segments in [(s,) for s in segments_to_do] if work.apart else [segments_to_do]:
-            some_records, some_rejections, some_seconds = process(
-                segments, extraction.made_with.extraction, label, locate
-            )
+            some_records, some_rejections, some_seconds = process(segments, extraction.config, label, locate)
             records += some_records
             rejections += some_rejections
             seconds |= {stage: seconds.get(stage, 0.0) + s for stage, s in some_seconds.items()}
@@ -102,7 +105,7 @@ def extract_shard(
         records,
         [*work.kept, *rejections],
         configuration=extraction.made_with.as_dict(),
-        shape=extraction.made_with.extraction.shape,
+        shape=extraction.config.shape,
         timings_s=seconds,
         retried=sorted({*work.attempts, *(i for c in work.replaced for i in c.retried)}),
         replaces=bool(work.replaced),

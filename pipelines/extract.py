@@ -138,7 +138,7 @@ def dry_run(
         say(describe_downloads(len(store.missing), arguments.rate, n_identities))
     if arguments.until:
         return
-    for line in describe_computing(works, state, extraction.made_with.extraction, with_images, download_s):
+    for line in describe_computing(works, state, extraction.config, with_images, download_s):
         say(line)
 
 
@@ -221,7 +221,7 @@ def drive(
     ):
         devices = [Devices()]
         if works and not extraction.fetch_only:
-            devices = open_devices(runner, extraction.made_with.extraction, labeller, arguments.weights)
+            devices = open_devices(runner, extraction.config, labeller, arguments.weights)
         following, n_shards, started = False, len(works), time.monotonic()
         while works:
             following = extract_round(arguments, works, extraction, runner, progress, devices, mine, following)
