@@ -28,7 +28,7 @@ from avsep.console import complain, lost, say
 from avsep.factors import ExtractionConfig
 from avsep.files import SUFFIXES, Step, images
 from avsep.model import CONFIG_FILE, Labelling, Model, describe_training, label_config, training_facts
-from avsep.objects import Vocabulary
+from avsep.objects import AUDIOSET_23, Vocabulary
 from avsep.outputs import AS_IT_IS, FORMATS, Output
 from avsep.records import ClipError, Reason
 from avsep.separation import Explanation, Separator
@@ -408,7 +408,7 @@ def label(video: str, weights: str | None, labeller: str | None) -> int:
     network = _labeller(labeller, weights)
     way = network.looking(ExtractionConfig.looks).way
     say(f"pictures: {network.architecture}, looks: {way}")
-    config = Labelling(label_config(network.architecture, way))
+    config = Labelling(label_config(network.architecture, way), AUDIOSET_23)
     scores = config.scores(network.evidence(found, way))
     labels = config.choose(scores)
     for i in scores.argsort(descending=True).tolist()[:10]:

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from avsep import baselines, factors, media, metrics, storage
-from avsep.objects import AUDIOSET_23, Vocabulary
+from avsep.objects import Vocabulary
 from avsep.records import Segment
 from avsep.separation import REST, Planned, Separates, Separator, Whole, Window, render_whole
 from avsep.stft import STFT
@@ -92,10 +92,10 @@ class Case:
     references: Tensor  # (J, S)
     rest: Tensor
     noisy: bool = False  # the rest holds noise for certain: to a blind method one source more
-    vocabulary: Vocabulary = AUDIOSET_23
+    vocabulary: Vocabulary = field(kw_only=True)
 
     @classmethod
-    def load(cls, segment: Segment, folder: str, sample_rate: int, vocabulary: Vocabulary = AUDIOSET_23) -> Case:
+    def load(cls, segment: Segment, folder: str, sample_rate: int, vocabulary: Vocabulary) -> Case:
         """Decode the clip and read its references."""
         waveforms, rate = references_of(folder, segment.segment_id)
         if rate != sample_rate:
@@ -137,7 +137,7 @@ def build_case(
     references: str,
     sample_rate: int,
     protocol: str,
-    vocabulary: Vocabulary = AUDIOSET_23,
+    vocabulary: Vocabulary,
 ) -> Case:
     """Load a clip, or mix what the protocol says of clips in which one object is alone."""
     cases = [Case.load(s, references, sample_rate, vocabulary) for s in segments]

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from avsep import audioset, storage, tables
 from avsep.audioset import BadLine, Counts
-from avsep.objects import AUDIOSET_23, Vocabulary
+from avsep.objects import Vocabulary
 from avsep.records import (
     SEGMENT_SCHEMA,
     Segment,
@@ -86,9 +86,7 @@ def read_lines(block: Block) -> bytes:
     return b"".join(pieces)
 
 
-def read_audioset(
-    block: Block, masks: dict[str, int], vocabulary: Vocabulary = AUDIOSET_23
-) -> Iterator[pa.Table | Tally]:
+def read_audioset(block: Block, masks: dict[str, int], vocabulary: Vocabulary) -> Iterator[pa.Table | Tally]:
     """Read the segments of a block of AudioSet's CSV, and tally them."""
     lines = tables.plain_lines(read_lines(block), first=block.index == 0)
     rows, bad, n_lines = audioset.parse_rows(lines)
@@ -255,7 +253,7 @@ def write_statistics(counts: Counts, path: str, vocabulary: Vocabulary) -> None:
     storage.write_text(path, json.dumps(audioset.summarize(counts, vocabulary), indent=1) + "\n")
 
 
-def commit(staging: str, out: str, vocabulary: Vocabulary = AUDIOSET_23) -> list[str]:
+def commit(staging: str, out: str, vocabulary: Vocabulary) -> list[str]:
     """Move finished files to their place, the statistics last; drop what an earlier run left there."""
     files = {storage.name(f) for f in storage.list_files(staging)}
     segments = sorted(f for f in files if f.endswith(".parquet"))
@@ -289,9 +287,7 @@ def line_blocks(uris: Sequence[str], block_bytes: int = BLOCK_BYTES) -> list[Blo
     return blocks
 
 
-def plan_audioset(
-    uris: Sequence[str], ontology: str | None, own_node_only: bool, vocabulary: Vocabulary = AUDIOSET_23
-) -> Plan:
+def plan_audioset(uris: Sequence[str], ontology: str | None, own_node_only: bool, vocabulary: Vocabulary) -> Plan:
     """Check AudioSet's files → how to read them. Raises ValueError or OSError."""
     nodes: Any = []
     _check_exist([*uris, *([ontology] if ontology else [])])

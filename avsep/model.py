@@ -139,8 +139,8 @@ class LabelConfig:
 class Labelling:
     """A clip's weak labels: the given ones, else those that follow from its pictures."""
 
-    config: LabelConfig = field(default_factory=LabelConfig)
-    vocabulary: Vocabulary = AUDIOSET_23
+    config: LabelConfig
+    vocabulary: Vocabulary
 
     def scores(self, image_logits: Tensor) -> Tensor:
         """Score each object in a clip's evidence, `(…, n_images, 1000)` → `(…, L)`."""

@@ -425,5 +425,10 @@ def read_clips(out: storage.AnyPath, *, split: str | None = None) -> Iterator[Cl
 
 def read_configuration(out: storage.AnyPath) -> dict[str, Any]:
     """Return the configuration that a folder's clips were extracted with."""
-    with storage.open_input(clip_files(out)[0]) as f:
+    return configuration_in(clip_files(out)[0])
+
+
+def configuration_in(path: str) -> dict[str, Any]:
+    """Return the configuration that the clips of one file were extracted with."""
+    with storage.open_input(path) as f:
         return json.loads(pq.read_schema(f).metadata[b"avsep.configuration"])

@@ -7,6 +7,7 @@ Every shard file is read once, one at a time a worker; what remains of a clip is
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import sys
@@ -151,6 +152,14 @@ def plan(commits: Sequence[shards.Commit]) -> list[FileToCheck]:
     return work
 
 
+def find_configuration(clips: str, commits: Sequence[shards.Commit]) -> dict[str, Any] | None:
+    """Return what the clips were made with, as the first of their files that can be read says; None where none can."""
+    for file in (c.clips for c in commits if c.clips):
+        with contextlib.suppress(ValueError, OSError, KeyError, TypeError):
+            return shards.configuration_in(storage.join(clips, file.path))
+    return None
+
+
 def run(arguments: argparse.Namespace, options: Any) -> int:
     """Audit a folder of clips."""
     console.absolute(arguments, "clips", "out")
@@ -173,11 +182,7 @@ def run(arguments: argparse.Namespace, options: Any) -> int:
         found = audit.add_findings([Findings(damage=findings), read_findings(path)])
     finally:
         storage.delete_file(path)
-    try:
-        configuration = shards.read_configuration(clips)
-    except (ValueError, OSError, KeyError):
-        configuration = None
-    card = datacard.make_card(found, configuration)
+    card = datacard.make_card(found, find_configuration(clips, commits))
     write_card(card, out, storage.name(clips.rstrip("/")), writing)
     return say_card(card, out)
 

@@ -155,14 +155,15 @@ def write_report(out: Path, seconds: float, labeller_accuracy: float) -> Path:
     segments = [s for s in read_segments(str(out / "manifest")) if s.split == "test"]
     report.heading("Listen")
     report.image(draw_overview(separator, segments[0], out), "A frame, its sound, and the sounds separated from it")
+    references = str(out / "clips" / "references")
     for segment in segments[:_SHOWN]:
-        case = evaluation.Case.load(segment, str(out / "clips" / "references"), separator.sample_rate)
+        case = evaluation.Case.load(segment, references, separator.sample_rate, separator.vocabulary)
         report.append(results_report.clip_section([segment], case, separator))
     report.heading("The starter model on the same clip")
     report.paragraph(_CANT_KNOW)
     ready = Separator.load()
     report.paragraph(f"Of the starter model: {describe_training(ready.model.config)}.")
-    case = evaluation.Case.load(segments[0], str(out / "clips" / "references"), ready.sample_rate)
+    case = evaluation.Case.load(segments[0], references, ready.sample_rate, ready.vocabulary)
     report.append(results_report.clip_section([segments[0]], case, ready))
     report.heading("How good it is")
     results_report.add_results(report, results, "objects")
@@ -196,7 +197,7 @@ def summary(results: dict[str, Any], seconds: float) -> str:
 
 def draw_overview(separator: Separator, segment: Segment, out: Path) -> bytes:
     """Draw one test clip's frame, mixture and separated sounds, and keep the figure in overview.png."""
-    case = evaluation.Case.load(segment, str(out / "clips" / "references"), separator.stft.sample_rate)
+    case = evaluation.Case.load(segment, str(out / "clips" / "references"), separator.sample_rate, separator.vocabulary)
     separation = separator(case.mixture, case.names)
     sounds = [("mixture", case.mixture.numpy()), *zip(separation.objects, separation.estimates.numpy(), strict=True)]
     image = stages.middle_image(segment.source, segment.start_s, segment.end_s)

@@ -108,7 +108,7 @@ def build(
     folder: str,
     *,
     repeats_are_bad: bool,
-    vocabulary: Vocabulary = AUDIOSET_23,
+    vocabulary: Vocabulary,
     shard_rows: int = SHARD_ROWS,
 ) -> None:
     """Lay out the whole pass from blocks of `uris` to the files in `folder`."""

@@ -25,7 +25,7 @@ from avsep import (
 from avsep.dictionary import BasisDictionary
 from avsep.factors import DataConfig, ExtractionConfig
 from avsep.nmf import factorize, infer_activations
-from avsep.objects import object_index
+from avsep.objects import AUDIOSET_23, object_index
 from avsep.records import Rejection, Segment
 from avsep.separation import Separator
 from avsep.service.results import NoSuchJob, ResultStore
@@ -38,7 +38,7 @@ from pipelines import (
 )
 from tests.support.tones import DOG, SMALL, VIOLIN, model, tone
 
-CONFIGURATION = DataConfig(ExtractionConfig()).as_dict()
+CONFIGURATION = DataConfig(ExtractionConfig(), AUDIOSET_23).as_dict()
 
 
 def uniform(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -21,7 +21,7 @@ from avsep.learning.albums import open_images, read_album
 from avsep.metrics import mean_average_precision
 from avsep.miml import basis_posteriors, energy_shares, partial_label_loss
 from avsep.model import LABELLER_FILE, LabelConfig, Model
-from avsep.objects import AUDIOSET_23, N_IMAGENET_CLASSES, Vocabulary, weak_labels
+from avsep.objects import N_IMAGENET_CLASSES, Vocabulary, weak_labels
 from avsep.records import ClipRecord, Segment
 from avsep.vision import ImageLabeller, build_network
 
@@ -115,14 +115,14 @@ def decide(
 # ------------------------------------------------------------------------------------ training
 
 
-def untrained(architecture: str, seed: int, vocabulary: Vocabulary = AUDIOSET_23) -> ImageLabeller:
+def untrained(architecture: str, seed: int, vocabulary: Vocabulary) -> ImageLabeller:
     """Build a picture network of the objects' first ImageNet classes and BACKGROUND, from scratch."""
     torch.manual_seed(seed)
     classes = (*(o.imagenet[0] for o in vocabulary if o.imagenet), BACKGROUND)
     return ImageLabeller(architecture, build_network(architecture, len(classes)).eval(), "", classes, way="centre")
 
 
-def class_groups(classes: Sequence[int] | None, vocabulary: Vocabulary = AUDIOSET_23) -> Tensor:
+def class_groups(classes: Sequence[int] | None, vocabulary: Vocabulary) -> Tensor:
     """Say which object, or last none, each of a network's outputs stands for: `(C, L + 1)` of zeros and ones."""
     index = {c: row for row, o in enumerate(vocabulary) for c in o.imagenet}
     rows = [index.get(c, len(vocabulary)) for c in (classes if classes is not None else range(N_IMAGENET_CLASSES))]
@@ -196,7 +196,7 @@ def train_epoch(
     learning_rate: Callable[[float], float],
     n_batches: int,
     epoch: int,
-    vocabulary: Vocabulary = AUDIOSET_23,
+    vocabulary: Vocabulary,
 ) -> float:
     """Train over the batches once; return the mean loss by clip. `learning_rate` is that at a share of the run."""
     rng = np.random.default_rng([config.seed, epoch, 1])
@@ -288,7 +288,7 @@ class FinetuningRun:
     before: float  # the start's figure by which epochs are chosen
     thresholds: LabelConfig
     config: FinetuningConfig
-    vocabulary: Vocabulary = AUDIOSET_23
+    vocabulary: Vocabulary
     threads: int = 1
 
 

@@ -22,7 +22,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from avsep import audioset
 from avsep import manifest as segments_of
-from avsep.objects import OBJECTS
+from avsep.objects import AUDIOSET_23, OBJECTS
 from avsep.records import Segment, read_segments
 from pipelines import manifest
 
@@ -121,7 +121,7 @@ def test_other_spellings_give_the_same_row() -> None:
 def test_no_rows(block: bytes) -> None:
     rows, bad, n_lines = audioset.parse_rows(block)
     assert (len(rows), bad, n_lines) == (0, [], int(bool(block)))
-    assert len(audioset.select_segments(rows, {CAT: 1}, None)) == 0
+    assert len(audioset.select_segments(rows, {CAT: 1}, None, AUDIOSET_23)) == 0
 
 
 # --- ontology, splits, repeats
@@ -135,17 +135,17 @@ def test_descendants_in_a_graph_with_several_parents_and_a_cycle() -> None:
 
 
 def test_a_node_of_several_parents_means_each_object_above_it() -> None:
-    masks = audioset.object_masks(ontology())
+    masks = audioset.object_masks(ontology(), vocabulary=AUDIOSET_23)
     assert masks[GROWL] == masks[CAT] | masks[DOG]
     assert masks["/m/07qrkrw"] == masks[CAT]  # two levels down
     assert not {"/m/0jbk", SPEECH, "/m/01280g"} & set(masks)
-    assert len(audioset.object_masks(ontology(), own_node_only=True)) == len(OBJECTS)
+    assert len(audioset.object_masks(ontology(), own_node_only=True, vocabulary=AUDIOSET_23)) == len(OBJECTS)
 
 
 @pytest.mark.parametrize("other", [{}, [], [1], [{"id": CAT}], "text", None, [{"id": "x", "child_ids": []}]])
 def test_what_is_no_ontology(other: object) -> None:
     with pytest.raises(ValueError, match="nodes"):
-        audioset.object_masks(other)
+        audioset.object_masks(other, vocabulary=AUDIOSET_23)
 
 
 def test_split_depends_on_the_id_alone_and_gives_four_percent() -> None:
@@ -308,7 +308,7 @@ def test_own_node_only_needs_no_ontology(files: tuple[list[Path], Path], made: P
 def in_pieces(files: tuple[list[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same files in hundreds of small blocks, shuffled, and several shards."""
     folder = tmp_path_factory.mktemp("pieces")
-    masks = audioset.object_masks(ontology())
+    masks = audioset.object_masks(ontology(), vocabulary=AUDIOSET_23)
     blocks = segments_of.line_blocks([str(path) for path in files[0]], 1500)
     random.Random(5).shuffle(blocks)
     staging = folder / "staging"
@@ -316,7 +316,7 @@ def in_pieces(files: tuple[list[Path], Path], tmp_path_factory: pytest.TempPathF
         manifest.build(
             pipeline,
             blocks,
-            lambda block: segments_of.read_audioset(block, masks),
+            lambda block: segments_of.read_audioset(block, masks, AUDIOSET_23),
             [str(path) for path in files[0]],
             str(staging),
             repeats_are_bad=False,

@@ -28,10 +28,10 @@ def model() -> Model:
 
 
 def test_a_networks_outputs_are_grouped_into_objects_and_none() -> None:
-    groups = finetuning.class_groups(None)
+    groups = finetuning.class_groups(None, AUDIOSET_23)
     assert groups.shape == (1000, len(OBJECTS) + 1) and torch.equal(groups.sum(1), torch.ones(1000))
     assert groups[:, 1].nonzero().flatten().tolist() == list(range(151, 269))  # dog
-    assert finetuning.class_groups((889, finetuning.BACKGROUND))[:, [18, -1]].tolist() == [[1, 0], [0, 1]]
+    assert finetuning.class_groups((889, finetuning.BACKGROUND), AUDIOSET_23)[:, [18, -1]].tolist() == [[1, 0], [0, 1]]
 
 
 def logits_for(pictures: list[list[str]], groups: torch.Tensor, classes: tuple[int, ...]) -> torch.Tensor:
@@ -44,9 +44,9 @@ def logits_for(pictures: list[list[str]], groups: torch.Tensor, classes: tuple[i
 
 
 def test_every_picture_needs_a_label_and_every_label_a_picture() -> None:
-    classes = finetuning.untrained("squeezenet1_1", 0).classes
+    classes = finetuning.untrained("squeezenet1_1", 0, AUDIOSET_23).classes
     assert classes is not None
-    groups, labels = finetuning.class_groups(classes), multi_hot(["drum", "flute"])[None]
+    groups, labels = finetuning.class_groups(classes, AUDIOSET_23), multi_hot(["drum", "flute"])[None]
 
     def loss(*pictures: list[str]) -> float:
         return float(finetuning.image_loss(logits_for(list(pictures), groups, classes), labels, groups, 8.0))
@@ -139,7 +139,7 @@ def test_a_weak_start_learns_from_labels_of_whole_clips(albums) -> None:
     losses = []
     for epoch in range(config.epochs):
         parts = finetuning.batches([path], labels, config, epoch)
-        losses.append(finetuning.train_epoch(labeller, parts, optimiser, config, rate, 8, epoch))
+        losses.append(finetuning.train_epoch(labeller, parts, optimiser, config, rate, 8, epoch, AUDIOSET_23))
     after = finetuning.agreement(finetuning.score_album(labeller, albums["val"][0], AUDIOSET_23), albums["val"][1])
     assert losses[-1] < losses[0]
     assert after["map"] > before["map"] + 0.05 and after["agreement"] > before["agreement"] + 0.05

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from avsep import commands, evaluation, results, results_report
 from avsep.factors import factorize
+from avsep.objects import AUDIOSET_23
 from avsep.records import Segment
 from avsep.report import Report
 from avsep.separation import Separates, Separator, Whole, render_whole
@@ -51,7 +52,14 @@ class Bands:
 def duet(seconds: float = 3.0) -> evaluation.Case:
     dog, violin = tone(DOG, seconds) / 4, tone(VIOLIN, seconds, 2.0) / 4
     segment = Segment("duet", "nowhere.wav", 0.0, None, "test")
-    return evaluation.Case(segment, dog + violin, ["dog", "violin"], torch.stack([dog, violin]), torch.zeros(len(dog)))
+    return evaluation.Case(
+        segment,
+        dog + violin,
+        ["dog", "violin"],
+        torch.stack([dog, violin]),
+        torch.zeros(len(dog)),
+        vocabulary=AUDIOSET_23,
+    )
 
 
 def test_a_separator_of_one_s_own_is_measured_beside_the_others() -> None:

@@ -22,6 +22,7 @@ from avsep import fetching, shards, stages, storage, work
 from avsep.audit import check_commits
 from avsep.extraction import Extraction
 from avsep.factors import DataConfig, ExtractionConfig
+from avsep.objects import AUDIOSET_23
 from avsep.records import ClipRecord, Rejection, Segment
 from pipelines import console, downloads, extract, runners, shardtasks
 from pipelines.progress import Progress
@@ -32,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 N = 12  # two shards
 
 
-MADE_WITH = DataConfig(ExtractionConfig())
+MADE_WITH = DataConfig(ExtractionConfig(), AUDIOSET_23)
 
 
 @pytest.fixture(scope="module")

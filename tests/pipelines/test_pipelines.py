@@ -174,11 +174,15 @@ def test_the_published_protocols(run, solos, tmp_path, protocol):
         assert separators["default"]["mean"]["sir"] is None  # nothing else sounds that has a reference
         again = evaluation.add_noise(
             evaluation.Case.load(
-                segment := records.read_segments(str(solos / "table.csv"))[0], str(solos / "references"), RATE
+                segment := records.read_segments(str(solos / "table.csv"))[0],
+                str(solos / "references"),
+                RATE,
+                AUDIOSET_23,
             )
         )
         assert torch.equal(
-            again.mixture, evaluation.build_case([segment], str(solos / "references"), RATE, protocol).mixture
+            again.mixture,
+            evaluation.build_case([segment], str(solos / "references"), RATE, protocol, AUDIOSET_23).mixture,
         )
         noise = again.rest.square().mean() / again.references[0].square().mean()
         assert 10 * math.log10(noise) == pytest.approx(0, abs=0.05)
@@ -204,7 +208,7 @@ def test_references_that_do_not_fit_are_named(run, solos, tmp_path, capfd):
         shutil.copy(solos / "references" / "drum" / "drum.flac", drum)
         write()
         with pytest.raises(ValueError, match=message):
-            evaluation.Case.load(segment, str(tmp_path / "references"), RATE)
+            evaluation.Case.load(segment, str(tmp_path / "references"), RATE, AUDIOSET_23)
 
     damage(lambda: drum.write_bytes(b"junk"), r"drum.flac is no sound that can be read: ")
     damage(lambda: soundfile.write(drum, sound, 16_000), r"references of drum have 16000 Hz; the model works at 48000")
