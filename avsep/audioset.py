@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from avsep.fetching import youtube
 from avsep.objects import Vocabulary
 from avsep.records import SCHEMA_VERSION, SEGMENT_SCHEMA, SPLITS
+from avsep.sites import YOUTUBE
 
 VAL_PERCENT = 4
 MAX_SECONDS = 1e9
@@ -178,7 +178,7 @@ def select_segments(rows: pa.Table, masks: Mapping[str, int], split: str | None,
     names = pa.array(vocabulary.names).take(pa.array(present.nonzero()[1]))
     columns = {
         "segment_id": segment_id,
-        "source": pc.binary_join_element_wise(youtube.SCHEME, ytid, ":"),
+        "source": pc.binary_join_element_wise(YOUTUBE.scheme, ytid, ":"),
         "start_s": rows["start_s"],
         "end_s": rows["end_s"],
         "split": pa.array([split or hash_split(s) for s in segment_id.to_pylist()], pa.string()),

@@ -396,6 +396,7 @@ BAD_ROWS = [
     (["", "x.mp4", "0", "", "", ""], "segment_id is missing"),
     (["d", "", "0", "", "", ""], "source is missing"),
     (["d/e", "x.mp4", "0", "", "", ""], "slash"),
+    (["d", "tape:1", "0", "", "", ""], "'tape' is no known site: sources are youtube:ID, web addresses"),
     (["d", "x.mp4", "soon", "", "", ""], "start_s is 'soon'"),
     (["d", "x.mp4", "5", "4", "", ""], "must come after start_s"),
     (["d", "x.mp4", "-5", "4", "", ""], "start_s is -5.0"),
@@ -419,15 +420,15 @@ def test_bad_rows_of_a_table_are_told_one_by_one(tmp_path: Path, capsys: pytest.
     assert [s.segment_id for s in read_segments(str(tmp_path / "out"))] == ["good", "last"]
     letters = dead_letters(tmp_path / "out")
     reasons = [reason for _, reason in BAD_ROWS] + ["broken quoting", "not UTF-8"]
-    assert [d["line"] for d in letters] == [*range(3, 3 + len(BAD_ROWS)), 14, 15]  # line 13 is blank
+    assert [d["line"] for d in letters] == [*range(3, 3 + len(BAD_ROWS)), 15, 16]  # line 14 is blank
     for letter, reason in zip(letters, reasons, strict=True):
         assert reason in letter["reason"]
         assert letter["file"] == str(table)
-    assert letters[3]["text"] == "d,x.mp4,soon,,,"
+    assert letters[4]["text"] == "d,x.mp4,soon,,,"
     found = statistics(tmp_path / "out")
-    assert (found["rows"], found["kept"], found["dead_letters"]) == (14, 2, 12)
+    assert (found["rows"], found["kept"], found["dead_letters"]) == (15, 2, 13)
     said = capsys.readouterr().out
-    assert f"12 rows can't be used; see {tmp_path / 'out' / 'dead_letters.jsonl'} for lines and reasons" in said
+    assert f"13 rows can't be used; see {tmp_path / 'out' / 'dead_letters.jsonl'} for lines and reasons" in said
     assert "; the first, line 3: segment_id is missing" in said
 
 

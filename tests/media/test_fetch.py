@@ -44,9 +44,10 @@ from avsep.fetching import (
     within,
     ytdlp,
 )
-from avsep.fetching.sources import SCHEMES, forms, is_remote, origin
+from avsep.fetching.sources import forms, is_remote, origin
 from avsep.media import cut
 from avsep.records import ClipError, Reason, Segment, validate
+from avsep.sites import SITES, Site
 
 pytest.importorskip("yt_dlp")
 
@@ -490,22 +491,12 @@ def test_sources_that_are_none(store: str, options: FetchOptions) -> None:
         fetch(segment("youtube:../../etc"), store, budget(), options)
 
 
-class Tapes:
-    """A site with ids of its own, served from loopback."""
-
-    SCHEME, NAME = "tape", "Tapes"
-    ID, ID_RULE = re.compile("[a-z]{4}"), "four small letters"
-    FILES = ("tape-{}",)
-
-    def __init__(self, server: Server) -> None:
-        self.PAGE = server.url("ok/{}.mp4")
-
-
 def test_another_site_is_an_entry(
     files: Path, server: Server, store: str, options: FetchOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its sources are fetched, its ids checked, its files known; another scheme is refused in one line."""
-    monkeypatch.setitem(SCHEMES, "tape", Tapes(server))
+    tapes = Site("tape", "Tapes", re.compile("[a-z]{4}"), "four small letters", server.url("ok/{}.mp4"), ("tape-{}",))
+    monkeypatch.setitem(SITES, "tape", tapes)
     wanted = segment("tape:film")
     assert is_remote(wanted) and origin(wanted.source) == "Tapes" and origin("youtube:x") == "YouTube"
     result = fetch(wanted, store, budget(), options)
