@@ -20,6 +20,7 @@ import soundfile
 from avsep import factors, files, media, stages
 from avsep.media import DecodeLimits, decode, iter_audio, probe
 from avsep.records import ClipError, Reason, Segment
+from tests.support.processes import alive, children, own_children
 
 RATE = 48_000
 FPS = 25
@@ -88,28 +89,13 @@ def reason(path: Path, start_s: float = 0.0, end_s: float | None = None, limits:
     return caught.value.reason
 
 
-def status(process: Path) -> tuple[str, int]:
-    """Read a process's state and its parent."""
-    state, parent = (process / "stat").read_text().rpartition(")")[2].split()[:2]
-    return state, int(parent)
-
-
-def children(parent: int) -> list[int]:
-    """List the living processes that `parent` started."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
+def pipes() -> set[str]:
+    """The pipes that this process has open."""
+    links = set()
+    for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
-            state, its_parent = status(process)
-            if its_parent == parent and state != "Z":
-                found.append(int(process.name))
-    return found
-
-
-def alive(pid: int) -> bool:
-    try:
-        return status(Path(f"/proc/{pid}"))[0] != "Z"
-    except OSError:
-        return False
+            links.add(os.readlink(f"/proc/self/fd/{name}"))
+    return {link for link in links if link.startswith("pipe:")}
 
 
 def test_whole_file(movie: Path) -> None:
@@ -502,7 +488,7 @@ def test_limits(movie: Path) -> None:
     for bits in (13, 19, 21, 26):  # some are too few to load ffmpeg's libraries, or ffmpeg itself
         with pytest.raises(ClipError):
             decode(movie, limits=DecodeLimits(max_memory_bytes=1 << bits))
-    assert children(os.getpid()) == []
+    assert not own_children()
 
 
 def test_timeout_leaves_no_process(tmp_path: Path) -> None:
@@ -513,19 +499,19 @@ def test_timeout_leaves_no_process(tmp_path: Path) -> None:
         probe(tmp_path / "fifo.mp4", timeout_s=0.5)
     assert caught.value.transient
     assert 1.0 <= time.monotonic() - started < 10
-    assert children(os.getpid()) == []
+    assert not own_children()
 
 
 def test_abandoned_iteration_leaves_no_process(make: Make) -> None:
     path = make("long.mkv", ["testsrc=s=32x32:r=2:d=600", f"sine=d=600:r={RATE // 6}"], *X264, "-c:a", "flac")
-    files = len(os.listdir("/proc/self/fd"))
+    before = pipes()
     blocks = iter_audio(path, sample_rate=RATE, block=RATE)
     next(blocks)
-    assert len(children(os.getpid())) == 1
+    assert len(own_children()) == 1
     assert isinstance(blocks, Iterator)
     del blocks
-    assert children(os.getpid()) == []
-    assert len(os.listdir("/proc/self/fd")) == files
+    assert not own_children()
+    assert not pipes() - before
 
 
 def test_ffmpeg_dies_with_its_parent(tmp_path: Path) -> None:
@@ -540,11 +526,11 @@ def test_ffmpeg_dies_with_its_parent(tmp_path: Path) -> None:
         time.sleep(0.3)
         parent.send_signal(signal.SIGKILL)
     for _ in range(100):
-        if not alive(started[0]):
+        if not alive(min(started)):
             break
         time.sleep(0.1)
     else:
-        os.kill(started[0], signal.SIGKILL)
+        os.kill(min(started), signal.SIGKILL)
         pytest.fail("ffmpeg outlived its parent")
 
 

@@ -1,6 +1,5 @@
 """Several workers that share clips and batches end where one does."""
 
-import contextlib
 import io
 import json
 import os
@@ -33,8 +32,9 @@ from avsep.synthetic import planted_bases
 from pipelines import extract, recipes
 from pipelines import train as training_program
 from pipelines.train import main
-from tests.support.cluster import ENVIRONMENT, descendants
+from tests.support.cluster import ENVIRONMENT
 from tests.support.loopback import Google
+from tests.support.processes import descendants
 from tests.support.uris import everything
 
 STFT_CONFIG = STFT(sample_rate=8000, n_fft=94, hop_length=47)  # F = 48, as the planted bases have
@@ -258,15 +258,6 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
     return json.loads(file.read_text()) if file.exists() else []
 
 
-def named(name: str) -> list[int]:
-    """Processes below this one that go by a name."""
-    found = []
-    for pid in descendants(os.getpid()):
-        with contextlib.suppress(OSError):
-            found += [pid] if name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes() else []
-    return found
-
-
 @pytest.mark.chaos
 @pytest.mark.timeout(600)
 def test_training_goes_on_without_a_node_that_is_gone_for_good(tmp_path, monkeypatch):
@@ -287,7 +278,7 @@ def test_training_goes_on_without_a_node_that_is_gone_for_good(tmp_path, monkeyp
             while len(rows_of(tmp_path / "there")) < 3:
                 assert process.poll() is None
                 time.sleep(0.1)
-            assert len(named("RayTrainWorker")) == 2
+            assert sum("RayTrainWorker" in title for title in descendants(os.getpid()).values()) == 2
             cluster.remove_node(nodes[0], allow_graceful=False)
             assert process.wait(timeout=400) == 0
     finally:

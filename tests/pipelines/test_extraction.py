@@ -419,20 +419,22 @@ def test_a_segment_that_kills_its_worker_is_found_and_costs_itself_alone(sounds,
 # ---------------------------------------------------------------------------------- progress
 
 
-def test_the_status_file_says_where_a_run_stands(tmp_path, capsys):
+def test_the_status_file_says_where_a_run_stands(tmp_path, capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     path = tmp_path / "status.json"
     seen = []
     with Progress("extract", 100, "segments", done=10, rejected={"removed": 2}, status=str(path)) as progress:
         seen.append(json.loads(path.read_text()))
         progress.in_flight = 16
         for _ in range(3):
-            time.sleep(0.4)
+            clock[0] += 0.4
             progress.add(30, rejected={"removed": 1, "silent": 2}, seconds={"decode": 6.0, "label": 3.0})
     done = json.loads(path.read_text())
     assert (seen[0]["state"], seen[0]["done"], seen[0]["rate_per_s"]) == ("running", 10, 0)
     assert (done["state"], done["done"], done["total"], done["in_flight"]) == ("finished", 100, 100, 0)
     assert done["rejected"] == {"silent": 6, "removed": 5}
-    assert 40 < done["rate_per_s"] < 76 and done["seconds_left"] == 0
+    assert done["rate_per_s"] == pytest.approx(75) and done["seconds_left"] == 0
     assert done["stages"]["decode"] == {"worker_seconds": 18.0, "per_worker_second": 5.0}
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith("extract: 100/100 segments, ") and "11 rejected (silent 6, removed 5)" in line

@@ -29,6 +29,7 @@ from avsep.objects import AUDIOSET_23, OBJECT_NAMES, object_index, object_scores
 from avsep.vision import ImageLabeller, build_network
 from deploy import cost, pages
 from pipelines import audit, collect, demo, downloads, evaluate, extract, finetune, manifest, serve, train
+from tests.support.processes import marked
 
 RATE = 48_000
 
@@ -724,30 +725,32 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 180) -> None
         time.sleep(0.02)
 
 
-def ray_processes() -> set[str]:
-    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-    return {line.split()[0] for line in listed.splitlines() if "raylet" in line or "gcs_server" in line}
+def ray_processes(mark: str) -> list[str]:
+    """Ray's own processes among those that were started with a mark in their environment."""
+    return [title for title in marked(mark).values() if "raylet" in title or "gcs_server" in title]
 
 
 @pytest.mark.chaos
 def test_a_killed_extraction_goes_on_exactly_once(run, rendered, tmp_path):
-    before, out = ray_processes(), tmp_path / "out"
+    mark, out = f"AVSEP_TESTS={tmp_path}", tmp_path / "out"
+    environment = os.environ | {"AVSEP_TESTS": str(tmp_path)}
     command = [sys.executable, "-m", "pipelines.extract", "--out", str(out)]
     command += ["--segments", str(rendered / "segments.csv")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: any((out / "commits").glob("*.json")), process)
+    assert ray_processes(mark)
     process.send_signal(signal.SIGKILL)
     process.wait()
     part = len(shards.read_ids(str(out))[0])
     assert part > 0
-    assert subprocess.run(command, timeout=240).returncode == 0
+    assert subprocess.run(command, env=environment, timeout=240).returncode == 0
     same_records(str(run / "clips"), str(out))
     assert len(shards.read_ids(str(out))[0]) == 14
     for _ in range(100):
-        if ray_processes() <= before:
+        if not ray_processes(mark):
             break
         time.sleep(0.3)
-    assert ray_processes() <= before
+    assert not ray_processes(mark)
     for commit in shards.read_commits(str(out)):
         assert hashlib.sha256((out / commit.clips.path).read_bytes()).hexdigest() == commit.clips.sha256
 
@@ -869,8 +872,9 @@ def test_ray_is_started_again_where_its_raylet_gave_up_its_own_agent(tmp_path):
         "def double(x): return 2 * x\n"
         "with runners.session() as runner: print(list(runner.map(double, [(2,)])))\n"
     )
+    mark = f"AVSEP_TESTS={tmp_path}"
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    before = ray_processes()
+    environment |= {"AVSEP_TESTS": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     said, result = done.stdout.splitlines()
@@ -878,7 +882,7 @@ def test_ray_is_started_again_where_its_raylet_gave_up_its_own_agent(tmp_path):
     assert "metrics_agent_port" in said or "WaitForDashboardAgentPorts" in said
     assert result == "[4]"
     for _ in range(100):
-        if ray_processes() <= before:
+        if not ray_processes(mark):
             break
         time.sleep(0.3)
-    assert ray_processes() <= before
+    assert not ray_processes(mark)
