@@ -38,7 +38,7 @@ from avsep.vision import DEFAULT_ARCHITECTURE, NO_DOWNLOAD, ImageLabeller, Label
 _REPORT, _MAP = "separation.json", "relation_map.png"
 _FILE = re.compile(rf"[a-z0-9_]+\.({'|'.join(FORMATS)}|mp4|mkv)")  # an object's, or the rest's
 _OUT = "separated"  # unless --out names another folder
-_SAY_EVERY_S = 5.0
+SAY_EVERY_S = 5.0
 _NAMED = 5  # files that are left out
 _REMEDIES = {
     Reason.MISSING: "check the path",
@@ -145,13 +145,13 @@ def _folders(out: str | None, files: Sequence[str], *, alone: bool) -> dict[str,
     """Give each file its folder: `out` itself for one that was named `alone`, else one of the file's name in it."""
     if out is not None and alone and len(files) == 1:
         return {files[0]: out}
-    return {file: storage.join(out or _OUT, name) for file, name in zip(files, _distinct(files), strict=True)}
+    return {file: storage.join(out or _OUT, name) for file, name in zip(files, distinct(files), strict=True)}
 
 
-def _distinct(files: Sequence[str]) -> list[str]:
+def distinct(files: Sequence[str]) -> list[str]:
     """Name files by their stems; where these collide by their names, by their folders, too, and at last by numbers.
 
-    >>> _distinct(["a/duet.mp4", "b/duet.mp4", "b/Duet.wav", "solo.wav"])
+    >>> distinct(["a/duet.mp4", "b/duet.mp4", "b/Duet.wav", "solo.wav"])
     ['a-duet.mp4', 'b-duet.mp4', 'Duet.wav', 'solo']
     """
     names = [""] * len(files)
@@ -311,7 +311,7 @@ def _progress() -> Iterator[Step]:
             nonlocal said
             bar.set_description(stage)
             bar.update(int(100 * done) - bar.n)
-            if bar.disable and time.monotonic() - said > _SAY_EVERY_S:
+            if bar.disable and time.monotonic() - said > SAY_EVERY_S:
                 said = time.monotonic()
                 complain(f"{stage}: {done:.0%}")
 

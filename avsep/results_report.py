@@ -44,8 +44,8 @@ def table_rows(results: dict[str, Any], figures: Sequence[str] = FIGURES) -> lis
     """Format separators that were run on every clip for a report's table, a row each."""
     rows = []
     for name, entry in everywhere(results).items():
-        means = [_db(entry["mean"][f]) for f in figures]
-        by_sources = [_db(group["sdr"]) for group in entry["by_sources"].values()]
+        means = [decibels(entry["mean"][f]) for f in figures]
+        by_sources = [decibels(group["sdr"]) for group in entry["by_sources"].values()]
         rows.append((_kind(name), [_name(name), *means, *_intervals(name, entry), *by_sources]))
     return rows
 
@@ -62,7 +62,7 @@ def _intervals(name: str, entry: dict[str, Any]) -> list[str]:
     span = _span(ahead["interval_95"])
     return [
         *([_span(entry["interval_95"])] if entry["clips"] > 1 else []),
-        "–" if name == "default" else " ".join([_db(ahead["sdr"]), *([f"({span})"] if span != "–" else [])]),
+        "–" if name == "default" else " ".join([decibels(ahead["sdr"]), *([f"({span})"] if span != "–" else [])]),
     ]
 
 
@@ -91,14 +91,14 @@ def verdicts(results: dict[str, Any]) -> list[str]:
     ours = sdr.get("default", float("inf"))
     lost = {n: sdr["mixture"] - v for n, v in sdr.items() if n not in BOUNDS and v < sdr["mixture"]}
     text = "{} is worse than doing nothing: {} dB below the mixture as it is"
-    said = [text.format(_name(n), _db(by)) for n, by in lost.items()]
+    said = [text.format(_name(n), decibels(by)) for n, by in lost.items()]
     blind = {n: v - ours for n, v in sdr.items() if n in BLIND and v > ours and n not in lost}
-    said += [f"default is {_db(by)} dB worse than {_name(n)}, which learns nothing" for n, by in blind.items()]
+    said += [f"default is {decibels(by)} dB worse than {_name(n)}, which learns nothing" for n, by in blind.items()]
     return [f"{s}; more training clips may help" if "default" in s else s for s in said]
 
 
 def _span(interval: Sequence[float | None]) -> str:
-    low, high = map(_db, interval)
+    low, high = map(decibels, interval)
     return "–" if low == "–" else f"{low} … {high}"
 
 
@@ -106,7 +106,8 @@ def _kind(name: str) -> str:
     return "bound" if name in BOUNDS else "ours" if name == "default" else ""
 
 
-def _db(value: float | None) -> str:
+def decibels(value: float | None) -> str:
+    """Write a figure in dB, a dash where there is none."""
     if value is None or np.isnan(value):  # None: as results.json has it
         return "–"
     return f"{round(value, 1) + 0.0:.1f}"  # zero has no sign
@@ -149,7 +150,7 @@ def clip_section(
         folded.append("figures" if folded else "Figures")
         more.table(
             ["SDR, dB", *case.names],
-            [(_kind(n), [_name(n), *map(_db, f["sdr"])]) for n, f in clip.figures.items()],
+            [(_kind(n), [_name(n), *map(decibels, f["sdr"])]) for n, f in clip.figures.items()],
             why(clip),
         )
     if folded:
@@ -186,8 +187,8 @@ def why(clip: ClipResult) -> str:
     share = f"{energy[right].sum() / energy.sum():.0%}" if len(energy) and energy.sum() else "none"
     return (
         f"Of the bases' energy {share} went to the right object. True owners would bring "
-        f"{_db(mean['oracle_assignment'] - mean['default'])} dB, and ideal masks another "
-        f"{_db(mean['ideal_mask'] - mean['oracle_assignment'])} dB."
+        f"{decibels(mean['oracle_assignment'] - mean['default'])} dB, and ideal masks another "
+        f"{decibels(mean['ideal_mask'] - mean['oracle_assignment'])} dB."
     )
 
 
@@ -201,7 +202,7 @@ def add_results(report: Report, results: dict[str, Any], given: str) -> None:
     for sentence in verdicts(results):
         report.paragraph(f"{sentence[0].upper()}{sentence[1:]}.")
     clips = plural(results["separators"]["mixture"]["clips"], "clip")
-    bars = [(_kind(n), _name(n), sdr, _db(sdr)) for n, sdr in mean_sdr(results).items()]
+    bars = [(_kind(n), _name(n), sdr, decibels(sdr)) for n, sdr in mean_sdr(results).items()]
     report.bars(bars, f"Mean SDR over {clips}, in dB; more is better. {told_what}")
     report.terms([("dB", "decibels: 3 dB more are twice the power."), *(t for t in TERMS if _occurs(t[0], results))])
     report.fold("Every figure", _tables(results))
@@ -252,7 +253,7 @@ def _by_object(results: dict[str, Any], figure: str, title: str) -> tuple[list[s
     objects = list(entries["mixture"]["by_object"])
     counts = Counter(o for c in results["clips"] for o in c["objects"])
     rows = [
-        (_kind(n), [_name(n), *(_db(e["by_object"][o][figure]) for o in objects)])
+        (_kind(n), [_name(n), *(decibels(e["by_object"][o][figure]) for o in objects)])
         for n, e in entries.items()
         if e["clips"] == entries["mixture"]["clips"]
     ]

@@ -51,7 +51,7 @@ from avsep.records import (
 LOCK_FILE = "extract.lock"  # under OUT, while a driver is at work
 _DATA_FILE = re.compile(r"(?P<shard>.+)-g(?P<generation>\d+)-[0-9a-f]{12}\.parquet")
 _COMMIT_FILE = re.compile(r"(?P<shard>.+)-g(?P<generation>\d+)\.json")
-_ROW_GROUP_BYTES = 32 << 20
+ROW_GROUP_BYTES = 32 << 20
 _READERS = 16  # files read at a time
 
 
@@ -185,7 +185,7 @@ def write_shard(
 def _write_table(out: str, kind: str, stem: str, table: pa.Table, metadata: dict[bytes, bytes]) -> DataFile:
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), **metadata})
     sink = io.BytesIO()
-    rows = max(1, _ROW_GROUP_BYTES * len(table) // max(1, table.nbytes))
+    rows = max(1, ROW_GROUP_BYTES * len(table) // max(1, table.nbytes))
     # no dictionaries: float16 values repeat without saving room, and would be read three times as slowly
     pq.write_table(table, sink, row_group_size=rows, compression="zstd", use_dictionary=False)
     data = sink.getvalue()

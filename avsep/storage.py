@@ -34,7 +34,7 @@ S3_ATTEMPTS = 8  # at a request that is refused, cut off or unanswered: half a m
 _S3_CONNECT_S, _S3_SILENCE_S = 10.0, 30.0
 GS_PATIENCE_S = 180.0  # with a request that is refused or cut off; an unanswered one is given up after 120
 _WEB_SILENCE_S = 30.0  # of a web server
-_METADATA_S = 10.0  # a new pod's metadata server takes some seconds
+METADATA_S = 10.0  # a new pod's metadata server takes some seconds
 _GOOGLE = re.compile(r"google::cloud::Status\(\w+: (?:[^,]*, with a last message of )?(?P<cause>.*?) error_info=", re.S)
 _OPTION = re.compile(r"[?&](access_key|secret_key|session_token|endpoint_override|region|scheme)=")
 _OPAQUE = re.compile(r"[a-z][a-z0-9]+:[^\s:./\\*?\[]+")
@@ -189,7 +189,7 @@ def _check_google_credentials() -> None:
     if os.path.isfile(os.path.expanduser(login)):
         return
     host, _, port = os.environ.get("GCE_METADATA_ROOT", "metadata.google.internal").partition(":")
-    deadline = time.monotonic() + _METADATA_S
+    deadline = time.monotonic() + METADATA_S
     while time.monotonic() < deadline:
         try:
             socket.create_connection((host, int(port or 80)), timeout=2.0).close()

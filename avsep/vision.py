@@ -34,7 +34,7 @@ NO_DOWNLOAD = "efficientnet_lite2"  # its weights come with the package's depend
 _BFLOAT16_FROM = 10_000_000  # parameters; smaller networks gain nothing
 _CPU_BATCH, _SMALL_CPU_BATCH = 10, 4  # pictures; 40 take 1.4 times as long each
 _NAMED_HASH = re.compile(r"-([0-9a-f]{8,64})$")  # a file's name may end in the start of its SHA-256
-_BFLOAT16_ERROR = 0.01  # of the logits' range, at most
+BFLOAT16_ERROR = 0.01  # of the logits' range, at most
 
 
 class LabellerUnavailable(Exception):
@@ -160,7 +160,7 @@ class ImageLabeller:
         return preprocessing_of(self.architecture)
 
     @functools.cached_property
-    def _classify(self) -> nn.Module:
+    def running(self) -> nn.Module:
         """The network as it runs: in bfloat16 where that is quick and changes no logit by 1 % of their range."""
         quick = _in_bfloat16(self.network, self.preprocessing, self.device)
         return quick or self.network.to(memory_format=torch.channels_last)
@@ -182,7 +182,7 @@ class ImageLabeller:
         batch_size = batch_size or (40 if self.device != "cpu" else _SMALL_CPU_BATCH if self._small else _CPU_BATCH)
         outputs = []
         for batch in pixels.split(batch_size):
-            logits = self._classify(self.preprocessing(batch.to(self.device)))
+            logits = self.running(self.preprocessing(batch.to(self.device)))
             outputs.append(logits.float().cpu())
         if not outputs:
             return torch.empty(0, N_IMAGENET_CLASSES)
@@ -351,7 +351,7 @@ def _in_bfloat16(network: nn.Module, preprocessing: Preprocessing, device: str) 
     except Exception:  # whatever keeps a network from being rewritten, it runs as it is
         return None
     error = (found - exact).abs().max() / (exact.max() - exact.min())
-    return quick if float(error) <= _BFLOAT16_ERROR else None
+    return quick if float(error) <= BFLOAT16_ERROR else None
 
 
 def _drawn_images(size: int) -> Tensor:

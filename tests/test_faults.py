@@ -234,12 +234,12 @@ def test_no_workers_are_refused(monkeypatch):
 
 # Where Ray failed to start, its processes went on beside the next try's.
 def test_what_a_failed_start_left_is_ended():
-    before = cluster._children()
+    before = cluster.children()
     stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE) as process:
         assert process.stdout and process.stdout.readline()
-        assert cluster._children() - before == {process.pid}
-        cluster._end({process.pid})
+        assert cluster.children() - before == {process.pid}
+        cluster.end({process.pid})
         assert not Path(f"/proc/{process.pid}").exists()
 
 

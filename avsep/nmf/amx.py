@@ -92,8 +92,7 @@ class OnMatrices(code.Factorization):
         return self.W[: self.n_bins, : self.n_bases], self.H[: self.n_bases, : self.n_frames]
 
 
-@functools.cache
-def load() -> Kernel | None:
+def find() -> Kernel | None:
     """Return this CPU's kernel; None where it has no matrix units, or they may not be used."""
     if cpu.load() is None or sys.platform != "linux":
         return None
@@ -106,6 +105,12 @@ def load() -> Kernel | None:
         return Kernel(code.cached(__file__, cpu.AVX512, build))
     except (ImportError, OSError, RuntimeError, AttributeError):
         return None
+
+
+@functools.cache
+def load() -> Kernel | None:
+    """Return what `find` does, of which there is one per process."""
+    return find()
 
 
 def permitted() -> bool:

@@ -115,8 +115,7 @@ class OnVectors(code.Factorization):
         return blocks
 
 
-@functools.cache
-def load() -> Kernel | None:
+def find() -> Kernel | None:
     """Return this CPU's kernel; None where there is none (no AVX2, or llvmlite doesn't work here)."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return None
@@ -128,6 +127,12 @@ def load() -> Kernel | None:
         return Kernel(tile, machine_code(tile)) if tile else None
     except (ImportError, OSError, RuntimeError, AttributeError):  # the last: no user ids on this system
         return None
+
+
+@functools.cache
+def load() -> Kernel | None:
+    """Return what `find` does, of which there is one per process."""
+    return find()
 
 
 _NEEDS = ((AVX512, ("avx512f", "avx512dq", "avx512vl")), (AVX2, ("avx2", "fma")))

@@ -32,7 +32,7 @@ from avsep.service.window import TRACKS, KeptWindow, write_image
 from avsep.stages import Label
 from avsep.videos import FileSeparation, VideoSeparator
 
-_STEP_S = 0.25  # between looks at the store
+STEP_S = 0.25  # between looks at the store
 _SWEEP_S = 2.0
 _BLIND = "the pictures were not looked at: this service has no picture network"
 _LEAST_BYTE_RATE = 4000  # of media that don't say how long they are
@@ -167,7 +167,7 @@ class _Steps:
         now = time.time()
         if now > self.deadline:
             raise OutOfTime
-        if now - self._looked >= _STEP_S:
+        if now - self._looked >= STEP_S:
             self._looked = now
             self._store.update(self._job_id, stage=stage, progress=round(done, 3))
         if now - self._swept >= _SWEEP_S:  # what is being written counts as it grows

@@ -29,7 +29,7 @@ from avsep.service.uploads import Uploads, client_of, receive_multipart
 
 _SWEEP_S = 15.0
 _PROBES = 4  # files whose headers are read together
-_USUAL_OBJECTS = 2  # of a file, where a client names none; room for more is kept once they are found
+USUAL_OBJECTS = 2  # of a file, where a client names none; room for more is kept once they are found
 VERSION = importlib.metadata.version("avsep")
 log = logging.getLogger("avsep.service")
 
@@ -154,7 +154,7 @@ class Service:
 
     async def _reserve(self, job_id: str, options: Options, sample_rate: int) -> None:
         """Keep the room that a job will need, as far as that is known before it is begun."""
-        n_objects = _USUAL_OBJECTS if options.objects is None else len(options.objects)
+        n_objects = USUAL_OBJECTS if options.objects is None else len(options.objects)
         if not options.url:
             async with self._probing:
                 await run_in_threadpool(jobs.measure, self.config, self.store, job_id)

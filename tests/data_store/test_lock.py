@@ -112,7 +112,7 @@ def test_a_holder_that_was_taken_over_stops_and_leaves_the_others_lock(path: str
 
 def test_of_many_at_once_one_gets_it(path: str) -> None:
     """Where a killed run's lock lies, too: its process number belongs to nobody here."""
-    record = lock._myself()
+    record = lock.myself()
     storage.write_text(path, json.dumps({**record.__dict__, "pid": 2**22 + 1, "born": 7}))
     got: list[str] = []
     refused: list[str] = []

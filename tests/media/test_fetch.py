@@ -610,7 +610,7 @@ def test_a_killed_worker_leaves_nothing(
     assert not list(Path(store).rglob("*"))
     work = Path(str(options.work_folder)) / f"avsep-fetch-{os.getuid()}"
     (left,) = work.iterdir()  # which the next fetch clears away
-    monkeypatch.setattr(ytdlp, "_STALE_S", -1.0)
+    monkeypatch.setattr(ytdlp, "STALE_S", -1.0)
     failure(segment(server.url("404/film.mp4")), store, options)
     assert not left.exists() and not list(work.iterdir())
 

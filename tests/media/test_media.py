@@ -839,7 +839,7 @@ def test_pictures_without_a_container_are_read(make: Make) -> None:
 def test_a_file_is_heard_alike_held_or_read_in_blocks(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make("opposite-aac.mkv", [f"aevalsrc='{TONE}|-{TONE}':s={RATE}:d=1"], "-c:a", "aac")
     held = files.WholeFile(path, RATE, 64, files.FileLimits())
-    monkeypatch.setattr(files, "_HELD_S", 0.5)
+    monkeypatch.setattr(files, "HELD_S", 0.5)
     read = files.WholeFile(path, RATE, 64, files.FileLimits())
     np.testing.assert_array_equal(np.concatenate(list(read.blocks())), next(held.blocks()))
     assert read.notes == held.notes == ("left and right cancel each other: half their difference was taken",)

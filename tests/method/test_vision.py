@@ -108,7 +108,7 @@ def test_lites_published_weights_answer_as_ever(name: str) -> None:
 
 def test_lite_pads_as_tensorflow_does() -> None:
     """Of seven by eight pixels, at stride two, four by four; what is uneven falls to the right and the bottom."""
-    conv = lite._SameConv(1, 1, 3, stride=2)
+    conv = lite.SameConv(1, 1, 3, stride=2)
     nn.init.ones_(conv.weight)
     with torch.no_grad():
         found = conv(torch.ones(1, 1, 7, 8))[0, 0]
@@ -174,7 +174,7 @@ def test_bfloat16_keeps_the_logits_within_a_hundredth_of_their_range(deep: nn.Mo
     with torch.inference_mode():
         expected = deep(Preprocessing()(torch.from_numpy(images)))
     logits = labeller(images)
-    assert labeller._classify is not deep and logits.dtype == torch.float32
+    assert labeller.running is not deep and logits.dtype == torch.float32
     assert float((logits - expected).abs().max()) < 0.01 * float(expected.max() - expected.min())
     assert all(p.dtype == torch.float32 for p in deep.parameters())  # what is saved stays exact
 
@@ -183,12 +183,12 @@ def test_bfloat16_keeps_the_logits_within_a_hundredth_of_their_range(deep: nn.Mo
 def test_bfloat16_is_not_used_where_it_would_change_the_logits(
     deep: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vision, "_BFLOAT16_ERROR", 1e-6)
-    assert ImageLabeller("resnet50", deep, "")._classify is deep
+    monkeypatch.setattr(vision, "BFLOAT16_ERROR", 1e-6)
+    assert ImageLabeller("resnet50", deep, "").running is deep
 
 
 def test_small_networks_stay_in_float32(network: nn.Module) -> None:
-    assert ImageLabeller(TINY, network, "")._classify is network
+    assert ImageLabeller(TINY, network, "").running is network
 
 
 def test_weights_are_read_where_a_uri_says(tmp_path: Path, memory_folder: str) -> None:

@@ -168,7 +168,7 @@ def test_out_is_named_after_the_file_unless_given(model_dir, sound, tmp_path, mo
 
 def test_names_that_collide_are_told_apart() -> None:
     files = ["a/x.mp4", "A/X.MP4", "b/a/x.mp4", "http://host/d/x.mp4?key=1", "..wav", "\udcff.wav", "s3://b/x.mp4"]
-    names = commands._distinct(files)
+    names = commands.distinct(files)
     assert len({n.casefold() for n in names}) == len(files)
     assert all(n not in ("", ".", "..") and "/" not in n and n.encode() for n in names)
     assert names[:4] == ["a-x.mp4", "A-X.MP4-2", "a-x.mp4-3", "d-x.mp4"] and names[4:6] == ["..wav", "\ufffd"]

@@ -357,7 +357,7 @@ def test_separate_reads_and_writes_where_a_uri_says(run, rendered, tmp_path, mem
 
 
 def test_separate_covers_a_long_file_in_windows(run, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(commands, "_SAY_EVERY_S", 0.0)
+    monkeypatch.setattr(commands, "SAY_EVERY_S", 0.0)
     rng = np.random.default_rng(0)
     sound = np.concatenate([synthetic.performance(n, rng, 9.0) for n in ("drum", "flute", "violin")])[: 26 * RATE]
     soundfile.write(tmp_path / "long.flac", sound, RATE, subtype="PCM_24")

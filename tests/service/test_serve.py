@@ -314,7 +314,7 @@ def test_examples_are_files_that_the_service_takes(tmp_path, model):
         examples = server.client.get("/v1/examples").json()
         assert len(examples) == 2
         content = server.client.get(examples[0]["url"]).content
-        assert server.client.post("/v1/separations", files={"file": content}).status_code == 201
+        assert server.client.post("/v1/separations", files={"file": content}, headers={"Prefer": "wait=60"}).is_success
         check_problem(server.client.get("/v1/examples/nowhere"), 404)
 
 
@@ -656,7 +656,7 @@ def test_what_is_reserved_counts_as_used(tmp_path):
 
 
 def test_more_objects_than_there_is_room_for_end_the_work(tmp_path, model, sound, monkeypatch):
-    monkeypatch.setattr(service, "_USUAL_OBJECTS", 0)
+    monkeypatch.setattr(service, "USUAL_OBJECTS", 0)
     with serving(tmp_path, model, results_bytes=700_000) as server:  # 2 sounds fit, 4 are found
         check_problem(server.post(sound), 507, "room")
         check_problem(server.post(sound, objects="dog,violin"), 507, "room")
@@ -822,7 +822,7 @@ def test_a_job_without_room_leaves_no_folder(tmp_path):
 
 
 def test_a_deleted_jobs_folder_is_not_made_again(tmp_path, model, sound, monkeypatch):
-    monkeypatch.setattr(jobs, "_STEP_S", 1e9)  # nobody looks whether the job is still there
+    monkeypatch.setattr(jobs, "STEP_S", 1e9)  # nobody looks whether the job is still there
     config = ServiceConfig(model, str(tmp_path))
 
     def elsewhere(waveforms: Sequence[np.ndarray], seeds: Sequence[int], config: ExtractionConfig) -> Future:
