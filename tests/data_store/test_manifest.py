@@ -320,6 +320,7 @@ def in_pieces(files: tuple[list[Path], Path], tmp_path_factory: pytest.TempPathF
             [str(path) for path in files[0]],
             str(staging),
             repeats_are_bad=False,
+            vocabulary=AUDIOSET_23,
             shard_rows=100,
         )
     segments_of.commit(str(staging), str(folder))

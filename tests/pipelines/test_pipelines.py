@@ -132,7 +132,7 @@ def test_results_hold_floor_and_ceiling_in_order(run):
     entry = results["separators"]["mixture"]
     assert entry["default_ahead"]["sdr"] == pytest.approx(sdr["default"] - sdr["mixture"])
     assert entry["interval_95"][0] <= sdr["mixture"] <= entry["interval_95"][1]
-    assert statistics._bootstrap([np.zeros(3)]) == pytest.approx([math.nan] * 2, nan_ok=True)  # nothing to draw from
+    assert statistics.bootstrap([np.zeros(3)]) == pytest.approx([math.nan] * 2, nan_ok=True)  # nothing to draw from
     curve = results["calibration"]["sound_score"]
     assert 0 <= curve["expected_calibration_error"] <= 1 and sum(b["count"] for b in curve["bins"]) >= 6
     assert len(results["clips"]) == 3
