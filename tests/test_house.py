@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the ground up: a room (a folder) or a flat file may import those of its line, and of the lines above.
 FLOORS = (
-    "stft nmf objects metrics miml context evidence lite looks limits sites console starter",
+    "stft nmf objects metrics miml context evidence lite looks limits sites filesystems console starter",
     "storage tables records lock factors dictionary familiarity",
     "media",
     "model separation baselines plots report",
