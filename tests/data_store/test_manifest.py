@@ -323,7 +323,7 @@ def in_pieces(files: tuple[list[Path], Path], tmp_path_factory: pytest.TempPathF
             vocabulary=AUDIOSET_23,
             shard_rows=100,
         )
-    segments_of.commit(str(staging), str(folder))
+    segments_of.commit(str(staging), str(folder), AUDIOSET_23)
     return folder
 
 
