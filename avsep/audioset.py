@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from avsep.fetching import youtube
-from avsep.objects import AUDIOSET_23, Vocabulary
+from avsep.objects import Vocabulary
 from avsep.records import SCHEMA_VERSION, SEGMENT_SCHEMA, SPLITS
+from avsep.sites import YOUTUBE
 
 VAL_PERCENT = 4
 MAX_SECONDS = 1e9
@@ -138,7 +138,7 @@ def descendants(children: Mapping[str, Sequence[str]], mid: str) -> set[str]:
     return found
 
 
-def object_masks(ontology: Any, *, own_node_only: bool = False, vocabulary: Vocabulary = AUDIOSET_23) -> dict[str, int]:
+def object_masks(ontology: Any, *, own_node_only: bool = False, vocabulary: Vocabulary) -> dict[str, int]:
     """Map each mid that means one of the objects to a bit mask over them (bit l: object l).
 
     `ontology` is AudioSet's `ontology.json`, loaded: nodes with `id` and `child_ids`. An object
@@ -161,9 +161,7 @@ def object_masks(ontology: Any, *, own_node_only: bool = False, vocabulary: Voca
     return masks
 
 
-def select_segments(
-    rows: pa.Table, masks: Mapping[str, int], split: str | None, vocabulary: Vocabulary = AUDIOSET_23
-) -> pa.Table:
+def select_segments(rows: pa.Table, masks: Mapping[str, int], split: str | None, vocabulary: Vocabulary) -> pa.Table:
     """Keep rows with a tag in `masks` → SEGMENT_SCHEMA and `line`; a `split` of None is `hash_split`."""
     mids = list(masks)
     bits = np.array([[mask >> i & 1 for i in range(len(vocabulary))] for mask in (*masks.values(), 0)], bool)
@@ -181,7 +179,7 @@ def select_segments(
     names = pa.array(vocabulary.names).take(pa.array(present.nonzero()[1]))
     columns = {
         "segment_id": segment_id,
-        "source": pc.binary_join_element_wise(youtube.SCHEME, ytid, ":"),
+        "source": pc.binary_join_element_wise(YOUTUBE.scheme, ytid, ":"),
         "start_s": rows["start_s"],
         "end_s": rows["end_s"],
         "split": pa.array([split or hash_split(s) for s in segment_id.to_pylist()], pa.string()),
@@ -248,7 +246,7 @@ def merge_objects(segments: pa.Table, repeats: pa.Table, vocabulary: Vocabulary)
 Counts = Counter[tuple[str, ...]]
 
 
-def count_segments(segments: pa.Table, vocabulary: Vocabulary = AUDIOSET_23) -> Counts:
+def count_segments(segments: pa.Table, vocabulary: Vocabulary) -> Counts:
     """Count segments (SEGMENT_SCHEMA) by split, object and pair of objects."""
     counts: Counts = Counter()
     length_s = np.asarray(pc.subtract(segments["end_s"], segments["start_s"]).fill_null(math.inf))
@@ -307,7 +305,7 @@ def by_object(counts: Counts, vocabulary: Vocabulary) -> dict[str, Any]:
     }
 
 
-def summarize(counts: Counts, vocabulary: Vocabulary = AUDIOSET_23) -> dict[str, Any]:
+def summarize(counts: Counts, vocabulary: Vocabulary) -> dict[str, Any]:
     """Arrange the counts for `statistics.json`.
 
     Raises AssertionError unless rows in = kept + dropped + dead letters: a row went missing.
@@ -328,7 +326,7 @@ def summarize(counts: Counts, vocabulary: Vocabulary = AUDIOSET_23) -> dict[str,
     }
 
 
-def summarize_segments(counts: Counts, vocabulary: Vocabulary = AUDIOSET_23) -> dict[str, Any]:
+def summarize_segments(counts: Counts, vocabulary: Vocabulary) -> dict[str, Any]:
     """Arrange what `count_segments` counts; `without_labels` are left to the pictures, `labelled_none` show nothing."""
     return {
         "splits": by_split(counts, "segments"),

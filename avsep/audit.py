@@ -1,20 +1,21 @@
 """Is an extraction whole, and what is in it: integrity, counts, agreement, duplicates.
 
 Each function looks at one thing, commit records, one shard file, or a table of facts about clips, so
-that a scheduler can map it; `Report`s add up.
+that a scheduler can map it; `Findings` add up.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +28,7 @@ from avsep.audioset import Counts
 from avsep.duplicates import BANDS, FRAMES, Pair, fingerprint, frame_s
 from avsep.factors import DataConfig
 from avsep.model import Labelling, label_config
-from avsep.objects import AUDIOSET_23, Vocabulary
+from avsep.objects import Vocabulary
 from avsep.records import (
     REJECTION_SCHEMA,
     SCHEMA_VERSION,
@@ -41,6 +42,7 @@ from avsep.shards import Commit, DataFile
 
 DURATION_BINS_S = np.append(np.arange(0.0, 30.5, 0.5), math.inf)
 LEVEL_BINS_DB = np.arange(-80.0, 4.0, 2.0)
+Record = TypeVar("Record", ClipRecord, Rejection)
 _EXAMPLES = 3  # ids that a finding names
 
 FACTS_SCHEMA = pa.schema(
@@ -66,20 +68,20 @@ class Finding:
 
 
 @dataclass
-class Report:
+class Findings:
     """What a part of the audit has to say."""
 
     counts: Counts = field(default_factory=Counter)
-    findings: list[Finding] = field(default_factory=list)
+    damage: list[Finding] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
 
 
-def add_reports(parts: Iterable[Report]) -> Report:
-    """Put reports together."""
-    total = Report()
+def add_findings(parts: Iterable[Findings]) -> Findings:
+    """Put findings together."""
+    total = Findings()
     for part in parts:
         total.counts.update(part.counts)
-        total.findings += part.findings
+        total.damage += part.damage
         total.pairs += part.pairs
     return total
 
@@ -205,10 +207,10 @@ def _few(ids: Sequence[str]) -> str:
 
 def check_file(
     out: str, kind: str, file: DataFile, digest: str, standing: Container[str] = ()
-) -> tuple[Report, pa.Table]:
+) -> tuple[Findings, pa.Table]:
     """Check one committed file of clips or rejections and count what is in it.
 
-    Of rejections only those of `standing` ids count. Returns the report, and facts of the clips as
+    Of rejections only those of `standing` ids count. Returns the findings, and facts of the clips as
     a table of FACTS_SCHEMA. A damaged file gives one finding of each kind of damage, and no counts.
     """
     findings: list[Finding] = []
@@ -218,9 +220,9 @@ def check_file(
         data = storage.read_bytes(storage.join(out, file.path))
     except FileNotFoundError:
         detail = f"is missing, and with it {len(file.ids)} segments; remove its commit record to have its shard redone"
-        return Report(findings=[Finding(file.path, "missing", detail)]), FACTS_SCHEMA.empty_table()
+        return Findings(damage=[Finding(file.path, "missing", detail)]), FACTS_SCHEMA.empty_table()
     except OSError as error:
-        return Report(findings=[Finding(file.path, "unreadable", str(error))]), FACTS_SCHEMA.empty_table()
+        return Findings(damage=[Finding(file.path, "unreadable", str(error))]), FACTS_SCHEMA.empty_table()
     sha256 = hashlib.sha256(data).hexdigest()
     try:
         parquet = pq.ParquetFile(io.BytesIO(data))
@@ -240,8 +242,8 @@ def check_file(
         detail = f"SHA-256 is {sha256[:12]}…, the commit says {file.sha256[:12]}…; restore it{also}"
         findings = [Finding(file.path, "hash", detail)]
     if findings:
-        return Report(findings=findings), FACTS_SCHEMA.empty_table()
-    return Report(counts), pa.Table.from_pylist(facts, schema=FACTS_SCHEMA)
+        return Findings(damage=findings), FACTS_SCHEMA.empty_table()
+    return Findings(counts), pa.Table.from_pylist(facts, schema=FACTS_SCHEMA)
 
 
 def _check_header(parquet: pq.ParquetFile, kind: str, file: DataFile, digest: str) -> Iterator[Finding]:
@@ -279,7 +281,8 @@ def _check_rejections(
         if r.segment_id in standing:
             counts["rejected", r.reason] += 1
             counts["rejected_at", r.stage] += 1
-    return list(_check_records(file, rejections, [r.segment_id for r in rejections])), counts
+    findings = _check_ids(file, [r.segment_id for r in rejections])
+    return [*findings, *_check_records(file, rejections, validate)], counts
 
 
 def _check_clips(parquet: pq.ParquetFile, file: DataFile) -> tuple[list[Finding], Counts, list[dict[str, Any]]]:
@@ -288,38 +291,34 @@ def _check_clips(parquet: pq.ParquetFile, file: DataFile) -> tuple[list[Finding]
     findings: list[Finding] = []
     ids: list[str] = []
     made_with = DataConfig.from_dict(json.loads((parquet.schema_arrow.metadata or {})[b"avsep.configuration"]))
-    vocabulary = made_with.vocabulary
-    labels = Labelling(label_config(made_with.labeller, made_with.extraction.looks), vocabulary)
+    check = functools.partial(_check_clip, vocabulary=made_with.vocabulary)
+    labels = Labelling(label_config(made_with.labeller, made_with.extraction.looks), made_with.vocabulary)
     seconds_a_frame = frame_s(made_with.extraction.stft)
     for group in range(parquet.num_row_groups):
         records = clips_from_table(parquet.read_row_group(group))
         ids += [r.segment_id for r in records]
-        findings += _check_records(file, records, vocabulary=vocabulary)
+        findings += _check_records(file, records, check)
         if not findings:
             for record in records:
                 count_clip(record, counts, labels)
                 print_ = fingerprint(record, seconds_a_frame)
                 fact = {name: getattr(record, name) for name in FACTS_SCHEMA.names if name != "fingerprint"}
                 facts.append({**fact, "fingerprint": None if print_ is None else print_.tobytes()})
-    findings += _check_records(file, [], ids)
+    findings += _check_ids(file, ids)
     return findings, counts, facts
 
 
-def _check_records(
-    file: DataFile,
-    records: Sequence[ClipRecord | Rejection],
-    ids: Sequence[str] | None = None,
-    vocabulary: Vocabulary = AUDIOSET_23,
-) -> Iterator[Finding]:
-    if ids is not None and list(ids) != list(file.ids):
+def _check_ids(file: DataFile, ids: Sequence[str]) -> Iterator[Finding]:
+    if list(ids) != list(file.ids):
         wrong = sorted(set(ids) ^ set(file.ids)) or ["their order, or repeats"]
         yield Finding(file.path, "ids", f"holds other ids than its commit says: {_few(wrong)}")
+
+
+def _check_records(file: DataFile, records: Sequence[Record], check: Callable[[Record], None]) -> Iterator[Finding]:
     broken: dict[str, list[str]] = defaultdict(list)
     for record in records:
         try:
-            validate(record, vocabulary)
-            if isinstance(record, ClipRecord):
-                _validate_measures(record)
+            check(record)
         except ValueError as error:
             rule = str(error).removeprefix(f"{type(record).__name__} {record.segment_id!r}: ")
             broken[rule].append(record.segment_id)
@@ -327,7 +326,8 @@ def _check_records(
         yield Finding(file.path, "record", f"{rule} ({_few(who)}); remove its commit record to have its shard redone")
 
 
-def _validate_measures(record: ClipRecord) -> None:
+def _check_clip(record: ClipRecord, vocabulary: Vocabulary) -> None:
+    validate(record, vocabulary)
     for name in ("activation_scale", "kl_divergence", "duration_s", "rms_db"):
         if not math.isfinite(getattr(record, name)):
             raise ValueError(f"{name} must be finite")

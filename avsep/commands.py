@@ -27,10 +27,10 @@ from avsep import shards, starter, storage
 from avsep.console import complain, lost, say
 from avsep.edits import Edits
 from avsep.factors import ExtractionConfig
-from avsep.files import SUFFIXES, Step, no_step, pictures
+from avsep.files import SUFFIXES, Step, images, no_step
 from avsep.locating import Locations
 from avsep.model import CONFIG_FILE, Labelling, Model, describe_training, label_config, training_facts
-from avsep.objects import Vocabulary
+from avsep.objects import AUDIOSET_23, Vocabulary
 from avsep.outputs import AS_IT_IS, FORMATS, Output
 from avsep.records import ClipError, Reason
 from avsep.separation import Explanation, Separator
@@ -40,7 +40,7 @@ from avsep.vision import DEFAULT_ARCHITECTURE, NO_DOWNLOAD, ImageLabeller, Label
 _REPORT, _MAP = "separation.json", "relation_map.png"
 _FILE = re.compile(rf"[a-z0-9_]+\.({'|'.join(FORMATS)}|mp4|mkv)")  # an object's, or the rest's
 _OUT = "separated"  # unless --out names another folder
-_SAY_EVERY_S, _SAY_NEXT_S = 5.0, 1.0  # how far a stage is, and that the next has begun, at the soonest
+SAY_EVERY_S, _SAY_NEXT_S = 5.0, 1.0  # how far a stage is, and that the next has begun, at the soonest
 _NAMED = 5  # files that are left out
 _UNNAMED = str.maketrans({"\0": "", "\\": "_", "\r": "_", "\n": "_"})  # in names of files, for those of folders
 _REMEDIES = {
@@ -291,11 +291,11 @@ def _relation_map(done: FileSeparation, window: Explanation) -> bytes:
     """Draw the first window's relation map beside the picture that shows most of the objects, and where they are."""
     from avsep import plots  # half a second, needed only at the end
 
-    number = len(done.pictures) // 2 if done.locations is None else done.locations.best()
-    picture = done.pictures[number] if len(done.pictures) else None
+    number = len(done.images) // 2 if done.locations is None else done.locations.best()
+    image = done.images[number] if len(done.images) else None
     marks = {} if done.locations is None else done.locations.marks(number)
     relation, energy = window.relation.numpy(), window.factors.basis_energy.numpy()
-    return plots.relation_map(relation, window.objects, energy, picture, done.plan.objects, marks=marks)
+    return plots.relation_map(relation, window.objects, energy, image, done.plan.objects, marks=marks)
 
 
 @contextlib.contextmanager
@@ -351,7 +351,7 @@ def _progress() -> Iterator[Step]:
             nonlocal said, last
             bar.set_description(stage)
             bar.update(int(100 * done) - bar.n)
-            if bar.disable and time.monotonic() - said > (_SAY_EVERY_S if stage == last else _SAY_NEXT_S):
+            if bar.disable and time.monotonic() - said > (SAY_EVERY_S if stage == last else _SAY_NEXT_S):
                 said, last = time.monotonic(), stage
                 complain(f"{stage}: {done:.0%}")
 
@@ -396,9 +396,9 @@ def _tell(out: str, report: Mapping[str, Any]) -> None:
     for entry in report["objects"]:
         state = "silent" if entry["silent"] else f"{entry['sound_score']:.0%} of the sound"
         sure = 1 - entry["confidence"] if entry["silent"] else entry["confidence"]
-        told = "" if entry["from"] == "given" else f", {sure:.0%} sure"
-        told += f"; {entry['doubt']}" if entry["doubt"] else ""
-        say(f"{storage.join(out, entry['file'] or entry['name'])}: {state}, from {entry['from']}{told}")
+        how = "" if entry["from"] == "given" else f", {sure:.0%} sure"
+        how += f"; {entry['doubt']}" if entry["doubt"] else ""
+        say(f"{storage.join(out, entry['file'] or entry['name'])}: {state}, from {entry['from']}{how}")
     for name in (report["rest"], _REPORT):
         say(storage.join(out, name))
 
@@ -444,7 +444,7 @@ def label(video: str, weights: str | None, labeller: str | None, model: str | No
     """Run `avsep label`."""
     network, way, labelling = _labelling(labeller, weights, model)
     with storage.local_file(video) as path:
-        found, times_s = pictures(path, ExtractionConfig.image_size)
+        found, times_s = images(path, ExtractionConfig.image_size)
     if len(found) == 0:
         raise ValueError(f"{video} has no pictures")
     say(f"pictures: {network.architecture}, looks: {way}")
@@ -470,7 +470,7 @@ def _labelling(name: str | None, weights: str | None, model: str | None) -> tupl
     if model is None:
         network = _labeller(name, weights)
         way = network.looking(ExtractionConfig.looks).way
-        return network, way, Labelling(label_config(network.architecture, way))
+        return network, way, Labelling(label_config(network.architecture, way), AUDIOSET_23)
     files = VideoSeparator.load(model, weights)
     if name is not None:
         files.labeller = ImageLabeller.load(name, weights)

@@ -12,7 +12,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from avsep.audioset import by_object, by_split, under
-from avsep.audit import DURATION_BINS_S, LEVEL_BINS_DB, Report
+from avsep.audit import DURATION_BINS_S, LEVEL_BINS_DB, Findings
 from avsep.duplicates import NEAR
 from avsep.objects import AUDIOSET_23, Vocabulary
 from avsep.records import SCHEMA_VERSION, SPLITS
@@ -20,9 +20,9 @@ from avsep.records import SCHEMA_VERSION, SPLITS
 _PAIRS_SHOWN = 100  # of duplicates; card.json has all
 
 
-def make_card(report: Report, configuration: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Arrange a whole report for the card."""
-    counts = report.counts
+def make_card(found: Findings, configuration: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Arrange a whole audit's findings for the card."""
+    counts = found.counts
     vocabulary = Vocabulary.from_list(configuration["vocabulary"]) if configuration else AUDIOSET_23
 
     def histogram(name: str, edges: NDArray) -> dict[str, Any]:
@@ -59,8 +59,8 @@ def make_card(report: Report, configuration: Mapping[str, Any] | None) -> dict[s
         "agreement": agreement,
         "duration_s": histogram("duration", DURATION_BINS_S),
         "rms_db": histogram("level", LEVEL_BINS_DB),
-        "duplicates": [asdict(p) for p in sorted(report.pairs)],
-        "damage": [asdict(f) for f in sorted(report.findings)],
+        "duplicates": [asdict(p) for p in sorted(found.pairs)],
+        "damage": [asdict(f) for f in sorted(found.damage)],
     }
 
 

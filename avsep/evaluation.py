@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from avsep import baselines, factors, media, metrics, storage
-from avsep.objects import AUDIOSET_23, Vocabulary
+from avsep.objects import Vocabulary
 from avsep.records import Segment
 from avsep.separation import REST, Planned, Separates, Separator, Whole, Window, render_whole
 from avsep.stft import STFT
@@ -99,15 +99,15 @@ class Case:
     references: Tensor  # (J, S)
     rest: Tensor
     noisy: bool = False  # the rest holds noise for certain: to a blind method one source more
-    vocabulary: Vocabulary = AUDIOSET_23
+    vocabulary: Vocabulary = field(kw_only=True)
     absent: str = ""  # an object that isn't there, and is asked for
 
     @classmethod
-    def load(cls, segment: Segment, folder: str | None, sample_rate: int, vocabulary: Vocabulary = AUDIOSET_23) -> Case:
+    def load(cls, segment: Segment, folder: str | None, sample_rate: int, vocabulary: Vocabulary) -> Case:
         """Decode the clip and read its references; without any, a clip of one known object is its own."""
         if folder is None:
             with storage.local_file(segment.source) as path:
-                sound = media.decode(path, segment.start_s, segment.end_s, sample_rate=sample_rate, pictures=False)
+                sound = media.decode(path, segment.start_s, segment.end_s, sample_rate=sample_rate, images=False)
             heard, names = torch.from_numpy(sound.waveform), list(segment.objects or ())
             return cls(segment, heard, names, heard[None], torch.zeros_like(heard), vocabulary=vocabulary)
         waveforms, rate = references_of(folder, segment.segment_id)
@@ -150,7 +150,7 @@ def build_case(
     references: str | None,
     sample_rate: int,
     protocol: str,
-    vocabulary: Vocabulary = AUDIOSET_23,
+    vocabulary: Vocabulary,
     objects: Sequence[str] = (),
 ) -> Case:
     """Load a clip, or make what the protocol says of clips; `absent` asks for one of `objects` that isn't there."""

@@ -62,7 +62,7 @@ def fit_sound(shares: Tensor, heard: Tensor, base: Evidence | None = None) -> Ev
     return Evidence(slope, offset, base.shown_when_heard, base.shown_when_silent)
 
 
-def fit_pictures(evidence: Evidence, shares: Tensor, shown: Tensor, n_iter: int = 20) -> Evidence:
+def fit_images(evidence: Evidence, shares: Tensor, shown: Tensor, n_iter: int = 20) -> Evidence:
     """Estimate how often pictures show a sounding and a silent object, from clips without any truth.
 
     Expectation–maximisation: the confidences say how often shown objects sound, which says how much
@@ -115,7 +115,7 @@ def judge_labels(evidence: Evidence, shares: Tensor, labels: Tensor) -> LabelQua
     Args:
         shares: `(n, L)` of the sound. labels: boolean `(n, L)`.
     """
-    p = fit_pictures(evidence, shares, labels).confidence(shares, labels)
+    p = fit_images(evidence, shares, labels).confidence(shares, labels)
     heard, silent = p * labels, p * ~labels
     pooled_with = (float(heard.sum()) + _FEW * _WITH_LABEL) / (float(labels.sum()) + _FEW)
     with_label = (heard.sum(0) + _DRAWN * pooled_with) / (labels.sum(0) + _DRAWN)

@@ -11,7 +11,7 @@ from typing import Any
 
 from avsep import audioset, shards, stages, storage
 from avsep.console import duration
-from avsep.factors import ExtractionConfig, Factorize
+from avsep.factors import DataConfig, ExtractionConfig, Factorize
 from avsep.fetching import MediaStore
 from avsep.objects import Vocabulary
 from avsep.records import (
@@ -40,11 +40,15 @@ class Extraction:
     """What the shards of one extraction have in common."""
 
     out: str
-    config: ExtractionConfig
-    configuration: dict[str, Any]  # stored with the data
+    made_with: DataConfig  # stored with the data
     process: Process = stages.extract_records
     fetch_only: bool = False
     whole: frozenset[str] = frozenset()  # sources with several excerpts, see `fetching.several_of`
+
+    @property
+    def config(self) -> ExtractionConfig:
+        """What decides a clip's record."""
+        return self.made_with.extraction
 
 
 @dataclass
@@ -101,7 +105,7 @@ def extract_shard(
         work.generation,
         records,
         [*work.kept, *rejections],
-        configuration=extraction.configuration,
+        configuration=extraction.made_with.as_dict(),
         shape=extraction.config.shape,
         timings_s=seconds,
         retried=sorted({*work.attempts, *(i for c in work.replaced for i in c.retried)}),
@@ -170,18 +174,18 @@ def describe_downloads(n_downloads: int, per_hour: float, n_identities: int) -> 
 
 
 def describe_computing(
-    works: Sequence[Work], state: shards.State, config: ExtractionConfig, pictured: bool, download_s: float
+    works: Sequence[Work], state: shards.State, config: ExtractionConfig, with_images: bool, download_s: float
 ) -> list[str]:
     """Say what computing takes, a line each: as measured in earlier shards where there are any, else assumed."""
     n = sum(len(w.segments) for w in works)
     spent = sum(sum(c.timings_s.values()) - c.timings_s.get("fetch", 0.0) for c in state.commits)
     n_clips = len(state.clip_ids)
     measured = bool(n_clips and spent)
-    each_s = spent / n_clips if measured else _SECONDS_A_CLIP + pictured * _SECONDS_OF_IMAGES
+    each_s = spent / n_clips if measured else _SECONDS_A_CLIP + with_images * _SECONDS_OF_IMAGES
     n_cores = os.cpu_count() or 1
     computing_s = n * each_s / n_cores
     n_bins, n_bases = config.shape
-    each_bytes = 2 * n_bases * (n_bins + _FRAMES_A_CLIP) + pictured * 2 * 1000 * 10
+    each_bytes = 2 * n_bases * (n_bins + _FRAMES_A_CLIP) + with_images * 2 * 1000 * 10
     return [
         f"  compute: {each_s:.2f} worker-seconds a segment ({'measured' if measured else 'assumed'}), "
         f"{n * each_s / 3600:,.1f} worker-hours: {duration(computing_s)} on {n_cores} cores like these",

@@ -16,7 +16,7 @@ from torch import Tensor
 from avsep import nmf
 from avsep.limits import DecodeLimits
 from avsep.looks import WAYS
-from avsep.objects import AUDIOSET_23, Vocabulary
+from avsep.objects import Vocabulary
 from avsep.stft import STFT
 
 CLIPS_IN_FLIGHT = 4  # decoded clips that wait for their logits; also a labeller's batch
@@ -99,7 +99,7 @@ class DataConfig:
     """What a folder of clips was made with: stored in each of its shards, and hashed into their digest."""
 
     extraction: ExtractionConfig
-    vocabulary: Vocabulary = AUDIOSET_23
+    vocabulary: Vocabulary
     labeller: str | None = None  # the picture network's architecture; None: no pictures were labelled
     labeller_sha256: str | None = None
 

@@ -19,7 +19,7 @@ SUFFIXES = (  # of the files of a folder that are taken for videos and sounds, i
     *(".wmv", ".aac", ".ac3", ".aif", ".aiff", ".amr", ".au", ".caf", ".flac", ".m4a", ".mka", ".mp2", ".mp3", ".oga"),
     *(".ogg", ".opus", ".rf64", ".w64", ".wav", ".weba", ".wma", ".wv"),
 )
-_HELD_S = 60.0  # a file up to this long is decoded once and held; a longer one is read twice, in blocks
+HELD_S = 60.0  # a file up to this long is decoded once and held; a longer one is read twice, in blocks
 _MAX_PICTURES = 60  # of a file that are labelled; a longer one is sampled evenly
 _MIDDLE_S = 0.5  # of a second: where in it its picture is taken
 _BLOCK = 1 << 20  # samples read at a time
@@ -58,12 +58,12 @@ class WholeFile:
     ) -> None:
         self._video, self._rate, self._limits = video, sample_rate, limits
         self._held: NDArray[np.float32] | None = None
-        held = min(_HELD_S, limits.max_duration_s, limits.decode.max_duration_s)
+        held = min(HELD_S, limits.max_duration_s, limits.decode.max_duration_s)
         try:
             shorter = replace(limits.decode, max_duration_s=held)
             clip = media.decode(video, sample_rate=sample_rate, image_size=image_size, limits=shorter, track=track)
         except ClipError as error:
-            if error.reason != Reason.TOO_LONG or held < _HELD_S:
+            if error.reason != Reason.TOO_LONG or held < HELD_S:
                 raise
             info = media.probe(video, timeout_s=limits.decode.timeout_s)
             duration_s = info.duration_s
@@ -72,10 +72,10 @@ class WholeFile:
                 raise _too_long(limits) from None
             self._listening, self.notes = media.listen(video, limits=limits.decode, track=track)
             self.n_samples = round(sample_rate * (duration_s or 2 * held))  # a guess, where the header doesn't say
-            self.pictures, self.times_s = pictures(video, image_size, info, limits.decode, step)
+            self.images, self.times_s = images(video, image_size, info, limits.decode, step)
         else:
-            self._held, self.pictures, self.notes = clip.waveform, clip.images, clip.notes
-            self.times_s = _every_second(self.pictures)
+            self._held, self.images, self.notes = clip.waveform, clip.images, clip.notes
+            self.times_s = _every_second(self.images)
             self.n_samples = len(clip.waveform)
 
     def blocks(self) -> Iterator[NDArray[np.float32]]:
@@ -105,7 +105,7 @@ def _too_long(limits: FileLimits) -> ClipError:
     return ClipError(Reason.TOO_LONG, f"more than {limits.max_duration_s:g} s")
 
 
-def pictures(
+def images(
     video: Path,
     image_size: int,
     info: media.MediaInfo | None = None,

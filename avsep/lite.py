@@ -33,7 +33,7 @@ class EfficientNetLite(nn.Module):
     def __init__(self, variant: str, n_outputs: int = 1000) -> None:
         super().__init__()
         width, depth = VARIANTS[variant]
-        self._conv_stem = _SameConv(3, _STEM, 3, stride=2)
+        self._conv_stem = SameConv(3, _STEM, 3, stride=2)
         self._bn0 = _norm(_STEM)
         blocks: list[nn.Module] = []
         channels = _STEM
@@ -44,7 +44,7 @@ class EfficientNetLite(nn.Module):
                 blocks.append(_Block(channels, outputs, kernel, stride if i == 0 else 1, expansion))
                 channels = outputs
         self._blocks = nn.ModuleList(blocks)
-        self._conv_head = _SameConv(channels, _HEAD, 1)
+        self._conv_head = SameConv(channels, _HEAD, 1)
         self._bn1 = _norm(_HEAD)
         self._last = nn.ReLU6()  # a module, so that the maps can be seen
         self._fc = nn.Linear(_HEAD, n_outputs)
@@ -68,11 +68,11 @@ class _Block(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
         wide = inputs * expansion
-        self._expand_conv = _SameConv(inputs, wide, 1) if expansion > 1 else None
+        self._expand_conv = SameConv(inputs, wide, 1) if expansion > 1 else None
         self._bn0 = _norm(wide) if expansion > 1 else None
-        self._depthwise_conv = _SameConv(wide, wide, kernel, stride=stride, groups=wide)
+        self._depthwise_conv = SameConv(wide, wide, kernel, stride=stride, groups=wide)
         self._bn1 = _norm(wide)
-        self._project_conv = _SameConv(wide, outputs, 1)
+        self._project_conv = SameConv(wide, outputs, 1)
         self._bn2 = _norm(outputs)
         self._residual = stride == 1 and inputs == outputs
 
@@ -85,13 +85,14 @@ class _Block(nn.Module):
         return x + inputs if self._residual else x
 
 
-class _SameConv(nn.Conv2d):
+class SameConv(nn.Conv2d):
     """A convolution without bias whose output has `ceil(input / stride)` rows and columns."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__(inputs, outputs, kernel, stride=stride, groups=groups, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return `(B, C, ⌈H / stride⌉, ⌈W / stride⌉)`; what is uneven is padded to the right and the bottom."""
         kernel, stride = self.kernel_size[0], self.stride[0]
         down, across = (max(0, (math.ceil(n / stride) - 1) * stride + kernel - n) for n in x.shape[2:])
         if down % 2 or across % 2:

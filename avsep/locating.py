@@ -228,12 +228,12 @@ class Locations:
             return 0
         return int(np.sqrt(self.maps.max((2, 3)).astype(np.float64)).sum(1).argmax())
 
-    def marks(self, picture: int) -> dict[str, Place]:
+    def marks(self, image: int) -> dict[str, Place]:
         """Return the boxes of the objects that one picture shows, by name."""
         marks: dict[str, Place] = {}
         for name in self.objects:
             for found in self.boxes(name):
-                if found["time_s"] == round(self.times_s[picture], 3):
+                if found["time_s"] == round(self.times_s[image], 3):
                     marks[name] = tuple(found["box"])
         return marks
 

@@ -71,7 +71,8 @@ def _born(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-def _myself() -> Holder:
+def myself() -> Holder:
+    """Describe this process as a lock's holder."""
     return Holder(
         secrets.token_hex(8),
         socket.gethostname(),
@@ -120,7 +121,7 @@ class Lock:
     ) -> None:
         self.path, self.what, self._tell = path, what, tell
         self._beat_s, self._stale_s = beat_s, stale_s
-        self._me = _myself()
+        self._me = myself()
         self._lost = ""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)

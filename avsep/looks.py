@@ -40,10 +40,10 @@ class Looking:
         cut, owners, places = [], [], []
         n_images, height, width = images.shape[:3]
         for i, parts in enumerate(boxes(self.way, n_images, height, width, self.crop)):
-            picture = Image.fromarray(images[i])
+            image = Image.fromarray(images[i])
             for x, y, w, h in parts:
                 box = (x * width, y * height, min(width, (x + w) * width), min(height, (y + h) * height))
-                cut.append(np.asarray(picture.resize((self.size, self.size), self.resampling, box=box)))
+                cut.append(np.asarray(image.resize((self.size, self.size), self.resampling, box=box)))
                 owners.append(i)
                 places.append((x, y, w, h))
         crops = np.stack(cut) if cut else np.zeros((0, self.size, self.size, 3), np.uint8)

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from avsep import audioset, storage, tables
 from avsep.audioset import BadLine, Counts
-from avsep.objects import AUDIOSET_23, Vocabulary
+from avsep.objects import Vocabulary
 from avsep.records import (
     SEGMENT_SCHEMA,
     Segment,
@@ -50,7 +50,7 @@ class Block:
 
 
 @dataclass
-class Report:
+class Tally:
     """What a step has to say besides its segments."""
 
     counts: Counts = field(default_factory=Counter)
@@ -58,7 +58,7 @@ class Report:
     bad: list[tuple[int, int, BadLine]] = field(default_factory=list)  # file, block, line in it
 
 
-Reader = Callable[[Block], Iterator[pa.Table | Report]]
+Reader = Callable[[Block], Iterator[pa.Table | Tally]]
 
 
 @dataclass(frozen=True)
@@ -87,16 +87,14 @@ def read_lines(block: Block) -> bytes:
     return b"".join(pieces)
 
 
-def read_audioset(
-    block: Block, masks: dict[str, int], vocabulary: Vocabulary = AUDIOSET_23
-) -> Iterator[pa.Table | Report]:
-    """Read the segments of a block of AudioSet's CSV, and report."""
+def read_audioset(block: Block, masks: dict[str, int], vocabulary: Vocabulary) -> Iterator[pa.Table | Tally]:
+    """Read the segments of a block of AudioSet's CSV, and tally them."""
     lines = tables.plain_lines(read_lines(block), first=block.index == 0)
     rows, bad, n_lines = audioset.parse_rows(lines)
     segments = audioset.select_segments(rows, masks, "test" if is_eval(block.uri) else None, vocabulary)
     n_dropped = len(rows) - len(segments)
     counts: Counts = Counter({("rows", block.uri): len(rows) + len(bad), ("dropped", "no_object"): n_dropped})
-    yield from with_report(block, [segments], bad, n_lines, counts)
+    yield from with_tally(block, [segments], bad, n_lines, counts)
 
 
 def is_eval(uri: str) -> bool:
@@ -106,8 +104,8 @@ def is_eval(uri: str) -> bool:
 
 def read_table(
     block: Block, layout: tables.Layout, groups: Sequence[int] | None, vocabulary: Vocabulary
-) -> Iterator[pa.Table | Report]:
-    """Read the segments of a user's table, or of some row groups of a Parquet one, and report."""
+) -> Iterator[pa.Table | Tally]:
+    """Read the segments of a user's table, or of some row groups of a Parquet one, and tally them."""
     parts: list[pa.Table] = []
     batch: list[tuple[Segment, int, str]] = []
     bad: list[BadLine] = []
@@ -138,16 +136,16 @@ def read_table(
     if batch:
         flush()
     counts["rows", layout.uri] += 0
-    yield from with_report(block, parts, bad, line, counts)
+    yield from with_tally(block, parts, bad, line, counts)
 
 
-def with_report(
+def with_tally(
     block: Block, tables: list[pa.Table], bad: list[BadLine], n_lines: int, counts: Counts
-) -> Iterator[pa.Table | Report]:
-    """Give a block's report, then its segments with the file and block they come from."""
+) -> Iterator[pa.Table | Tally]:
+    """Give a block's tally, then its segments with the file and block they come from."""
     counts["dead_letters",] = len(bad)
     where = (block.file, block.index)
-    yield Report(counts, {where: n_lines}, [(*where, line) for line in bad])
+    yield Tally(counts, {where: n_lines}, [(*where, line) for line in bad])
     for table in tables:
         if len(table):
             for column, value in zip(("file", "block"), where, strict=True):
@@ -204,8 +202,8 @@ def write_shard(
     *,
     repeats: str,
     vocabulary: Vocabulary,
-) -> Report:
-    """Write a range of segments, sorted and each once; report them and what became of the `repeats`, see `Plan`."""
+) -> Tally:
+    """Write a range of segments, sorted and each once; tally them and what became of the `repeats`, see `Plan`."""
     index, tables = keyed
     segments, others, lost_to_test = audioset.deduplicate(pa.concat_tables(tables).combine_chunks())
     new = np.zeros(len(others), bool)
@@ -215,17 +213,17 @@ def write_shard(
     name = "segments.parquet" if n_shards == 1 else f"segments-{index:05d}-of-{n_shards:05d}.parquet"
     segments = segments.select(SEGMENT_SCHEMA.names)
     write_segments(storage.join(folder, name), segments, vocabulary)
-    report = Report(audioset.count_segments(segments, vocabulary))
+    tally = Tally(audioset.count_segments(segments, vocabulary))
     if repeats == "bad":
-        report.counts["dead_letters",] = len(others)
+        tally.counts["dead_letters",] = len(others)
         for row in others.select(["segment_id", "file", "block", "line", "text"]).to_pylist():
             reason = f"segment_id {row['segment_id']!r} occurs more than once; one row is kept"
-            report.bad.append((row["file"], row["block"], BadLine(row["line"], reason, row["text"])))
+            tally.bad.append((row["file"], row["block"], BadLine(row["line"], reason, row["text"])))
     else:
-        report.counts["dropped", "merged"] = int(new.sum())
-        report.counts["dropped", "also_in_eval"] = int((lost_to_test & ~new).sum())
-        report.counts["dropped", "duplicate"] = int((~lost_to_test & ~new).sum())
-    return report
+        tally.counts["dropped", "merged"] = int(new.sum())
+        tally.counts["dropped", "also_in_eval"] = int((lost_to_test & ~new).sum())
+        tally.counts["dropped", "duplicate"] = int((~lost_to_test & ~new).sum())
+    return tally
 
 
 def write_segments(uri: str, segments: pa.Table, vocabulary: Vocabulary) -> None:
@@ -235,13 +233,13 @@ def write_segments(uri: str, segments: pa.Table, vocabulary: Vocabulary) -> None
     storage.write_bytes(uri, sink.getvalue())
 
 
-def write_dead_letters(reports: Iterable[Report], uris: list[str], path: str) -> None:
+def write_dead_letters(tallies: Iterable[Tally], uris: list[str], path: str) -> None:
     """Write the bad lines as JSON lines, in the order of the input, numbered from 1 in each file."""
     n_lines: dict[tuple[int, int], int] = {}
     bad: list[tuple[int, int, BadLine]] = []
-    for report in reports:
-        n_lines.update(report.n_lines)
-        bad.extend(report.bad)
+    for tally in tallies:
+        n_lines.update(tally.n_lines)
+        bad.extend(tally.bad)
     lines_before, total, last = {}, 0, -1
     for where in sorted(n_lines):
         total = 0 if where[0] != last else total
@@ -260,7 +258,7 @@ def write_statistics(counts: Counts, path: str, vocabulary: Vocabulary) -> None:
     storage.write_text(path, json.dumps(audioset.summarize(counts, vocabulary), indent=1) + "\n")
 
 
-def commit(staging: str, out: str, vocabulary: Vocabulary = AUDIOSET_23) -> list[str]:
+def commit(staging: str, out: str, vocabulary: Vocabulary) -> list[str]:
     """Move finished files to their place, the statistics last; drop what an earlier run left there."""
     files = {storage.name(f) for f in storage.list_files(staging)}
     segments = sorted(f for f in files if f.endswith(".parquet"))
@@ -294,9 +292,7 @@ def line_blocks(uris: Sequence[str], block_bytes: int = BLOCK_BYTES) -> list[Blo
     return blocks
 
 
-def plan_audioset(
-    uris: Sequence[str], ontology: str | None, own_node_only: bool, vocabulary: Vocabulary = AUDIOSET_23
-) -> Plan:
+def plan_audioset(uris: Sequence[str], ontology: str | None, own_node_only: bool, vocabulary: Vocabulary) -> Plan:
     """Check AudioSet's files → how to read them. Raises ValueError or OSError."""
     nodes: Any = []
     check_exist([*uris, *([ontology] if ontology else [])])

@@ -140,8 +140,8 @@ class LabelConfig:
 class Labelling:
     """A clip's weak labels: the given ones, else those that follow from its pictures."""
 
-    config: LabelConfig = field(default_factory=LabelConfig)
-    vocabulary: Vocabulary = AUDIOSET_23
+    config: LabelConfig
+    vocabulary: Vocabulary
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
@@ -334,13 +334,13 @@ def training_facts(config: ModelConfig) -> dict[str, Any]:
 
     `recipe`, `clips` of split train, `clips_by_label`, `sources` (clips by where they came from) and `about`.
     """
-    told = config.training
+    facts = config.training
     return {
         "recipe": config.recipe,
-        "clips": told.get("clips"),
-        "clips_by_label": told.get("clips_by_label"),
-        "sources": told.get("sources"),
-        "about": told.get("about"),
+        "clips": facts.get("clips"),
+        "clips_by_label": facts.get("clips_by_label"),
+        "sources": facts.get("sources"),
+        "about": facts.get("about"),
     }
 
 

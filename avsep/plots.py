@@ -54,18 +54,18 @@ def relation_map(
     relation: NDArray,
     objects: Sequence[str],
     basis_energy: NDArray,
-    picture: NDArray[np.uint8] | None = None,
+    image: NDArray[np.uint8] | None = None,
     highlighted: Sequence[str] = (),
     owners: Sequence[int] | None = None,
     marks: Mapping[str, Box] | None = None,
 ) -> bytes:
-    """Draw objects × bases, the loudest basis first, beside a frame of the clip.
+    """Draw objects × bases, the loudest basis first, beside a picture of the clip.
 
     Args:
         relation: `(L, M)` scores, drawn as each basis's softmax over the objects and noise.
         objects: the L names. `highlighted` ones are set in bold.
         basis_energy: `(M,)`.
-        picture: `(height, width, 3)` uint8, or None.
+        image: `(height, width, 3)` uint8, or None.
         owners: each basis's true object, `(M,)` rows of the map (L for none), ringed; None when unknown.
         marks: boxes to draw into the picture, as `located` takes them.
     """
@@ -73,15 +73,15 @@ def relation_map(
     scores = np.exp(scores - scores.max(0))
     order = np.argsort(-basis_energy, kind="stable")
     scores = (scores / scores.sum(0))[:, order]
-    figure = Figure((8.5 if picture is not None else 5.5, 4.6), layout="constrained")
-    if picture is not None:
+    figure = Figure((8.5 if image is not None else 5.5, 4.6), layout="constrained")
+    if image is not None:
         grid = figure.add_gridspec(1, 2, width_ratios=(1, 1.6))
-        frame = figure.add_subplot(grid[0])
-        _draw_marked(frame, picture, marks or {})
+        left = figure.add_subplot(grid[0])
+        _draw_marked(left, image, marks or {})
         axes = figure.add_subplot(grid[1])
     else:
         axes = figure.subplots()
-    image = axes.imshow(scores, aspect="auto", cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+    drawn = axes.imshow(scores, aspect="auto", cmap="magma", vmin=0, vmax=1, interpolation="nearest")
     if owners is not None:
         axes.plot(np.asarray(owners)[order], "o", color="none", markeredgecolor="cyan", markersize=5)
     axes.set_yticks(range(len(objects) + 1), [*objects, "noise"], fontsize=7)
@@ -89,26 +89,26 @@ def relation_map(
         if label.get_text() in highlighted:
             label.set_fontweight("bold")
     axes.set_xlabel("NMF bases, loudest first")
-    figure.colorbar(image, ax=axes, label="p(object | basis)")
+    figure.colorbar(drawn, ax=axes, label="p(object | basis)")
     return _png(figure)
 
 
-def located(picture: NDArray[np.uint8], marks: Mapping[str, Box]) -> bytes:
+def located(image: NDArray[np.uint8], marks: Mapping[str, Box]) -> bytes:
     """Draw a picture, `(height, width, 3)`, with a box around each object and its name.
 
     `marks` are boxes by name: left, top, right and bottom, as fractions of the picture's width and height.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     inches = max(width, _FRAME_WIDTH) / _FRAME_DPI
     figure = Figure((inches, inches * height / width), dpi=_FRAME_DPI)
-    _draw_marked(figure.add_axes((0, 0, 1, 1)), picture, marks, size=13)
+    _draw_marked(figure.add_axes((0, 0, 1, 1)), image, marks, size=13)
     return _png(figure)
 
 
-def _draw_marked(axes: Axes, picture: NDArray[np.uint8], marks: Mapping[str, Box], size: float = 8) -> None:
+def _draw_marked(axes: Axes, image: NDArray[np.uint8], marks: Mapping[str, Box], size: float = 8) -> None:
     """Draw a picture, and boxes in colours of their own; names stand inside their boxes, one below the other."""
-    height, width = picture.shape[:2]
-    axes.imshow(picture, extent=(0, width, height, 0), interpolation="bilinear")
+    height, width = image.shape[:2]
+    axes.imshow(image, extent=(0, width, height, 0), interpolation="bilinear")
     axes.set_axis_off()
     corners: list[tuple[float, float]] = []
     for i, (name, (left, top, right, bottom)) in enumerate(marks.items()):
@@ -146,12 +146,12 @@ def reliability(curves: dict[str, Sequence[dict[str, float]]]) -> bytes:
 
 
 def overview(
-    picture: NDArray[np.uint8], sounds: Sequence[tuple[str, NDArray[np.float32]]], stft: STFT, top_hz: float = 8000.0
+    image: NDArray[np.uint8], sounds: Sequence[tuple[str, NDArray[np.float32]]], stft: STFT, top_hz: float = 8000.0
 ) -> bytes:
-    """Draw the whole job in one figure: a frame, the mixture, and each separated sound, `(name, (S,))`."""
+    """Draw the whole job in one figure: a picture, the mixture, and each separated sound, `(name, (S,))`."""
     figure = Figure((2.6 * (len(sounds) + 1), 2.5), layout="constrained")
     panels = figure.subplots(1, len(sounds) + 1)
-    panels[0].imshow(picture)
+    panels[0].imshow(image)
     panels[0].set_axis_off()
     panels[0].set_title("video", fontsize=9)
     levels = [_level(waveform, stft) for _, waveform in sounds]

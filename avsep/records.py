@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from avsep import storage, tables
+from avsep import sites, storage, tables
 from avsep.objects import AUDIOSET_23, N_IMAGENET_CLASSES, Vocabulary
 
 SCHEMA_VERSION = 3
@@ -411,6 +411,7 @@ def segment_from_row(row: Mapping[str, Any], *, relative_to: str, vocabulary: Vo
     means None, not known, and the word `none` an empty list. Objects and splits are taken by other
     names, too, and times as 83.5 or 1:23.5. Without a column `segment_id` the file's name is the id. A
     missing `start_s` is 0, a missing or empty `end_s` the source's end, a missing `split` train.
+    A source `SCHEME:ID` is of a known site, or a file of that name.
     Raises ValueError for a cell that breaks the contract.
     """
     for column in ("segment_id", "source"):
@@ -420,7 +421,7 @@ def segment_from_row(row: Mapping[str, Any], *, relative_to: str, vocabulary: Vo
     split = str(row.get("split") or "train").strip()
     segment = Segment(
         segment_id=str(row["segment_id"]) if "segment_id" in row else file_id(source),
-        source=storage.resolve(source, relative_to),
+        source=_resolved(source, relative_to),
         start_s=_seconds(row, "start_s") or 0.0,
         end_s=_seconds(row, "end_s"),
         split=_SPLIT_NAMES.get(split.casefold(), split),
@@ -429,6 +430,20 @@ def segment_from_row(row: Mapping[str, Any], *, relative_to: str, vocabulary: Vo
     )
     validate(segment, vocabulary)
     return segment
+
+
+def _resolved(source: str, relative_to: str) -> str:
+    """Make a local source absolute; ValueError for `SCHEME:ID` of no known site, unless a file has this name."""
+    if not storage.is_opaque(source) or sites.site_of(source):
+        return storage.resolve(source, relative_to)
+    beside = f"./{source}" if not storage.is_uri(relative_to) else storage.join(relative_to, source)
+    path = storage.resolve(beside, relative_to)
+    if not storage.exists(path):
+        raise ValueError(
+            f"source is {source!r}, and {source.partition(':')[0]!r} is no known site: sources are {sites.forms()}, "
+            "web addresses, URIs or paths"
+        )
+    return path
 
 
 def names_cell(names: Sequence[str] | None) -> str:

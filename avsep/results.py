@@ -20,7 +20,7 @@ from avsep.records import Segment
 HEARD = 0.01  # scores below it are no claim that an object is audible
 
 
-def summarise(clips: Sequence[ClipResult]) -> dict[str, Any]:
+def summarize(clips: Sequence[ClipResult]) -> dict[str, Any]:
     """Average clips into the contract's `results.json`."""
     struck = [c for c in clips if STRUCK_METHOD in c.figures]
     return {
@@ -61,7 +61,7 @@ def _leak(values: Sequence[float]) -> dict[str, Any] | None:
     """Average what got into objects that aren't there, with a 95 % interval; None where none was asked for."""
     if not values:
         return None
-    return {"mean": float(np.mean(values)), "interval_95": _bootstrap([np.array([v]) for v in values])}
+    return {"mean": float(np.mean(values)), "interval_95": bootstrap([np.array([v]) for v in values])}
 
 
 def _by_sources(clips: Sequence[ClipResult]) -> dict[int, list[ClipResult]]:
@@ -86,7 +86,7 @@ def _means(clips: Sequence[ClipResult], name: str, only: str | None = None) -> d
 
 def _interval(clips: Sequence[ClipResult], name: str) -> list[float]:
     """Return a 95 % bootstrap interval of the mean SDR, over clips."""
-    return _bootstrap(_values(clips, name, "sdr"))
+    return bootstrap(_values(clips, name, "sdr"))
 
 
 def _ahead(clips: Sequence[ClipResult], name: str) -> dict[str, Any]:
@@ -95,10 +95,10 @@ def _ahead(clips: Sequence[ClipResult], name: str) -> dict[str, Any]:
     ours, theirs = (_values(clips, n, "sdr") for n in ("default", name))
     gaps = [(a - b)[np.isfinite(a) & np.isfinite(b)] for a, b in zip(ours, theirs, strict=True)]
     all_gaps = np.concatenate([np.zeros(0), *gaps])
-    return {"sdr": float(all_gaps.mean()) if len(all_gaps) else float("nan"), "interval_95": _bootstrap(gaps)}
+    return {"sdr": float(all_gaps.mean()) if len(all_gaps) else float("nan"), "interval_95": bootstrap(gaps)}
 
 
-def _bootstrap(values: Sequence[NDArray[np.float64]]) -> list[float]:
+def bootstrap(values: Sequence[NDArray[np.float64]]) -> list[float]:
     """Return a 95 % interval of the mean over all values, clips drawn with replacement; NaN for a single clip."""
     values = [v for v in (v[np.isfinite(v)] for v in values) if len(v)]
     if len(values) < 2:

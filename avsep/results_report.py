@@ -46,8 +46,8 @@ def table_rows(results: dict[str, Any], figures: Sequence[str] = FIGURES) -> lis
     """Format separators that were run on every clip for a report's table, a row each."""
     rows = []
     for name, entry in everywhere(results).items():
-        means = [_db(entry["mean"][f]) for f in figures]
-        by_sources = [_db(group["sdr"]) for group in entry["by_sources"].values()]
+        means = [decibels(entry["mean"][f]) for f in figures]
+        by_sources = [decibels(group["sdr"]) for group in entry["by_sources"].values()]
         rows.append((_kind(name), [_name(name), *means, *_intervals(name, entry), *by_sources]))
     return rows
 
@@ -64,7 +64,7 @@ def _intervals(name: str, entry: dict[str, Any]) -> list[str]:
     span = _span(ahead["interval_95"])
     return [
         *([_span(entry["interval_95"])] if entry["clips"] > 1 else []),
-        "–" if name == "default" else " ".join([_db(ahead["sdr"]), *([f"({span})"] if span != "–" else [])]),
+        "–" if name == "default" else " ".join([decibels(ahead["sdr"]), *([f"({span})"] if span != "–" else [])]),
     ]
 
 
@@ -91,7 +91,7 @@ def leaks(results: dict[str, Any]) -> list[str]:
     """Say how much each separator gave to objects that aren't there."""
     found = {n: e.get("leak_db") for n, e in results["separators"].items()}
     return [
-        f"{_name(n)} gave an object that isn't there a sound {_db(leak['mean'])} dB from the mixture's level"
+        f"{_name(n)} gave an object that isn't there a sound {decibels(leak['mean'])} dB from the mixture's level"
         + ("" if (span := _span(leak["interval_95"])) == "–" else f" (95 % {span})")
         for n, leak in found.items()
         if leak
@@ -104,14 +104,14 @@ def verdicts(results: dict[str, Any]) -> list[str]:
     ours = sdr.get("default", float("inf"))
     lost = {n: sdr["mixture"] - v for n, v in sdr.items() if n not in BOUNDS and v < sdr["mixture"]}
     text = "{} is worse than doing nothing: {} dB below the mixture as it is"
-    said = [text.format(_name(n), _db(by)) for n, by in lost.items()]
+    said = [text.format(_name(n), decibels(by)) for n, by in lost.items()]
     blind = {n: v - ours for n, v in sdr.items() if n in BLIND and v > ours and n not in lost}
-    said += [f"default is {_db(by)} dB worse than {_name(n)}, which learns nothing" for n, by in blind.items()]
+    said += [f"default is {decibels(by)} dB worse than {_name(n)}, which learns nothing" for n, by in blind.items()]
     return [f"{s}; more training clips may help" if "default" in s else s for s in said]
 
 
 def _span(interval: Sequence[float | None]) -> str:
-    low, high = map(_db, interval)
+    low, high = map(decibels, interval)
     return "–" if low == "–" else f"{low} … {high}"
 
 
@@ -119,7 +119,8 @@ def _kind(name: str) -> str:
     return "bound" if name in BOUNDS else "ours" if name == "default" else ""
 
 
-def _db(value: float | None) -> str:
+def decibels(value: float | None) -> str:
+    """Write a figure in dB, a dash where there is none."""
     if value is None or np.isnan(value):  # None: as results.json has it
         return "–"
     return f"{round(value, 1) + 0.0:.1f}"  # zero has no sign
@@ -162,7 +163,7 @@ def clip_section(
         folded.append("figures" if folded else "Figures")
         more.table(
             ["SDR, dB", *case.names],
-            [(_kind(n), [_name(n), *map(_db, f["sdr"])]) for n, f in clip.figures.items()],
+            [(_kind(n), [_name(n), *map(decibels, f["sdr"])]) for n, f in clip.figures.items()],
             why(clip),
         )
     if folded:
@@ -176,12 +177,12 @@ def _relation_map(segments: Sequence[Segment], case: Case, window: Explanation, 
     _, owner = baselines.oracle_assignment(case.mixture[:n], case.everything[:, :n], window.factors, window.stft)
     rows = {name: row for row, name in enumerate(window.objects)}
     owners = [*(rows.get(name, len(rows)) for name in case.names), len(rows)]  # whose row there isn't is noise to it
-    frames = [f for f in (stages.middle_picture(s.source, s.start_s, s.end_s) for s in segments) if f is not None]
+    images = [f for f in (stages.middle_image(s.source, s.start_s, s.end_s) for s in segments) if f is not None]
     return plots.relation_map(
         window.relation.numpy(),
         window.objects,
         window.factors.basis_energy.numpy(),
-        np.concatenate(frames, 1) if frames else None,
+        np.concatenate(images, 1) if images else None,
         objects,
         [owners[o] for o in owner.tolist()],
     )
@@ -199,8 +200,8 @@ def why(clip: ClipResult) -> str:
     share = f"{energy[right].sum() / energy.sum():.0%}" if len(energy) and energy.sum() else "none"
     return (
         f"Of the bases' energy {share} went to the right object. True owners would bring "
-        f"{_db(mean['oracle_assignment'] - mean['default'])} dB, and ideal masks another "
-        f"{_db(mean['ideal_mask'] - mean['oracle_assignment'])} dB."
+        f"{decibels(mean['oracle_assignment'] - mean['default'])} dB, and ideal masks another "
+        f"{decibels(mean['ideal_mask'] - mean['oracle_assignment'])} dB."
     )
 
 
@@ -214,7 +215,7 @@ def add_results(report: Report, results: dict[str, Any], given: str) -> None:
     for sentence in [*verdicts(results), *leaks(results)]:
         report.paragraph(f"{sentence[0].upper()}{sentence[1:]}.")
     clips = plural(results["separators"]["mixture"]["clips"], "clip")
-    bars = [(_kind(n), _name(n), sdr, _db(sdr)) for n, sdr in mean_sdr(results).items()]
+    bars = [(_kind(n), _name(n), sdr, decibels(sdr)) for n, sdr in mean_sdr(results).items()]
     report.bars(bars, f"Mean SDR over {clips}, in dB; more is better. {told_what}")
     report.terms([("dB", "decibels: 3 dB more are twice the power."), *(t for t in TERMS if _occurs(t[0], results))])
     report.fold("Every figure", _tables(results))
@@ -265,7 +266,7 @@ def _by_object(results: dict[str, Any], figure: str, title: str) -> tuple[list[s
     objects = list(entries["mixture"]["by_object"])
     counts = Counter(o for c in results["clips"] for o in c["objects"])
     rows = [
-        (_kind(n), [_name(n), *(_db(e["by_object"][o][figure]) for o in objects)])
+        (_kind(n), [_name(n), *(decibels(e["by_object"][o][figure]) for o in objects)])
         for n, e in entries.items()
         if e["clips"] == entries["mixture"]["clips"]
     ]

@@ -51,7 +51,7 @@ from avsep.records import (
 LOCK_FILE = "extract.lock"  # under OUT, while a driver is at work
 _DATA_FILE = re.compile(r"(?P<shard>.+)-g(?P<generation>\d+)-[0-9a-f]{12}\.parquet")
 _COMMIT_FILE = re.compile(r"(?P<shard>.+)-g(?P<generation>\d+)\.json")
-_ROW_GROUP_BYTES = 32 << 20
+ROW_GROUP_BYTES = 32 << 20
 _READERS = 16  # files read at a time
 
 
@@ -220,7 +220,7 @@ def _write_table(
 ) -> DataFile:
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), **metadata})
     sink = io.BytesIO()
-    rows = max(1, _ROW_GROUP_BYTES * len(table) // max(1, table.nbytes))
+    rows = max(1, ROW_GROUP_BYTES * len(table) // max(1, table.nbytes))
     # no dictionaries: float16 values repeat without saving room, and would be read three times as slowly
     pq.write_table(table, sink, row_group_size=rows, compression="zstd", use_dictionary=False)
     data = sink.getvalue()
@@ -469,5 +469,10 @@ def read_clips(out: storage.AnyPath, *, split: str | None = None) -> Iterator[Cl
 
 def read_configuration(out: storage.AnyPath) -> dict[str, Any]:
     """Return the configuration that a folder's clips were extracted with."""
-    with storage.open_input(clip_files(out)[0]) as f:
+    return configuration_in(clip_files(out)[0])
+
+
+def configuration_in(path: str) -> dict[str, Any]:
+    """Return the configuration that the clips of one file were extracted with."""
+    with storage.open_input(path) as f:
         return json.loads(pq.read_schema(f).metadata[b"avsep.configuration"])

@@ -38,7 +38,7 @@ class Decoded:
     sha256: str  # of the media file
 
 
-def decode(segment: Segment, config: ExtractionConfig, *, pictures: bool = True) -> Decoded:
+def decode(segment: Segment, config: ExtractionConfig, *, images: bool = True) -> Decoded:
     """Decode a segment's excerpt, its pictures where they are wanted; ClipError says why it can't be used."""
     try:
         with storage.local_file(segment.source) as path:
@@ -49,7 +49,7 @@ def decode(segment: Segment, config: ExtractionConfig, *, pictures: bool = True)
                 sample_rate=config.stft.sample_rate,
                 image_size=config.image_size,
                 limits=config.limits,
-                pictures=pictures,
+                images=images,
             )
             with open(path, "rb") as f:
                 sha256 = hashlib.file_digest(f, "sha256").hexdigest()
@@ -77,7 +77,7 @@ def rms_db(waveform: NDArray[np.float32]) -> float:
         return float(10 * np.log10(np.mean(np.square(waveform, dtype=np.float64))))
 
 
-def middle_picture(source: str, start_s: float, end_s: float | None) -> NDArray[np.uint8] | None:
+def middle_image(source: str, start_s: float, end_s: float | None) -> NDArray[np.uint8] | None:
     """Decode one picture, `(height, width, 3)`, to show beside a figure; None when there is none to be had."""
     try:
         with storage.local_file(source) as path:
@@ -113,7 +113,7 @@ def to_record(
     """Put a segment's results together."""
     clip = decoded.clip
     scale = float(factors.H.max()) or 1.0
-    pictured = logits is not None and len(logits) > 0
+    with_images = logits is not None and len(logits) > 0
     return ClipRecord(
         segment_id=segment.segment_id,
         source=segment.source,
@@ -126,12 +126,12 @@ def to_record(
         activations=(factors.H / scale).numpy().astype(np.float16),
         activation_scale=scale,
         basis_energy=factors.basis_energy.numpy(),
-        image_logits=_as_float16(logits) if pictured and logits is not None else None,
+        image_logits=_as_float16(logits) if with_images and logits is not None else None,
         kl_divergence=factors.kl_divergence,
         duration_s=len(clip.waveform) / sample_rate,
         rms_db=rms_db(clip.waveform),
         media_sha256=decoded.sha256,
-        label_source="given" if segment.labels is not None else "pictures" if pictured else "none",
+        label_source="given" if segment.labels is not None else "pictures" if with_images else "none",
     )
 
 
@@ -204,8 +204,8 @@ def extract_records(
                         found = locate(segment)
                 stage = "decode"
                 with _timed(seconds, stage):
-                    pictured = label is not None or segment.labels is None
-                    decoded.append((segment, decode(found, config, pictures=pictured)))
+                    with_images = label is not None or segment.labels is None
+                    decoded.append((segment, decode(found, config, images=with_images)))
             except ClipError as error:
                 rejection = Rejection(segment.segment_id, stage, error.reason, error.transient, detail=error.detail)
                 rejections.append(rejection)

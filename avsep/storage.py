@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import errno
-import functools
 import http.client
 import os
 import re
@@ -20,215 +18,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from avsep.filesystems import (
+    AnyPath,
+    check_uri,
+    filesystem,
+    given,
+    is_opaque,
+    is_uri,
+    opened,
+)
+from avsep.filesystems import forget_connections as forget_connections  # a part of this file's face
+
 if TYPE_CHECKING:  # they take a second, which nobody needs who reads local files
     import pyarrow as pa
     import pyarrow.fs as pafs
 
 
-AnyPath = str | os.PathLike[str]  # a local path; URIs are str
-
 ABANDONED_S = 3600.0  # a file that was begun this long ago has no writer any more
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a quota, a file
 TEMPORARY_REMEDY = "make room there, or let TMPDIR name a folder that has some"
-S3_ATTEMPTS = 8  # at a request that is refused, cut off or unanswered: half a minute and more
-_S3_CONNECT_S, _S3_SILENCE_S = 10.0, 30.0
-GS_PATIENCE_S = 180.0  # with a request that is refused or cut off; an unanswered one is given up after 120
 _WEB_SILENCE_S = 30.0  # of a web server
-_METADATA_S = 10.0  # a new pod's metadata server takes some seconds
-_GOOGLE = re.compile(r"google::cloud::Status\(\w+: (?:[^,]*, with a last message of )?(?P<cause>.*?) error_info=", re.S)
-_OPTION = re.compile(r"[?&](access_key|secret_key|session_token|endpoint_override|region|scheme)=")
-_OPAQUE = re.compile(r"[a-z][a-z0-9]+:[^\s:./\\*?\[]+")
 _TEMPORARY = re.compile(r"(?P<before>.*)\.(?P<pid>\d+)\.[0-9a-f]+\.tmp")
-
-
-def is_uri(path: AnyPath) -> bool:
-    """Tell URIs, `s3://bucket/key` and opaque ones, from local paths, whose names may hold colons too."""
-    path = os.fspath(path)
-    scheme, separator, _ = path.partition("://")
-    return is_opaque(path) or (bool(separator) and "/" not in scheme and len(scheme) > 1)
-
-
-def is_opaque(path: AnyPath) -> bool:
-    """Tell `scheme:id`, which no file system opens, from paths: it has neither slash, suffix, blank nor pattern.
-
-    A local file or folder of such a name is written with its folder.
-
-    >>> [is_opaque(p) for p in ("tape:a1", "take:1.wav", "./tape:a1", "Duo: Live")]
-    [True, False, False, False]
-    """
-    return _OPAQUE.fullmatch(os.fspath(path)) is not None
-
-
-def filesystem(path: AnyPath) -> tuple[pafs.FileSystem, str]:
-    """Open the file system of a local path or URI: pyarrow's own, else fsspec's.
-
-    S3 is set up by the environment variables that other tools read: `AWS_ACCESS_KEY_ID`,
-    `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, `AWS_PROFILE`, `AWS_REGION` or
-    `AWS_DEFAULT_REGION`, `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL`; Google's store by its
-    Application Default Credentials, or by `STORAGE_EMULATOR_HOST` for an emulator, without
-    credentials. What follows the bucket is the key as it stands. Raises ValueError for a scheme
-    that nobody knows, and for credentials in a URI; PermissionError without Google's credentials.
-    """
-    import fsspec
-    import pyarrow as pa
-    import pyarrow.fs as pafs
-
-    path = _given(path)
-    if not is_uri(path):
-        return pafs.LocalFileSystem(), _utf8(os.path.abspath(path))
-    _check_uri(path)
-    if is_opaque(path):
-        raise ValueError(f"{path} is no path; write ./{path} for a file or folder of this name")
-    if path.startswith("s3://"):
-        inner = path.removeprefix("s3://").rstrip("/")
-        return _s3(*_s3_settings(inner.split("/")[0])), inner
-    if path.startswith(("gs://", "gcs://")):
-        return _gs(_gs_emulator()), path.partition("://")[2].rstrip("/")
-    with contextlib.suppress(pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        return pafs.FileSystem.from_uri(path)
-    try:
-        remote, inner = fsspec.core.url_to_fs(path)
-    except (ValueError, ImportError) as error:
-        raise ValueError(f"can't open {path}: {error}; install the scheme's fsspec package") from None
-    return pafs.PyFileSystem(pafs.FSSpecHandler(remote)), inner
-
-
-def _given(path: AnyPath) -> str:
-    """Return a path as text; ValueError for an empty one, which would mean the working folder or `/`."""
-    if not (text := os.fspath(path)).strip():
-        raise ValueError("a path is empty: give one (`.` is the working folder), or check the variable it came from")
-    return text
-
-
-def _utf8(path: str) -> str:
-    """Return a path; ValueError for one that isn't UTF-8, which pyarrow can't open."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{path!a}: its name isn't UTF-8; rename it") from None
-    return path
-
-
-def _check_uri(uri: str) -> None:
-    """Refuse credentials, which would go into logs, records and messages; the message doesn't repeat them."""
-    scheme, _, rest = uri.partition("://")
-    host = rest.partition("/")[0]  # a secret key may hold slashes
-    host = re.sub(r"^\[[0-9A-Fa-f:.]+\]", "", host)  # an IPv6 address
-    if "@" in host or re.search(r":(?!\d+$)", host):  # a port is all digits
-        raise ValueError(f"{scheme}://…: credentials in a URI would be logged; give them by environment or profile")
-    if scheme == "s3" and _OPTION.search(rest):
-        raise ValueError(
-            f"s3://{rest.partition('?')[0]}?…: options of S3 go into the environment: "
-            "AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, …"
-        )
-
-
-def _s3_settings(bucket: str) -> tuple[str | None, str | None]:
-    """Return endpoint and region; without either, the region is that of the bucket."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or None
-    if not endpoint and not region:
-        with contextlib.suppress(OSError):  # no such bucket, no network: the first request says it better
-            region = _region_of(bucket)
-    return endpoint, region
-
-
-@functools.lru_cache
-def _region_of(bucket: str) -> str:
-    import pyarrow.fs as pafs
-
-    return str(pafs.resolve_s3_region(bucket))
-
-
-@functools.lru_cache
-def _s3(endpoint: str | None, region: str | None) -> pafs.FileSystem:
-    import pyarrow.fs as pafs
-
-    return pafs.S3FileSystem(
-        endpoint_override=endpoint,
-        region=region,
-        allow_delayed_open=True,  # a small file is one PUT
-        connect_timeout=_S3_CONNECT_S,
-        request_timeout=_S3_SILENCE_S,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS),
-    )
-
-
-def _gs_emulator() -> str | None:
-    return os.environ.get("CLOUD_STORAGE_EMULATOR_ENDPOINT") or os.environ.get("STORAGE_EMULATOR_HOST") or None
-
-
-@functools.lru_cache
-def _gs(emulator: str | None) -> pafs.FileSystem:
-    import pyarrow.fs as pafs
-
-    patience = datetime.timedelta(seconds=GS_PATIENCE_S)
-    if emulator:  # which pyarrow would ask with credentials
-        scheme, _, host = emulator.rstrip("/").rpartition("://")
-        return pafs.GcsFileSystem(
-            anonymous=True, scheme=scheme or "http", endpoint_override=host, retry_time_limit=patience
-        )
-    _check_google_credentials()
-    return pafs.GcsFileSystem(retry_time_limit=patience)
-
-
-def forget_connections() -> None:
-    """Connect anew from now on: to what the environment names by then, as patiently as it says."""
-    _s3.cache_clear()
-    _gs.cache_clear()
-    _region_of.cache_clear()
-
-
-def _check_google_credentials() -> None:
-    """Raise PermissionError where there are none: pyarrow would look for them with every request, for minutes."""
-    if file := os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
-        if not os.path.isfile(file):
-            raise PermissionError(f"GOOGLE_APPLICATION_CREDENTIALS={file}: no such file; name one, or unset it")
-        return
-    login = os.environ.get("GOOGLE_GCLOUD_ADC_PATH_OVERRIDE", "~/.config/gcloud/application_default_credentials.json")
-    if os.path.isfile(os.path.expanduser(login)):
-        return
-    host, _, port = os.environ.get("GCE_METADATA_ROOT", "metadata.google.internal").partition(":")
-    deadline = time.monotonic() + _METADATA_S
-    while time.monotonic() < deadline:
-        try:
-            socket.create_connection((host, int(port or 80)), timeout=2.0).close()
-            return
-        except socket.gaierror:  # no machine of Google's
-            break
-        except OSError:
-            time.sleep(0.5)
-    raise PermissionError(
-        "gs:// needs Google's credentials, and there are none: run `gcloud auth application-default login`, name a key "
-        "file in GOOGLE_APPLICATION_CREDENTIALS, or give the machine or pod a service account"
-    )
-
-
-@contextlib.contextmanager
-def _opened(path: AnyPath) -> Iterator[tuple[pafs.FileSystem, str]]:
-    """Give the file system of a path; an object store's errors then name path, cause and remedy."""
-    import pyarrow as pa
-
-    fs, inner = filesystem(path)
-    try:
-        yield fs, inner
-    except (OSError, pa.ArrowException) as error:
-        if (explained := _explained(path, error)) is None:
-            raise
-        raise explained from None
-
-
-def _explained(path: AnyPath, error: Exception) -> OSError | None:
-    """Say what an object store's error means; None where it says so itself."""
-    text = str(error)
-    google = _GOOGLE.search(text)
-    cause = (google["cause"] if google else text).strip(" .")
-    if (google and isinstance(error, PermissionError)) or "AWS Error ACCESS_DENIED" in text:
-        return PermissionError(f"{path}: {cause}; check the credentials, and what they may do in the bucket")
-    if google is None:
-        return None
-    kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
-    return kind(f"{path}: {cause}; check the {'path' if kind is FileNotFoundError else 'settings and the connection'}")
 
 
 def redact(text: str) -> str:
@@ -245,8 +55,8 @@ def resolve(path: str, relative_to: str) -> str:
 
     Raises ValueError for an empty path.
     """
-    if is_uri(_given(path)):
-        _check_uri(path)
+    if is_uri(given(path)):
+        check_uri(path)
         return path
     if is_uri(relative_to):
         return join(relative_to, path) if not os.path.isabs(path) else path
@@ -255,7 +65,7 @@ def resolve(path: str, relative_to: str) -> str:
 
 def join(base: AnyPath, *parts: str) -> str:
     """Join with slashes, which every URI and every supported system takes. Raises ValueError for an empty base."""
-    return "/".join([_given(base).rstrip("/"), *parts])
+    return "/".join([given(base).rstrip("/"), *parts])
 
 
 def same(one: str, other: str) -> bool:
@@ -274,7 +84,7 @@ def same(one: str, other: str) -> bool:
 
 def _place(path: str) -> tuple[str, str]:
     """Divide a path into its scheme, "" for local ones, and what follows, without opening anything."""
-    if not is_uri(_given(path)):
+    if not is_uri(given(path)):
         return "", path
     scheme, _, inner = path.partition("://")
     if scheme == "file":
@@ -294,7 +104,7 @@ def name(path: str) -> str:
 
 def info(path: AnyPath) -> pafs.FileInfo:
     """Return type, size and age of a file or directory."""
-    with _opened(path) as (fs, inner):
+    with opened(path) as (fs, inner):
         return fs.get_file_info(inner)
 
 
@@ -302,7 +112,7 @@ def infos(path: AnyPath, *, recursive: bool = False) -> list[pafs.FileInfo]:
     """Return what `info` does of all that is in a directory; [] when there is none."""
     import pyarrow.fs as pafs
 
-    with _opened(path) as (fs, inner):
+    with opened(path) as (fs, inner):
         found: list[pafs.FileInfo] = fs.get_file_info(
             pafs.FileSelector(inner, recursive=recursive, allow_not_found=True)
         )
@@ -341,7 +151,7 @@ def make_directory(path: AnyPath) -> None:
         if not os.access(inner, os.W_OK):
             raise PermissionError(f"{path} is read-only; give a folder that can be written to")
         return
-    with _opened(path):
+    with opened(path):
         if fs.type_name != "gcs":  # there pyarrow makes the bucket, too
             fs.create_dir(inner, recursive=True)
 
@@ -350,7 +160,7 @@ def list_files(path: str) -> list[str]:
     """List the files directly in a directory, sorted, as paths of the same kind; [] when there is none."""
     import pyarrow.fs as pafs
 
-    if not is_uri(_given(path)):  # where names need not be UTF-8, as pyarrow's must
+    if not is_uri(given(path)):  # where names need not be UTF-8, as pyarrow's must
         with contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
             return sorted(join(path, entry.name) for entry in entries if entry.is_file())
         return []
@@ -362,18 +172,18 @@ def open_input(path: str) -> Iterator[pa.NativeFile]:
     """Open a file for random reads."""
     import pyarrow as pa
 
-    with _opened(path) as (fs, inner):
+    with opened(path) as (fs, inner):
         if fs.type_name == "gcs":  # whose files hold Python's lock while they wait, and hide why a read failed
-            opened = pa.BufferReader(read_bytes(path))
+            file = pa.BufferReader(read_bytes(path))
         else:
-            opened = fs.open_input_file(inner)
-    with opened as f:
+            file = fs.open_input_file(inner)
+    with file as f:
         yield f
 
 
 def read_bytes(path: AnyPath) -> bytes:
     """Read a whole file, as one writer left it."""
-    with _opened(path) as (fs, inner):
+    with opened(path) as (fs, inner):
         if fs.type_name == "gcs":
             with fs.open_input_stream(inner) as f:  # one request; what is cut off goes on with the same version
                 return bytes(f.read())
@@ -405,7 +215,7 @@ def write_bytes(path: str, data: bytes | memoryview | pa.Buffer, *, exclusive: b
         if exclusive and exists(path):
             return False
         buffer = pa.py_buffer(data)  # fails here: whatever fails in the block is stored as far as it came
-        with _opened(path), fs.open_output_stream(inner) as stream:
+        with opened(path), fs.open_output_stream(inner) as stream:
             stream.write(buffer)
         return True
     os.makedirs(os.path.dirname(inner), exist_ok=True)
@@ -482,13 +292,13 @@ def write_text(path: str, text: str) -> None:
 
 def delete_file(path: str) -> None:
     """Delete a file; nothing happens when it is gone already."""
-    with contextlib.suppress(FileNotFoundError), _opened(path) as (fs, inner):
+    with contextlib.suppress(FileNotFoundError), opened(path) as (fs, inner):
         fs.delete_file(inner)
 
 
 def delete_folder(path: str) -> None:
     """Delete a folder and all that is in it; nothing happens when there is none."""
-    with contextlib.suppress(FileNotFoundError), _opened(path) as (fs, inner):
+    with contextlib.suppress(FileNotFoundError), opened(path) as (fs, inner):
         if fs.type_name != "gcs":
             fs.delete_dir(inner)
             return
@@ -498,7 +308,7 @@ def delete_folder(path: str) -> None:
 
 def move(source: str, target: str) -> None:
     """Put a file in another's place, on the same file system."""
-    with _opened(source) as (fs, inner):
+    with opened(source) as (fs, inner):
         _, place = filesystem(target)
         if fs.type_name != "gcs":
             fs.move(inner, place)
@@ -515,7 +325,7 @@ def local_file(path: str) -> Iterator[Path]:
     """
     import pyarrow.fs as pafs
 
-    if not is_uri(_given(path)):
+    if not is_uri(given(path)):
         with _readable_name(Path(os.path.abspath(path))) as local:
             yield local
         return
@@ -566,7 +376,7 @@ def _stream(uri: str) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def _store_stream(uri: str) -> Iterator[BinaryIO]:
-    with _opened(uri) as (fs, inner), fs.open_input_stream(inner) as stream:
+    with opened(uri) as (fs, inner), fs.open_input_stream(inner) as stream:
         yield stream
 
 

@@ -40,7 +40,7 @@ class FileSeparation:
 
     report: dict[str, Any]  # for `separation.json`
     plan: Planned
-    pictures: NDArray[np.uint8]  # (n, height, width, 3)
+    images: NDArray[np.uint8]  # (n, height, width, 3)
     files: tuple[str, ...]  # names of those with sounds
     notes: tuple[str, ...] = ()  # on the file itself
     locations: Locations | None = None  # None: nobody looked, or the picture network can't say where
@@ -165,7 +165,7 @@ class VideoSeparator:
         image_size = self.config.extraction.image_size
         source = WholeFile(video, separator.sample_rate, image_size, self.limits, patience.tell, track)
         timings["decode_s"] = clock()
-        looked = self._look(source.pictures, patience)
+        looked = self._look(source.images, patience)
         timings["look_s"] = clock()
         plan = _listen(separator, source, given, looked, patience.tell)
         one = output.two_stems
@@ -192,7 +192,7 @@ class VideoSeparator:
         return FileSeparation(
             report,
             plan,
-            source.pictures,
+            source.images,
             tuple(files),
             tuple(source.notes),
             locations,
@@ -218,9 +218,7 @@ class VideoSeparator:
             if (rate, listening.layout) != (model_rate, "mono"):
                 shape = Shape(rate, listening.n_channels, listening)
         output.check(shape)
-        return replace(
-            shape, container=media.picture_container(video, limits=self.limits.decode) if output.video else ""
-        )
+        return replace(shape, container=media.video_container(video, limits=self.limits.decode) if output.video else "")
 
     def _for_a_file(self, bases: str | None, patience: _Patience) -> Separates:
         """Return the separator, or one for a single file where bases are asked for or others factorise."""
@@ -233,25 +231,25 @@ class VideoSeparator:
             return self.separator if config == self.separator.config else Separator(self.separator.model, config)
         return Separator(self.separator.model, config, patience.with_others(self.factorize))
 
-    def _look(self, pictures: NDArray[np.uint8], patience: _Patience) -> _Looked:
+    def _look(self, images: NDArray[np.uint8], patience: _Patience) -> _Looked:
         """Ask the picture network what pictures show; or say why it can't be asked."""
-        if len(pictures) == 0:
+        if len(images) == 0:
             return _Looked("there are no pictures to look at")
         if isinstance(self.labeller, str):
             return _Looked(self.labeller)
         patience.tell("looking", 0.0)
         if self.label is None:
-            views = self.labeller.looking(self.config.extraction.looks)(pictures)
+            views = self.labeller.looking(self.config.extraction.looks)(images)
             seen = self.labeller.see(views.crops, self.labels.groups)
         else:
-            views = self.label.looking(pictures)
+            views = self.label.looking(images)
             answer = patience.wait(self.label.classify(views.crops))
             seen = answer if isinstance(answer, Seen) else Seen(torch.as_tensor(answer), None)
         scores = self.labels.scores(views.evidence(seen.logits))
         marks = self.labels.choose(scores)
         names = self.config.objects
         found = [names[i] for i in marks.nonzero().flatten().tolist()]
-        maps = None if seen.cells is None else whole_maps(pictures, views, seen.cells)
+        maps = None if seen.cells is None else whole_maps(images, views, seen.cells)
         named = dict(zip(names, scores.tolist(), strict=True))
         note = self.labeller.no_maps if maps is None else ""
         return _Looked(note, self.labeller.architecture, named, found, maps)

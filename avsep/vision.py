@@ -34,7 +34,7 @@ NO_DOWNLOAD = "efficientnet_lite2"  # its weights come with the package's depend
 _BFLOAT16_FROM = 10_000_000  # parameters; smaller networks gain nothing
 _CPU_BATCH, _SMALL_CPU_BATCH = 10, 4  # pictures; 40 take 1.4 times as long each
 _NAMED_HASH = re.compile(r"-([0-9a-f]{8,64})$")  # a file's name may end in the start of its SHA-256
-_BFLOAT16_ERROR = 0.01  # of the logits' range, at most
+BFLOAT16_ERROR = 0.01  # of the logits' range, at most
 
 
 class LabellerUnavailable(Exception):
@@ -59,7 +59,7 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
-class PictureNetwork:
+class ImageNetwork:
     """A kind of picture network: an entry of `NETWORKS`. Its published weights are over ImageNet's 1000 classes."""
 
     build: Callable[[int], nn.Module]  # number of outputs → untrained network, (n, 3, size, size) → logits
@@ -67,14 +67,14 @@ class PictureNetwork:
     weights: str | Callable[[], str] | None = None  # a web address, or what gives an installed file; None: none
 
 
-def _lite(variant: str, size: int, crop: float) -> PictureNetwork:
+def _lite(variant: str, size: int, crop: float) -> ImageNetwork:
     look = Preprocessing(size, crop, (127 / 255,) * 3, (128 / 255,) * 3)
     build = functools.partial(lite.EfficientNetLite, variant)
-    return PictureNetwork(build, look, functools.partial(lite.published_file, variant))
+    return ImageNetwork(build, look, functools.partial(lite.published_file, variant))
 
 
 # Picture networks by architecture; other names are classifiers of torchvision.
-NETWORKS: dict[str, PictureNetwork] = {
+NETWORKS: dict[str, ImageNetwork] = {
     "efficientnet_lite0": _lite("efficientnet_lite0", 224, 0.875),
     "efficientnet_lite2": _lite("efficientnet_lite2", 260, 0.89),
 }
@@ -160,7 +160,7 @@ class ImageLabeller:
         return preprocessing_of(self.architecture)
 
     @functools.cached_property
-    def _classify(self) -> nn.Module:
+    def running(self) -> nn.Module:
         """The network as it runs: in bfloat16 where that is quick and changes no logit by 1 % of their range."""
         quick = _in_bfloat16(self.network, self.preprocessing, self.device)
         return quick or self.network.to(memory_format=torch.channels_last)
@@ -178,7 +178,7 @@ class ImageLabeller:
     @functools.cached_property
     def ending(self) -> locating.Ending | None:
         """Where the network ends in global average pooling and a linear layer; None: it ends otherwise."""
-        return locating.ending_of(self._classify, self.device)
+        return locating.ending_of(self.running, self.device)
 
     @property
     def no_maps(self) -> str:
@@ -232,9 +232,9 @@ class ImageLabeller:
         for batch in pixels.split(batch_size):
             x = self.preprocessing(batch.to(self.device))
             if ending is None or groups is None:
-                logits = self._classify(x).float()
+                logits = self.running(x).float()
             else:
-                logits, features = ending.watch(self._classify, x)
+                logits, features = ending.watch(self.running, x)
                 own = [self._outputs(group) for group in groups]
                 cells.append(locating.object_cells(features, logits, ending.last.weight, own).cpu())
             outputs.append(logits.float().cpu())
@@ -301,7 +301,7 @@ def _torchvision() -> ModuleType:
         leave()
 
 
-def network_of(architecture: str) -> PictureNetwork:
+def network_of(architecture: str) -> ImageNetwork:
     """Describe an architecture: its entry in `NETWORKS`, else torchvision's classifier of that name."""
     if architecture in NETWORKS:
         return NETWORKS[architecture]
@@ -312,10 +312,10 @@ def network_of(architecture: str) -> PictureNetwork:
     try:
         published = published_weights(architecture)
     except LabellerUnavailable:  # known, but without weights of ImageNet, or unknown
-        return PictureNetwork(build)
+        return ImageNetwork(build)
     look = published.transforms()
     size, short = look.crop_size[0], look.resize_size[0]
-    return PictureNetwork(build, Preprocessing(size, size / short, tuple(look.mean), tuple(look.std)), published.url)
+    return ImageNetwork(build, Preprocessing(size, size / short, tuple(look.mean), tuple(look.std)), published.url)
 
 
 def preprocessing_of(architecture: str) -> Preprocessing:
@@ -409,15 +409,15 @@ def _in_bfloat16(network: nn.Module, preprocessing: Preprocessing, device: str) 
         folded.to(dtype=torch.bfloat16).to(memory_format=torch.channels_last)
         folded.set_submodule(name, _Cast(copy.deepcopy(last), dtype=torch.float32))
         quick = _Cast(folded, dtype=torch.bfloat16, memory_format=torch.channels_last).eval()
-        pictures = preprocessing(_drawn_pictures(preprocessing.size).to(device))
-        exact, found = network(pictures), quick(pictures)
+        images = preprocessing(_drawn_images(preprocessing.size).to(device))
+        exact, found = network(images), quick(images)
     except Exception:  # whatever keeps a network from being rewritten, it runs as it is
         return None
     error = (found - exact).abs().max() / (exact.max() - exact.min())
-    return quick if float(error) <= _BFLOAT16_ERROR else None
+    return quick if float(error) <= BFLOAT16_ERROR else None
 
 
-def _drawn_pictures(size: int) -> Tensor:
+def _drawn_images(size: int) -> Tensor:
     """Two pictures of soft colour blots, the same always, `(2, size, size, 3)` uint8."""
     noise = torch.rand(2, 3, 14, 14, generator=torch.Generator().manual_seed(0))
     return (255 * nn.functional.interpolate(noise, size=size, mode="bilinear")).byte().permute(0, 2, 3, 1)

@@ -7,6 +7,7 @@ Every shard file is read once, one at a time a worker; what remains of a clip is
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import sys
@@ -43,7 +44,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from avsep import audit, datacard, duplicates, lock, plots, shards, storage
-from avsep.audit import FACTS_SCHEMA, Report
+from avsep.audit import FACTS_SCHEMA, Findings
 from avsep.shards import DataFile
 from pipelines import cluster, console, runners
 from pipelines.console import complain, fail, say
@@ -59,10 +60,10 @@ FileToCheck = tuple[str, DataFile, str, frozenset[str]]  # kind, file, digest, i
 
 
 def check(work: FileToCheck, clips: str) -> Iterator[pa.Table | TaggedOutput]:
-    """Check one file: facts of its clips, and a report."""
+    """Check one file: facts of its clips, and findings."""
     cluster.one_thread()
-    report, facts = audit.check_file(clips, *work)
-    yield TaggedOutput("reports", report)
+    found, facts = audit.check_file(clips, *work)
+    yield TaggedOutput("findings", found)
     if len(facts):
         yield facts
 
@@ -84,44 +85,44 @@ def by_media(facts: pa.Table) -> Iterator[tuple[tuple[str, str], dict[str, Any]]
         yield ("source", fact["source"]), fact
 
 
-def shared(keyed: tuple[tuple[str, str], Iterable[dict[str, Any]]]) -> Report:
+def shared(keyed: tuple[tuple[str, str], Iterable[dict[str, Any]]]) -> Findings:
     """Report pairs of clips in different splits that share a file or a source."""
     (what, _), facts = keyed
-    return Report(pairs=duplicates.shared_media(what, list(facts)))
+    return Findings(pairs=duplicates.shared_media(what, list(facts)))
 
 
-def near(facts: pa.Table, others: pa.Table) -> Report:
+def near(facts: pa.Table, others: pa.Table) -> Findings:
     """Report held-out clips that sound like a clip of another split."""
-    return Report(pairs=duplicates.near_duplicates(facts, others))
+    return Findings(pairs=duplicates.near_duplicates(facts, others))
 
 
-def write_report(report: Report, path: str) -> None:
-    """Write a whole report as JSON."""
+def write_findings(found: Findings, path: str) -> None:
+    """Write findings as JSON."""
     raw = {
-        "counts": [[*key, n] for key, n in report.counts.items()],
-        "findings": [asdict(f) for f in report.findings],
-        "pairs": [asdict(p) for p in report.pairs],
+        "counts": [[*key, n] for key, n in found.counts.items()],
+        "damage": [asdict(f) for f in found.damage],
+        "pairs": [asdict(p) for p in found.pairs],
     }
     storage.write_text(path, json.dumps(raw))
 
 
-def read_report(path: str) -> Report:
-    """Read what `write_report` wrote."""
+def read_findings(path: str) -> Findings:
+    """Read what `write_findings` wrote."""
     raw = json.loads(storage.read_bytes(path))
-    report = Report(
-        findings=[audit.Finding(**f) for f in raw["findings"]], pairs=[duplicates.Pair(**p) for p in raw["pairs"]]
+    found = Findings(
+        damage=[audit.Finding(**f) for f in raw["damage"]], pairs=[duplicates.Pair(**p) for p in raw["pairs"]]
     )
-    report.counts.update({tuple(key): n for *key, n in raw["counts"]})
-    return report
+    found.counts.update({tuple(key): n for *key, n in raw["counts"]})
+    return found
 
 
 def build(pipeline: beam.Pipeline, work: list[FileToCheck], clips: str, path: str) -> None:
-    """Lay out the pass over the files of `clips`, to a report at `path`."""
+    """Lay out the pass over the files of `clips`, to findings at `path`."""
     checked = (
         pipeline
         | "files" >> beam.Create(work)
         | "spread" >> beam.Reshuffle()
-        | "check" >> beam.FlatMap(check, clips).with_outputs("reports", main="facts")
+        | "check" >> beam.FlatMap(check, clips).with_outputs("findings", main="facts")
     )
     others = AsSingleton(checked.facts | "held out" >> beam.Map(held_out) | "together" >> beam.CombineGlobally(concat))
     media = (
@@ -132,10 +133,10 @@ def build(pipeline: beam.Pipeline, work: list[FileToCheck], clips: str, path: st
     )
     sounds = checked.facts | "near" >> beam.Map(near, others)
     _ = (
-        (checked.reports, media, sounds)
+        (checked.findings, media, sounds)
         | beam.Flatten()
-        | "add" >> beam.CombineGlobally(audit.add_reports)
-        | "write" >> beam.Map(write_report, path)
+        | "add" >> beam.CombineGlobally(audit.add_findings)
+        | "write" >> beam.Map(write_findings, path)
     )
 
 
@@ -149,6 +150,14 @@ def plan(commits: Sequence[shards.Commit]) -> list[FileToCheck]:
         if c.rejections:
             work.append(("rejections", c.rejections, c.digest, frozenset(standing.get(c.rejections.path, ()))))
     return work
+
+
+def find_configuration(clips: str, commits: Sequence[shards.Commit]) -> dict[str, Any] | None:
+    """Return what the clips were made with, as the first of their files that can be read says; None where none can."""
+    for file in (c.clips for c in commits if c.clips):
+        with contextlib.suppress(ValueError, OSError, KeyError, TypeError):
+            return shards.configuration_in(storage.join(clips, file.path))
+    return None
 
 
 def run(arguments: argparse.Namespace, options: Any) -> int:
@@ -170,16 +179,12 @@ def run(arguments: argparse.Namespace, options: Any) -> int:
         pipeline = beam.Pipeline(options=options)
         build(pipeline, work, clips, path)
         pipeline.run().wait_until_finish()
-        report = audit.add_reports([Report(findings=findings), read_report(path)])
+        found = audit.add_findings([Findings(damage=findings), read_findings(path)])
     finally:
         storage.delete_file(path)
-    try:
-        configuration = shards.read_configuration(clips)
-    except (ValueError, OSError, KeyError):
-        configuration = None
-    card = datacard.make_card(report, configuration)
+    card = datacard.make_card(found, find_configuration(clips, commits))
     write_card(card, out, storage.name(clips.rstrip("/")), writing)
-    return tell(card, out)
+    return say_card(card, out)
 
 
 def write_card(card: dict[str, Any], out: str, name: str, writing: bool) -> None:
@@ -198,7 +203,7 @@ def write_card(card: dict[str, Any], out: str, name: str, writing: bool) -> None
     storage.write_text(storage.join(out, "card.json"), json.dumps(card, indent=1) + "\n")
 
 
-def tell(card: dict[str, Any], out: str) -> int:
+def say_card(card: dict[str, Any], out: str) -> int:
     """Say what was found; return the exit status."""
     splits = ", ".join(f"{split} {n:,}" for split, n in card["clips"].items())
     say(f"{sum(card['clips'].values()):,} clips ({splits}), {sum(card['rejections'].values()):,} rejections")

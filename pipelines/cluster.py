@@ -18,7 +18,7 @@ from pipelines.console import fail, say
 
 _SIOCGIFADDR = 0x8915  # Linux's number for "the interface's address"
 _STARTS = 3  # of Ray on this machine, before giving up
-_HEAD_S = 10.0  # in which a cluster's head answers
+HEAD_S = 10.0  # in which a cluster's head answers
 _SOCKET_BYTES = 107  # Linux's limit to a socket's path
 
 
@@ -60,11 +60,11 @@ def init_ray(address: str, **settings: Any) -> None:
 def join_ray(address: str) -> None:
     """Connect to the cluster that RAY_ADDRESS names."""
     where = re.fullmatch(r"(?:ray://)?\[?([^/]*?)\]?:(\d+)", address)
-    until = time.monotonic() + _HEAD_S
+    until = time.monotonic() + HEAD_S
     try:
         while where:  # Ray itself asks for minutes
             try:
-                socket.create_connection((where[1], int(where[2])), timeout=_HEAD_S).close()
+                socket.create_connection((where[1], int(where[2])), timeout=HEAD_S).close()
                 break
             except OSError:
                 if time.monotonic() > until:
@@ -83,14 +83,14 @@ def start_ray(settings: dict[str, Any]) -> None:
     """
     folder = ray_folder()
     for left in reversed(range(_STARTS)):
-        before = _children()
+        before = children()
         try:
             return init_ray("local", _temp_dir=folder, **settings)
         except (OSError, ValueError):
             raise
         except Exception as error:  # of no kind of its own
-            why = _why_no_ray(folder, _children() - before, error)
-            _end(_children() - before)
+            why = _why_no_ray(folder, children() - before, error)
+            end(children() - before)
         if left:
             say(f"Ray didn't start on this machine: {why}; trying again")
     fail(f"Ray didn't start on this machine in {_STARTS} tries: {why}; try again when less runs, or --in-process")
@@ -125,7 +125,7 @@ def _unfit(folder: str) -> str:
     return "" if os.access(folder, os.W_OK | os.X_OK) else "can't be written to"
 
 
-def _children() -> set[int]:
+def children() -> set[int]:
     """List this process's children."""
     found: set[int] = set()
     for path in glob.glob("/proc/self/task/*/children"):
@@ -140,11 +140,11 @@ def _why_no_ray(folder: str, started: set[int], error: Exception) -> str:
         with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as f:
             if "(raylet) Z" in f.read():
                 logs = sorted(glob.glob(os.path.join(glob.escape(folder), f"session_*_{os.getpid()}/logs/raylet.out")))
-                return f"its raylet ended{_last_words(logs[-1]) if logs else ''}"
+                return f"its raylet ended{last_words(logs[-1]) if logs else ''}"
     return f"{' '.join(str(error).split()).rstrip('.')} (it lives, but was given 30 s)"
 
 
-def _last_words(log: str) -> str:
+def last_words(log: str) -> str:
     """Quote the error by which a raylet ended, and the function that it ended in."""
     with open(log, errors="replace") as f:
         text = f.read()
@@ -156,7 +156,7 @@ def _last_words(log: str) -> str:
     return f": {words[:200]}{f' in {where[1]}' if where else ''}"
 
 
-def _end(processes: set[int]) -> None:
+def end(processes: set[int]) -> None:
     """End what a failed start left running."""
     for number, wait_s in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
         for pid in processes:

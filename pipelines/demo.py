@@ -76,17 +76,17 @@ def render(folder: str, split: str, number: int, n_objects: int | None) -> Segme
     return synthetic.write_scene(synthetic.render_scene(number, split, SEED, n_objects=n_objects), folder)
 
 
-def draw_pictures(object_name: str | None, count: int, seed: int) -> NDArray[np.uint8]:
+def draw_images(object_name: str | None, count: int, seed: int) -> NDArray[np.uint8]:
     """Draw pictures of one object (None: of none), framed as the look at the middle frames a video's."""
     rng = np.random.default_rng(seed)
-    pictures = []
+    images = []
     for _ in range(count):
-        image = synthetic.picture(object_name, rng)
+        image = synthetic.draw(object_name, rng)
         scale = 256 / min(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
         left, top = (image.width - 224) // 2, (image.height - 224) // 2
-        pictures.append(np.asarray(image.crop((left, top, left + 224, top + 224))))
-    return np.stack(pictures)
+        images.append(np.asarray(image.crop((left, top, left + 224, top + 224))))
+    return np.stack(images)
 
 
 def train_labeller(path: str) -> float:
@@ -95,7 +95,7 @@ def train_labeller(path: str) -> float:
     names: list[str | None] = [*synthetic.OBJECTS, None]
     index = {o.name: o.imagenet[0] for o in OBJECTS if o.imagenet}
     classes = [index[n] if n else _EMPTY_SCENE for n in names]
-    drawn = [draw_pictures(n, _PICTURES_A_CLASS + _HELD_OUT, SEED * 100 + i) for i, n in enumerate(names)]
+    drawn = [draw_images(n, _PICTURES_A_CLASS + _HELD_OUT, SEED * 100 + i) for i, n in enumerate(names)]
     shown, kept = (np.concatenate([d[part] for d in drawn]) for part in (slice(_HELD_OUT, None), slice(_HELD_OUT)))
     targets = np.repeat(np.arange(len(names)), _PICTURES_A_CLASS)
     labeller = synthetic.train_small_labeller(shown, targets.tolist(), classes)
@@ -155,14 +155,15 @@ def write_report(out: Path, seconds: float, labeller_accuracy: float) -> Path:
     segments = [s for s in read_segments(str(out / "manifest")) if s.split == "test"]
     report.heading("Listen")
     report.image(draw_overview(separator, segments[0], out), "A frame, its sound, and the sounds separated from it")
+    references = str(out / "clips" / "references")
     for segment in segments[:_SHOWN]:
-        case = evaluation.Case.load(segment, str(out / "clips" / "references"), separator.sample_rate)
+        case = evaluation.Case.load(segment, references, separator.sample_rate, separator.vocabulary)
         report.append(results_report.clip_section([segment], case, separator))
     report.heading("The starter model on the same clip")
     report.paragraph(_CANT_KNOW)
     ready = Separator.load()
     report.paragraph(f"Of the starter model: {describe_training(ready.model.config)}.")
-    case = evaluation.Case.load(segments[0], str(out / "clips" / "references"), ready.sample_rate)
+    case = evaluation.Case.load(segments[0], references, ready.sample_rate, ready.vocabulary)
     report.append(results_report.clip_section([segments[0]], case, ready))
     report.heading("How good it is")
     results_report.add_results(report, results, "objects")
@@ -196,11 +197,11 @@ def summary(results: dict[str, Any], seconds: float) -> str:
 
 def draw_overview(separator: Separator, segment: Segment, out: Path) -> bytes:
     """Draw one test clip's frame, mixture and separated sounds, and keep the figure in overview.png."""
-    case = evaluation.Case.load(segment, str(out / "clips" / "references"), separator.stft.sample_rate)
+    case = evaluation.Case.load(segment, str(out / "clips" / "references"), separator.sample_rate, separator.vocabulary)
     separation = separator(case.mixture, case.names)
     sounds = [("mixture", case.mixture.numpy()), *zip(separation.objects, separation.estimates.numpy(), strict=True)]
-    picture = stages.middle_picture(segment.source, segment.start_s, segment.end_s)
-    figure = plots.overview(picture if picture is not None else np.zeros((1, 1, 3), np.uint8), sounds, separator.stft)
+    image = stages.middle_image(segment.source, segment.start_s, segment.end_s)
+    figure = plots.overview(image if image is not None else np.zeros((1, 1, 3), np.uint8), sounds, separator.stft)
     (out / "overview.png").write_bytes(figure)
     return figure
 

@@ -98,7 +98,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Job:
+class Setup:
     """What to measure with, and how."""
 
     models: tuple[Entry, ...]  # in the order of the tables; one of them is the default
@@ -109,18 +109,18 @@ class Job:
 
 
 def choose(
-    runner: runners.Runner, segments: Sequence[Segment], job: Job, listed: str | None
+    runner: runners.Runner, segments: Sequence[Segment], setup: Setup, listed: str | None
 ) -> tuple[Cases, list[str]]:
     """Return what a protocol measures, clips or pairs of them, and what is wrong with clips that can't be used."""
     if listed:
         return protocols.read_pairs(listed, segments), []
-    if job.protocol in ("mixtures", "absent") and job.references:
+    if setup.protocol in ("mixtures", "absent") and setup.references:
         return [(s,) for s in segments], []
-    found = runners.map_in_order(runner, alone, [(job.references, s) for s in segments])
+    found = runners.map_in_order(runner, alone, [(setup.references, s) for s in segments])
     errors = [error for _, error in found if error]
     singles = [(s, name) for s, (name, _) in zip(segments, found, strict=True) if name is not None]
     say(f"evaluate: one object sounds alone in {len(singles)} of {len(segments)} clips")
-    if job.protocol != "pairs":
+    if setup.protocol != "pairs":
         return [(s,) for s, _ in singles], errors
     pairs, n_pairs = protocols.draw_pairs(singles)
     if n_pairs > len(pairs):
@@ -134,26 +134,28 @@ def separators(models: tuple[Entry, ...]) -> dict[str, Separator]:
     return together({m.name: Separator.load(m.directory) for m in models})
 
 
-def case_of(job: Job, segments: Sequence[Segment]) -> Case:
+def case_of(setup: Setup, segments: Sequence[Segment]) -> Case:
     """Load or make what is measured."""
-    default = separators(job.models)["default"]
-    return build_case(segments, job.references, default.sample_rate, job.protocol, default.vocabulary, job.objects)
+    default = separators(setup.models)["default"]
+    return build_case(
+        segments, setup.references, default.sample_rate, setup.protocol, default.vocabulary, setup.objects
+    )
 
 
-def evaluate_clip(job: Job, segments: Sequence[Segment]) -> ClipResult:
+def evaluate_clip(setup: Setup, segments: Sequence[Segment]) -> ClipResult:
     """Run every separator on one clip, or pair of clips, and measure it."""
     cluster.one_thread()
     try:
-        return measure(case_of(job, segments), separators(job.models), job.given)
+        return measure(case_of(setup, segments), separators(setup.models), setup.given)
     except (ClipError, ValueError) as error:
         return ClipResult(segments[0].segment_id, [], {}, error=str(error))
 
 
-def clip_section(job: Job, segments: Sequence[Segment], clip: ClipResult) -> Report:
+def clip_section(setup: Setup, segments: Sequence[Segment], clip: ClipResult) -> Report:
     """Show one clip, or pair of clips, as the default separates it."""
     cluster.one_thread()
-    default = separators(job.models)["default"]
-    return results_report.clip_section(segments, case_of(job, segments), default, job.given, clip)
+    default = separators(setup.models)["default"]
+    return results_report.clip_section(segments, case_of(setup, segments), default, setup.given, clip)
 
 
 def named_models(arguments: argparse.Namespace) -> tuple[Entry, ...]:
@@ -221,14 +223,14 @@ def run(arguments: argparse.Namespace) -> int:
     check_free(arguments.out, source, arguments.replace)
     storage.make_directory(arguments.out)
     heard = protocols.heard_in(segments, vocabulary.names)
-    job = Job(models, arguments.references, arguments.given, arguments.protocol, heard)
+    setup = Setup(models, arguments.references, arguments.given, arguments.protocol, heard)
     with runners.session(arguments.in_process) as runner:
-        cases, errors = choose(runner, segments, job, arguments.pairs)
+        cases, errors = choose(runner, segments, setup, arguments.pairs)
         if not cases:
-            fail(f"--protocol {job.protocol}: {arguments.segments} has too few clips with one object alone")
+            fail(f"--protocol {setup.protocol}: {arguments.segments} has too few clips with one object alone")
         clips = []
         with Progress("evaluate", len(cases), "clips") as progress:
-            for clip in runner.map(evaluate_clip, ((job, c) for c in cases)):
+            for clip in runner.map(evaluate_clip, ((setup, c) for c in cases)):
                 clips.append(clip)
                 progress.add(1)
         usable = sorted((c for c in clips if not c.error), key=lambda c: c.segment_id)
@@ -237,9 +239,9 @@ def run(arguments: argparse.Namespace) -> int:
             fail(f"no clip of split {arguments.split} could be measured; the first: {errors[0]}")
         worst = sorted(usable, key=lambda c: float(np.nanmean(bounded(c.figures["default"]["sdr"]))))[:_WORST]
         by_id = {" + ".join(s.segment_id for s in c): c for c in cases}
-        sections = runners.map_in_order(runner, clip_section, [(job, by_id[c.segment_id], c) for c in worst])
+        sections = runners.map_in_order(runner, clip_section, [(setup, by_id[c.segment_id], c) for c in worst])
     write(arguments, source, usable, sections)
-    if job.protocol == "pairs":
+    if setup.protocol == "pairs":
         storage.write_text(storage.join(arguments.out, protocols.PAIRS_FILE), protocols.pairs_table(cases))
     for error in errors:
         say(f"not measured: {error}")
@@ -252,7 +254,7 @@ def write(
 ) -> None:
     """Write what RESULTS names to OUT, and the table to the terminal."""
     out, protocol = arguments.out, arguments.protocol
-    found = results.summarise(clips) | {"protocol": protocol, "source": source}
+    found = results.summarize(clips) | {"protocol": protocol, "source": source}
     title = protocols.TITLES[protocol].format(s="s" * (len(clips) != 1))
     report = Report(f"Separation of {len(clips)} {arguments.split} {title}")
     results_report.add_results(report, found, arguments.given)

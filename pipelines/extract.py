@@ -109,9 +109,9 @@ def tell_changes(extraction: Extraction, state: shards.State, segments: Sequence
 
 def check_digest(state: shards.State, extraction: Extraction) -> None:
     """Refuse to mix clips of two configurations."""
-    out, digest = extraction.out, shards.configuration_digest(extraction.configuration)
+    out, digest = extraction.out, shards.configuration_digest(extraction.made_with.as_dict())
     if stale := {c.digest for c in state.commits if c.clips} - {digest}:
-        before, now = (DataConfig.from_dict(c) for c in (shards.read_configuration(out), extraction.configuration))
+        before, now = DataConfig.from_dict(shards.read_configuration(out)), extraction.made_with
         check_vocabularies(out, before.vocabulary, "the segments", now.vocabulary)
         fail(f"{out} was extracted with another configuration (digest {stale.pop()}, now {digest}); give another --out")
 
@@ -121,7 +121,7 @@ def dry_run(
     segments: Sequence[Segment],
     state: shards.State,
     extraction: Extraction,
-    pictured: bool,
+    with_images: bool,
 ) -> None:
     """Say what there is to do and what it will cost."""
     works = plan_work(state, segments, arguments.retry_rejected, tell_changes(extraction, state, segments))
@@ -138,7 +138,7 @@ def dry_run(
         say(describe_downloads(len(store.missing), arguments.rate, n_identities))
     if arguments.until:
         return
-    for line in describe_computing(works, state, extraction.config, pictured, download_s):
+    for line in describe_computing(works, state, extraction.config, with_images, download_s):
         say(line)
 
 
@@ -161,7 +161,7 @@ def run(
         say(f"pictures: {labeller.architecture}, looks: {config.looks}")
     vocabulary = read_vocabulary(arguments.segments)
     made_with = DataConfig(config, vocabulary, *((labeller.architecture, labeller.sha256) if labeller else ()))
-    extraction = Extraction(out, config, made_with.as_dict(), process, bool(arguments.until), several_of(segments))
+    extraction = Extraction(out, made_with, process, bool(arguments.until), several_of(segments))
     if arguments.dry_run:
         state = shards.read_state(out)
         check_digest(state, extraction)

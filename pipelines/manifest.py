@@ -79,7 +79,7 @@ from avsep.manifest import (
     Block,
     Plan,
     Reader,
-    Report,
+    Tally,
     add_samples,
     commit,
     first_reason,
@@ -113,9 +113,9 @@ logging.disable(logging.NOTSET)
 
 
 def tagged(block: Block, read: Reader) -> Iterator[pa.Table | TaggedOutput]:
-    """Read a block; what it reports goes a way of its own."""
+    """Read a block; its tally goes a way of its own."""
     for found in read(block):
-        yield TaggedOutput("reports", found) if isinstance(found, Report) else found
+        yield TaggedOutput("tallies", found) if isinstance(found, Tally) else found
 
 
 def build(
@@ -126,7 +126,7 @@ def build(
     folder: str,
     *,
     repeats: str,
-    vocabulary: Vocabulary = AUDIOSET_23,
+    vocabulary: Vocabulary,
     shard_rows: int = SHARD_ROWS,
 ) -> None:
     """Lay out the whole pass from blocks of `uris` to the files in `folder`."""
@@ -135,7 +135,7 @@ def build(
         pipeline
         | "blocks" >> beam.Create(blocks)
         | "spread" >> beam.Reshuffle()
-        | "parse" >> beam.FlatMap(tagged, read).with_outputs("reports", main="segments")
+        | "parse" >> beam.FlatMap(tagged, read).with_outputs("tallies", main="segments")
     )
     bounds = AsSingleton(
         parsed.segments
@@ -149,17 +149,17 @@ def build(
         | "shards" >> beam.GroupByKey()
         | "write" >> beam.Map(write_shard, bounds, folder, repeats=repeats, vocabulary=vocabulary)
     )
-    reports = (parsed.reports, written) | beam.Flatten()
+    tallies = (parsed.tallies, written) | beam.Flatten()
     _ = (
-        reports
-        | "counts" >> beam.Map(lambda report: report.counts)
+        tallies
+        | "counts" >> beam.Map(lambda tally: tally.counts)
         | "statistics" >> beam.CombineGlobally(audioset.add_counts)
         | "write statistics" >> beam.Map(write_statistics, storage.join(folder, "statistics.json"), vocabulary)
     )
     _ = (
-        reports
-        | "bring together" >> beam.Map(lambda report: (None, report))
-        | "reports" >> beam.GroupByKey()
+        tallies
+        | "bring together" >> beam.Map(lambda tally: (None, tally))
+        | "tallies" >> beam.GroupByKey()
         | "dead letters" >> beam.MapTuple(lambda _, group: write_dead_letters(group, uris, letters))
     )
 

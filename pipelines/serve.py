@@ -49,9 +49,9 @@ if __name__ == "__main__":
 from avsep.service import connections, hotmodel, place
 from avsep.service.config import ServiceConfig, UnusableSettings
 from avsep.service.device import Device, Together
+from avsep.service.elsewhere import Busy, WorkerLost
 from avsep.service.jobs import JobWorker
 from avsep.service.memory import ANSWERING, SEPARATING, spare_memory
-from avsep.service.work import Busy, WorkerLost
 from pipelines import cluster, console, runners
 from pipelines.console import fail, say
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from avsep import storage
+from avsep import filesystems, storage
 from tests.support import loopback
 from tests.support.scenes import CONFIG, render
 
@@ -106,8 +106,8 @@ def store_folder(store: loopback.Store, request: pytest.FixtureRequest) -> str:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """Give up on a store soon; gives what forgets the connections to it."""
 
-    monkeypatch.setattr(storage, "S3_ATTEMPTS", 2)
-    monkeypatch.setattr(storage, "GS_PATIENCE_S", 1.0)
+    monkeypatch.setattr(filesystems, "S3_ATTEMPTS", 2)
+    monkeypatch.setattr(filesystems, "GS_PATIENCE_S", 1.0)
     storage.forget_connections()
     yield storage.forget_connections
     storage.forget_connections()

@@ -25,7 +25,7 @@ from avsep import (
 from avsep.dictionary import BasisDictionary
 from avsep.factors import DataConfig, ExtractionConfig
 from avsep.nmf import factorize, infer_activations
-from avsep.objects import object_index
+from avsep.objects import AUDIOSET_23, object_index
 from avsep.records import Rejection, Segment
 from avsep.separation import Separator
 from avsep.service.results import NoSuchJob, ResultStore
@@ -38,7 +38,7 @@ from pipelines import (
 )
 from tests.support.tones import DOG, SMALL, VIOLIN, model, tone
 
-CONFIGURATION = DataConfig(ExtractionConfig()).as_dict()
+CONFIGURATION = DataConfig(ExtractionConfig(), AUDIOSET_23).as_dict()
 
 
 def uniform(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -234,12 +234,12 @@ def test_no_workers_are_refused(monkeypatch):
 
 # Where Ray failed to start, its processes went on beside the next try's.
 def test_what_a_failed_start_left_is_ended():
-    before = cluster._children()
+    before = cluster.children()
     stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE) as process:
         assert process.stdout and process.stdout.readline()
-        assert cluster._children() - before == {process.pid}
-        cluster._end({process.pid})
+        assert cluster.children() - before == {process.pid}
+        cluster.end({process.pid})
         assert not Path(f"/proc/{process.pid}").exists()
 
 

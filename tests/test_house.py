@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the ground up: a room (a folder) or a flat file may import those of its line, and of the lines above.
 FLOORS = (
-    "stft nmf objects metrics miml context evidence lite looks locating limits console starter edits",
+    "stft nmf objects metrics miml context evidence lite looks locating limits sites filesystems console starter edits",
     "storage tables records lock factors dictionary familiarity",
     "media",
     "model separation baselines plots report",
@@ -162,6 +162,36 @@ def test_private_names_stay_in_their_module(module: str) -> None:
         if n.value.id in modules & mine and n.attr.startswith("_") and not n.attr.startswith("__")
     }
     assert not imported | reached
+
+
+def private_names(path: Path) -> set[str]:
+    """Private names of avsep and pipelines that a file imports, reads or replaces."""
+    tree, ours, found = ast.parse(path.read_text()), set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("avsep", "pipelines"):
+            ours |= {alias.asname or alias.name for alias in node.names}
+            found |= {alias.name for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and re.fullmatch(r"[\w.]+", whole := ast.unparse(node)):
+            found |= {node.attr} if whole.split(".")[0] in ours | {"avsep", "pipelines"} else set()
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "monkeypatch.setattr":
+            where, name = node.args[0], node.args[1]
+            if ast.unparse(where).split(".")[0] in ours and isinstance(name, ast.Constant):
+                found.add(name.value)
+    return {name for name in found if name.startswith("_") and not name.endswith("_")}
+
+
+def test_private_names_are_seen_wherever_they_stand(tmp_path: Path) -> None:
+    (tmp_path / "t.py").write_text(
+        "from avsep.nmf import kl\nfrom pipelines.cluster import _a\nkl._b\nmonkeypatch.setattr(kl, '_c', 1)\n"
+        "kl.parser()._theirs\nother._d\nkl.__doc__\n"
+    )
+    assert private_names(tmp_path / "t.py") == {"_a", "_b", "_c"}
+
+
+@pytest.mark.parametrize("file", sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("*.py")))
+def test_tests_know_no_private_name_of_what_they_test(file: str) -> None:
+    assert not private_names(ROOT / file) - ({"_HOMES", "_MODULES"} if file == "tests/test_house.py" else set())
 
 
 @pytest.mark.parametrize("module", ["__init__", *MODULES])

@@ -14,18 +14,18 @@ from avsep import storage, tables
 from avsep.audioset import BadLine, Counts
 from avsep.datasets.labels import objects_of, vocabulary, vocabulary_of
 from avsep.datasets.rows import EXCERPT_S, MUSIC_STARTS_S, Row, ave_rows, music_rows, vggsound_rows
-from avsep.fetching import ave, youtube
-from avsep.manifest import Block, Plan, Report, check_exist, line_blocks, read_lines, with_report
+from avsep.manifest import Block, Plan, Tally, check_exist, line_blocks, read_lines, with_tally
 from avsep.objects import AUDIOSET_23, Vocabulary
 from avsep.records import SEGMENT_SCHEMA, SPLITS
+from avsep.sites import AVE, YOUTUBE
 
 _SCHEMA = SEGMENT_SCHEMA.append(pa.field("line", pa.int64())).append(pa.field("text", pa.string()))
 
 
 def to_segments(
     block: Block, rows: Iterable[Row], scheme: str, own: Vocabulary, asked: Vocabulary | None, n_lines: int
-) -> Iterator[pa.Table | Report]:
-    """Give a block's report and the segments of its rows, SEGMENT_SCHEMA with `line` and `text`.
+) -> Iterator[pa.Table | Tally]:
+    """Give a block's tally and the segments of its rows, SEGMENT_SCHEMA with `line` and `text`.
 
     A row with a problem, or with a label that the set doesn't have, is reported as bad; excerpts without an object of
     the asked vocabulary are counted as `no_object`. A row counts as many times as it has excerpts, a bad one once.
@@ -47,13 +47,13 @@ def to_segments(
             counts["dropped", "no_object"] += len(row.times)
             continue
         for start_s, end_s in row.times:
-            ends = (start_s, end_s) if scheme == ave.SCHEME else (start_s,)
+            ends = (start_s, end_s) if scheme == AVE.scheme else (start_s,)
             segment_id = "_".join((row.video, *(f"{1000 * t:.0f}" for t in ends)))
             source = f"{scheme}:{row.video}"
             values = (segment_id, source, start_s, end_s, row.split, names, names, row.line, row.text)
             for column, value in zip(columns.values(), values, strict=True):
                 column.append(value)
-    yield from with_report(block, [pa.table(columns, schema=_SCHEMA)], bad, n_lines, counts)
+    yield from with_tally(block, [pa.table(columns, schema=_SCHEMA)], bad, n_lines, counts)
 
 
 def plan_music(uris: Sequence[str], asked: Vocabulary | None = None) -> Plan:
@@ -72,9 +72,9 @@ def plan_music(uris: Sequence[str], asked: Vocabulary | None = None) -> Plan:
     if all(_has(few, label) for label in ours):
         own = few
 
-    def read(block: Block) -> Iterator[pa.Table | Report]:
+    def read(block: Block) -> Iterator[pa.Table | Tally]:
         found = list(music_rows(storage.read_bytes(block.uri)))
-        yield from to_segments(block, found, youtube.SCHEME, own, asked, len(found))
+        yield from to_segments(block, found, YOUTUBE.scheme, own, asked, len(found))
 
     *starts, last = map(str, MUSIC_STARTS_S)
     note = (
@@ -101,14 +101,14 @@ def plan_ave(uris: Sequence[str], asked: Vocabulary | None = None) -> Plan:
         listed |= {_identity(row) for row in rows} if split else set()
     sets = ", ".join(storage.name(uri) for uri, split in zip(uris, splits, strict=True) if split)
 
-    def read(block: Block) -> Iterator[pa.Table | Report]:
+    def read(block: Block) -> Iterator[pa.Table | Tally]:
         data, split = _block_text(block), splits[block.file]
         rows: Iterable[Row] = ave_rows(data, split or "train")
         if sets and not split:
             problem = f"in none of {sets}, so its split isn't known"
             left = (row for row in rows if _identity(row) not in listed)
             rows = (row if row.problem else replace(row, problem=problem) for row in left)
-        yield from to_segments(block, rows, ave.SCHEME, own, asked, _n_lines(data))
+        yield from to_segments(block, rows, AVE.scheme, own, asked, _n_lines(data))
 
     note = "AVE: no trainSet.txt, valSet.txt or testSet.txt is given: every segment is in split train"
     return Plan(line_blocks(uris), read, [] if sets else [note], asked or own, "merged")
@@ -125,9 +125,9 @@ def plan_vggsound(uri: str, asked: Vocabulary | None = None) -> Plan:
         own = AUDIOSET_23
     _check_rows(uri, vggsound_rows(_block_text(blocks[0])), own, "VGGSound's table, vggsound.csv")
 
-    def read(block: Block) -> Iterator[pa.Table | Report]:
+    def read(block: Block) -> Iterator[pa.Table | Tally]:
         data = _block_text(block)
-        yield from to_segments(block, vggsound_rows(data), youtube.SCHEME, own, asked, _n_lines(data))
+        yield from to_segments(block, vggsound_rows(data), YOUTUBE.scheme, own, asked, _n_lines(data))
 
     return Plan(blocks, read, [], asked or own, "merged")
 

@@ -5,42 +5,19 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Protocol
 
 import pyarrow.fs as pafs
 
 from avsep import media, storage
-from avsep.fetching import ave, youtube
 from avsep.records import ClipError, Reason, Segment
+from avsep.sites import SITES, site_of
 
 _SUFFIXES = (  # of owned files, pictures and sound before sound alone
     *(".mkv", ".mp4", ".webm", ".m4v", ".mov", ".avi", ".flv", ".ts"),
     *(".flac", ".wav", ".m4a", ".opus", ".ogg", ".mp3", ".aac"),
 )
-
-
-class Site(Protocol):
-    """Where sources `SCHEME:ID` are: a module of this folder, such as `youtube`."""
-
-    SCHEME: str  # of small letters and digits
-    NAME: str  # as people know it
-    ID: re.Pattern[str]  # of a whole id, without `.`, `:` and slashes
-    ID_RULE: str  # the same in words
-    PAGE: str  # the web address, with {} for the id, of what yt-dlp is to download; empty: people hold the files
-    FILES: tuple[str, ...]  # how users name a whole video's file, without suffix, with {} for the id
-
-
-_SITES: tuple[Site, ...] = (youtube, ave)
-SCHEMES: dict[str, Site] = {site.SCHEME: site for site in _SITES}
-
-
-def site_of(source: str) -> tuple[Site, str] | None:
-    """Return a source's site and the id there; None where it names none."""
-    scheme, _, rest = source.partition(":")
-    return (SCHEMES[scheme], rest) if scheme in SCHEMES else None
 
 
 def is_web(source: str) -> bool:
@@ -51,7 +28,7 @@ def is_web(source: str) -> bool:
 def is_fetched(source: str) -> bool:
     """Tell whether a source can be fetched: `youtube:ID` or another site's, `http://…`, `https://…`."""
     site = site_of(source)
-    return is_web(source) or (site is not None and bool(site[0].PAGE))
+    return is_web(source) or (site is not None and bool(site[0].page))
 
 
 def is_remote(segment: Segment) -> bool:
@@ -61,14 +38,14 @@ def is_remote(segment: Segment) -> bool:
 
 def forms() -> str:
     """Say what sources that are fetched look like: `http://…, https://… or youtube:ID`."""
-    *some, last = ["http://…", "https://…", *(f"{scheme}:ID" for scheme, site in SCHEMES.items() if site.PAGE)]
+    *some, last = ["http://…", "https://…", *(f"{scheme}:ID" for scheme, site in SITES.items() if site.page)]
     return f"{', '.join(some)} or {last}"
 
 
 def origin(source: str) -> str:
     """Say where a source is: a site's name, `web addresses` or `files`."""
     site = site_of(source)
-    return site[0].NAME if site else "web addresses" if is_web(source) else "files"
+    return site[0].name if site else "web addresses" if is_web(source) else "files"
 
 
 def store_path(store: str, segment_id: str) -> str:
@@ -84,7 +61,7 @@ def find_media(folder: str, segments: Iterable[Segment]) -> dict[str, str]:
     """Find the remote segments whose media are in a folder or its subfolders → {segment_id: path}.
 
     Taken are the store's own files, and files that users own under common names: the segment's
-    id; the video's, in each of its site's `FILES` forms, with the excerpt's start, or start and end, in
+    id; the video's, in each of its site's `files` forms, with the excerpt's start, or start and end, in
     milliseconds, seconds or seconds padded to six digits; the video's alone. `within` says which part of
     such a file is the segment. The folder is listed once.
     """
@@ -159,7 +136,7 @@ def names_of(segment: Segment) -> list[str]:
 def _video_names(source: str) -> list[str]:
     """List the names of a whole video's file, without suffix."""
     found = site_of(source)
-    return [form.format(found[1]) for form in found[0].FILES] if found else []
+    return [form.format(found[1]) for form in found[0].files] if found else []
 
 
 def url_of(source: str) -> str:
@@ -170,6 +147,6 @@ def url_of(source: str) -> str:
     if found is None or not is_fetched(source):
         raise ValueError(f"{source} is not to be fetched: that is {forms()}")
     site, video = found
-    if not site.ID.fullmatch(video):
-        raise ClipError(Reason.REMOVED, f"{video!r} is no {site.NAME} id: {site.ID_RULE}")
-    return site.PAGE.format(video)
+    if not site.id.fullmatch(video):
+        raise ClipError(Reason.REMOVED, f"{video!r} is no {site.name} id: {site.id_rule}")
+    return site.page.format(video)

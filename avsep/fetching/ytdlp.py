@@ -26,7 +26,7 @@ from avsep.fetching.options import FetchOptions
 from avsep.records import ClipError, Reason, Segment
 
 _REPLY_BYTES = 1 << 20
-_STALE_S = 60.0  # a younger work folder may not be locked yet
+STALE_S = 60.0  # a younger work folder may not be locked yet
 _DETAIL_CHARACTERS = 300
 _CHILD = Path(__file__).with_name("child.py")
 _REFUSED = re.compile("Connection refused|Name or service|name resolution|No route|SOCKS", re.IGNORECASE)
@@ -81,7 +81,7 @@ def temporary_folder(parent: str | None) -> Iterator[Path]:
         raise PermissionError(f"{root} belongs to someone else; give another work folder, or set TMPDIR")
     for folder in root.iterdir():
         with contextlib.suppress(OSError):
-            if time.time() - folder.stat().st_mtime > _STALE_S and (lock := _lock(folder)) is not None:
+            if time.time() - folder.stat().st_mtime > STALE_S and (lock := _lock(folder)) is not None:
                 shutil.rmtree(folder, ignore_errors=True)
                 os.close(lock)
     folder = Path(tempfile.mkdtemp(dir=root))

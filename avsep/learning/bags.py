@@ -55,11 +55,11 @@ def _decide_all(table: pa.Table, labels: Labelling) -> list[Any]:
     """Do what `Labelling.decide` does for each clip of a table; pictures only where needed, and together."""
     given = table.column("labels").to_pylist()
     marks = [None if names is None else labels.vocabulary.multi_hot(names) for names in given]
-    pictured: dict[int, list[int]] = {}  # by their number
+    by_number: dict[int, list[int]] = {}  # by their number
     for i in (i for i, names in enumerate(given) if names is None):
         if (logits := table.column("image_logits")[i].values) is not None:
-            pictured.setdefault(len(logits), []).append(i)
-    for rows in pictured.values():
+            by_number.setdefault(len(logits), []).append(i)
+    for rows in by_number.values():
         logits = np.stack([np.array(table.column("image_logits")[i].values, np.float32) for i in rows])
         scores = labels.scores(torch.from_numpy(logits.reshape(len(rows), -1, N_IMAGENET_CLASSES)))
         for i, mark in zip(rows, labels.choose(scores), strict=True):

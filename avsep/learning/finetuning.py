@@ -21,7 +21,7 @@ from avsep.learning.albums import open_images, read_album
 from avsep.metrics import mean_average_precision
 from avsep.miml import basis_posteriors, energy_shares, partial_label_loss
 from avsep.model import LABELLER_FILE, LabelConfig, Model
-from avsep.objects import AUDIOSET_23, N_IMAGENET_CLASSES, Vocabulary, weak_labels
+from avsep.objects import N_IMAGENET_CLASSES, Vocabulary, weak_labels
 from avsep.records import ClipRecord, Segment
 from avsep.vision import ImageLabeller, build_network
 
@@ -37,7 +37,7 @@ class FinetuningConfig:
     epochs: int = 8
     learning_rate: float = 3e-4  # the highest, of one cycle
     batch_clips: int = 12
-    pictures_a_clip: int = 5  # an epoch; others take their turn in the next
+    images_a_clip: int = 5  # an epoch; others take their turn in the next
     presence: float = 3.0  # weight of finding every label in some picture
     dropout: float = 0.0  # before the last layer
     seed: int = 0
@@ -115,21 +115,21 @@ def decide(
 # ------------------------------------------------------------------------------------ training
 
 
-def untrained(architecture: str, seed: int, vocabulary: Vocabulary = AUDIOSET_23) -> ImageLabeller:
+def untrained(architecture: str, seed: int, vocabulary: Vocabulary) -> ImageLabeller:
     """Build a picture network of the objects' first ImageNet classes and BACKGROUND, from scratch."""
     torch.manual_seed(seed)
     classes = (*(o.imagenet[0] for o in vocabulary if o.imagenet), BACKGROUND)
     return ImageLabeller(architecture, build_network(architecture, len(classes)).eval(), "", classes, way="centre")
 
 
-def class_groups(classes: Sequence[int] | None, vocabulary: Vocabulary = AUDIOSET_23) -> Tensor:
+def class_groups(classes: Sequence[int] | None, vocabulary: Vocabulary) -> Tensor:
     """Say which object, or last none, each of a network's outputs stands for: `(C, L + 1)` of zeros and ones."""
     index = {c: row for row, o in enumerate(vocabulary) for c in o.imagenet}
     rows = [index.get(c, len(vocabulary)) for c in (classes if classes is not None else range(N_IMAGENET_CLASSES))]
     return nn.functional.one_hot(torch.tensor(rows), len(vocabulary) + 1).float()
 
 
-def picture_loss(logits: Tensor, labels: Tensor, groups: Tensor, presence: float) -> Tensor:
+def image_loss(logits: Tensor, labels: Tensor, groups: Tensor, presence: float) -> Tensor:
     """Return each clip's loss from weak labels of the whole clip, `(B, P, C), (B, L), (C, L + 1)` → `(B,)`.
 
     The pictures are a bag, as the bases are one for the sound (`miml.partial_label_loss`): each
@@ -165,27 +165,27 @@ def batches(
         rng.shuffle(held)
         for first in range(0, len(held), config.batch_clips):
             batch = held[first : first + config.batch_clips]
-            places = [np.arange(config.pictures_a_clip) + rng.random() for _ in batch]
+            places = [np.arange(config.images_a_clip) + rng.random() for _ in batch]
             share = [k % len(batch) for k in range(rank, max(len(batch), n_ranks), n_ranks)]  # one clip at least
-            pictures = [
-                open_images([batch[k][1][int(x * len(batch[k][1]) / config.pictures_a_clip)] for x in places[k]])
+            images = [
+                open_images([batch[k][1][int(x * len(batch[k][1]) / config.images_a_clip)] for x in places[k]])
                 for k in share
             ]
-            if len(pictures) * config.pictures_a_clip > 1:  # batch norm needs two
-                yield torch.from_numpy(np.stack(pictures)), torch.stack([labels[batch[k][0]] for k in share])
+            if len(images) * config.images_a_clip > 1:  # batch norm needs two
+                yield torch.from_numpy(np.stack(images)), torch.stack([labels[batch[k][0]] for k in share])
         held = []
 
 
-def augment(pictures: Tensor, rng: np.random.Generator) -> Tensor:
+def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
     """Mirror, crop and brighten a batch of pictures, `(n, 3, height, width)`, normalised ones."""
-    height, width = pictures.shape[-2:]
+    height, width = images.shape[-2:]
     share = rng.uniform(0.75, 1)
     h, w = int(share * height), int(share * width)
     top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
-    cropped = pictures[..., top : top + h, left : left + w]
-    pictures = nn.functional.interpolate(cropped, (height, width), mode="bilinear", antialias=False)
-    pictures = pictures * rng.uniform(0.8, 1.2) + rng.uniform(-0.2, 0.2)
-    return pictures.flip(-1) if rng.random() < 0.5 else pictures
+    cropped = images[..., top : top + h, left : left + w]
+    images = nn.functional.interpolate(cropped, (height, width), mode="bilinear", antialias=False)
+    images = images * rng.uniform(0.8, 1.2) + rng.uniform(-0.2, 0.2)
+    return images.flip(-1) if rng.random() < 0.5 else images
 
 
 def train_epoch(
@@ -196,7 +196,7 @@ def train_epoch(
     learning_rate: Callable[[float], float],
     n_batches: int,
     epoch: int,
-    vocabulary: Vocabulary = AUDIOSET_23,
+    vocabulary: Vocabulary,
 ) -> float:
     """Train over the batches once; return the mean loss by clip. `learning_rate` is that at a share of the run."""
     rng = np.random.default_rng([config.seed, epoch, 1])
@@ -206,15 +206,15 @@ def train_epoch(
     kind = torch.device(device).type
     halved = kind == "cuda" or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
     total, count = 0.0, 0
-    for number, (pictures, labels) in enumerate(parts):
+    for number, (images, labels) in enumerate(parts):
         share = (epoch + min(number / n_batches, 1)) / config.epochs
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(share)
-        shape = pictures.shape[:2]
-        pixels = augment(labeller.preprocessing(pictures.flatten(0, 1).to(device)), rng)
+        shape = images.shape[:2]
+        pixels = augment(labeller.preprocessing(images.flatten(0, 1).to(device)), rng)
         with torch.autocast(kind, torch.bfloat16, enabled=halved):
             logits = network(pixels.contiguous(memory_format=torch.channels_last)).float()
-        losses = picture_loss(logits.unflatten(0, shape), labels.to(device), groups, config.presence)
+        losses = image_loss(logits.unflatten(0, shape), labels.to(device), groups, config.presence)
         optimiser.zero_grad(set_to_none=True)
         (losses.mean() / parallel.place()[1]).backward()  # the workers' parts are alike in size
         parallel.add_up_gradients(network)
@@ -288,7 +288,7 @@ class FinetuningRun:
     before: float  # the start's figure by which epochs are chosen
     thresholds: LabelConfig
     config: FinetuningConfig
-    vocabulary: Vocabulary = AUDIOSET_23
+    vocabulary: Vocabulary
     threads: int = 1
 
 

@@ -108,10 +108,10 @@ def _first_pass_s(run: TrainingRun) -> tuple[practice.Teacher | None, bags.Bags 
 def _save_model(run: TrainingRun, state: _State) -> None:
     state.network.load_state_dict(state.best)
     rows = state.history.rows
-    told = {"chosen": rows[state.history.best()] if rows else {}, "clips_by_label": run.clips_by_label}
+    facts = {"chosen": rows[state.history.best()] if rows else {}, "clips_by_label": run.clips_by_label}
     if run.quality is not None:
-        told["label_quality"] = asdict(run.quality)
-    Model(replace(run.config, training=asdict(run.training) | told), state.network).save(run.model)
+        facts["label_quality"] = asdict(run.quality)
+    Model(replace(run.config, training=asdict(run.training) | facts), state.network).save(run.model)
 
 
 @dataclass

@@ -151,7 +151,7 @@ def fit_context(
     learned = evidence.fit_sound(training.object_shares(model.network, mixtures), mixtures.labels)
     clips = bags.load_bags(files, model.config.labelling, "train")
     if clips is not None:
-        learned = evidence.fit_pictures(learned, training.object_shares(model.network, clips), clips.labels)
+        learned = evidence.fit_images(learned, training.object_shares(model.network, clips), clips.labels)
     model.config = replace(model.config, context=True, evidence=learned)
     return model, figures
 
@@ -181,6 +181,6 @@ def draw_figures(out: str, clips: str) -> None:
     for record in shown:
         with torch.inference_mode():
             relation = model.network.relate(*(torch.from_numpy(x) for x in record.factors()))
-        frame = stages.middle_picture(record.source, record.start_s, record.start_s + record.duration_s)
-        figure = plots.relation_map(relation.numpy(), model.config.objects, record.basis_energy, frame)
+        image = stages.middle_image(record.source, record.start_s, record.start_s + record.duration_s)
+        figure = plots.relation_map(relation.numpy(), model.config.objects, record.basis_energy, image)
         storage.write_bytes(storage.join(out, "relation_maps", f"{record.segment_id}.png"), figure)

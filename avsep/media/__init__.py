@@ -9,7 +9,7 @@ from avsep.media.faults import SLACK_S, reaches
 from avsep.media.sound import as_it_is, iter_audio, listen
 from avsep.media.decode import decode
 from avsep.media.cut import CutOptions, cut
-from avsep.media.mux import aac_channels, mux, picture_container
+from avsep.media.mux import aac_channels, mux, video_container
 
 __all__ = [
     "SLACK_S",
@@ -27,7 +27,7 @@ __all__ = [
     "listen",
     "mux",
     "or_inf",
-    "picture_container",
     "probe",
     "reaches",
+    "video_container",
 ]

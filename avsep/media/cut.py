@@ -58,7 +58,7 @@ def cut(
     limits = replace(options.limits, timeout_s=time_left(deadline, options.limits.timeout_s))
     headers = [(file, read_header(file, limits)) for file in files]
     sound = next(((f, h) for f, h in headers if h.info.has_audio), None)
-    picture = next(((f, h) for f, h in headers if h.info.has_video), None)
+    video = next(((f, h) for f, h in headers if h.info.has_video), None)
     if sound is None:
         raise ClipError(Reason.NO_AUDIO, "no audio stream")
     sound_end_s = or_inf(sound[1].info.duration_s)  # says the header
@@ -71,9 +71,9 @@ def cut(
     if too_long and reaches(sound[0], longest_s, limits=limits):
         raise ClipError(Reason.TOO_LONG, f"more than {limits.max_duration_s:g} s")
     length_s = min(or_inf(end_s), longest_s + 1) - start_s
-    if picture is not None and start_s >= or_inf(picture[1].info.duration_s):
-        picture = None  # it ended before
-    process = _encode_each(sound, picture, start_s, length_s, target, options, limits)
+    if video is not None and start_s >= or_inf(video[1].info.duration_s):
+        video = None  # it ended before
+    process = _encode_each(sound, video, start_s, length_s, target, options, limits)
 
     limits = replace(limits, timeout_s=time_left(deadline, options.limits.timeout_s))
     try:
@@ -90,14 +90,14 @@ def cut(
     promised_s = min(wanted_s, sound_end_s)
     if math.isfinite(promised_s) and stop_s < promised_s - SLACK_S:
         judge(sound[0], process, sound[1].tracks[0].stream, stop_s, promised_s, limits)
-    if picture is not None:
-        pictures_s = min(sound_s, or_inf(picture[1].info.duration_s) - start_s)
-        if _too_few(len(clip.images), pictures_s) and picture[1].picture is not None:  # their stream may be shorter
-            ends_s = survey(picture[0], limits).ends_s
-            pictures_s = min(pictures_s, ends_s.get(picture[1].picture, 0.0) - start_s)
-        if _too_few(len(clip.images), pictures_s):
+    if video is not None:
+        video_s = min(sound_s, or_inf(video[1].info.duration_s) - start_s)
+        if _too_few(len(clip.images), video_s) and video[1].video is not None:  # their stream may be shorter
+            ends_s = survey(video[0], limits).ends_s
+            video_s = min(video_s, ends_s.get(video[1].video, 0.0) - start_s)
+        if _too_few(len(clip.images), video_s):
             shown = f"{len(clip.images)} pictures, one a second"
-            raise ClipError(Reason.TRUNCATED, f"{shown}, in an excerpt of {pictures_s:.2f} s")
+            raise ClipError(Reason.TRUNCATED, f"{shown}, in an excerpt of {video_s:.2f} s")
 
 
 def _too_few(count: int, length_s: float) -> bool:
@@ -112,7 +112,7 @@ _Source = tuple[Path, Header]
 
 def _encode_each(
     sound: _Source,
-    picture: _Source | None,
+    video: _Source | None,
     start_s: float,
     length_s: float,
     target: Path,
@@ -123,18 +123,18 @@ def _encode_each(
     rest, begins, wave = (start_s, length_s, target, options, limits), start_s, target.with_suffix(".wav")
     try:
         try:
-            process = _encode(sound, picture, *rest)
+            process = _encode(sound, video, *rest)
         except Changed:  # a filter graph made anew would start from zero
             rate = sound[1].info.sample_rate or 48_000
             end_s = start_s + length_s
-            clip = decode(sound[0], start_s, end_s, sample_rate=rate, pictures=False, limits=limits)
+            clip = decode(sound[0], start_s, end_s, sample_rate=rate, images=False, limits=limits)
             soundfile.write(wave, clip.waveform, rate, subtype="FLOAT")
             sound, begins = (wave, read_header(wave, limits)), 0.0
-            process = _encode(sound, picture, *rest, sound_start_s=begins)
-        if process.returncode and picture is not None:
+            process = _encode(sound, video, *rest, sound_start_s=begins)
+        if process.returncode and video is not None:
             alone = _encode(sound, None, *rest, sound_start_s=begins)
             if not alone.returncode:
-                fault = _fault(picture[0], *rest[:2], limits)
+                fault = _fault(video[0], *rest[:2], limits)
                 raise ClipError(Reason.UNREADABLE, f"the pictures can't be used: {fault}")
             process = alone
     finally:
@@ -155,7 +155,7 @@ def _fault(file: Path, start_s: float, length_s: float, limits: DecodeLimits) ->
 
 def _encode(
     sound: _Source,
-    picture: _Source | None,
+    video: _Source | None,
     start_s: float,
     length_s: float,
     target: Path,
@@ -171,16 +171,16 @@ def _encode(
     coding: dict[str, Any] = {"format": "matroska", "fs": options.max_bytes, "c:a": "flac"}
     coding |= {"af": f"{filters},asetpts=N/SR/TB", "map_metadata": -1, "map_chapters": -1}
     coding |= {"fflags": "+bitexact", "flags:a": "+bitexact"}
-    if picture is not None:
-        if picture[0] != sound[0]:
-            source, lead_s = seek(*picture, start_s, limits)
+    if video is not None:
+        if video[0] != sound[0]:
+            source, lead_s = seek(*video, start_s, limits)
         streams.append(source["V:0"])
-        coding |= {"vf": _picture_filters(lead_s, length_s, options.max_height), "r": _FPS, "g": _FPS, "bf": 0}
+        coding |= {"vf": _video_filters(lead_s, length_s, options.max_height), "r": _FPS, "g": _FPS, "bf": 0}
         coding |= {"flags:v": "+bitexact", "threads": limits.threads}
     x264, mpeg4 = {"c:v": "libx264", "preset": "veryfast", "crf": 21}, {"c:v": "mpeg4", "q:v": 4}
     for encoder in (x264, mpeg4):
         target.unlink(missing_ok=True)  # of an attempt that failed
-        chosen = {**coding, **encoder} if picture is not None else coding
+        chosen = {**coding, **encoder} if video is not None else coding
         output = ffmpeg.output(*streams, f"file:{target}", **chosen)
         with FFmpeg([output], sound[0], limits, listening=Listening()) as process:
             for _ in process.pieces(limits.timeout_s):
@@ -190,7 +190,7 @@ def _encode(
     return process
 
 
-def _picture_filters(lead_s: float, length_s: float, short: int) -> str:
+def _video_filters(lead_s: float, length_s: float, short: int) -> str:
     """Return ffmpeg's filters for the pictures of an excerpt: number k is what is shown k / 30 s into it."""
     return (
         f"settb=1/1000000,setpts=PTS-{round(lead_s * 1e6)},fps={_FPS}:start_time=0:round=up"

@@ -63,7 +63,7 @@ def decode(
     sample_rate: int = 48_000,
     image_size: int = 256,
     limits: DecodeLimits = DecodeLimits(),
-    pictures: bool = True,
+    images: bool = True,
     sound: bool = True,
     track: int = 1,
 ) -> Clip:
@@ -80,7 +80,7 @@ def decode(
     The images are `(n_images, height, width, 3)` RGB uint8: what a player shows 0.5, 1.5, … s into
     the excerpt, upright and whole, the short side resized to `image_size`; of a long side of more
     than three times that the middle is kept. Video too short for that gives its first picture, a
-    file without usable video none. Neither `pictures` nor `sound` is decoded unless it is wanted.
+    file without usable video none. Neither `images` nor `sound` is decoded unless it is wanted.
 
     The clip's notes say what a user should know: pictures that can't be used, channels that cancel,
     silence, a header that promises more than there is. A file that ends before `end_s` gives a
@@ -96,7 +96,7 @@ def decode(
     end_s = math.inf if end_s is None else end_s
     request = Request(path, start_s, end_s, sample_rate, image_size, limits, deadline)
     check_file(path)
-    taken, trouble = _take_each(request, Listening(track), sound, pictures)
+    taken, trouble = _take_each(request, Listening(track), sound, images)
     if sound and len(ogg_links(path, taken.header)) > 1:
         _chain(request, taken)
     notes = _missing(request, taken, sound)
@@ -109,13 +109,13 @@ def decode(
     return Clip(taken.waveform, sample_rate, taken.images, tuple(notes))
 
 
-def _take_each(request: Request, listening: Listening, sound: bool, pictures: bool) -> tuple[_Taken, str]:
+def _take_each(request: Request, listening: Listening, sound: bool, images: bool) -> tuple[_Taken, str]:
     """Take sound and pictures together; where that fails each by itself, so that neither is blamed for the other.
 
     Returns what was taken, and what is wrong with the pictures.
     """
-    if not (sound and pictures):
-        return _take(request, listening, sound, pictures), ""
+    if not (sound and images):
+        return _take(request, listening, sound, images), ""
     try:
         taken = _take(request, listening)
         info = taken.header.info
@@ -125,7 +125,7 @@ def _take_each(request: Request, listening: Listening, sound: bool, pictures: bo
         refused = error.transient or isinstance(error, TooManyPixels)
         if refused or error.reason not in (Reason.TOO_LARGE, Reason.CRASHED_DECODER):
             raise
-    taken = _take(request, listening, pictures=False)
+    taken = _take(request, listening, images=False)
     if not taken.header.info.has_video:
         return taken, ""
     try:
@@ -138,12 +138,12 @@ def _take_each(request: Request, listening: Listening, sound: bool, pictures: bo
     return taken, seen.process.last_words() if seen.process.returncode else ""
 
 
-def _take(request: Request, listening: Listening, sound: bool = True, pictures: bool = True) -> _Taken:
+def _take(request: Request, listening: Listening, sound: bool = True, images: bool = True) -> _Taken:
     """Decode in one pass of ffmpeg, or in another where the file turns out not to be as most are."""
-    assumed = Header(MediaInfo(None, sound, pictures, None, None, None), zero_s=0.0, indexed=True)
+    assumed = Header(MediaInfo(None, sound, images, None, None, None), zero_s=0.0, indexed=True)
 
     def look(header: Header) -> None:
-        check_header(request, header, listening.track, sound, pictures)
+        check_header(request, header, listening.track, sound, images)
         blind = assumed.info.has_video and not header.info.has_video
         sought = request.start_s > LEAD_S and header.indexed != assumed.indexed
         unmixed = sound and not listening.mix and header.tracks[listening.track - 1].mix
@@ -157,9 +157,9 @@ def _take(request: Request, listening: Listening, sound: bool = True, pictures: 
             with open_excerpt(
                 request.path, assumed, request.start_s, length_s, *size, limits, look, listening
             ) as excerpt:
-                waveform, images = read_excerpt(excerpt, length_s, *size, limits.timeout_s)
+                waveform, seen = read_excerpt(excerpt, length_s, *size, limits.timeout_s)
         except OtherHeader as other:
-            info = replace(other.header.info, has_audio=sound, has_video=pictures and other.header.info.has_video)
+            info = replace(other.header.info, has_audio=sound, has_video=images and other.header.info.has_video)
             assumed = replace(other.header, info=info)
             if sound and not listening.mix:
                 listening = replace(listening, mix=other.header.tracks[listening.track - 1].mix)
@@ -171,7 +171,7 @@ def _take(request: Request, listening: Listening, sound: bool = True, pictures: 
             elif says_empty(excerpt, len(waveform)) and not request.start_s:
                 listening, assumed = replace(listening, endless=True), excerpt.header
             else:
-                return _Taken(excerpt.header, listening, waveform, images, excerpt)
+                return _Taken(excerpt.header, listening, waveform, seen, excerpt)
 
 
 def _missing(request: Request, taken: _Taken, sound: bool) -> list[str]:
@@ -187,7 +187,7 @@ def _missing(request: Request, taken: _Taken, sound: bool) -> list[str]:
     end_s, promised_s = start_s + decoded_s, min(request.end_s, or_inf(header.info.duration_s))
     notes = []
     if end_s < promised_s - SLACK_S < math.inf or (process.stopped and end_s < request.end_s):
-        own = header.tracks[taken.listening.track - 1].stream if sound else header.picture
+        own = header.tracks[taken.listening.track - 1].stream if sound else header.video
         notes = judge(request.path, process, own, end_s, promised_s, request.remaining())
     if sound and (lost := process.lost(header.tracks[taken.listening.track - 1].stream)) >= _LOST:
         notes.append(f"{lost} packets of the sound are damaged: {process.last_words()}")
@@ -207,7 +207,7 @@ def _hear(request: Request, taken: _Taken) -> list[str]:
     track = taken.header.tracks[taken.listening.track - 1]
     notes = []
     if track.layout != "mono":
-        other = _take(request, replace(taken.listening, mix=ALTERNATING), pictures=False)
+        other = _take(request, replace(taken.listening, mix=ALTERNATING), images=False)
         if cancelled(energy_of(taken.waveform), energy_of(other.waveform)):
             taken.waveform = check_samples(other.waveform)
             notes = [cancelled_note(track)]

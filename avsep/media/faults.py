@@ -60,16 +60,16 @@ class Request:
         return replace(self.limits, timeout_s=max(0.0, self.deadline - time.monotonic()))
 
 
-def check_header(request: Request, header: Header, track: int, sound: bool, pictures: bool) -> None:
+def check_header(request: Request, header: Header, track: int, sound: bool, images: bool) -> None:
     """Raise the ClipError of a file whose header says that it can't be used."""
     info = header.info
     if sound and track > len(header.tracks):
         there = f"no audio track {track}; there are {len(header.tracks)}" if header.tracks else "no audio stream"
         raise ClipError(Reason.NO_AUDIO, there)
-    if pictures and not sound and not info.has_video:
+    if images and not sound and not info.has_video:
         raise ClipError(Reason.NO_VIDEO, "no video stream")
     limit = request.limits.max_pixels
-    if pictures and (info.width or 0) * (info.height or 0) > limit:
+    if images and (info.width or 0) * (info.height or 0) > limit:
         raise TooManyPixels(Reason.TOO_LARGE, f"{info.width}x{info.height}; the limit is {limit} pixels")
     end_s, longest_s = min(request.end_s, or_inf(info.duration_s)), request.limits.max_duration_s
     too_long = math.isfinite(end_s) and end_s - request.start_s > longest_s  # says the header; is it true?
@@ -176,5 +176,5 @@ def probe_audio(path: Path, limits: DecodeLimits, listening: Listening) -> Heade
     """Read a file's header; raise the ClipError of one whose sound can't be used."""
     header = read_header(path, limits, listening.link)
     whole = Request(path, 0.0, 0.0, 1, 0, limits, math.inf)
-    check_header(whole, header, listening.track, sound=True, pictures=False)
+    check_header(whole, header, listening.track, sound=True, images=False)
     return header

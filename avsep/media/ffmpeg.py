@@ -163,8 +163,8 @@ class Header:
     zero_s: float  # where the media begin on ffmpeg's clock, which starts with the first timestamp
     indexed: bool  # whether seeking finds the key frame before a time
     tracks: tuple[Track, ...] = ()
-    picture: int | None = None  # ffmpeg's number of the picture stream
-    picture_codec: str = ""
+    video: int | None = None  # ffmpeg's number of the video stream
+    video_codec: str = ""
     format: str = ""
 
 
@@ -260,8 +260,8 @@ def _parse_header(log: str, n_bytes: int = 0) -> Header | None:
         max(0.0, -first_s),
         indexed=not begin[1].startswith("mpeg"),
         tracks=tuple(_track(*described) for described in audio),
-        picture=video[0][0] if video else None,
-        picture_codec=re.split("[ ,]", video[0][1])[0] if video else "",
+        video=video[0][0] if video else None,
+        video_codec=re.split("[ ,]", video[0][1])[0] if video else "",
         format=begin[1],
     )
 

@@ -25,12 +25,12 @@ def aac_channels(n_channels: int) -> int:
     return n_channels if n_channels in _AAC_CHANNELS else 2 if n_channels < 8 else 1
 
 
-def picture_container(path: Path, *, limits: DecodeLimits = DecodeLimits()) -> str:
+def video_container(path: Path, *, limits: DecodeLimits = DecodeLimits()) -> str:
     """Return the suffix of a file that can hold a file's picture stream: `mp4`, else `mkv`.
 
     Raises ClipError: MISSING, EMPTY, UNREADABLE, NO_VIDEO, CRASHED_DECODER, TIMEOUT (transient).
     """
-    return "mp4" if _header(path, limits).picture_codec in _IN_MP4 else "mkv"
+    return "mp4" if _header(path, limits).video_codec in _IN_MP4 else "mkv"
 
 
 def _header(path: Path, limits: DecodeLimits) -> Header:
@@ -45,7 +45,7 @@ def mux(video: Path, sound: Path, n_channels: int, target: Path, *, limits: Deco
 
     The sound's first sample is what `media.decode` and `iter_audio` give first of the video's sound;
     start times keep both together. `timeout_s` bounds the whole. Raises ClipError as
-    `picture_container` does, and UNREADABLE where the stream can't be copied.
+    `video_container` does, and UNREADABLE where the stream can't be copied.
     """
     header = _header(video, limits)
     source = input_of(video, limits)

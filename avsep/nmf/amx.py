@@ -55,12 +55,12 @@ class Kernel:
         self.code = code.Code(machine_code, cpu.AVX512)
         self.run = self.code.function("run", ctypes.c_double, *[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 6)
 
-    def problem(self, V: Tensor, W: Tensor, H: Tensor) -> Problem:
+    def start(self, V: Tensor, W: Tensor, H: Tensor) -> OnMatrices:
         """Lay one clip out: V `(F, N)`, W `(F, M)`, H `(M, N)`, float32 on the CPU, M at most 31."""
-        return Problem(self, V, W, H)
+        return OnMatrices(self, V, W, H)
 
 
-class Problem(code.Problem):
+class OnMatrices(code.Factorization):
     """One clip's factorisation under way, in the kernel's layout."""
 
     def __init__(self, kernel: Kernel, V: Tensor, W: Tensor, H: Tensor) -> None:
@@ -92,8 +92,7 @@ class Problem(code.Problem):
         return self.W[: self.n_bins, : self.n_bases], self.H[: self.n_bases, : self.n_frames]
 
 
-@functools.cache
-def load() -> Kernel | None:
+def find() -> Kernel | None:
     """Return this CPU's kernel; None where it has no matrix units, or they may not be used."""
     if cpu.load() is None or sys.platform != "linux":
         return None
@@ -101,14 +100,20 @@ def load() -> Kernel | None:
         import llvmlite.binding as llvm
 
         features = llvm.get_host_cpu_features()
-        if not all(features.get(name) for name in ("amx-tile", "amx-bf16", "avx512bw")) or not _permitted():
+        if not all(features.get(name) for name in ("amx-tile", "amx-bf16", "avx512bw")) or not permitted():
             return None
         return Kernel(code.cached(__file__, cpu.AVX512, build))
     except (ImportError, OSError, RuntimeError, AttributeError):
         return None
 
 
-def _permitted() -> bool:
+@functools.cache
+def load() -> Kernel | None:
+    """Return what `find` does, of which there is one per process."""
+    return find()
+
+
+def permitted() -> bool:
     """Ask Linux for the registers of the matrix units, for this whole process and those that it forks.
 
     A signal's frame then has room for them, so no thread can set an alternate signal stack smaller than

@@ -112,7 +112,7 @@ class Code:
         return ctypes.CFUNCTYPE(returned, *arguments)(self._engine.get_function_address(name))
 
 
-class Problem(ABC):
+class Factorization(ABC):
     """One clip's factorisation under way: W and H in the layout of the code that updates them, padded with zeros."""
 
     code: Code

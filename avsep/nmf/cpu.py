@@ -54,12 +54,12 @@ class Kernel:
         self.tile, self.code = tile, code.Code(machine_code, tile)
         self.run = self.code.function("run", ctypes.c_double, *[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 8)
 
-    def problem(self, V: Tensor, W: Tensor, H: Tensor) -> Problem:
+    def start(self, V: Tensor, W: Tensor, H: Tensor) -> OnVectors:
         """Lay one clip out: V `(F, N)`, W `(F, M)`, H `(M, N)`, float32 on the CPU."""
-        return Problem(self, V, W, H)
+        return OnVectors(self, V, W, H)
 
 
-class Problem(code.Problem):
+class OnVectors(code.Factorization):
     """One clip's factorisation under way, in the kernel's layout."""
 
     def __init__(self, kernel: Kernel, V: Tensor, W: Tensor, H: Tensor) -> None:
@@ -115,8 +115,7 @@ class Problem(code.Problem):
         return blocks
 
 
-@functools.cache
-def load() -> Kernel | None:
+def find() -> Kernel | None:
     """Return this CPU's kernel; None where there is none (no AVX2, or llvmlite doesn't work here)."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return None
@@ -125,15 +124,22 @@ def load() -> Kernel | None:
 
         features = llvm.get_host_cpu_features()
         tile = next((t for t, needs in _NEEDS if all(features.get(n) for n in needs)), None)
-        return Kernel(tile, _machine_code(tile)) if tile else None
+        return Kernel(tile, machine_code(tile)) if tile else None
     except (ImportError, OSError, RuntimeError, AttributeError):  # the last: no user ids on this system
         return None
+
+
+@functools.cache
+def load() -> Kernel | None:
+    """Return what `find` does, of which there is one per process."""
+    return find()
 
 
 _NEEDS = ((AVX512, ("avx512f", "avx512dq", "avx512vl")), (AVX2, ("avx2", "fma")))
 
 
-def _machine_code(tile: Tile) -> bytes:
+def machine_code(tile: Tile) -> bytes:
+    """Take the updates' object file from the cache, or build it."""
     return code.cached(__file__, tile, lambda: build(tile))
 
 

@@ -15,7 +15,7 @@ from avsep.nmf import amx, code, cpu
 from avsep.nmf.code import FLOOR, TINY
 from avsep.nmf.ends import check_magnitudes, checked_start, draw_start, normalise, scale_of, whole_number
 
-_CPU_BLOCK = 128  # rows of V whose V/(WH) stays in a core's cache between the two updates
+BLOCK = 128  # rows of V whose V/(WH) stays in a core's cache between the two updates
 
 
 def factorize(
@@ -127,8 +127,8 @@ def kl_divergence(V: Tensor, W: Tensor, H: Tensor) -> Tensor:
     if W.shape[:-1] != V.shape[:-1] or H.shape != (*V.shape[:-2], W.shape[-1], V.shape[-1]):
         raise ValueError(f"W is {tuple(W.shape)} and H {tuple(H.shape)}; for V {tuple(V.shape)} they don't fit")
     total = torch.zeros(V.shape[:-2], dtype=torch.float64, device=V.device)
-    for start in range(0, V.shape[-2], _CPU_BLOCK):  # a long clip's terms take much room
-        rows = slice(start, start + _CPU_BLOCK)
+    for start in range(0, V.shape[-2], BLOCK):  # a long clip's terms take much room
+        rows = slice(start, start + BLOCK)
         v, wh = V[..., rows, :], W[..., rows, :] @ H
         terms = torch.where(v > 0, v / wh, 1.0).log_().mul_(v).sub_(v).add_(wh)  # torch's xlogy is slow
         total += terms.sum((-2, -1), dtype=torch.float64)
@@ -140,19 +140,19 @@ def _update(V: Tensor, W: Tensor, H: Tensor, n_iter: int, *, update_bases: bool,
 
     On a GPU the whole batch at once; on a CPU one clip a thread, which stays in its core's cache.
     """
-    kernel = _cpu_kernel(V.shape[1], V.shape[2], H.shape[1]) if V.device.type == "cpu" else None
+    kernel = cpu_kernel(V.shape[1], V.shape[2], H.shape[1]) if V.device.type == "cpu" else None
     inference = torch.is_inference_mode_enabled()  # of this thread; others start without
 
     @torch.inference_mode(inference)
     def update_clips(clips: slice) -> None:
         v, w, h = V[clips], W[clips], H[clips]
-        problem = kernel.problem(v[0], w[0], h[0]) if kernel else _Blocks(v, w, h)
+        fit = kernel.start(v[0], w[0], h[0]) if kernel else Blocks(v, w, h)
         if accelerated and n_iter >= _WORTH_ACCELERATING:
-            _accelerate(problem, n_iter)
+            _accelerate(fit, n_iter)
         else:
-            problem.run(n_iter, update_bases=update_bases)
-        if isinstance(problem, code.Problem):
-            for old, new in zip((w[0], h[0]), problem.factors(), strict=True):
+            fit.run(n_iter, update_bases=update_bases)
+        if isinstance(fit, code.Factorization):
+            for old, new in zip((w[0], h[0]), fit.factors(), strict=True):
                 old.copy_(new)
 
     clips = [slice(i, i + 1) for i in range(len(V))] if V.device.type == "cpu" else [slice(None)]
@@ -165,7 +165,7 @@ def _update(V: Tensor, W: Tensor, H: Tensor, n_iter: int, *, update_bases: bool,
             list(pool.map(update_clips, clips))
 
 
-def _cpu_kernel(n_bins: int, n_frames: int, n_bases: int) -> amx.Kernel | cpu.Kernel | None:
+def cpu_kernel(n_bins: int, n_frames: int, n_bases: int) -> amx.Kernel | cpu.Kernel | None:
     """Return this CPU's fastest kernel for a shape: matrix units always work on 32 bases, 128 bins and 32 frames."""
     fills_them = 16 <= n_bases <= amx.MAX_BASES and n_bins >= 512 and n_frames >= 48
     return (amx.load() if fills_them else None) or cpu.load()
@@ -175,7 +175,7 @@ _WORTH_ACCELERATING = 50  # iterations
 _LONGEST_STEP = 8.0  # longer ones reach other, often worse, minima
 
 
-def _accelerate(problem: _Blocks | code.Problem, n_iter: int) -> None:
+def _accelerate(fit: Blocks | code.Factorization, n_iter: int) -> None:
     """Reach the divergence of `n_iter` iterations in little more than half of them.
 
     After a fifth of them, done as ever (the basin of the minimum is chosen there), pairs of
@@ -183,25 +183,25 @@ def _accelerate(problem: _Blocks | code.Problem, n_iter: int) -> None:
     scheme S3) and followed by one more iteration. Where that has raised the divergence it is undone.
     """
     start, total = n_iter // 5, n_iter * 27 // 50
-    last = problem.run(start, measure=True)
+    last = fit.run(start, measure=True)
     limit = torch.full_like(last, 4.0)
-    older, old, newest = ([torch.empty_like(x) for x in problem.state] for _ in range(3))
+    older, old, newest = ([torch.empty_like(x) for x in fit.state] for _ in range(3))
     for _ in range(-(-(total - start) // 3)):
         for saved in (older, old, newest):
-            for x, now in zip(saved, problem.state, strict=True):
+            for x, now in zip(saved, fit.state, strict=True):
                 x.copy_(now)
             if saved is not newest:
-                problem.run(1)
-        step = problem.extrapolate(older, old, limit)
-        found = problem.run(1, measure=True)
+                fit.run(1)
+        step = fit.extrapolate(older, old, limit)
+        found = fit.run(1, measure=True)
         worse = ~(found <= last)
         last = torch.where(worse, last, found)
         longer = torch.where(step == limit, 2 * limit, limit).clamp_max_(_LONGEST_STEP)
         limit = torch.where(worse, (step / 2).clamp_min_(2.0), longer)
         if worse.any():
-            for now, x in zip(problem.state, newest, strict=True):
+            for now, x in zip(fit.state, newest, strict=True):
                 now[worse] = x[worse]
-            problem.sum_up()
+            fit.sum_up()
 
 
 @functools.cache
@@ -213,7 +213,7 @@ def _gpu_kernel() -> ModuleType | None:
         return None
 
 
-class _Blocks:
+class Blocks:
     """Clips' factorisations under way in plain torch, on any device: V `(B, F, N)`, W `(B, F, M)`, H `(B, M, N)`.
 
     With H held, the new rows of W need only the same rows of V. So V is walked in blocks of
@@ -223,7 +223,7 @@ class _Blocks:
     def __init__(self, V: Tensor, W: Tensor, H: Tensor) -> None:
         self.V, self.W, self.H = V, W, H
         n_bins = V.shape[1]
-        rows = n_bins if V.is_cuda else _CPU_BLOCK
+        rows = n_bins if V.is_cuda else BLOCK
         self.blocks = [slice(i, min(i + rows, n_bins)) for i in range(0, n_bins, rows)]
         self.buffers = {b.stop - b.start: torch.empty_like(V[:, b]) for b in (self.blocks[0], self.blocks[-1])}
 

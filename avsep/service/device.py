@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from avsep.factors import ExtractionConfig, Factors, factorize_clips
 from avsep.locating import Seen
 from avsep.service.config import ServiceConfig, log
+from avsep.service.elsewhere import OtherNetwork
 from avsep.service.hotmodel import HotModel
-from avsep.service.work import OtherNetwork
 
-# What `work.LabelBy` and `work.FactorizeBy` are given.
+# What `elsewhere.LabelBy` and `elsewhere.FactorizeBy` are given.
 ToLabel = tuple[NDArray[np.uint8], str]
 ToFactorize = tuple[Sequence[NDArray[np.float32]], Sequence[int], ExtractionConfig]
 
@@ -40,7 +40,7 @@ class Device:
         """Classify each request's pictures and say where objects are; OtherNetwork for those of another model's."""
         model = self._model()
         labeller, own = model.labeller, model.sees
-        mine = [pictures for pictures, sees in requests if sees == own]
+        mine = [images for images, sees in requests if sees == own]
         if not mine or isinstance(labeller, str):
             return [OtherNetwork() for _ in requests]
         seen = labeller.see(np.concatenate(mine), model.labels.groups)

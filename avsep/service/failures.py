@@ -8,10 +8,10 @@ from avsep import storage
 from avsep.outputs import CannotHold
 from avsep.records import ClipError, Reason
 from avsep.service.config import log
+from avsep.service.elsewhere import Busy, OutOfTime, WorkerLost
 from avsep.service.results import StoreFull
 from avsep.service.state import Failure
 from avsep.service.uploads import BadUpload
-from avsep.service.work import Busy, OutOfTime, WorkerLost
 
 _TOO_MUCH = (Reason.TOO_LONG, Reason.TOO_LARGE)
 _PLAIN = {  # with the decoder's own words, where they help

@@ -25,18 +25,18 @@ from avsep.separation import Separator
 from avsep.service import editing
 from avsep.service.answers import Card
 from avsep.service.config import ServiceConfig, log
+from avsep.service.elsewhere import FactorizeBy, LabelBy, OtherNetwork, OutOfTime
 from avsep.service.failures import as_failure
 from avsep.service.hotmodel import HotModel, Load, card_of
-from avsep.service.located import write_frame
+from avsep.service.located import write_image
 from avsep.service.results import UPLOAD, NoSuchJob, ResultStore
 from avsep.service.state import Failure, FoundObject, Outcome, State
 from avsep.service.uploads import download
 from avsep.service.window import TRACKS, KeptWindow
-from avsep.service.work import FactorizeBy, LabelBy, OtherNetwork, OutOfTime
 from avsep.stages import Label
 from avsep.videos import FileSeparation, VideoSeparator
 
-_STEP_S = 0.25  # between looks at the store
+STEP_S = 0.25  # between looks at the store
 _SWEEP_S = 2.0
 _BLIND = "the pictures were not looked at: this service has no picture network"
 _LEAST_BYTE_RATE = 4000  # of media that don't say how long they are
@@ -114,7 +114,7 @@ class JobWorker:
         if kept is not None:
             kept.write(folder)
         editable = editing.keep(done.plan, folder)
-        has_frame = write_frame(folder, done.pictures, done.locations)
+        has_image = write_image(folder, done.images, done.locations)
         try:
             part.rename(folder / TRACKS)
         except OSError:
@@ -122,18 +122,18 @@ class JobWorker:
                 return
             _remove(folder, TRACKS)  # of a worker that died before it could say that it was done
             part.rename(folder / TRACKS)
-        video = self._pictures_of(folder / UPLOAD)
-        more = {"has_frame": has_frame, "explained": kept is not None, "editable": editable, "video": video}
-        more["located"] = has_frame and done.locations is not None
+        video = self._container_of(folder / UPLOAD)
+        more = {"has_image": has_image, "explained": kept is not None, "editable": editable, "video": video}
+        more["located"] = has_image and done.locations is not None
         result = outcome(job, separate, done).model_copy(update=more)
         self.store.sweep()  # while this one is in progress: others make room, or there is none
         _remove(folder, f"{TRACKS}.*.part", "fetched")
         self.store.finish(job_id, "done", video is not None, stage="done", progress=1.0, result=result)
 
-    def _pictures_of(self, upload: Path) -> str | None:
+    def _container_of(self, upload: Path) -> str | None:
         """Say what can hold an upload's pictures, of which mixes make videos; None where it has none."""
         try:
-            return media.picture_container(upload, limits=self.config.limits().decode)
+            return media.video_container(upload, limits=self.config.limits().decode)
         except ClipError:
             return None
 
@@ -184,7 +184,7 @@ class _Steps:
         now = time.time()
         if now > self.deadline:
             raise OutOfTime
-        if now - self._looked >= _STEP_S:
+        if now - self._looked >= STEP_S:
             self._looked = now
             self._store.update(self._job_id, stage=stage, progress=round(done, 3))
         if now - self._swept >= _SWEEP_S:  # what is being written counts as it grows
@@ -201,7 +201,7 @@ def outcome(job: State, separate: VideoSeparator, done: FileSeparation) -> Outco
     card, report = card_of(separate), done.report
     timings = {"queued_s": round((job.started or 0.0) - (job.queued or 0.0), 3), **report["timings"]}
     timings["total_s"] = round(time.time() - (job.queued or 0.0), 3)
-    blind = _BLIND if report["labeller"] is None and len(done.pictures) else ""
+    blind = _BLIND if report["labeller"] is None and len(done.images) else ""
     notes = (report["unlearned"], *done.notes, blind, clipped(done.loud, "flac", "mp3", "ogg"))
     return Outcome.model_validate(
         {
@@ -228,8 +228,8 @@ def _label_of(separate: VideoSeparator, label: LabelBy | None) -> Label | None:
     if label is None or isinstance(own, str):
         return None
 
-    def classify(pictures: NDArray[np.uint8]) -> Future:
-        return label(pictures, separate.sees)
+    def classify(images: NDArray[np.uint8]) -> Future:
+        return label(images, separate.sees)
 
     return Label(own.looking(separate.config.extraction.looks), classify)
 

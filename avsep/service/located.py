@@ -16,28 +16,28 @@ from avsep.locating import Locations, Place
 _FRAME, _MAPS = "frame.png", "locations.npz"
 
 
-def write_frame(folder: Path, pictures: NDArray[np.uint8], locations: Locations | None) -> bool:
+def write_image(folder: Path, images: NDArray[np.uint8], locations: Locations | None) -> bool:
     """Keep one of a video's pictures, `(n, height, width, 3)`, and the objects' maps; False where there is none.
 
     It is the picture that shows most of the objects; the middle one where it isn't known what they show.
     """
-    if not len(pictures):
+    if not len(images):
         return False
-    picture = len(pictures) // 2
+    number = len(images) // 2
     if locations is not None:
-        picture = locations.best()
+        number = locations.best()
         np.savez_compressed(
             folder / _MAPS,
             objects=np.array(locations.objects, dtype=str),
             times_s=np.array(locations.times_s),
             maps=locations.maps,
-            picture=picture,
+            image=number,
         )
-    Image.fromarray(pictures[picture]).save(frame_path(folder), compress_level=1)
+    Image.fromarray(images[number]).save(image_path(folder), compress_level=1)
     return True
 
 
-def frame_path(folder: Path) -> Path:
+def image_path(folder: Path) -> Path:
     """Where a job's picture is, if it has one."""
     return folder / _FRAME
 
@@ -47,31 +47,31 @@ def _read(folder: Path) -> tuple[Locations, int]:
     with np.load(folder / _MAPS) as arrays:
         found: dict[str, Any] = dict(arrays)
     objects, times_s = tuple(found["objects"].tolist()), tuple(found["times_s"].tolist())
-    return Locations(objects, times_s, found["maps"]), int(found["picture"])
+    return Locations(objects, times_s, found["maps"]), int(found["image"])
 
 
-def marked_picture(folder: Path) -> tuple[NDArray[np.uint8] | None, dict[str, Place]]:
+def marked_image(folder: Path) -> tuple[NDArray[np.uint8] | None, dict[str, Place]]:
     """Read a job's picture, None where it has none, and the boxes of the objects that it shows."""
-    if not frame_path(folder).exists():
+    if not image_path(folder).exists():
         return None, {}
     marks: dict[str, Place] = {}
     if (folder / _MAPS).exists():
-        locations, picture = _read(folder)
-        marks = locations.marks(picture)
-    return np.asarray(Image.open(frame_path(folder))), marks
+        locations, number = _read(folder)
+        marks = locations.marks(number)
+    return np.asarray(Image.open(image_path(folder))), marks
 
 
-def marked_frame(folder: Path) -> bytes:
+def marked_png(folder: Path) -> bytes:
     """Draw a job's picture with a box around each object, as PNG."""
-    picture, marks = marked_picture(folder)
-    if picture is None:
-        raise FileNotFoundError(frame_path(folder))
-    return plots.located(picture, marks)
+    image, marks = marked_image(folder)
+    if image is None:
+        raise FileNotFoundError(image_path(folder))
+    return plots.located(image, marks)
 
 
 def maps(folder: Path) -> dict[str, Any]:
     """Read a job's maps, as `answers.LocationMaps`."""
-    locations, picture = _read(folder)
+    locations, number = _read(folder)
     _, _, height, width = locations.maps.shape
     return {
         "objects": list(locations.objects),
@@ -79,5 +79,5 @@ def maps(folder: Path) -> dict[str, Any]:
         "height": height,
         "width": width,
         "maps": base64.b64encode(locations.maps.tobytes()).decode(),
-        "frame": picture,
+        "frame": number,
     }

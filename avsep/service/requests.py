@@ -59,12 +59,12 @@ def _result(job: State, found: Outcome) -> Result:
         relation=Relation(data=f"{base}/relation", png=f"{base}/relation.png") if found.explained else None,
         edits=f"{base}/edits" if found.editable else None,
         edited=found.edits is not None,
-        frame=f"{base}/frame.png" if found.has_frame else None,
+        frame=f"{base}/frame.png" if found.has_image else None,
         locations=f"{base}/locations" if found.located else None,
         archive=f"{base}/archive.zip",
         **found.model_dump(
             exclude={
-                *("objects", "has_frame", "located", "explained", "video"),
+                *("objects", "has_image", "located", "explained", "video"),
                 *("editable", "edited", "edits", "first"),
             }
         ),

@@ -247,18 +247,18 @@ async def relation(job_id: str, service: Served) -> Any:
 
 @router.get("/{job_id}/relation.png", response_class=Response, responses=_PNG, summary="The relation map as a picture")
 async def relation_png(job_id: str, service: Served) -> Response:
-    picture = await _of(service, job_id, window.relation_png, *_explained(service, job_id))
-    return Response(picture, media_type="image/png")
+    drawn = await _of(service, job_id, window.relation_png, *_explained(service, job_id))
+    return Response(drawn, media_type="image/png")
 
 
 @router.get("/{job_id}/frame.png", response_class=Response, responses=_FRAME, summary="A picture of the video")
 async def frame(job_id: str, service: Served, marked: bool = True) -> Response:
     folder, result = _finished(service, job_id)
-    if not result.has_frame:
+    if not result.has_image:
         raise Problem(404, "the file has no pictures")
     if marked and result.located:
-        return Response(await _of(service, job_id, located.marked_frame, folder), media_type="image/png")
-    path = located.frame_path(folder)
+        return Response(await _of(service, job_id, located.marked_png, folder), media_type="image/png")
+    path = located.image_path(folder)
     return FileResponse(path, stat_result=await _of(service, job_id, path.stat), media_type="image/png")
 
 

@@ -20,18 +20,18 @@ from avsep.edits import Edits
 from avsep.service import editing, hotmodel, jobs
 from avsep.service.answers import Card
 from avsep.service.config import ServiceConfig
+from avsep.service.elsewhere import Busy, OutOfTime, WorkerLost
 from avsep.service.failures import as_failure
 from avsep.service.problems import Problem
 from avsep.service.requests import parse_options
 from avsep.service.results import UPLOAD, NoSuchJob, StoreFull
 from avsep.service.state import Options, State
 from avsep.service.uploads import Uploads, client_of, receive_multipart
-from avsep.service.work import Busy, OutOfTime, WorkerLost
 
 _SWEEP_S = 15.0
 _PROBES = 4  # files whose headers are read together
 _MIXES = 2  # made at a time
-_USUAL_OBJECTS = 2  # of a file, where a client names none; room for more is kept once they are found
+USUAL_OBJECTS = 2  # of a file, where a client names none; room for more is kept once they are found
 VERSION = importlib.metadata.version("avsep")
 log = logging.getLogger("avsep.service")
 
@@ -158,7 +158,7 @@ class Service:
 
     async def _reserve(self, job_id: str, options: Options, card: Card) -> None:
         """Keep the room that a job will need, as far as that is known before it is begun."""
-        n_objects = 1 if options.two_stems else _USUAL_OBJECTS if options.objects is None else len(options.objects)
+        n_objects = 1 if options.two_stems else USUAL_OBJECTS if options.objects is None else len(options.objects)
         if not options.url:
             async with self._probing:
                 await run_in_threadpool(jobs.measure, self.config, self.store, job_id)

@@ -106,7 +106,7 @@ class Outcome(_Kept):
     timings: dict[str, float]  # in seconds
     model: dict[str, str] = {}
     trained_on: dict[str, Any] = {}
-    has_frame: bool = False
+    has_image: bool = False
     located: bool = False  # whether maps of where objects are were kept
     explained: bool = False  # whether its first window was kept
     video: Literal["mp4", "mkv"] | None = None  # what can hold the upload's pictures; None: it has none

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from avsep import plots
 from avsep.separation import REST, Planned
-from avsep.service.located import marked_picture
+from avsep.service.located import marked_image
 from avsep.stft import STFT
 
 TRACKS = "tracks"  # a result's folder of WAVs
@@ -115,8 +115,8 @@ def relation(folder: Path) -> dict[str, Any]:
 def relation_png(folder: Path, kept_in: Path) -> bytes:
     """Draw a job's relation map, of the window kept in one of its folders, beside its marked picture."""
     kept = KeptWindow.read(kept_in)
-    picture, marks = marked_picture(folder)
-    return plots.relation_map(kept.relation, kept.objects, kept.energy, picture, kept.audible, marks=marks)
+    image, marks = marked_image(folder)
+    return plots.relation_map(kept.relation, kept.objects, kept.energy, image, kept.audible, marks=marks)
 
 
 def basis_sound(folder: Path, basis: int) -> tuple[NDArray[np.float32], int]:

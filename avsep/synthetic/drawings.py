@@ -18,7 +18,7 @@ Point = tuple[float, float]
 # ----------------------------------------------------------------------------------- pictures
 
 
-def picture(object_name: str | None, rng: Generator, size: tuple[int, int] = (320, 240)) -> Image.Image:
+def draw(object_name: str | None, rng: Generator, size: tuple[int, int] = (320, 240)) -> Image.Image:
     """Draw one of OBJECTS somewhere in a random scene, or with None a scene without any, RGB.
 
     `size` is (width, height) in pixels. Place, scale, tilt, colours, make and background come

@@ -50,7 +50,7 @@ class SceneConfig:
     mix_level_db: tuple[float, float] = (-24.0, -14.0)  # RMS, full scale = 0, less where peaks forbid it
     seconds: int = 10
     sample_rate: int = 48_000
-    pictures_per_s: int = 5
+    images_per_s: int = 5
     size: tuple[int, int] = (320, 240)  # pixels, width and height, both even
 
 
@@ -176,8 +176,8 @@ def render_scene(
     return Scene(plan, grid.sum(0), sources, rest)
 
 
-def frames(plan: ScenePlan) -> NDArray[np.uint8]:
-    """Draw a clip's video, `(n_frames, height, width, 3)`: cuts between shots, slow pans and zooms.
+def images(plan: ScenePlan) -> NDArray[np.uint8]:
+    """Draw a clip's video, `(n_images, height, width, 3)`: cuts between shots, slow pans and zooms.
 
     One scenery and one look of each object run through the clip.
     """
@@ -186,7 +186,7 @@ def frames(plan: ScenePlan) -> NDArray[np.uint8]:
     larger = (int(1.2 * width), int(1.2 * height))
     scenery = draw_scenery(rng, larger)
     sprites = {name: draw_sprite(name, rng) for name in plan.visible}
-    video = np.empty((config.seconds * config.pictures_per_s, height, width, 3), np.uint8)
+    video = np.empty((config.seconds * config.images_per_s, height, width, 3), np.uint8)
     for shot in plan.shots:
         image = compose(scenery, [sprites[name] for name in shot.objects], rng)
         views = []  # left, top and width of what the camera sees first and last
@@ -194,7 +194,7 @@ def frames(plan: ScenePlan) -> NDArray[np.uint8]:
             seen = rng.uniform(0.84, 1) * larger[0]
             left, top = rng.random(2) * (larger[0] - seen) * (1, height / width)
             views.append((left, top, seen))
-        first, last = shot.start_s * config.pictures_per_s, shot.end_s * config.pictures_per_s
+        first, last = shot.start_s * config.images_per_s, shot.end_s * config.images_per_s
         for i, a in zip(range(first, last), np.linspace(0, 1, last - first), strict=True):
             left, top, seen = (1 - a) * np.array(views[0]) + a * np.array(views[1])
             view = (left, top, left + seen, min(top + seen * height / width, larger[1]))
@@ -230,14 +230,14 @@ def write_scene(scene: Scene, folder: str | Path) -> Segment:
     references.mkdir(parents=True, exist_ok=True)
     for name, sound in {**scene.sources, "_rest": scene.rest}.items():
         _write_flac(references / f"{name}.flac", sound, plan.config.sample_rate)
-    video = frames(plan)
+    video = images(plan)
     with tempfile.NamedTemporaryFile(suffix=".wav") as wav:
         soundfile.write(wav, scene.mix, plan.config.sample_rate, format="WAV", subtype="FLOAT")
         wav.flush()
-        size, rate = "{}x{}".format(*plan.config.size), plan.config.pictures_per_s
-        pictures = ffmpeg.input("pipe:", format="rawvideo", pix_fmt="rgb24", s=size, r=rate)
+        size, rate = "{}x{}".format(*plan.config.size), plan.config.images_per_s
+        drawn = ffmpeg.input("pipe:", format="rawvideo", pix_fmt="rgb24", s=size, r=rate)
         output = ffmpeg.output(
-            pictures,
+            drawn,
             ffmpeg.input(wav.name),
             str(clip),
             **{"c:v": "libx264", "preset": "superfast", "pix_fmt": "yuv420p"},

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from avsep.objects import AUDIOSET_23
 from tests.benchmarks import measure
 
 _PEAKS = {  # dense FLOP/s in bfloat16 (T4: in float16) by the vendor's data sheets; the first name that occurs counts
@@ -221,7 +222,7 @@ def labeller(report: Report) -> None:
         report.add(
             f"{architecture}, {len(crops)} pictures at once", "clips/s", rates.pop("avsep"), rates, peak_by=by,
             share_of_peak={side: round(flops / seconds / highest, 4) for side, seconds in times.items()},
-            pictures_a_clip=len(clip), gflop_a_picture=flops / len(crops) / 1e9,
+            images_a_clip=len(clip), gflop_a_picture=flops / len(crops) / 1e9,
         )  # fmt: skip
     report.rates("cutting the tiles, on one core", 1, {"avsep": lambda: label.looking("tiles")(pictures())})
 
@@ -274,10 +275,10 @@ def from_shards(report: Report, batch: int, made: tuple[Any, Any, Any]) -> None:
     from avsep import shards
     from avsep.learning import bags
     from avsep.learning.training import train_epoch
-    from avsep.model import Labelling
+    from avsep.model import LabelConfig, Labelling
     from tests.benchmarks.training import write
 
-    n, labels = 32 if report.small else 2048, Labelling()
+    n, labels = 32 if report.small else 2048, Labelling(LabelConfig(), AUDIOSET_23)
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), n, hdf5=False)
         files = shards.clip_files(str(Path(folder, "clips")))

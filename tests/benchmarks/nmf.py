@@ -38,15 +38,15 @@ def sides(n_bases: int, n_iter: int, quick: bool = False) -> dict[str, Callable[
 
     def in_blocks() -> tuple[torch.Tensor, torch.Tensor]:
         W, H = W0[None].clone(), H0[None].clone()
-        kl._Blocks(V[None], W, H).run(n_iter)
+        kl.Blocks(V[None], W, H).run(n_iter)
         return W[0], H[0]
 
     def on_vector_units() -> tuple[torch.Tensor, torch.Tensor]:
         kernel = cpu.load()
         assert kernel is not None
-        problem = kernel.problem(V, W0, H0)
-        problem.run(n_iter)
-        return problem.factors()
+        fit = kernel.start(V, W0, H0)
+        fit.run(n_iter)
+        return fit.factors()
 
     def plain_numpy() -> tuple[np.ndarray, np.ndarray]:
         W, H = w0.copy(), h0.copy()
@@ -144,7 +144,7 @@ def main() -> None:
     p.add_argument("--quick", action="store_true", help="without the slow peers")
     arguments = p.parse_args()
     make = functools.partial(sides, arguments.bases, arguments.iterations, arguments.quick)
-    kernel = kl._cpu_kernel(*spectrogram().shape, arguments.bases)
+    kernel = kl.cpu_kernel(*spectrogram().shape, arguments.bases)
     print(
         f"kernel: {type(kernel).__module__ if kernel else 'torch'}; M = {arguments.bases}, {arguments.iterations} its"
     )

@@ -15,7 +15,7 @@ import numpy as np
 from avsep import media, storage
 from avsep.factors import ExtractionConfig
 from avsep.model import Labelling, label_config
-from avsep.objects import OBJECT_NAMES
+from avsep.objects import AUDIOSET_23, OBJECT_NAMES
 from avsep.records import read_segments
 from avsep.vision import ImageLabeller
 
@@ -35,7 +35,7 @@ def main() -> None:
     for name in arguments.labellers:
         labeller = ImageLabeller.load(name)
         for way in ("centre", "tiles"):
-            config = Labelling(label_config(name, way))
+            config = Labelling(label_config(name, way), AUDIOSET_23)
             found: dict[int, list[bool]] = defaultdict(list)
             false, empty, began = 0, 0, time.process_time()
             for shown, images in clips:

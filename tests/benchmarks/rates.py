@@ -18,7 +18,8 @@ import torch
 from avsep import shards
 from avsep.dictionary import candidate_bases
 from avsep.learning import bags, training
-from avsep.model import Labelling, ModelConfig
+from avsep.model import LabelConfig, Labelling, ModelConfig
+from avsep.objects import AUDIOSET_23
 from avsep.records import clips_from_table
 from pipelines import recipes
 from tests.benchmarks import extraction, measure
@@ -35,7 +36,7 @@ def sides(folder: Path, weights: str) -> dict[str, Callable[[], Any]]:
     network = ModelConfig(network=recipe.network).build()
     optimiser = training.optimiser_for(network, recipe.training)[0]
 
-    labels = Labelling()
+    labels = Labelling(LabelConfig(), AUDIOSET_23)
     clips = bags.TrainingClips(files, [bags.count_clips(f, labels)[0]["train"] for f in files], labels)
 
     def train() -> None:

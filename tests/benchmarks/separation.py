@@ -15,7 +15,7 @@ import torch
 from avsep.context import BasisContext
 from avsep.factors import ExtractionConfig, factorize_clips
 from avsep.model import Labelling, Model, ModelConfig, label_config
-from avsep.objects import OBJECT_NAMES
+from avsep.objects import AUDIOSET_23, OBJECT_NAMES
 from avsep.separation import Separator
 from avsep.vision import ImageLabeller, build_network
 from pipelines import recipes
@@ -51,7 +51,7 @@ def sides(seconds: int, n_objects: int, device: str = "cpu") -> dict[str, Callab
     mix = mix.repeat(-(-seconds // 10))[: 48_000 * seconds]
     labeller = ImageLabeller("resnet152", build_network("resnet152", 1000).eval().to(device), "", None, device)
     images = np.random.default_rng(0).integers(0, 256, (10, 320, 427, 3), np.uint8)
-    labels = Labelling(label_config(labeller.architecture, "tiles"))
+    labels = Labelling(label_config(labeller.architecture, "tiles"), AUDIOSET_23)
 
     def with_pictures() -> None:
         labels.scores(labeller.evidence(images, "tiles"))

@@ -22,13 +22,13 @@ from avsep.factors import DataConfig, ExtractionConfig
 from avsep.learning import training
 from avsep.learning.bags import Bags, load_bags, shuffled_batches
 from avsep.miml import activation_statistics
-from avsep.model import Labelling, ModelConfig
-from avsep.objects import OBJECT_NAMES
+from avsep.model import LabelConfig, Labelling, ModelConfig
+from avsep.objects import AUDIOSET_23, OBJECT_NAMES
 from avsep.records import ClipRecord
 from pipelines import recipes
 from tests.benchmarks import measure
 
-CONFIGURATION = DataConfig(ExtractionConfig()).as_dict()
+CONFIGURATION = DataConfig(ExtractionConfig(), AUDIOSET_23).as_dict()
 _SHAPE = (2401, 25)
 _A_SHARD = 256
 
@@ -79,10 +79,10 @@ def sides(folder: Path, batch_size: int) -> dict[str, Callable[[], Any]]:
 
     files = shards.clip_files(str(folder / "clips"))
     ours, theirs = network(), network()
-    held = load_bags(files, Labelling(), "train")
+    held = load_bags(files, Labelling(LabelConfig(), AUDIOSET_23), "train")
 
     def epoch(bags: Bags | None = None) -> None:
-        bags = bags or load_bags(files, Labelling(), "train")
+        bags = bags or load_bags(files, Labelling(LabelConfig(), AUDIOSET_23), "train")
         assert bags is not None
         training.train_epoch(ours[0], shuffled_batches(bags, batch_size, 0), ours[1], ours[2], 0)
 
@@ -119,7 +119,7 @@ def plain_epoch(model: Any, optimiser: torch.optim.Optimizer, batches: Iterable[
 def on_gpu(folder: Path, epochs: int, batch_size: int) -> float:
     """Train on the GPU, reading included; return the seconds."""
     started = time.perf_counter()
-    bags = load_bags(shards.clip_files(str(folder / "clips")), Labelling(), "train")
+    bags = load_bags(shards.clip_files(str(folder / "clips")), Labelling(LabelConfig(), AUDIOSET_23), "train")
     assert bags is not None
     model, optimiser, config = network("cuda")
     bags = bags.to("cuda")

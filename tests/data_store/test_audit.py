@@ -17,11 +17,12 @@ import torch
 from avsep import audit, duplicates, media, shards, stages, synthetic
 from avsep.factors import DataConfig, ExtractionConfig, Factors, factorize, seed_of
 from avsep.model import Labelling, label_config
+from avsep.objects import AUDIOSET_23, Vocabulary
 from avsep.records import Rejection, Segment, clips_from_table, clips_to_table
 from pipelines import audit as program
 
 CONFIG = ExtractionConfig(n_bases=12, n_iter=40)
-CONFIGURATION = DataConfig(CONFIG).as_dict()
+CONFIGURATION = DataConfig(CONFIG, AUDIOSET_23).as_dict()
 
 
 def logits(name: int | None) -> np.ndarray:
@@ -300,7 +301,7 @@ def check(clips: Path) -> list[tuple[str, str]]:
     """What the program maps over the files, without Beam."""
     commits, findings = audit.check_commits(str(clips))
     for work in program.plan(commits):
-        findings += audit.check_file(str(clips), *work)[0].findings
+        findings += audit.check_file(str(clips), *work)[0].damage
     return sorted((f.kind, f.path) for f in findings)
 
 
@@ -319,6 +320,18 @@ def test_damage_of_many_kinds_together_ends_with_status_1_and_names_the_files(cl
     said = capfd.readouterr().out
     assert all(f"damaged: {path}" in said for _, path in planted)
     assert card["clips"]["train"] == 8 - 5 - 1  # what is damaged isn't counted
+
+
+def test_another_vocabulary_is_counted_though_the_first_file_is_damaged(extraction, tmp_path):
+    own, out = Vocabulary.of(("theremin",)), tmp_path / "clips"
+    write = {"configuration": DataConfig(CONFIG, own).as_dict(), "shape": CONFIG.shape}
+    (record,) = clips_from_table(pq.read_table(data_path(extraction, "b-g1")))
+    for shard in ("a", "b"):
+        named = replace(record, segment_id=shard, objects=own.names, labels=own.names)
+        shards.write_shard(str(out), shard, 0, [named], [], **write)
+    data_path(out, "a-g0").write_bytes(b"")
+    status, card = run(out)
+    assert status == 1 and card["labels"] == {"theremin": {"train": 1, "val": 0, "test": 0}}
 
 
 def test_a_retry_in_another_shard_is_no_damage(clips):
@@ -403,9 +416,10 @@ def test_labels_follow_from_the_evidence_as_it_was_gathered():
     factors = Factors(torch.ones(2401, 1), torch.ones(1, 3), 0.0)
     decoded = stages.Decoded(stages.Clip(waveform, 48_000, np.empty((0, 8, 8, 3), np.uint8)), "")
     record = stages.to_record(Segment("x", "x"), decoded, factors, row, 48_000)
-    assert audit.seen_labels(record, Labelling(label_config(None, "tiles"))) == ("dog", "violin")
-    assert audit.seen_labels(record, Labelling(label_config(None, "centre"))) == ("dog",)  # a softmax makes it .28
-    assert audit.seen_labels(replace(record, image_logits=None), Labelling(label_config(None, "tiles"))) is None
+    tiles, centre = (Labelling(label_config(None, way), AUDIOSET_23) for way in ("tiles", "centre"))
+    assert audit.seen_labels(record, tiles) == ("dog", "violin")
+    assert audit.seen_labels(record, centre) == ("dog",)  # a softmax makes it .28
+    assert audit.seen_labels(replace(record, image_logits=None), tiles) is None
 
 
 def test_clips_without_events_or_too_short_have_no_fingerprint():

@@ -22,7 +22,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from avsep import audioset
 from avsep import manifest as segments_of
-from avsep.objects import OBJECTS
+from avsep.objects import AUDIOSET_23, OBJECTS
 from avsep.records import Segment, read_segments
 from pipelines import manifest
 
@@ -121,7 +121,7 @@ def test_other_spellings_give_the_same_row() -> None:
 def test_no_rows(block: bytes) -> None:
     rows, bad, n_lines = audioset.parse_rows(block)
     assert (len(rows), bad, n_lines) == (0, [], int(bool(block)))
-    assert len(audioset.select_segments(rows, {CAT: 1}, None)) == 0
+    assert len(audioset.select_segments(rows, {CAT: 1}, None, AUDIOSET_23)) == 0
 
 
 # --- ontology, splits, repeats
@@ -135,17 +135,17 @@ def test_descendants_in_a_graph_with_several_parents_and_a_cycle() -> None:
 
 
 def test_a_node_of_several_parents_means_each_object_above_it() -> None:
-    masks = audioset.object_masks(ontology())
+    masks = audioset.object_masks(ontology(), vocabulary=AUDIOSET_23)
     assert masks[GROWL] == masks[CAT] | masks[DOG]
     assert masks["/m/07qrkrw"] == masks[CAT]  # two levels down
     assert not {"/m/0jbk", SPEECH, "/m/01280g"} & set(masks)
-    assert len(audioset.object_masks(ontology(), own_node_only=True)) == len(OBJECTS)
+    assert len(audioset.object_masks(ontology(), own_node_only=True, vocabulary=AUDIOSET_23)) == len(OBJECTS)
 
 
 @pytest.mark.parametrize("other", [{}, [], [1], [{"id": CAT}], "text", None, [{"id": "x", "child_ids": []}]])
 def test_what_is_no_ontology(other: object) -> None:
     with pytest.raises(ValueError, match="nodes"):
-        audioset.object_masks(other)
+        audioset.object_masks(other, vocabulary=AUDIOSET_23)
 
 
 def test_split_depends_on_the_id_alone_and_gives_four_percent() -> None:
@@ -308,7 +308,7 @@ def test_own_node_only_needs_no_ontology(files: tuple[list[Path], Path], made: P
 def in_pieces(files: tuple[list[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same files in hundreds of small blocks, shuffled, and several shards."""
     folder = tmp_path_factory.mktemp("pieces")
-    masks = audioset.object_masks(ontology())
+    masks = audioset.object_masks(ontology(), vocabulary=AUDIOSET_23)
     blocks = segments_of.line_blocks([str(path) for path in files[0]], 1500)
     random.Random(5).shuffle(blocks)
     staging = folder / "staging"
@@ -316,13 +316,14 @@ def in_pieces(files: tuple[list[Path], Path], tmp_path_factory: pytest.TempPathF
         manifest.build(
             pipeline,
             blocks,
-            lambda block: segments_of.read_audioset(block, masks),
+            lambda block: segments_of.read_audioset(block, masks, AUDIOSET_23),
             [str(path) for path in files[0]],
             str(staging),
             repeats="dropped",
+            vocabulary=AUDIOSET_23,
             shard_rows=100,
         )
-    segments_of.commit(str(staging), str(folder))
+    segments_of.commit(str(staging), str(folder), AUDIOSET_23)
     return folder
 
 
@@ -396,6 +397,7 @@ BAD_ROWS = [
     (["", "x.mp4", "0", "", "", ""], "segment_id is missing"),
     (["d", "", "0", "", "", ""], "source is missing"),
     (["d/e", "x.mp4", "0", "", "", ""], "slash"),
+    (["d", "tape:1", "0", "", "", ""], "'tape' is no known site: sources are youtube:ID, web addresses"),
     (["d", "x.mp4", "soon", "", "", ""], "start_s is 'soon'"),
     (["d", "x.mp4", "5", "4", "", ""], "must come after start_s"),
     (["d", "x.mp4", "-5", "4", "", ""], "start_s is -5.0"),
@@ -419,15 +421,15 @@ def test_bad_rows_of_a_table_are_told_one_by_one(tmp_path: Path, capsys: pytest.
     assert [s.segment_id for s in read_segments(str(tmp_path / "out"))] == ["good", "last"]
     letters = dead_letters(tmp_path / "out")
     reasons = [reason for _, reason in BAD_ROWS] + ["broken quoting", "not UTF-8"]
-    assert [d["line"] for d in letters] == [*range(3, 3 + len(BAD_ROWS)), 14, 15]  # line 13 is blank
+    assert [d["line"] for d in letters] == [*range(3, 3 + len(BAD_ROWS)), 15, 16]  # line 14 is blank
     for letter, reason in zip(letters, reasons, strict=True):
         assert reason in letter["reason"]
         assert letter["file"] == str(table)
-    assert letters[3]["text"] == "d,x.mp4,soon,,,"
+    assert letters[4]["text"] == "d,x.mp4,soon,,,"
     found = statistics(tmp_path / "out")
-    assert (found["rows"], found["kept"], found["dead_letters"]) == (14, 2, 12)
+    assert (found["rows"], found["kept"], found["dead_letters"]) == (15, 2, 13)
     said = capsys.readouterr().out
-    assert f"12 rows can't be used; see {tmp_path / 'out' / 'dead_letters.jsonl'} for lines and reasons" in said
+    assert f"13 rows can't be used; see {tmp_path / 'out' / 'dead_letters.jsonl'} for lines and reasons" in said
     assert "; the first, line 3: segment_id is missing" in said
 
 

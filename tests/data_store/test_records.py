@@ -250,6 +250,18 @@ def test_a_parquet_table_of_another_schema_is_named(tmp_path: Path, cells: dict[
         read_segments(str(table))
 
 
+def test_a_source_of_an_unknown_site_is_refused_unless_a_file_has_its_name(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("segment_id,source\na,tape:1\nb,./tape:2\nc,Tape:3\n")
+    with pytest.raises(ValueError, match=r"t.csv, row 2: source is 'tape:1', and 'tape' is no known .*: .* youtube:ID"):
+        read_segments(tmp_path / "t.csv")
+    (tmp_path / "tape:1").touch()
+    sources = [s.source for s in read_segments(tmp_path / "t.csv")]
+    assert sources == [str(tmp_path / name) for name in ("tape:1", "tape:2", "Tape:3")]
+    pq.write_table(segments_to_table(read_segments(tmp_path / "t.csv")), tmp_path / "t.parquet")
+    (tmp_path / "tape:1").unlink()  # by its path it is a missing file, no site
+    assert [s.source for s in read_segments(tmp_path / "t.parquet")] == sources
+
+
 def test_a_file_that_is_no_table_is_named(tmp_path: Path) -> None:
     (tmp_path / "t.parquet").write_bytes(b"no table")
     with pytest.raises(ValueError, match=r"t.parquet is no Parquet file"):

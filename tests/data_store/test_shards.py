@@ -137,7 +137,7 @@ def test_files_carry_schema_version_configuration_and_digest(out: str) -> None:
 
 def test_row_groups_are_sized_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = shards.clips_to_table([clip("a")], F, M).nbytes
-    monkeypatch.setattr(shards, "_ROW_GROUP_BYTES", 3 * one)
+    monkeypatch.setattr(shards, "ROW_GROUP_BYTES", 3 * one)
     commit = write(str(tmp_path), "x", 0, "abcdefghij", "")
     assert commit.clips
     metadata = pq.read_metadata(tmp_path / commit.clips.path)

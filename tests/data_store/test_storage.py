@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from avsep import storage
+from avsep import filesystems, storage
 from tests.support.loopback import S3, Google, Store
 
 
@@ -313,7 +313,7 @@ def test_without_googles_credentials_the_remedies_are_named_at_once(monkeypatch,
         storage.read_bytes("gs://bucket/a")
     monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS")
     monkeypatch.setenv("GOOGLE_GCLOUD_ADC_PATH_OVERRIDE", "/nowhere")
-    monkeypatch.setattr(storage, "_METADATA_S", 1.0)
+    monkeypatch.setattr(filesystems, "METADATA_S", 1.0)
     for host in ("metadata.invalid", "127.0.0.1:9"):
         monkeypatch.setenv("GCE_METADATA_ROOT", host)
         storage.forget_connections()

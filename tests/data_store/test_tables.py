@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from avsep import manifest as segments_of
+from avsep.objects import AUDIOSET_23
 from avsep.records import Segment, read_segments
 from pipelines import manifest
 
@@ -191,7 +192,7 @@ def test_audiosets_files_are_read_whatever_their_line_ends(
     path = tmp_path / "x.csv"
     path.write_bytes(mark + (end.join([*rows, "broken"]) + end).encode())
     blocks = segments_of.line_blocks([str(path)], 40)
-    parsed = [segments_of.read_audioset(block, {"/m/01yrx": 1}) for block in blocks]
+    parsed = [segments_of.read_audioset(block, {"/m/01yrx": 1}, AUDIOSET_23) for block in blocks]
     segments, bad = [], []
     for part in (p for generator in parsed for p in generator):
         if isinstance(part, pa.Table):

@@ -17,7 +17,8 @@ import yaml
 
 from avsep import shards
 from pipelines import actors, extract, runners
-from tests.support.cluster import ENVIRONMENT, descendants, free_port
+from tests.support.cluster import ENVIRONMENT, free_port
+from tests.support.processes import descendants
 from tests.support.scenes import table_of
 
 ROOT = Path(__file__).parents[2]
@@ -129,7 +130,7 @@ def growing(folder: Path, name: str, version: str) -> Iterator[Growing]:
     try:
         yield made
     finally:
-        for pid in descendants(made.process.pid):
+        for pid in (made.process.pid, *descendants(made.process.pid)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         made.process.wait()

@@ -20,6 +20,7 @@ import soundfile
 from avsep import factors, files, media, stages
 from avsep.media import DecodeLimits, decode, iter_audio, probe
 from avsep.records import ClipError, Reason, Segment
+from tests.support.processes import alive, children, own_children
 
 RATE = 48_000
 FPS = 25
@@ -88,28 +89,13 @@ def reason(path: Path, start_s: float = 0.0, end_s: float | None = None, limits:
     return caught.value.reason
 
 
-def status(process: Path) -> tuple[str, int]:
-    """Read a process's state and its parent."""
-    state, parent = (process / "stat").read_text().rpartition(")")[2].split()[:2]
-    return state, int(parent)
-
-
-def children(parent: int) -> list[int]:
-    """List the living processes that `parent` started."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
+def pipes() -> set[str]:
+    """The pipes that this process has open."""
+    links = set()
+    for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
-            state, its_parent = status(process)
-            if its_parent == parent and state != "Z":
-                found.append(int(process.name))
-    return found
-
-
-def alive(pid: int) -> bool:
-    try:
-        return status(Path(f"/proc/{pid}"))[0] != "Z"
-    except OSError:
-        return False
+            links.add(os.readlink(f"/proc/self/fd/{name}"))
+    return {link for link in links if link.startswith("pipe:")}
 
 
 def test_whole_file(movie: Path) -> None:
@@ -153,9 +139,9 @@ def test_ffmpeg_is_started_once(movie: Path, make: Make, tmp_path: Path, monkeyp
     counting.write_text(f'#!/bin/sh\necho >> {count}\nexec {media.ffmpeg_executable()} "$@"\n')
     counting.chmod(0o755)
     monkeypatch.setenv("PATH", f"{counting.parent}:{os.environ['PATH']}")
-    for path, pictures, starts in ((movie, True, 1), (movie, False, 1), (sound, False, 1), (sound, True, 2)):
+    for path, images, starts in ((movie, True, 1), (movie, False, 1), (sound, False, 1), (sound, True, 2)):
         count.unlink(missing_ok=True)
-        decode(path, 0, 10, pictures=pictures)
+        decode(path, 0, 10, images=images)
         assert len(count.read_text()) == starts
 
 
@@ -223,7 +209,7 @@ def test_a_mute_film_shows_its_pictures(make: Make, seconds: int, shown_s: int) 
     path = make(f"mute-{seconds}.mp4", [f"testsrc=s=64x48:d={seconds}"], *X264)
     clip = decode(path, seconds - 3.0, sound=False)
     assert len(clip.waveform) == 0 and len(clip.images) == 3
-    assert len(files.pictures(path, 48)) == shown_s
+    assert len(files.images(path, 48)) == shown_s
 
 
 def test_audio_without_video(make: Make) -> None:
@@ -333,10 +319,10 @@ def test_rotated_video_is_upright(make: Make, folder: Path) -> None:
     )
     turned = folder / "turned.mp4"
     run_ffmpeg("-display_rotation:v", "90", "-i", flat, "-c", "copy", turned)
-    picture = decode(flat).images[0]
-    assert picture.shape == (256, 384, 3) and picture[:120].min() > 240 and picture[136:].max() < 15
-    picture = decode(turned).images[0]  # anticlockwise: the top is on the left
-    assert picture.shape == (384, 256, 3) and picture[:, :120].min() > 240 and picture[:, 136:].max() < 15
+    image = decode(flat).images[0]
+    assert image.shape == (256, 384, 3) and image[:120].min() > 240 and image[136:].max() < 15
+    image = decode(turned).images[0]  # anticlockwise: the top is on the left
+    assert image.shape == (384, 256, 3) and image[:, :120].min() > 240 and image[:, 136:].max() < 15
 
 
 @pytest.mark.parametrize(
@@ -347,18 +333,18 @@ def test_pictures_are_whole(make: Make, width: int, height: int, shape: tuple[in
     inside = f"between(X,8,{width - 9})*between(Y,8,{height - 9})"
     level = f"color=s={width}x{height}:d=1,format=yuv420p,geq=lum='if({inside},16,235)':cb=128:cr=128"
     path = make(f"framed{width}x{height}.mp4", [level, "sine=d=1"], *X264)
-    picture = decode(path, image_size=96).images[0, :, :, 0].astype(int)
-    assert picture.shape == shape
-    edges = (picture[:4], picture[-4:], picture[:, :4], picture[:, -4:])
-    assert all(edge.min() > 200 for edge in edges) and picture[14:-14, 14:-14].max() < 40
+    image = decode(path, image_size=96).images[0, :, :, 0].astype(int)
+    assert image.shape == shape
+    edges = (image[:4], image[-4:], image[:, :4], image[:, -4:])
+    assert all(edge.min() > 200 for edge in edges) and image[14:-14, 14:-14].max() < 40
 
 
 def test_the_middle_of_a_very_wide_picture(make: Make) -> None:
     """Of 512x64 three times the height is kept, 96 columns on either side of the middle."""
     level = "color=s=512x64:d=1,format=yuv420p,geq=lum='if(between(X,176,335),16,235)':cb=128:cr=128"
-    picture = decode(make("strip.mp4", [level, "sine=d=1"], *X264), image_size=64).images[0, :, :, 0].astype(int)
-    assert picture.shape == (64, 192)
-    assert picture[:, 20:172].max() < 40 and picture[:, :12].min() > 200 and picture[:, -12:].min() > 200
+    image = decode(make("strip.mp4", [level, "sine=d=1"], *X264), image_size=64).images[0, :, :, 0].astype(int)
+    assert image.shape == (64, 192)
+    assert image[:, 20:172].max() < 40 and image[:, :12].min() > 200 and image[:, -12:].min() > 200
 
 
 def test_late_audio_stays_in_sync(movie: Path, folder: Path) -> None:
@@ -396,10 +382,10 @@ def test_streams_of_different_lengths(make: Make) -> None:
 
 
 def test_without_pictures_the_sound_is_the_same(movie: Path, make: Make) -> None:
-    clip = decode(movie, 2.3, 5.1, pictures=False)
+    clip = decode(movie, 2.3, 5.1, images=False)
     assert np.array_equal(clip.waveform, decode(movie, 2.3, 5.1).waveform) and len(clip.images) == 0
     late = make("quiet_end.mkv", [FRAMES, "sine=r=48000:d=4"], *X264, "-c:a", "flac")
-    clip = decode(late, pictures=False)  # the pictures go on, so nothing is missing
+    clip = decode(late, images=False)  # the pictures go on, so nothing is missing
     assert np.array_equal(clip.waveform, decode(late).waveform)
 
 
@@ -502,7 +488,7 @@ def test_limits(movie: Path) -> None:
     for bits in (13, 19, 21, 26):  # some are too few to load ffmpeg's libraries, or ffmpeg itself
         with pytest.raises(ClipError):
             decode(movie, limits=DecodeLimits(max_memory_bytes=1 << bits))
-    assert children(os.getpid()) == []
+    assert not own_children()
 
 
 def test_timeout_leaves_no_process(tmp_path: Path) -> None:
@@ -513,19 +499,19 @@ def test_timeout_leaves_no_process(tmp_path: Path) -> None:
         probe(tmp_path / "fifo.mp4", timeout_s=0.5)
     assert caught.value.transient
     assert 1.0 <= time.monotonic() - started < 10
-    assert children(os.getpid()) == []
+    assert not own_children()
 
 
 def test_abandoned_iteration_leaves_no_process(make: Make) -> None:
     path = make("long.mkv", ["testsrc=s=32x32:r=2:d=600", f"sine=d=600:r={RATE // 6}"], *X264, "-c:a", "flac")
-    files = len(os.listdir("/proc/self/fd"))
+    before = pipes()
     blocks = iter_audio(path, sample_rate=RATE, block=RATE)
     next(blocks)
-    assert len(children(os.getpid())) == 1
+    assert len(own_children()) == 1
     assert isinstance(blocks, Iterator)
     del blocks
-    assert children(os.getpid()) == []
-    assert len(os.listdir("/proc/self/fd")) == files
+    assert not own_children()
+    assert not pipes() - before
 
 
 def test_ffmpeg_dies_with_its_parent(tmp_path: Path) -> None:
@@ -540,11 +526,11 @@ def test_ffmpeg_dies_with_its_parent(tmp_path: Path) -> None:
         time.sleep(0.3)
         parent.send_signal(signal.SIGKILL)
     for _ in range(100):
-        if not alive(started[0]):
+        if not alive(min(started)):
             break
         time.sleep(0.1)
     else:
-        os.kill(started[0], signal.SIGKILL)
+        os.kill(min(started), signal.SIGKILL)
         pytest.fail("ffmpeg outlived its parent")
 
 
@@ -587,7 +573,7 @@ def test_other_streams_may_outlast_the_sound(whole: Path, tmp_path: Path, name: 
     run_ffmpeg("-i", whole, "-i", tmp_path / "a.srt", "-i", tmp_path / "a.txt", "-c", "copy", *options, path)
     clip = decode(path)
     assert len(clip.waveform) == pytest.approx(3 * RATE, abs=2048) and not clip.notes
-    assert len(decode(path, pictures=False).waveform) == len(clip.waveform)
+    assert len(decode(path, images=False).waveform) == len(clip.waveform)
     assert sum(map(len, iter_audio(path, sample_rate=RATE, block=RATE))) == len(clip.waveform)
     assert reason(path, 4.0, 8.0) in (Reason.PAST_END, Reason.EMPTY)
     if name.endswith("mkv"):
@@ -683,14 +669,14 @@ def test_parameters_that_change_on_the_way(
     first, second = parts(make, suffix, *options, rates=rates)
     path = tmp_path / f"both.{suffix}"
     path.write_bytes(first + second)
-    waveform = decode(path, pictures=False).waveform
+    waveform = decode(path, images=False).waveform
     assert len(waveform) == pytest.approx(4 * RATE, abs=0.25 * RATE)
     assert tone(waveform[: int(1.9 * RATE)]) == 440 and tone(waveform[int(2.2 * RATE) : 4 * RATE]) == 880
     quiet = np.abs(waveform[: 4 * RATE - 4800].reshape(-1, 480)).max(1) < 0.01
     assert quiet.sum() < 12  # a codec's run-up, no hole
     blocks = list(iter_audio(path, sample_rate=RATE, block=5_001))
     np.testing.assert_array_equal(np.concatenate(blocks), waveform)
-    assert tone(decode(path, 0.5, 3.5, pictures=False).waveform[2 * RATE :]) == 880
+    assert tone(decode(path, 0.5, 3.5, images=False).waveform[2 * RATE :]) == 880
 
 
 def test_an_ogg_chain_of_many_links(make: Make, tmp_path: Path) -> None:
@@ -853,7 +839,7 @@ def test_pictures_without_a_container_are_read(make: Make) -> None:
 def test_a_file_is_heard_alike_held_or_read_in_blocks(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make("opposite-aac.mkv", [f"aevalsrc='{TONE}|-{TONE}':s={RATE}:d=1"], "-c:a", "aac")
     held = files.WholeFile(path, RATE, 64, files.FileLimits())
-    monkeypatch.setattr(files, "_HELD_S", 0.5)
+    monkeypatch.setattr(files, "HELD_S", 0.5)
     read = files.WholeFile(path, RATE, 64, files.FileLimits())
     np.testing.assert_array_equal(np.concatenate(list(read.blocks())), next(held.blocks()))
     assert read.notes == held.notes == ("left and right cancel each other: half their difference was taken",)

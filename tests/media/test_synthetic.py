@@ -14,7 +14,7 @@ from avsep import synthetic
 from avsep.nmf import kl_divergence
 from avsep.objects import OBJECT_NAMES
 from avsep.records import read_segments
-from avsep.synthetic import SceneConfig, picture, plan_scene, planted_bases, render_scene
+from avsep.synthetic import SceneConfig, draw, plan_scene, planted_bases, render_scene
 
 SHORT = SceneConfig(seconds=6)
 
@@ -34,7 +34,7 @@ def decode_audio(path: Path) -> np.ndarray:
     return np.frombuffer(subprocess.run(command, capture_output=True, check=True).stdout, np.float32)
 
 
-def decode_pictures(path: Path) -> np.ndarray:
+def decode_images(path: Path) -> np.ndarray:
     executable = shutil.which("ffmpeg") or imageio_ffmpeg.get_ffmpeg_exe()
     command = [executable, "-v", "error", "-i", str(path), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     raw = subprocess.run(command, capture_output=True, check=True).stdout
@@ -81,7 +81,7 @@ def test_every_object_has_its_name_and_the_offscreen_sounds_have_none() -> None:
 
 
 def test_pictures_of_objects_differ_from_each_other_and_from_the_empty_scene() -> None:
-    seen = {n: np.asarray(picture(n, np.random.default_rng(3))).astype(int) for n in (None, *synthetic.OBJECTS)}
+    seen = {n: np.asarray(draw(n, np.random.default_rng(3))).astype(int) for n in (None, *synthetic.OBJECTS)}
     for image in seen.values():
         assert image.shape == (240, 320, 3)
     for name, image in seen.items():  # equal streams draw equal scenery: what differs is the object
@@ -89,12 +89,12 @@ def test_pictures_of_objects_differ_from_each_other_and_from_the_empty_scene() -
             if name != other:
                 differs = (np.abs(image - its_image).sum(-1) > 60).mean()
                 assert differs > 0.02, (name, other)
-    same = np.asarray(picture("dog", np.random.default_rng(3)))
+    same = np.asarray(draw("dog", np.random.default_rng(3)))
     assert np.array_equal(same, seen["dog"])
-    assert not np.array_equal(same, np.asarray(picture("dog", np.random.default_rng(4))))
-    assert picture("flute", np.random.default_rng(0), (100, 200)).size == (100, 200)
+    assert not np.array_equal(same, np.asarray(draw("dog", np.random.default_rng(4))))
+    assert draw("flute", np.random.default_rng(0), (100, 200)).size == (100, 200)
     with pytest.raises(ValueError, match="'piano' can't be drawn"):
-        picture("piano", np.random.default_rng(0))
+        draw("piano", np.random.default_rng(0))
 
 
 def test_a_small_classifier_tells_the_pictures_apart() -> None:
@@ -102,7 +102,7 @@ def test_a_small_classifier_tells_the_pictures_apart() -> None:
 
     def features(name: str, seed: int) -> np.ndarray:
         stream = np.random.default_rng([seed, synthetic.OBJECTS.index(name)])
-        grey = np.asarray(picture(name, stream).convert("L"), float)
+        grey = np.asarray(draw(name, stream).convert("L"), float)
         edges = np.hypot(*np.gradient(grey))
         blocks = edges.reshape(12, 20, 16, 20).mean((1, 3))
         return np.sort(blocks, axis=None) / np.linalg.norm(blocks)
@@ -131,7 +131,7 @@ def test_sources_and_rest_sum_to_the_mix_exactly_in_any_order() -> None:
 def test_a_clip_follows_from_seed_split_and_number() -> None:
     once, again = (render_scene(5, "val", 2, SHORT) for _ in range(2))
     assert once.plan == again.plan and np.array_equal(once.mix, again.mix)
-    assert np.array_equal(synthetic.frames(once.plan), synthetic.frames(again.plan))
+    assert np.array_equal(synthetic.images(once.plan), synthetic.images(again.plan))
     for other in (
         render_scene(6, "val", 2, SHORT),
         render_scene(5, "val", 3, SHORT),
@@ -216,9 +216,9 @@ def test_written_files_hold_the_scene_and_are_aligned(tmp_path: Path) -> None:
         noise = head - scene.mix
         assert 10 * np.log10((scene.mix**2).mean() / (noise**2).mean()) > 20
 
-        pictures = decode_pictures(tmp_path / segment.source)
-        assert len(pictures) == 50
-        assert np.abs(pictures - synthetic.frames(scene.plan).astype(float)).mean() < 8
+        images = decode_images(tmp_path / segment.source)
+        assert len(images) == 50
+        assert np.abs(images - synthetic.images(scene.plan).astype(float)).mean() < 8
     synthetic.write_table(segments, tmp_path / "segments.csv")
     for read, written in zip(read_segments(str(tmp_path / "segments.csv")), segments, strict=True):
         assert read == dataclasses.replace(written, source=str(tmp_path / written.source))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from avsep.evidence import Evidence, LabelQuality, fit_pictures, fit_sound, judge_labels
+from avsep.evidence import Evidence, LabelQuality, fit_images, fit_sound, judge_labels
 
 
 def drawn(n: int = 4000, hit: float = 0.85, false: float = 0.1, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -31,7 +31,7 @@ def test_odds_are_multiplied_by_what_pictures_say() -> None:
 
 def test_fitted_confidence_is_calibrated_and_pictures_help() -> None:
     shares, heard, shown = drawn()
-    evidence = fit_pictures(fit_sound(shares, heard), shares, shown)  # no truth beyond the mixtures'
+    evidence = fit_images(fit_sound(shares, heard), shares, shown)  # no truth beyond the mixtures'
     assert evidence.shown_when_heard == pytest.approx(0.85, abs=0.03)
     assert evidence.shown_when_silent == pytest.approx(0.10, abs=0.03)
     fresh = drawn(seed=1)

@@ -13,6 +13,7 @@ from avsep import factors
 from avsep.factors import FACTORIZERS, DataConfig, ExtractionConfig, factorize, factorize_clips
 from avsep.learning.practice import Solo, mix_solos
 from avsep.model import Model
+from avsep.objects import AUDIOSET_23
 from avsep.records import Segment, validate
 from avsep.separation import Separator
 from avsep.stages import extract_record
@@ -108,4 +109,4 @@ def test_only_another_factoriser_changes_what_is_stored(other: ExtractionConfig)
     """Clips of before there was a choice stay those of the default."""
     assert "factorizer" not in CONFIG.as_dict() and other.as_dict()["factorizer"] == "euclidean"
     for config in (CONFIG, other):
-        assert DataConfig.from_dict(DataConfig(config).as_dict()).extraction == config
+        assert DataConfig.from_dict(DataConfig(config, AUDIOSET_23).as_dict()).extraction == config

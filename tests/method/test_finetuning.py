@@ -29,10 +29,10 @@ def model() -> Model:
 
 
 def test_a_networks_outputs_are_grouped_into_objects_and_none() -> None:
-    groups = finetuning.class_groups(None)
+    groups = finetuning.class_groups(None, AUDIOSET_23)
     assert groups.shape == (1000, len(OBJECTS) + 1) and torch.equal(groups.sum(1), torch.ones(1000))
     assert groups[:, 1].nonzero().flatten().tolist() == list(range(151, 269))  # dog
-    assert finetuning.class_groups((889, finetuning.BACKGROUND))[:, [18, -1]].tolist() == [[1, 0], [0, 1]]
+    assert finetuning.class_groups((889, finetuning.BACKGROUND), AUDIOSET_23)[:, [18, -1]].tolist() == [[1, 0], [0, 1]]
 
 
 def logits_for(pictures: list[list[str]], groups: torch.Tensor, classes: tuple[int, ...]) -> torch.Tensor:
@@ -45,12 +45,12 @@ def logits_for(pictures: list[list[str]], groups: torch.Tensor, classes: tuple[i
 
 
 def test_every_picture_needs_a_label_and_every_label_a_picture() -> None:
-    classes = finetuning.untrained("squeezenet1_1", 0).classes
+    classes = finetuning.untrained("squeezenet1_1", 0, AUDIOSET_23).classes
     assert classes is not None
-    groups, labels = finetuning.class_groups(classes), multi_hot(["drum", "flute"])[None]
+    groups, labels = finetuning.class_groups(classes, AUDIOSET_23), multi_hot(["drum", "flute"])[None]
 
     def loss(*pictures: list[str]) -> float:
-        return float(finetuning.picture_loss(logits_for(list(pictures), groups, classes), labels, groups, 8.0))
+        return float(finetuning.image_loss(logits_for(list(pictures), groups, classes), labels, groups, 8.0))
 
     each = loss(["drum"], ["flute"], ["drum"], ["flute"])
     assert each < loss(["drum"], ["drum"], ["drum"], ["drum"]) - 0.5  # the flute is nowhere
@@ -63,7 +63,7 @@ def test_pictures_are_a_bag_like_bases() -> None:
     relation = torch.randn(2, 23, 5)
     probabilities = torch.cat([relation, torch.zeros(2, 1, 5)], 1).softmax(1).transpose(1, 2)  # (B, P, L + 1)
     labels = torch.rand(2, 23) < 0.2
-    found = finetuning.picture_loss(probabilities.log(), labels, torch.eye(24), 3.0)
+    found = finetuning.image_loss(probabilities.log(), labels, torch.eye(24), 3.0)
     torch.testing.assert_close(found, partial_label_loss(relation, labels, presence=3.0))
 
 
@@ -91,7 +91,7 @@ def test_targets_weigh_three_voices() -> None:
 def albums(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, dict[str, torch.Tensor]]]:
     """Generated videos' pictures by split, and what each clip shows."""
     folder = tmp_path_factory.mktemp("albums")
-    config = synthetic.SceneConfig(objects=NAMES, hidden_share=0, silent_share=0, pictures_per_s=1)
+    config = synthetic.SceneConfig(objects=NAMES, hidden_share=0, silent_share=0, images_per_s=1)
     found = {}
     for split, count in (("train", 40), ("val", 20)):
         clips, labels = [], {}
@@ -99,7 +99,7 @@ def albums(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, dic
             plan = synthetic.plan_scene(number, split, 3, config)
             pictures = [
                 np.asarray(Image.fromarray(f).crop((40, 0, 280, 240)).resize((SIZE, SIZE)))
-                for f in synthetic.frames(plan)
+                for f in synthetic.images(plan)
             ]
             clips.append((plan.segment_id, np.stack(pictures)))
             labels[plan.segment_id] = multi_hot(list(plan.visible))
@@ -111,7 +111,7 @@ def albums(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, dic
 
 def test_an_epoch_has_every_clip_once_and_ranks_share_it(albums) -> None:
     path, labels = albums["train"]
-    config = FinetuningConfig(batch_clips=10, pictures_a_clip=4)
+    config = FinetuningConfig(batch_clips=10, images_a_clip=4)
     whole = list(finetuning.batches([path], labels, config, 0))
     assert [p.shape for p, _ in whole] == [(10, 4, SIZE, SIZE, 3)] * 4
     seen = sorted(map(tuple, torch.cat([y for _, y in whole]).tolist()))
@@ -126,7 +126,7 @@ def test_an_epoch_has_every_clip_once_and_ranks_share_it(albums) -> None:
 def test_a_weak_start_learns_from_labels_of_whole_clips(albums) -> None:
     """It saw four drawings an object; no picture of the clips is labelled, only each clip as a whole."""
     rng = np.random.default_rng(0)
-    drawn = [synthetic.picture(n, rng).resize((SIZE, SIZE)) for n in (*NAMES, None) for _ in range(4)]
+    drawn = [synthetic.draw(n, rng).resize((SIZE, SIZE)) for n in (*NAMES, None) for _ in range(4)]
     index = {o.name: o.imagenet[0] for o in OBJECTS if o.imagenet}
     classes = [*(index[n] for n in NAMES), finetuning.BACKGROUND]
     pixels = np.stack([np.asarray(d) for d in drawn])
@@ -140,7 +140,7 @@ def test_a_weak_start_learns_from_labels_of_whole_clips(albums) -> None:
     losses = []
     for epoch in range(config.epochs):
         parts = finetuning.batches([path], labels, config, epoch)
-        losses.append(finetuning.train_epoch(labeller, parts, optimiser, config, rate, 8, epoch))
+        losses.append(finetuning.train_epoch(labeller, parts, optimiser, config, rate, 8, epoch, AUDIOSET_23))
     after = finetuning.agreement(finetuning.score_album(labeller, albums["val"][0], AUDIOSET_23), albums["val"][1])
     assert losses[-1] < losses[0]
     assert after["map"] > before["map"] + 0.05 and after["agreement"] > before["agreement"] + 0.05

@@ -10,7 +10,7 @@ from torch import nn
 from avsep import cli, commands, looks, plots
 from avsep.locating import Locations, box_of, ending_of, grid, object_cells, whole_maps
 from avsep.objects import AUDIOSET_23
-from avsep.vision import NETWORKS, ImageLabeller, LabellerUnavailable, PictureNetwork, build_network
+from avsep.vision import NETWORKS, ImageLabeller, ImageNetwork, LabellerUnavailable, build_network
 from tests.support.planted import COLOURS, add_labeller, grey, paint, planted_labeller, write_painted
 from tests.support.serving import write_model
 
@@ -109,7 +109,7 @@ class Blunt(nn.Sequential):
 
 @pytest.mark.parametrize("name", ["blunt", "squeezenet1_1", "mobilenet_v3_small"])
 def test_a_network_that_ends_otherwise_labels_without_maps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(NETWORKS, "blunt", PictureNetwork(Blunt))
+    monkeypatch.setitem(NETWORKS, "blunt", ImageNetwork(Blunt))
     labeller = ImageLabeller(name, build_network(name, 1000).eval(), "")
     images = grey(64, 64)
     evidence, maps = labeller.labels_and_maps(images, "centre", AUDIOSET_23.imagenet_classes())
@@ -198,7 +198,7 @@ def test_files_say_where_their_objects_are(tmp_path, capsys) -> None:
 
 def test_where_the_network_cannot_say_it_is_told(tmp_path, capsys, monkeypatch) -> None:
     model = write_model(tmp_path / "model")
-    monkeypatch.setitem(NETWORKS, "blunt", PictureNetwork(Blunt))
+    monkeypatch.setitem(NETWORKS, "blunt", ImageNetwork(Blunt))
     ImageLabeller("blunt", Blunt(1000).eval(), "").save(tmp_path / "blunt.safetensors")
     video = write_painted(tmp_path / "solo.mp4", {"dog": (0.1, 0.1, 0.4, 0.4)}, 2.0)
     weights = str(tmp_path / "blunt.safetensors")

@@ -25,7 +25,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         few = n_bases <= amx.MAX_BASES
         return kernel if few or request.param != "matrix units" else others
 
-    monkeypatch.setattr(kl, "_cpu_kernel", choose)
+    monkeypatch.setattr(kl, "cpu_kernel", choose)
     return request.param
 
 
@@ -218,7 +218,7 @@ def test_kl_divergence_is_its_formula_with_its_limits() -> None:
 def test_rows_are_walked_in_blocks_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     V = uniform(2, 70, 15)
     whole = factorize(V, 3, n_iter=10)
-    monkeypatch.setattr(kl, "_CPU_BLOCK", 32)  # two blocks and a shorter one
+    monkeypatch.setattr(kl, "BLOCK", 32)  # two blocks and a shorter one
     pieces = factorize(V, 3, n_iter=10)
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(whole, pieces, strict=True))
 

@@ -39,10 +39,10 @@ def kernels() -> list[cpu.Kernel | amx.Kernel]:
     return [*on_vectors, on_matrices] if on_matrices else list(on_vectors)
 
 
-def problems(V: torch.Tensor, W: torch.Tensor, H: torch.Tensor) -> list[code.Problem]:
+def started(V: torch.Tensor, W: torch.Tensor, H: torch.Tensor) -> list[code.Factorization]:
     """One for each kernel that takes so many bases."""
     few = len(H) <= amx.MAX_BASES
-    return [k.problem(V, W, H) for k in kernels() if few or not isinstance(k, amx.Kernel)]
+    return [k.start(V, W, H) for k in kernels() if few or not isinstance(k, amx.Kernel)]
 
 
 @pytest.mark.parametrize(
@@ -55,16 +55,14 @@ def test_the_kernel_does_what_torch_does(n_bins: int, n_frames: int, n_bases: in
     V[:, 0] = 0
     W0, H0 = uniform(n_bins, n_bases, seed=1) + 0.1, uniform(n_bases, n_frames, seed=2) + 0.1
     W, H = W0[None].clone(), H0[None].clone()
-    torch_measured = kl._Blocks(V[None], W, H).run(3, measure=True)
-    for problem, held, before in zip(*(problems(V, W0, H0) for _ in range(3)), strict=True):
-        measured = problem.run(3, measure=True)
-        assert all(
-            torch.allclose(a, b[0], rtol=1e-4, atol=1e-7) for a, b in zip(problem.factors(), (W, H), strict=True)
-        )
+    torch_measured = kl.Blocks(V[None], W, H).run(3, measure=True)
+    for fit, held, before in zip(*(started(V, W0, H0) for _ in range(3)), strict=True):
+        measured = fit.run(3, measure=True)
+        assert all(torch.allclose(a, b[0], rtol=1e-4, atol=1e-7) for a, b in zip(fit.factors(), (W, H), strict=True))
         held.run(3, update_bases=False)
         assert torch.equal(held.factors()[0], W0)
         expected = H0[None].clone()
-        kl._Blocks(V[None], W0[None], expected).run(3, update_bases=False)
+        kl.Blocks(V[None], W0[None], expected).run(3, update_bases=False)
         assert torch.allclose(held.factors()[1], expected[0], rtol=1e-4, atol=1e-7)
         # measured before the last half-iteration, so it lies above the end and below the end but one
         before.run(2)
@@ -83,12 +81,12 @@ def test_matrix_units_are_as_exact_as_float32() -> None:
         H *= W.T @ (V_64 / (W @ H).clamp_min(1e-20)) / W.sum(0)[:, None]
     exact = ends.normalise(W.float(), H.float())
 
-    def distance(problem: code.Problem) -> float:
-        problem.run(200)
-        found = ends.normalise(*problem.factors())
+    def distance(fit: code.Factorization) -> float:
+        fit.run(200)
+        found = ends.normalise(*fit.factors())
         return max(float((a - b).square().mean().sqrt() / b.max()) for a, b in zip(found, exact, strict=True))
 
-    *on_vectors, on_matrices = (distance(p) for p in problems(V, W0, H0))
+    *on_vectors, on_matrices = (distance(p) for p in started(V, W0, H0))
     assert on_matrices < 5 * max(on_vectors) + 1e-6
 
 
@@ -106,7 +104,7 @@ def test_others_use_the_matrix_units_in_turns() -> None:
 def test_both_paths_end_at_the_same_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
     V = sounding(5)
     found = [float(nmf.kl_divergence(V, *nmf.factorize(V, m, n_iter=200, seeds=1))) for m in (8, 25)]
-    monkeypatch.setattr(kl, "_cpu_kernel", lambda *_: None)
+    monkeypatch.setattr(kl, "cpu_kernel", lambda *_: None)
     in_torch = [float(nmf.kl_divergence(V, *nmf.factorize(V, m, n_iter=200, seeds=1))) for m in (8, 25)]
     assert found == pytest.approx(in_torch, rel=1e-4)
 
@@ -138,18 +136,18 @@ def builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[cpu.Tile]:
 
 
 def test_compiled_code_is_kept_and_a_damaged_file_is_not_run(tmp_path: Path, builds: list[cpu.Tile]) -> None:
-    code = cpu._machine_code(cpu.AVX2)
-    assert cpu._machine_code(cpu.AVX2) == code and len(builds) == 1
+    code = cpu.machine_code(cpu.AVX2)
+    assert cpu.machine_code(cpu.AVX2) == code and len(builds) == 1
     (kept,) = (tmp_path / "avsep").iterdir()
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600
     kept.write_bytes(kept.read_bytes()[:-100])
-    assert cpu._machine_code(cpu.AVX2) == code and len(builds) == 2
-    assert cpu._machine_code(cpu.AVX2) == code and len(builds) == 2
+    assert cpu.machine_code(cpu.AVX2) == code and len(builds) == 2
+    assert cpu.machine_code(cpu.AVX2) == code and len(builds) == 2
 
 
 def test_writers_at_the_same_time_leave_one_whole_file(tmp_path: Path, builds: list[cpu.Tile]) -> None:
     with ThreadPoolExecutor(4) as pool:
-        codes = list(pool.map(cpu._machine_code, [cpu.AVX2] * 4))
+        codes = list(pool.map(cpu.machine_code, [cpu.AVX2] * 4))
     assert len(set(codes)) == 1 and len(list((tmp_path / "avsep").iterdir())) == 1
 
 
@@ -157,8 +155,8 @@ def test_no_place_to_keep_it_is_no_error(tmp_path: Path, builds: list, monkeypat
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert (
-        cpu.Kernel(cpu.AVX2, cpu._machine_code(cpu.AVX2))
-        .problem(uniform(9, 8), uniform(9, 2), uniform(2, 8))
+        cpu.Kernel(cpu.AVX2, cpu.machine_code(cpu.AVX2))
+        .start(uniform(9, 8), uniform(9, 2), uniform(2, 8))
         .run(1, measure=True)
         .isfinite()
     )
@@ -168,13 +166,13 @@ def test_without_a_home_folder_it_is_compiled_anew(builds: list, monkeypatch: py
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr("os.getuid", lambda: 54_321)  # nobody's
-    assert cpu._machine_code(cpu.AVX2) and len(builds) == 1
+    assert cpu.machine_code(cpu.AVX2) and len(builds) == 1
 
 
 @pytest.mark.skipif(amx.load() is None, reason="no matrix units")
 def test_matrix_units_that_may_not_be_used_are_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amx, "_permitted", lambda: False)
-    assert amx.load.__wrapped__() is None
+    monkeypatch.setattr(amx, "permitted", lambda: False)
+    assert amx.find() is None
 
 
 @pytest.mark.skipif(amx.load() is None, reason="no matrix units")
@@ -205,4 +203,4 @@ def test_matrix_units_and_small_signal_stacks_exclude_each_other(first: str) -> 
 def test_without_llvmlite_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llvmlite", None)
     monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
-    assert cpu.load.__wrapped__() is None
+    assert cpu.find() is None

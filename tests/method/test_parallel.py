@@ -1,6 +1,5 @@
 """Several workers that share clips and batches end where one does."""
 
-import contextlib
 import io
 import json
 import os
@@ -25,25 +24,28 @@ from avsep.learning import parallel, run
 from avsep.learning.bags import Bags, TrainingClips, count_clips, load_bags
 from avsep.learning.training import optimiser_for, train_epoch
 from avsep.miml import MIML, activation_statistics
-from avsep.model import Labelling
+from avsep.model import LabelConfig, Labelling
+from avsep.objects import AUDIOSET_23
 from avsep.records import ClipRecord
 from avsep.stft import STFT
 from avsep.synthetic import planted_bases
 from pipelines import extract, recipes
 from pipelines import train as training_program
 from pipelines.train import main
-from tests.support.cluster import ENVIRONMENT, descendants
+from tests.support.cluster import ENVIRONMENT
 from tests.support.loopback import Google
+from tests.support.processes import descendants
 from tests.support.uris import everything
 
 STFT_CONFIG = STFT(sample_rate=8000, n_fft=94, hop_length=47)  # F = 48, as the planted bases have
 EPOCHS, N_BASES = 3, 6
+LABELS = Labelling(LabelConfig(), AUDIOSET_23)
 
 
 def write_clips(folder: Path, n_clips: int, a_shard: int, objects_a_clip: int = 2) -> list[str]:
     """Write planted bases as an extraction does, some clips with a silent basis."""
     p = planted_bases(n_clips, n_bins=STFT_CONFIG.n_bins, n_bases=N_BASES, objects_a_clip=objects_a_clip)
-    config = DataConfig(ExtractionConfig(stft=STFT_CONFIG, n_bases=N_BASES)).as_dict()
+    config = DataConfig(ExtractionConfig(stft=STFT_CONFIG, n_bases=N_BASES), AUDIOSET_23).as_dict()
     records = []
     for i in range(n_clips):
         energy = (p.W[i] ** 2).sum(0) * (p.H[i] ** 2).sum(1)
@@ -105,10 +107,10 @@ def train(files: list[str], case: dict[str, Any]) -> tuple[MIML, list[float], li
     parallel.share_batch_norm(network)
     training = replace(config.training, epochs=EPOCHS)
     optimiser, schedule = optimiser_for(network, training)
-    counts = [count_clips(f, Labelling())[0]["train"] for f in files]
+    counts = [count_clips(f, LABELS)[0]["train"] for f in files]
     more = {"teacher": teacher, "mixtures": mixtures()} if case.get("taught") else {}
     options = {k: case[k] for k in ("held", "buffer_clips") if k in case}
-    clips = TrainingClips(files, counts, Labelling(), **more, **options)
+    clips = TrainingClips(files, counts, LABELS, **more, **options)
     losses: list[float] = []
     batches: list[list[str]] = []
     for epoch in range(EPOCHS):
@@ -177,12 +179,12 @@ def test_each_worker_reads_its_own_files_once(files, monkeypatch):
     """All files are somebody's, the parts are alike in size, and what is held isn't read again."""
     from avsep.learning import bags
 
-    counts = [count_clips(f, Labelling())[0]["train"] for f in files]
+    counts = [count_clips(f, LABELS)[0]["train"] for f in files]
     read: list[str] = []
     kept = bags.bags_from_file
     monkeypatch.setattr(bags, "bags_from_file", lambda path, *rest: read.append(path) or kept(path, *rest))
     facts = {
-        i: (b.segment_ids, b.valid.sum(1).tolist()) for i, f in enumerate(files) if (b := kept(f, Labelling(), "train"))
+        i: (b.segment_ids, b.valid.sum(1).tolist()) for i, f in enumerate(files) if (b := kept(f, LABELS, "train"))
     }
     monkeypatch.setattr(parallel, "gather", lambda value: [value, (facts, value[1])])  # what the others would say
     for buffer_clips in (10, 1000):
@@ -190,7 +192,7 @@ def test_each_worker_reads_its_own_files_once(files, monkeypatch):
         for rank in range(2):
             read.clear()
             monkeypatch.setattr(parallel, "place", lambda rank=rank: (rank, 2))
-            clips = TrainingClips(files, counts, Labelling(), held=True, buffer_clips=buffer_clips)
+            clips = TrainingClips(files, counts, LABELS, held=True, buffer_clips=buffer_clips)
             for epoch in range(2):
                 list(clips.batches(8, epoch))
             assert len(read) == len(set(read))
@@ -238,7 +240,7 @@ def test_the_second_pass_of_two_workers_ends_where_that_of_one_does(tmp_path, mo
     assert len(rows[0]) == len(rows[1]) == 10
     for figure in ("train_loss", "val_loss", "val_assignment"):
         assert [r[figure] for r in rows[1]] == pytest.approx([r[figure] for r in rows[0]], rel=1e-3)
-    bags = load_bags(shards.clip_files(str(tmp_path / "clips")), Labelling(), "train")
+    bags = load_bags(shards.clip_files(str(tmp_path / "clips")), LABELS, "train")
     maps = []
     for out in ("one", "two"):
         saved = torch.load(io.BytesIO((tmp_path / out / "checkpoint-2.pt").read_bytes()), weights_only=True)
@@ -254,15 +256,6 @@ def test_the_second_pass_of_two_workers_ends_where_that_of_one_does(tmp_path, mo
 def rows_of(out: Path) -> list[dict[str, Any]]:
     file = out / "history.json"
     return json.loads(file.read_text()) if file.exists() else []
-
-
-def named(name: str) -> list[int]:
-    """Processes below this one that go by a name."""
-    found = []
-    for pid in descendants(os.getpid()):
-        with contextlib.suppress(OSError):
-            found += [pid] if name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes() else []
-    return found
 
 
 @pytest.mark.chaos
@@ -285,7 +278,7 @@ def test_training_goes_on_without_a_node_that_is_gone_for_good(tmp_path, monkeyp
             while len(rows_of(tmp_path / "there")) < 3:
                 assert process.poll() is None
                 time.sleep(0.1)
-            assert len(named("RayTrainWorker")) == 2
+            assert sum("RayTrainWorker" in title for title in descendants(os.getpid()).values()) == 2
             cluster.remove_node(nodes[0], allow_graceful=False)
             assert process.wait(timeout=400) == 0
     finally:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from avsep import cli, media, shards, synthetic
 from avsep.model import Labelling, Model, label_config
-from avsep.objects import OBJECT_NAMES
+from avsep.objects import AUDIOSET_23, OBJECT_NAMES
 from avsep.videos import VideoSeparator
 from avsep.vision import ImageLabeller
 from pipelines import evaluate, extract, manifest, recipes, train
@@ -44,7 +44,7 @@ def frame(names: tuple[str, ...], places: tuple[Box, ...], size: tuple[int, int]
 
 
 def found(labeller: ImageLabeller, images: NDArray[np.uint8], way: str) -> set[str]:
-    config = Labelling(label_config(labeller.architecture, way))
+    config = Labelling(label_config(labeller.architecture, way), AUDIOSET_23)
     marks = config.choose(config.scores(labeller.evidence(images, way)))
     return {name for name, on in zip(OBJECT_NAMES, marks.tolist(), strict=True) if on}
 
@@ -107,7 +107,7 @@ def test_the_main_job_from_pictures_alone(tmp_path: Path, capfd, monkeypatch) ->
     assert "pictures: efficientnet_lite0, looks: tiles" in capfd.readouterr().out
     configuration = shards.read_configuration(clips)
     assert (configuration["extraction"]["image_size"], configuration["labeller"]) == (288, "efficientnet_lite0")
-    labels = Labelling(label_config("efficientnet_lite0", "tiles"))
+    labels = Labelling(label_config("efficientnet_lite0", "tiles"), AUDIOSET_23)
     for record in shards.read_clips(clips):
         seen = labels.choose(labels.scores(torch.from_numpy(record.image_logits.astype(np.float32))))
         assert record.image_logits.shape == (3, 1000) and record.label_source == "pictures"
@@ -122,7 +122,7 @@ def test_the_main_job_from_pictures_alone(tmp_path: Path, capfd, monkeypatch) ->
     assert (tmp_path / "results" / "results.json").exists()
 
     video, out = str(tmp_path / "test0.mp4"), tmp_path / "separated"
-    assert VideoSeparator.load(model)(Path(video), tmp_path / "parts").pictures.shape == (3, 288, 513, 3)
+    assert VideoSeparator.load(model)(Path(video), tmp_path / "parts").images.shape == (3, 288, 513, 3)
     assert cli.main(["separate", video, "--model", model, "--out", str(out)]) == 0
     assert "pictures: efficientnet_lite0" in capfd.readouterr().out
     report = json.loads((out / "separation.json").read_text())

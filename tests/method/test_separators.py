@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from avsep import commands, evaluation, results, results_report
 from avsep.factors import factorize
+from avsep.objects import AUDIOSET_23
 from avsep.records import Segment
 from avsep.report import Report
 from avsep.separation import Separates, Separator, Whole, render_whole
@@ -51,7 +52,14 @@ class Bands:
 def duet(seconds: float = 3.0) -> evaluation.Case:
     dog, violin = tone(DOG, seconds) / 4, tone(VIOLIN, seconds, 2.0) / 4
     segment = Segment("duet", "nowhere.wav", 0.0, None, "test")
-    return evaluation.Case(segment, dog + violin, ["dog", "violin"], torch.stack([dog, violin]), torch.zeros(len(dog)))
+    return evaluation.Case(
+        segment,
+        dog + violin,
+        ["dog", "violin"],
+        torch.stack([dog, violin]),
+        torch.zeros(len(dog)),
+        vocabulary=AUDIOSET_23,
+    )
 
 
 def test_a_separator_of_one_s_own_is_measured_beside_the_others() -> None:
@@ -59,7 +67,7 @@ def test_a_separator_of_one_s_own_is_measured_beside_the_others() -> None:
     assert all(isinstance(s, Separates) for s in separators.values())
     clip = evaluation.measure(case, separators)
     assert list(clip.figures) == ["mixture", "nmf_clustering", "default", "bands", "oracle_assignment", "ideal_mask"]
-    found = results.summarise([clip])
+    found = results.summarize([clip])
     assert found["separators"]["bands"]["mean"]["si_sdr"] > 25 > found["separators"]["mixture"]["mean"]["si_sdr"]
     rows = list(csv.DictReader(io.StringIO(results.clip_table([clip]))))
     figures = [float(r["sdr"]) for r in rows if (r["clip"], r["separator"]) == ("duet", "bands")]
@@ -94,7 +102,7 @@ def test_without_any_model_there_is_a_floor_and_a_ceiling() -> None:
     sdr = {name: np.mean(f["sdr"]) for name, f in clip.figures.items()}
     assert sdr["mixture"] < 1 and min(sdr["oracle_assignment"], sdr["ideal_mask"], sdr["default"]) > 10
     assert clip.confidence == {"dog": 0.9, "violin": 0.9} and clip.sound_scores == {}
-    assert np.isnan(results.summarise([clip])["map"])
+    assert np.isnan(results.summarize([clip])["map"])
     with pytest.raises(ValueError, match="separators are named mixture"):
         evaluation.measure(duet(), {"mixture": Bands()})
 

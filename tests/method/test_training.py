@@ -27,13 +27,13 @@ from avsep.learning.training import (
 from avsep.metrics import mean_average_precision
 from avsep.miml import MIML, partial_label_loss
 from avsep.model import LabelConfig, Labelling
-from avsep.objects import multi_hot, object_index
+from avsep.objects import AUDIOSET_23, multi_hot, object_index
 from avsep.records import ClipRecord
 from avsep.shards import clip_files, write_shard
 from avsep.synthetic import planted_bases
 
-CONFIGURATION = DataConfig(ExtractionConfig()).as_dict()
-LABELLED = Labelling(LabelConfig(unlabelled=False))  # clips with labels alone
+CONFIGURATION = DataConfig(ExtractionConfig(), AUDIOSET_23).as_dict()
+LABELLED = Labelling(LabelConfig(unlabelled=False), AUDIOSET_23)  # clips with labels alone
 F, M = 12, 3
 CONFIG = TrainingConfig(epochs=10, batch_size=32)
 
@@ -287,24 +287,22 @@ def test_files_say_how_many_of_their_clips_have_labels(clips: list[str]) -> None
 
 def test_clips_without_a_label_teach_noise_and_absence(clips: list[str]) -> None:
     """Where somebody has looked, and in split train alone: validation asks what is found of what is there."""
-    bags = load_bags(clips, Labelling(), "train")
+    bags = load_bags(clips, Labelling(LabelConfig(), AUDIOSET_23), "train")
     assert bags is not None and bags.segment_ids == [*(f"c{i:03d}" for i in range(20)), "c091", "c093"]
     assert not bags.labels[20:].any()
-    assert [count_clips(f, Labelling())[0]["train"] for f in clips] == [6, 6, 6, 4]
-    val = load_bags(clips, Labelling(), "val")
+    assert [count_clips(f, Labelling(LabelConfig(), AUDIOSET_23))[0]["train"] for f in clips] == [6, 6, 6, 4]
+    val = load_bags(clips, Labelling(LabelConfig(), AUDIOSET_23), "val")
     assert val is not None and val.segment_ids == ["c090"]
 
 
 def test_a_files_pictures_decide_as_each_clips_do(tmp_path: Path) -> None:
     """Clips of several numbers of pictures among those with given labels, and without either."""
     rng = np.random.default_rng(0)
-    pictures = [
-        None if i % 7 == 0 else 3 * rng.standard_normal(1000 * (1 + i % 3)).astype(np.float16) for i in range(21)
-    ]
-    records = [clip(i, labels=("dog",) if i % 5 == 0 else None, image_logits=p) for i, p in enumerate(pictures)]
+    images = [None if i % 7 == 0 else 3 * rng.standard_normal(1000 * (1 + i % 3)).astype(np.float16) for i in range(21)]
+    records = [clip(i, labels=("dog",) if i % 5 == 0 else None, image_logits=p) for i, p in enumerate(images)]
     write_shard(str(tmp_path), "00000", 0, records, [], configuration=CONFIGURATION, shape=(F, M))
     (file,) = clip_files(str(tmp_path))
-    config = Labelling(LabelConfig(threshold=0.05, unlabelled=False))
+    config = Labelling(LabelConfig(threshold=0.05, unlabelled=False), AUDIOSET_23)
     expected = [config.decide(r.labels, r.image_logits) for r in records]
     bags = load_bags([file], config, "train")
     assert bags is not None and torch.equal(
@@ -365,7 +363,7 @@ def test_labels_are_the_given_ones_else_the_pictures() -> None:
     assert LABELLED.decide(None, None) is None
     flat = LABELLED.decide(None, np.zeros((1, 1000), np.float16))  # a dog at 0.118 by its 118 breeds
     assert torch.equal(flat, multi_hot(["dog"]))
-    strict = Labelling(LabelConfig(best_threshold=0.2)).decide(None, np.zeros((1, 1000), np.float16))
+    strict = Labelling(LabelConfig(best_threshold=0.2), AUDIOSET_23).decide(None, np.zeros((1, 1000), np.float16))
     assert strict is not None and not strict.any()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from avsep import lite, storage, synthetic, vision
 from avsep.objects import object_index, object_scores
-from avsep.vision import NETWORKS, ImageLabeller, LabellerUnavailable, PictureNetwork, Preprocessing, build_network
+from avsep.vision import NETWORKS, ImageLabeller, ImageNetwork, LabellerUnavailable, Preprocessing, build_network
 
 TINY = "squeezenet1_1"  # the smallest of torchvision's with 1000 classes: 5 MB
 CLASSES = (889, 0, 420)
@@ -108,7 +108,7 @@ def test_lites_published_weights_answer_as_ever(name: str) -> None:
 
 def test_lite_pads_as_tensorflow_does() -> None:
     """Of seven by eight pixels, at stride two, four by four; what is uneven falls to the right and the bottom."""
-    conv = lite._SameConv(1, 1, 3, stride=2)
+    conv = lite.SameConv(1, 1, 3, stride=2)
     nn.init.ones_(conv.weight)
     with torch.no_grad():
         found = conv(torch.ones(1, 1, 7, 8))[0, 0]
@@ -174,7 +174,7 @@ def test_bfloat16_keeps_the_logits_within_a_hundredth_of_their_range(deep: nn.Mo
     with torch.inference_mode():
         expected = deep(Preprocessing()(torch.from_numpy(images)))
     logits = labeller(images)
-    assert labeller._classify is not deep and logits.dtype == torch.float32
+    assert labeller.running is not deep and logits.dtype == torch.float32
     assert float((logits - expected).abs().max()) < 0.01 * float(expected.max() - expected.min())
     assert all(p.dtype == torch.float32 for p in deep.parameters())  # what is saved stays exact
 
@@ -183,12 +183,12 @@ def test_bfloat16_keeps_the_logits_within_a_hundredth_of_their_range(deep: nn.Mo
 def test_bfloat16_is_not_used_where_it_would_change_the_logits(
     deep: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vision, "_BFLOAT16_ERROR", 1e-6)
-    assert ImageLabeller("resnet50", deep, "")._classify is deep
+    monkeypatch.setattr(vision, "BFLOAT16_ERROR", 1e-6)
+    assert ImageLabeller("resnet50", deep, "").running is deep
 
 
 def test_small_networks_stay_in_float32(network: nn.Module) -> None:
-    assert ImageLabeller(TINY, network, "")._classify is network
+    assert ImageLabeller(TINY, network, "").running is network
 
 
 def test_weights_are_read_where_a_uri_says(tmp_path: Path, memory_folder: str) -> None:
@@ -300,7 +300,7 @@ def test_another_picture_network_is_an_entry(
     name = f"blots-{hashlib.sha256((folder / 'plain.pth').read_bytes()).hexdigest()[:8]}.pth"
     (folder / "plain.pth").rename(folder / name)
     look = Preprocessing(8, 0.5, (0.0,) * 3, (0.5,) * 3, Image.Resampling.NEAREST)
-    monkeypatch.setitem(NETWORKS, "blots", PictureNetwork(blots, look, f"{address}/{name}"))
+    monkeypatch.setitem(NETWORKS, "blots", ImageNetwork(blots, look, f"{address}/{name}"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     labeller, again = ImageLabeller.load("blots"), ImageLabeller.load("blots")
@@ -316,10 +316,10 @@ def test_another_picture_network_is_an_entry(
     assert torch.equal(back(image), small(image)) and back.preprocessing == look
     with pytest.raises(LabellerUnavailable, match=r"give efficientnet_lite0, .*, blots, or a class"):
         ImageLabeller.load("nosuchnet")
-    monkeypatch.setitem(NETWORKS, "blots", PictureNetwork(blots, look, f"{address}/blots-00000000.pth"))
+    monkeypatch.setitem(NETWORKS, "blots", ImageNetwork(blots, look, f"{address}/blots-00000000.pth"))
     with pytest.raises(LabellerUnavailable, match=r"of blots can't be downloaded \(.*404.*fetch .*pass --weights FILE"):
         ImageLabeller.load("blots")
-    monkeypatch.setitem(NETWORKS, "blots", PictureNetwork(blots, look))
+    monkeypatch.setitem(NETWORKS, "blots", ImageNetwork(blots, look))
     with pytest.raises(LabellerUnavailable, match="'blots' is no picture network with ImageNet weights"):
         ImageLabeller.load("blots")
 

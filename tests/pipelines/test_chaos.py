@@ -176,7 +176,7 @@ def test_whatever_is_killed_each_segment_ends_up_once(tmp_path, monkeypatch):
     for kind, file, digest in [
         (k, f, c.digest) for c in commits for k in ("clips", "rejections") if (f := getattr(c, k))
     ]:
-        findings += audit.check_file(str(out), kind, file, digest)[0].findings
+        findings += audit.check_file(str(out), kind, file, digest)[0].damage
     assert findings == []  # no orphans, no temporary files, nothing twice
     assert not list(out.rglob("*.tmp")) and not storage.exists(str(out / shards.LOCK_FILE))
     one, other = ({r.segment_id: r for r in shards.read_clips(str(o))} for o in (out, calm))

@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from avsep import factors, fetching, shards, stages, storage, work
+from avsep import fetching, shards, stages, storage, work
 from avsep.audit import check_commits
 from avsep.extraction import Extraction
 from avsep.factors import DataConfig, ExtractionConfig
+from avsep.objects import AUDIOSET_23
 from avsep.records import ClipRecord, Rejection, Segment
 from pipelines import console, downloads, extract, runners, shardtasks
 from pipelines.progress import Progress
@@ -32,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 N = 12  # two shards
 
 
-CONFIGURATION = DataConfig(ExtractionConfig()).as_dict()
+MADE_WITH = DataConfig(ExtractionConfig(), AUDIOSET_23)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_segments_too_large_together_are_done_one_after_the_other(tmp_path, enou
 
     segments = [Segment(f"s{i}", f"{i}.wav", 0.0, 1.0, "train", labels=("dog",)) for i in range(4)]
     made, progress = (
-        Extraction(str(tmp_path), factors.ExtractionConfig(), CONFIGURATION, process),
+        Extraction(str(tmp_path), MADE_WITH, process),
         Progress("x", 4, "s"),
     )
     works = work.plan_work(shards.read_state(str(tmp_path)), segments)
@@ -91,7 +92,7 @@ def test_a_run_ends_with_one_line_once_no_download_is_worth_a_try(tmp_path):
 
     segments = [Segment("s", "youtube:aaaaaaaaaaa", 0.0, 1.0, "train", labels=("dog",))]
     made, progress = (
-        Extraction(str(tmp_path), factors.ExtractionConfig(), CONFIGURATION, process),
+        Extraction(str(tmp_path), MADE_WITH, process),
         Progress("x", 1, "s"),
     )
     works = work.plan_work(shards.read_state(str(tmp_path)), segments)
@@ -418,20 +419,22 @@ def test_a_segment_that_kills_its_worker_is_found_and_costs_itself_alone(sounds,
 # ---------------------------------------------------------------------------------- progress
 
 
-def test_the_status_file_says_where_a_run_stands(tmp_path, capsys):
+def test_the_status_file_says_where_a_run_stands(tmp_path, capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     path = tmp_path / "status.json"
     seen = []
     with Progress("extract", 100, "segments", done=10, rejected={"removed": 2}, status=str(path)) as progress:
         seen.append(json.loads(path.read_text()))
         progress.in_flight = 16
         for _ in range(3):
-            time.sleep(0.4)
+            clock[0] += 0.4
             progress.add(30, rejected={"removed": 1, "silent": 2}, seconds={"decode": 6.0, "label": 3.0})
     done = json.loads(path.read_text())
     assert (seen[0]["state"], seen[0]["done"], seen[0]["rate_per_s"]) == ("running", 10, 0)
     assert (done["state"], done["done"], done["total"], done["in_flight"]) == ("finished", 100, 100, 0)
     assert done["rejected"] == {"silent": 6, "removed": 5}
-    assert 40 < done["rate_per_s"] < 76 and done["seconds_left"] == 0
+    assert done["rate_per_s"] == pytest.approx(75) and done["seconds_left"] == 0
     assert done["stages"]["decode"] == {"worker_seconds": 18.0, "per_worker_second": 5.0}
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith("extract: 100/100 segments, ") and "11 rejected (silent 6, removed 5)" in line

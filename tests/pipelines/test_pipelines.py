@@ -29,6 +29,7 @@ from avsep.objects import AUDIOSET_23, OBJECT_NAMES, object_index, object_scores
 from avsep.vision import ImageLabeller, build_network
 from deploy import cost, pages
 from pipelines import audit, collect, demo, downloads, evaluate, extract, finetune, manifest, serve, train
+from tests.support.processes import marked
 
 RATE = 48_000
 
@@ -131,7 +132,7 @@ def test_results_hold_floor_and_ceiling_in_order(run):
     entry = results["separators"]["mixture"]
     assert entry["default_ahead"]["sdr"] == pytest.approx(sdr["default"] - sdr["mixture"])
     assert entry["interval_95"][0] <= sdr["mixture"] <= entry["interval_95"][1]
-    assert statistics._bootstrap([np.zeros(3)]) == pytest.approx([math.nan] * 2, nan_ok=True)  # nothing to draw from
+    assert statistics.bootstrap([np.zeros(3)]) == pytest.approx([math.nan] * 2, nan_ok=True)  # nothing to draw from
     curve = results["calibration"]["sound_score"]
     assert 0 <= curve["expected_calibration_error"] <= 1 and sum(b["count"] for b in curve["bins"]) >= 6
     assert len(results["clips"]) == 3
@@ -174,11 +175,15 @@ def test_the_published_protocols(run, solos, tmp_path, protocol):
         assert separators["default"]["mean"]["sir"] is None  # nothing else sounds that has a reference
         again = evaluation.add_noise(
             evaluation.Case.load(
-                segment := records.read_segments(str(solos / "table.csv"))[0], str(solos / "references"), RATE
+                segment := records.read_segments(str(solos / "table.csv"))[0],
+                str(solos / "references"),
+                RATE,
+                AUDIOSET_23,
             )
         )
         assert torch.equal(
-            again.mixture, evaluation.build_case([segment], str(solos / "references"), RATE, protocol).mixture
+            again.mixture,
+            evaluation.build_case([segment], str(solos / "references"), RATE, protocol, AUDIOSET_23).mixture,
         )
         noise = again.rest.square().mean() / again.references[0].square().mean()
         assert 10 * math.log10(noise) == pytest.approx(0, abs=0.05)
@@ -254,7 +259,7 @@ def test_references_that_do_not_fit_are_named(run, solos, tmp_path, capfd):
         shutil.copy(solos / "references" / "drum" / "drum.flac", drum)
         write()
         with pytest.raises(ValueError, match=message):
-            evaluation.Case.load(segment, str(tmp_path / "references"), RATE)
+            evaluation.Case.load(segment, str(tmp_path / "references"), RATE, AUDIOSET_23)
 
     damage(lambda: drum.write_bytes(b"junk"), r"drum.flac is no sound that can be read: ")
     damage(lambda: soundfile.write(drum, sound, 16_000), r"references of drum have 16000 Hz; the model works at 48000")
@@ -402,7 +407,7 @@ def test_separate_reads_and_writes_where_a_uri_says(run, rendered, tmp_path, mem
 
 
 def test_separate_covers_a_long_file_in_windows(run, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(commands, "_SAY_EVERY_S", 0.0)
+    monkeypatch.setattr(commands, "SAY_EVERY_S", 0.0)
     rng = np.random.default_rng(0)
     sound = np.concatenate([synthetic.performance(n, rng, 9.0) for n in ("drum", "flute", "violin")])[: 26 * RATE]
     soundfile.write(tmp_path / "long.flac", sound, RATE, subtype="PCM_24")
@@ -770,30 +775,32 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 180) -> None
         time.sleep(0.02)
 
 
-def ray_processes() -> set[str]:
-    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-    return {line.split()[0] for line in listed.splitlines() if "raylet" in line or "gcs_server" in line}
+def ray_processes(mark: str) -> list[str]:
+    """Ray's own processes among those that were started with a mark in their environment."""
+    return [title for title in marked(mark).values() if "raylet" in title or "gcs_server" in title]
 
 
 @pytest.mark.chaos
 def test_a_killed_extraction_goes_on_exactly_once(run, rendered, tmp_path):
-    before, out = ray_processes(), tmp_path / "out"
+    mark, out = f"AVSEP_TESTS={tmp_path}", tmp_path / "out"
+    environment = os.environ | {"AVSEP_TESTS": str(tmp_path)}
     command = [sys.executable, "-m", "pipelines.extract", "--out", str(out)]
     command += ["--segments", str(rendered / "segments.csv")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: any((out / "commits").glob("*.json")), process)
+    assert ray_processes(mark)
     process.send_signal(signal.SIGKILL)
     process.wait()
     part = len(shards.read_ids(str(out))[0])
     assert part > 0
-    assert subprocess.run(command, timeout=240).returncode == 0
+    assert subprocess.run(command, env=environment, timeout=240).returncode == 0
     same_records(str(run / "clips"), str(out))
     assert len(shards.read_ids(str(out))[0]) == 14
     for _ in range(100):
-        if ray_processes() <= before:
+        if not ray_processes(mark):
             break
         time.sleep(0.3)
-    assert ray_processes() <= before
+    assert not ray_processes(mark)
     for commit in shards.read_commits(str(out)):
         assert hashlib.sha256((out / commit.clips.path).read_bytes()).hexdigest() == commit.clips.sha256
 
@@ -915,8 +922,9 @@ def test_ray_is_started_again_where_its_raylet_gave_up_its_own_agent(tmp_path):
         "def double(x): return 2 * x\n"
         "with runners.session() as runner: print(list(runner.map(double, [(2,)])))\n"
     )
+    mark = f"AVSEP_TESTS={tmp_path}"
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    before = ray_processes()
+    environment |= {"AVSEP_TESTS": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     said, result = done.stdout.splitlines()
@@ -924,7 +932,7 @@ def test_ray_is_started_again_where_its_raylet_gave_up_its_own_agent(tmp_path):
     assert "metrics_agent_port" in said or "WaitForDashboardAgentPorts" in said
     assert result == "[4]"
     for _ in range(100):
-        if ray_processes() <= before:
+        if not ray_processes(mark):
             break
         time.sleep(0.3)
-    assert ray_processes() <= before
+    assert not ray_processes(mark)

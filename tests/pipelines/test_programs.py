@@ -226,17 +226,17 @@ work with you to fix it. Check failed: status.has_value() Timed out waiting for 
 def test_a_raylets_last_words_are_quoted(tmp_path):
     log = tmp_path / "raylet.out"
     log.write_text(RAYLET)
-    assert cluster._last_words(str(log)) == (
+    assert cluster.last_words(str(log)) == (
         ": Check failed: status.has_value() Timed out waiting for file /tmp/ray/metrics_agent_port_84"
         " in NodeManager::WaitForDashboardAgentPorts"
     )
     log.write_text(RAYLET.splitlines()[0])
-    assert cluster._last_words(str(log)) == ""
+    assert cluster.last_words(str(log)) == ""
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:{port}", "nonsense", "http://head:8265"])
 def test_a_cluster_that_does_not_answer_is_one_line_with_a_remedy(address, monkeypatch):
-    monkeypatch.setattr(cluster, "_HEAD_S", 0.0)
+    monkeypatch.setattr(cluster, "HEAD_S", 0.0)
     monkeypatch.setenv("RAY_ADDRESS", address := address.format(port=free_port()))
     remedy = "; give HEAD:6379 of a cluster, or unset it to run on this machine"
     with pytest.raises(console.UsageError, match=f"RAY_ADDRESS={address}: .*{remedy}"), runners.session():
@@ -328,7 +328,13 @@ def test_a_separator_that_is_no_use_is_called_so():
 
 
 def test_figures_read_well():
-    assert [results_report._db(x) for x in (-0.04, 0.04, -0.06, None, math.nan)] == ["0.0", "0.0", "-0.1", "–", "–"]
+    assert [results_report.decibels(x) for x in (-0.04, 0.04, -0.06, None, math.nan)] == [
+        "0.0",
+        "0.0",
+        "-0.1",
+        "–",
+        "–",
+    ]
     one, two = results_of(1, mixture=0.0, default=1.0), results_of(2, mixture=0.0, default=1.0)
     assert "95 % of SDR" not in results_report.table_header(one) and "95 % of SDR" in results_report.table_header(two)
     for results, duets in ((one, "1 duet of"), (two, "2 duets of")):

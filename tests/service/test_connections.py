@@ -70,6 +70,16 @@ def until_closed(raw: socket.socket, dribble: Callable[[], None] = lambda: None)
     return answer, time.monotonic() - started
 
 
+def received(raw: socket.socket, ending: bytes, answers: int = 1) -> bytes:
+    """What comes until so many answers are whole; they come in pieces as a socket likes."""
+    data = b""
+    while not (data.endswith(ending) and data.count(b"HTTP/1.1 200 ") == answers):
+        piece = raw.recv(1000)
+        assert piece, data
+        data += piece
+    return data
+
+
 GET = "GET / HTTP/1.1\r\nHost: x\r\n"
 CHUNKED = "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -78,7 +88,7 @@ CHUNKED = "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 def test_headers_have_a_deadline_however_they_dribble(port, before):
     with connected(port, before) as raw:
         if before:
-            assert raw.recv(1000).endswith(b"\r\n\r\n0")
+            received(raw, b"\r\n\r\n0")
         raw.sendall(GET.encode())
         answer, seconds = until_closed(raw, lambda: raw.sendall(b"X: y\r\n"))
     assert answer.startswith(b"HTTP/1.1 408 ") and 0.4 < seconds < 3
@@ -118,7 +128,7 @@ def test_bodies_of_large_chunks_and_with_trailers_are_taken(port):
             raw.sendall(b"z" * 40_000 + b"\r\n0\r\nX: y\r\n")
             time.sleep(0.1)
             raw.sendall(b"Y: z\r\n\r\n")
-            assert raw.recv(1000).endswith(b"\r\n\r\n40000")
+            received(raw, b"\r\n\r\n40000")
 
 
 def test_a_body_may_take_its_time_and_requests_may_follow_each_other(port):
@@ -126,10 +136,9 @@ def test_a_body_may_take_its_time_and_requests_may_follow_each_other(port):
         for _ in range(15):
             time.sleep(0.1)
             raw.sendall(b"z")
-        assert raw.recv(1000).endswith(b"\r\n\r\n15")
+        received(raw, b"\r\n\r\n15")
         raw.sendall(2 * (GET + "\r\n").encode())  # both at once
-        time.sleep(0.3)
-        assert raw.recv(1000).count(b"HTTP/1.1 200 ") == 2
+        received(raw, b"\r\n\r\n0", answers=2)
         answer, _ = until_closed(raw)
         assert answer == b""
 
@@ -162,13 +171,14 @@ def test_a_client_that_takes_it_slowly_is_not(port):
     assert received > MANY and time.monotonic() - started > 2.5
 
 
-def test_one_too_many_is_closed_at_once(port):
+def test_one_too_many_is_closed_at_once(port, monkeypatch):
+    monkeypatch.setattr(connections, "HEAD_S", 30.0)  # when any other would be
     with contextlib.ExitStack() as stack:
         for _ in range(20):
             stack.enter_context(connected(port))
         raw = stack.enter_context(connected(port))
         _, seconds = until_closed(raw)
-        assert seconds < 0.4
+        assert seconds < 10
     wait(lambda: _answers(port))
 
 

@@ -30,7 +30,8 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from avsep import media
-from tests.support.serving import RayService, Server, descendants, serving, wait, write_model, write_sound, write_video
+from tests.support.processes import descendants
+from tests.support.serving import RayService, Server, serving, wait, write_model, write_sound, write_video
 
 N_FUZZED = 120
 CHECKS = [

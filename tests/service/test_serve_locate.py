@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from avsep.service.device import Device
+from avsep.service.elsewhere import OtherNetwork
 from avsep.service.jobs import JobWorker
 from avsep.service.results import UPLOAD
-from avsep.service.work import OtherNetwork
 from avsep.videos import VideoSeparator
 from tests.support.planted import BOXES, COLOURS, add_labeller, write_painted
 from tests.support.serving import Server, serving, write_model, write_sound

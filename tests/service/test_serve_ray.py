@@ -26,10 +26,10 @@ from avsep.service import place
 from avsep.service.config import ServiceConfig
 from avsep.service.connections import HEAD_S
 from pipelines import runners, serve
+from tests.support.processes import alive, descendants
 from tests.support.serving import (
     PITCH,
     RayService,
-    descendants,
     free_port,
     half_an_upload,
     serving,
@@ -178,7 +178,7 @@ def test_it_leaves_nothing_behind(service, short):
     processes = list(descendants(service.process.pid))
     service.process.terminate()
     assert service.process.wait(60) == 0
-    wait(lambda: not [p for p in processes if _alive(p)])
+    wait(lambda: not [p for p in processes if alive(p)])
 
 
 def test_behind_serves_proxies(tmp_path, short, long):
@@ -206,7 +206,7 @@ def test_ended_while_it_starts_it_leaves_nothing(tmp_path):
         process.terminate()
         said = process.communicate(timeout=100)[0]
     assert process.returncode == 130 and said.splitlines()[-1].startswith("pipelines.serve: interrupted"), said
-    wait(lambda: not [p for p in processes if _alive(p)])
+    wait(lambda: not [p for p in processes if alive(p)])
 
 
 def write_pictured_model(folder: Path, seed: int) -> None:
@@ -291,12 +291,6 @@ def test_a_devices_answers_are_the_ordinary_ones(tmp_path, monkeypatch):
 
 def _resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _alive(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    return False
 
 
 def test_what_a_killed_service_left_is_removed_by_the_next(tmp_path, monkeypatch):

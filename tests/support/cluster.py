@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.support.processes import descendants
+
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_DISABLE_IMPORT_WARNING": "1",
@@ -36,19 +38,6 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def descendants(pid: int) -> list[int]:
-    """A process and all that came of it, parents first."""
-    parents: dict[int, list[int]] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            parents.setdefault(parent, []).append(int(folder.name))
-    found = [pid]
-    for p in found:
-        found += parents.get(p, [])
-    return found
-
-
 def _ip(*arguments: str) -> bool:
     return subprocess.run(["ip", *arguments], capture_output=True).returncode == 0
 
@@ -66,17 +55,13 @@ class Node:
 
     def processes(self, name: str) -> list[int]:
         """Those of its processes that go by this name."""
-        found = []
-        for pid in descendants(self.process.pid) if self.process else []:
-            with contextlib.suppress(OSError):
-                if name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    found.append(pid)
-        return found
+        below = descendants(self.process.pid) if self.process else {}
+        return [pid for pid, title in below.items() if name in title]
 
     def kill(self) -> None:
         """Pull the plug."""
         if self.process:
-            for pid in descendants(self.process.pid):
+            for pid in (self.process.pid, *descendants(self.process.pid)):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             self.process.wait()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from avsep import media
 from avsep.model import LABELLER_FILE, LabellerConfig, ModelConfig
 from avsep.objects import AUDIOSET_23
-from avsep.vision import NETWORKS, ImageLabeller, PictureNetwork, Preprocessing
+from avsep.vision import NETWORKS, ImageLabeller, ImageNetwork, Preprocessing
 from tests.support.serving import write_sound
 
 COLOURS = {"dog": (255, 0, 0), "violin": (0, 255, 0), "cat": (0, 0, 255)}  # of what it takes for them
@@ -43,7 +43,7 @@ class Planted(nn.Module):
 def planted_labeller(size: int = 64) -> ImageLabeller:
     """The network as a labeller of dogs, violins and cats; it is an entry of `NETWORKS`, so that files name it."""
     look = Preprocessing(size, 1.0, (0.0,) * 3, (1.0,) * 3)
-    NETWORKS["planted"] = PictureNetwork(Planted, look)
+    NETWORKS["planted"] = ImageNetwork(Planted, look)
     classes = [next(o for o in AUDIOSET_23 if o.name == name).imagenet[0] for name in COLOURS]
     return ImageLabeller("planted", Planted().eval(), "planted", (*classes, 0))
 
