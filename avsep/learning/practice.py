@@ -25,16 +25,12 @@ _HEARD = 0.15  # share of the sound from which an unseen object is taken for pre
 _COUNTS = (0.1, 0.5, 0.4)  # shares of mixtures of one, two and three
 _HIDDEN, _SILENT = 0.25, 0.1  # shares of mixtures, in a training step, of which one object isn't told, or one too many
 _WARP, _COLOUR_DB, _GAIN_DB, _FLOOR_DB = 0.06, 3.0, 4.0, -45.0
-_OTHER, _OTHER_DB = 0.35, (-12.0, 2.0)  # share of mixtures with a sound of no object, and its level beside an object's
 _NOISY, _NOISE_DB = 0.25, (-25.0, 3.0)  # share of mixtures with audible noise, and its level beside the rest
 
 
 @dataclass
 class Solo:
-    """The bases of a clip's one object, with their activations; `F'` are the lower bins.
-
-    `object_index` is L for a clip that is known to hold none of the objects.
-    """
+    """The bases of a clip's one object, with their activations; `F'` are the lower bins."""
 
     object_index: int
     bases: Tensor  # (F', m)
@@ -68,15 +64,6 @@ def find_solo(
         return None
     top = int(bases.shape[0] * TOP_SHARE) + 1
     return Solo(index, bases[:top, own].half(), activations[own])
-
-
-def other_sound(record: ClipRecord, n_objects: int) -> Solo | None:
-    """Return a clip's bases where its given labels say that it holds none of the objects."""
-    if record.labels is None or record.labels:
-        return None
-    bases, activations = (torch.from_numpy(x) for x in record.factors())
-    top = int(bases.shape[0] * TOP_SHARE) + 1
-    return Solo(n_objects, bases[:top].half(), activations)
 
 
 def _informed(
@@ -132,8 +119,6 @@ def mix_solos(
 ) -> Practice:
     """Mix solos of one to three objects, each changed in pitch, colour, level and time, and factorise the mixture.
 
-    Where there are sounds of no object (`other_sound`), some mixtures hold one of them, which is the rest's.
-
     Args:
         solos: of at least two objects.
         n_objects, n_bins, n_bases, n_frames: L, F, M, N.
@@ -144,7 +129,6 @@ def mix_solos(
     by_object: dict[int, list[Solo]] = {}
     for solo in solos:
         by_object.setdefault(solo.object_index, []).append(solo)
-    others = by_object.pop(n_objects, [])
     if len(by_object) < 2:
         raise ValueError("the solos are all of one object; mixtures need two at least")
     count = min(1 + int(rng.choice(3, p=_COUNTS)), len(by_object))
@@ -152,9 +136,6 @@ def mix_solos(
     parts = torch.stack([_perform(by_object[i][rng.integers(len(by_object[i]))], n_frames, rng) for i in chosen])
     phases = torch.from_numpy(rng.uniform(0, 2 * np.pi, parts.shape).astype(np.float32))
     noise = _noise(parts.shape[1:], rng) * parts.square().sum(0).mean().sqrt()
-    if others and rng.random() < _OTHER:
-        other = _perform(others[rng.integers(len(others))], n_frames, rng) * 10 ** (rng.uniform(*_OTHER_DB) / 20)
-        noise = noise + torch.polar(other, torch.from_numpy(rng.uniform(0, 2 * np.pi, other.shape).astype(np.float32)))
     parts = torch.cat([parts, noise.abs().unsqueeze(0)])
     V = (torch.polar(parts[:-1], phases).sum(0) + noise).abs()
     W, H = get_factorizer(factorizer).factorize(V, n_bases, n_iter=n_iter, seeds=seed)

@@ -96,18 +96,14 @@ def judge(model_dir: str, files: list[str]) -> tuple[evidence.LabelQuality, floa
 
 
 def find_solos(model_dir: str, path: str, quality: evidence.LabelQuality) -> dict[str, list[practice.Solo]]:
-    """Find one file's clips, by split, in which an object plays alone, and those known to hold none."""
+    """Find one file's clips, by split, in which an object plays alone."""
     model = Model.load(model_dir)
     solos: dict[str, list[practice.Solo]] = {"train": [], "val": []}
     for record in clips_from_table(shards.read_table(path)):
         labels = model.config.labelling.decide(record.labels, record.image_logits)
-        if record.split not in solos or labels is None:
-            continue
-        if labels.any():
+        if record.split in solos and labels is not None and labels.any():
             solo = practice.find_solo(model.network, record, labels, quality)
-        else:
-            solo = practice.other_sound(record, len(labels))
-        solos[record.split] += [solo] if solo else []
+            solos[record.split] += [solo] if solo else []
     return solos
 
 
@@ -115,7 +111,7 @@ def plan_mixtures(parts: Sequence[Solos], split: str, wanted: int, config: Model
     """Divide a split's mixtures into batches for `mix_batch`; none where there are no solos of two objects."""
     solos = [s for part in parts for s in part[split]]
     objects = {s.object_index for s in solos}
-    if len(objects - {len(config.objects)}) < 2:
+    if len(objects) < 2:
         return []
     kept = [s for i in sorted(objects) for s in [t for t in solos if t.object_index == i][:_SOLOS_AN_OBJECT]]
     n_frames = int(np.median([s.activations.shape[1] for s in kept]))

@@ -1,7 +1,6 @@
 """Practice mixtures, and the context learned on them."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,17 +8,7 @@ import torch
 
 from avsep.context import N_PAIR_FEATURES, BasisContext, pair_features
 from avsep.evidence import LabelQuality
-from avsep.learning.practice import (
-    Practice,
-    Solo,
-    Teacher,
-    as_bags,
-    find_solo,
-    mix_solos,
-    other_sound,
-    source_shares,
-    train_context,
-)
+from avsep.learning.practice import Practice, Solo, Teacher, as_bags, find_solo, mix_solos, source_shares, train_context
 from avsep.miml import MIML, N_STATISTICS, basis_posteriors
 from avsep.records import ClipRecord
 
@@ -103,21 +92,6 @@ def test_some_mixtures_are_noisy_and_the_noise_is_nobody_s(solos):
     assert float(shares.max()) > 0.3 and float(shares.median()) < 0.02
 
 
-def test_a_sound_of_no_object_is_the_rest_s_in_some_mixtures(solos):
-    """It stands in bins that no object has, and its energy there is nobody's."""
-    own = torch.zeros(F)
-    own[-6:] = 1
-    others = [Solo(L, own[:, None].half(), torch.ones(1, N))]
-    mixed = [mix_solos([*solos, *others], L, F, 8, N, seed, n_iter=40) for seed in range(24)]
-    foreign = [p.shares[-1][p.bases[:, :45].float().mean(1) < 0.02 * p.bases[:, -6:].float().mean(1)] for p in mixed]
-    with_it = [shares for shares in foreign if len(shares)]
-    assert 4 <= len(with_it) <= 16  # a third of them
-    assert all((shares > 0.9).all() for shares in with_it)
-    assert not any(p.present.sum() == 0 for p in mixed)
-    with pytest.raises(ValueError, match="two at least"):
-        mix_solos([*solos[:6], *others], L, F, 8, N, 0)  # no second object
-
-
 def test_mixtures_follow_from_their_seed_and_know_their_sources(solos):
     one, again, other = (mix_solos(solos, L, 90, 8, N, seed, n_iter=40) for seed in (1, 1, 2))
     assert one.bases.shape == (8, 90) and one.activations.shape == (8, N)
@@ -198,16 +172,6 @@ def record(bases: np.ndarray, energy: np.ndarray) -> ClipRecord:
         energy.astype(np.float32),
         *(None, 0.0, 10.0, -20.0, "", "given"),
     )
-
-
-@pytest.mark.parametrize(("labels", "known"), [((), True), (None, False), (("cat",), False)])
-def test_only_given_labels_say_that_a_clip_holds_no_object(labels, known):
-    """Pictures that show nothing don't: what sounds may be out of sight."""
-    clip = replace(record(np.full((F, 3), 0.5), np.full(3, 1 / 3)), labels=labels)
-    other = other_sound(clip, L)
-    assert (other is not None) == known
-    if other is not None:
-        assert other.object_index == L and other.bases.shape[1] == 3
 
 
 def test_a_solo_needs_a_visible_object_with_most_of_the_sound():
