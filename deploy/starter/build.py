@@ -29,6 +29,7 @@ from avsep.vision import NO_DOWNLOAD
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 MOST_BYTES = 8_000_000
+RECIPE = "both_passes"  # a second pass alone learns the sources by heart
 # How an object's share of the sound becomes a confidence. Training fits this to mixtures of sounds that it has heard,
 # and then claims too much elsewhere. These were fitted, by evidence.fit_sound, to 1,639 other clips for a model of 860
 # clips and fewer sources; `shown` is what picture networks see of rendered clips.
@@ -99,9 +100,10 @@ def main() -> None:
     if not (work / "rendered" / "segments.csv").exists():
         run(HERE / "render.py", "--sounds", work / "sounds", "--out", work / "rendered", "--clips", str(a.clips))
     run("-m", "pipelines.manifest", "--table", work / "rendered" / "segments.csv", "--out", work / "manifest")
-    run("-m", "pipelines.extract", "--segments", work / "manifest", "--out", clips)
+    run("-m", "pipelines.extract", "--segments", work / "manifest", "--out", clips, "--recipe", RECIPE)
     if not (work / "run" / "model" / "familiarity.safetensors").exists():
-        run("-m", "pipelines.train", "--clips", clips, "--out", work / "run", "--epochs", str(a.epochs), "--in-process")
+        out = ("--out", work / "run", "--recipe", RECIPE, "--in-process")
+        run("-m", "pipelines.train", "--clips", clips, *out, "--epochs", str(a.epochs))
     size = slim(work / "run" / "model", a.out)
     describe(a.out)
     (a.out / "README.md").write_text(card(work, a.out))
