@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from avsep import storage
-from avsep.miml import MIML, basis_posteriors
+from avsep.miml import AnyMIML, basis_posteriors
 
 if TYPE_CHECKING:
     from avsep.records import ClipRecord
@@ -40,7 +40,7 @@ class Candidate:
 
 @torch.inference_mode()
 def candidate_bases(
-    model: MIML,
+    model: AnyMIML,
     record: ClipRecord,
     labels: Tensor,
     *,

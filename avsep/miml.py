@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +124,32 @@ class MIML(nn.Module):
         if valid is not None:
             relation = relation.masked_fill(~valid.unsqueeze(1), -torch.inf)
         return relation.amax(-1)
+
+
+class MeanMIML(nn.Module):
+    """Several networks as one, whose relation map is the mean of theirs; it can't be trained.
+
+    The networks are of the same objects and bases. As a module its weights are `members.0. …`, `members.1. …`.
+    """
+
+    def __init__(self, members: Sequence[MIML]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.n_bins, self.n_objects = members[0].n_bins, members[0].n_objects
+
+    def relation(self, bases: Tensor, valid: Tensor | None = None, statistics: Tensor | None = None) -> Tensor:
+        """Score every basis for every object, `(B, M, F)` → `(B, L, M)`, as `MIML.relation` does."""
+        return torch.stack([m.relation(bases, valid, statistics) for m in self._networks()]).mean(0)
+
+    def relate(self, W: Tensor, H: Tensor) -> Tensor:
+        """Relate one clip's factors, `(F, M)` and `(M, N)` → `(L, M)`."""
+        return torch.stack([m.relate(W, H) for m in self._networks()]).mean(0)
+
+    def _networks(self) -> list[MIML]:
+        return [m for m in self.members if isinstance(m, MIML)]
+
+
+AnyMIML = MIML | MeanMIML  # whatever relates bases to objects
 
 
 def _layer(n_inputs: int, width: int) -> nn.Sequential:

@@ -21,7 +21,7 @@ from avsep.dictionary import BasisDictionary
 from avsep.evidence import Evidence
 from avsep.factors import ExtractionConfig
 from avsep.familiarity import Familiarity
-from avsep.miml import MIML
+from avsep.miml import MIML, AnyMIML, MeanMIML
 from avsep.objects import AUDIOSET_23, CLASSES, N_IMAGENET_CLASSES, Vocabulary, weak_labels
 from avsep.stft import STFT
 
@@ -51,6 +51,7 @@ _RANGES: dict[str, tuple[float, float]] = {  # of the configuration's numbers: b
     "network.hidden": (1, 100_000),
     "network.linear_bins": (1, 1 << 20),
     "network.dropout": _SHARE,
+    "network.n_networks": (1, 2),
     "labels.threshold": _SHARE,
     "labels.best_threshold": _SHARE,
     "separation.threshold": _SHARE,
@@ -84,6 +85,7 @@ class NetworkConfig:
     log_bands: bool = False
     statistics: bool = False
     dropout: float = 0.0
+    n_networks: int = 1  # whose relation maps are averaged: 2 for those of both passes of a training
 
 
 @dataclass(frozen=True)
@@ -256,8 +258,15 @@ class ModelConfig:
             raise _no_model(directory, CONFIG_FILE, error) from None
 
     def build(self) -> MIML:
-        """Build the network, untrained."""
-        return MIML(self.stft.n_bins, len(self.objects), **asdict(self.network))
+        """Build one network, untrained."""
+        arguments = asdict(self.network)
+        del arguments["n_networks"]
+        return MIML(self.stft.n_bins, len(self.objects), **arguments)
+
+    def build_all(self) -> AnyMIML:
+        """Build what the model's weights belong to: one network, or the mean of several."""
+        n = self.network.n_networks
+        return self.build() if n == 1 else MeanMIML([self.build() for _ in range(n)])
 
 
 @dataclass
@@ -265,7 +274,7 @@ class Model:
     """A trained network with its configuration and, once collected, its dictionary."""
 
     config: ModelConfig
-    network: MIML
+    network: AnyMIML
     dictionary: BasisDictionary | None = None
     context: BasisContext | None = None
     familiarity: Familiarity | None = None  # what sounds are compared with
@@ -299,7 +308,7 @@ class Model:
             )
         try:
             weights = safetensors.torch.load(storage.read_bytes(path))
-            network, context = config.build(), None
+            network, context = config.build_all(), None
             network.load_state_dict({k: v for k, v in weights.items() if not k.startswith(_CONTEXT)})
             if config.context:
                 context = BasisContext()

@@ -9,7 +9,7 @@ from typing import Any
 
 from avsep.cli import Parser
 
-RECIPES = ("default", "paper", "audioset")  # their names; recipes.py has them
+RECIPES = ("default", "paper", "audioset", "both_passes")  # their names; recipes.py has them
 UNUSABLE, INTERRUPTED = 2, 130  # exit statuses
 _QUICK_BYTES = 4 << 20  # of a table that is read twice
 OUTPUTS = ("out", "media")  # arguments that name folders

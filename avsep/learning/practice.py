@@ -17,7 +17,7 @@ from avsep.evidence import LabelQuality
 from avsep.factors import DEFAULT_FACTORIZER, get_factorizer
 from avsep.learning.bags import Bags
 from avsep.learning.training import warp_frequencies
-from avsep.miml import MIML, activation_statistics, basis_posteriors, energy_shares
+from avsep.miml import AnyMIML, activation_statistics, basis_posteriors, energy_shares
 from avsep.records import ClipRecord
 
 _NOISE = 0.1  # how likely noise is, beside a visible object
@@ -50,7 +50,7 @@ class Practice:
 
 @torch.inference_mode()
 def find_solo(
-    network: MIML, record: ClipRecord, labels: Tensor, quality: LabelQuality, threshold: float = 0.85
+    network: AnyMIML, record: ClipRecord, labels: Tensor, quality: LabelQuality, threshold: float = 0.85
 ) -> Solo | None:
     """Return a clip's sounding object with its bases, when one visible object has `threshold` of the sound.
 
@@ -67,7 +67,7 @@ def find_solo(
 
 
 def _informed(
-    network: MIML, W: Tensor, H: Tensor, basis_energy: Tensor, labels: Tensor, quality: LabelQuality
+    network: AnyMIML, W: Tensor, H: Tensor, basis_energy: Tensor, labels: Tensor, quality: LabelQuality
 ) -> tuple[Tensor, Tensor]:
     """Weigh a clip's posteriors by what its pictures show: `(L + 1, M)`, and the objects' shares of it, `(L,)`."""
     prior = torch.cat([torch.where(labels, torch.ones(()), quality.missed()), torch.tensor([_NOISE])])
@@ -81,7 +81,7 @@ def _informed(
 class Teacher:
     """Say whose a training clip's bases are: a trained network, its context, and what the pictures show."""
 
-    network: MIML
+    network: AnyMIML
     context: BasisContext
     quality: LabelQuality
 
@@ -184,7 +184,7 @@ def _perform(solo: Solo, n_frames: int, rng: np.random.Generator) -> Tensor:
 
 
 def train_context(
-    network: MIML, practices: Sequence[Practice], *, epochs: int, learning_rate: float = 3e-3, seed: int = 0
+    network: AnyMIML, practices: Sequence[Practice], *, epochs: int, learning_rate: float = 3e-3, seed: int = 0
 ) -> tuple[BasisContext, dict[str, float]]:
     """Train a context on practice mixtures; return it with the cross-entropy before and after.
 

@@ -14,7 +14,7 @@ import torch
 
 from avsep import evidence, storage
 from avsep.learning import bags, parallel, practice, training
-from avsep.miml import MIML
+from avsep.miml import MIML, AnyMIML, MeanMIML
 from avsep.model import Model, ModelConfig
 
 _IN_MEMORY_BYTES = 4 << 30  # of bases that a worker without a GPU holds; more are read anew for every epoch
@@ -94,7 +94,7 @@ def fit(run: TrainingRun, device: str | None = None, report: Callable[[dict[str,
         if report:
             report(row)
     if first:
-        _save_model(run, state)
+        _save_model(run, state, teacher)
 
 
 def _first_pass_s(run: TrainingRun) -> tuple[practice.Teacher | None, bags.Bags | None, bags.Bags | None]:
@@ -105,13 +105,19 @@ def _first_pass_s(run: TrainingRun) -> tuple[practice.Teacher | None, bags.Bags 
     return teacher, read_mixtures(run.out, MIXTURES_FILE), read_mixtures(run.out, VAL_MIXTURES_FILE)
 
 
-def _save_model(run: TrainingRun, state: _State) -> None:
+def _save_model(run: TrainingRun, state: _State, teacher: practice.Teacher | None) -> None:
+    """Write the model: this pass's network, or after a second pass the mean of both, where that is configured."""
     state.network.load_state_dict(state.best)
+    network: AnyMIML = state.network
+    if run.config.network.n_networks == 2 and teacher is not None and isinstance(teacher.network, MIML):
+        network = MeanMIML([teacher.network, state.network])
+    n_networks = 1 if network is state.network else 2
+    config = replace(run.config, network=replace(run.config.network, n_networks=n_networks))
     rows = state.history.rows
     facts = {"chosen": rows[state.history.best()] if rows else {}, "clips_by_label": run.clips_by_label}
     if run.quality is not None:
         facts["label_quality"] = asdict(run.quality)
-    Model(replace(run.config, training=asdict(run.training) | facts), state.network).save(run.model)
+    Model(replace(config, training=asdict(run.training) | facts), network).save(run.model)
 
 
 @dataclass

@@ -15,7 +15,15 @@ from avsep.evidence import LabelQuality
 from avsep.learning import parallel
 from avsep.learning.bags import Bags, moved_to
 from avsep.metrics import mean_average_precision
-from avsep.miml import MIML, basis_posteriors, energy_shares, multilabel_margin, partial_label_loss, target_loss
+from avsep.miml import (
+    MIML,
+    AnyMIML,
+    basis_posteriors,
+    energy_shares,
+    multilabel_margin,
+    partial_label_loss,
+    target_loss,
+)
 
 
 def _partial_label(relation: Tensor, labels: Tensor, weight: Tensor, quality: LabelQuality | None) -> Tensor:
@@ -181,7 +189,7 @@ def assignment(model: MIML, mixtures: Bags) -> float:
 
 
 @torch.inference_mode()
-def object_shares(model: MIML, bags: Bags, batch_size: int = 64) -> Tensor:
+def object_shares(model: AnyMIML, bags: Bags, batch_size: int = 64) -> Tensor:
     """Return each object's share of each clip's sound, `(B, L)`."""
     model.eval()
     shares = []

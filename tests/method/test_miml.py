@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from avsep.miml import (
     MIML,
     N_STATISTICS,
+    MeanMIML,
     activation_statistics,
     basis_posteriors,
     energy_shares,
@@ -48,6 +49,21 @@ def test_relation_and_scores_are_maxima_of_the_layers_by_hand() -> None:
     with torch.no_grad():
         unbounded.subconcepts.bias.fill_(-2)
     assert (unbounded.relation(bases) < 0).all()
+
+
+def test_several_networks_relate_as_the_mean_of_theirs() -> None:
+    """With statistics, too; its weights go through a file and back."""
+    networks = [MIML(20, 5, 3, 16, statistics=True).eval() for _ in range(2)]
+    mean, (W, H) = MeanMIML(networks).eval(), (seeded(20, 4).abs(), seeded(4, 30).abs())
+    expected = (networks[0].relate(W, H) + networks[1].relate(W, H)) / 2
+    torch.testing.assert_close(mean.relate(W, H), expected)
+    torch.testing.assert_close(
+        mean.relation(W.T[None], statistics=activation_statistics(H[None]))[0], expected, atol=1e-6, rtol=1e-5
+    )
+    again = MeanMIML([MIML(20, 5, 3, 16, statistics=True) for _ in range(2)])
+    again.load_state_dict(mean.state_dict())
+    assert torch.equal(again.eval().relate(W, H), mean.relate(W, H))
+    assert (mean.n_bins, mean.n_objects) == (20, 5)
 
 
 @pytest.mark.parametrize("options", [{}, {"published_head": False, "square_root": True, "log_bands": True}])

@@ -24,7 +24,7 @@ from avsep.learning import parallel, run
 from avsep.learning.bags import Bags, TrainingClips, count_clips, load_bags
 from avsep.learning.training import optimiser_for, train_epoch
 from avsep.miml import MIML, activation_statistics
-from avsep.model import LabelConfig, Labelling
+from avsep.model import LabelConfig, Labelling, Model
 from avsep.objects import AUDIOSET_23
 from avsep.records import ClipRecord
 from avsep.stft import STFT
@@ -251,6 +251,20 @@ def test_the_second_pass_of_two_workers_ends_where_that_of_one_does(tmp_path, mo
     difference = float((maps[0] - maps[1]).abs().max())
     print("losses", *([r["train_loss"] for r in h] for h in rows), "maps differ by", difference)
     assert difference < 2e-3
+
+
+@pytest.mark.slow
+def test_the_mean_of_both_passes_is_the_model_where_the_recipe_says_so(tmp_path, monkeypatch):
+    write_clips(tmp_path / "clips", 60, 12, objects_a_clip=1)
+    recipe = replace(recipes.both_passes(), practice=10)
+    monkeypatch.setitem(recipes.RECIPES, "both_passes", lambda: recipe)
+    command = ["--clips", str(tmp_path / "clips"), "--out", str(tmp_path / "run"), "--recipe", "both_passes"]
+    assert main([*command, "--epochs", "8", "--in-process"]) == 0
+    model = Model.load(tmp_path / "run" / "model")
+    assert model.config.network.n_networks == 2 and model.context is not None
+    for member, name in zip(model.network.members, ("checkpoint.pt", "checkpoint-2.pt"), strict=True):
+        best = torch.load(io.BytesIO((tmp_path / "run" / name).read_bytes()), weights_only=True)["best"]
+        assert all(torch.equal(v, best[k]) for k, v in member.state_dict().items())
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
