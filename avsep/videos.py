@@ -155,10 +155,7 @@ class VideoSeparator:
         """
         patience = _Patience(step)
         separator = self._for_a_file(bases, patience)
-        given = None
-        if objects is not None:
-            given = [self.config.vocabulary.find(name) for name in objects]
-            given += [name for name in (output.two_stems,) if name and name not in given]
+        given = None if objects is None else self._given(objects, output.two_stems)
         timings, clock = {}, _Clock()
         patience.tell("decoding", 0.0)
         shape = self._shape(video, separator.sample_rate, track, output)
@@ -167,12 +164,9 @@ class VideoSeparator:
         timings["decode_s"] = clock()
         looked = self._look(source.images, patience)
         timings["look_s"] = clock()
-        plan = _listen(separator, source, given, looked, patience.tell)
-        one = output.two_stems
-        if one and (one not in plan.objects or one in plan.silent):
-            given = list(dict.fromkeys([*plan.objects, one]))  # who asks for it says that it is there
-            plan = _listen(separator, source, given, looked, patience.tell)
-        plan = plan if edits is None else _edited(plan, edits.named(self.config.vocabulary.find), one)
+        plan, given = _decide(separator, source, given, looked, output.two_stems, patience.tell)
+        if edits is not None:
+            plan = _edited(plan, edits.named(self.config.vocabulary.find), output.two_stems)
         timings["listen_s"] = clock()
         tally = _Tally(keep=0 if plan.explanation is None else plan.explanation.n_samples)
         rendered = _rendered(plan, source, tally, patience.tell)
@@ -199,6 +193,10 @@ class VideoSeparator:
             tuple(loud),
             tally.opening(),
         )
+
+    def _given(self, objects: Sequence[str], one: str | None) -> Sequence[str]:
+        """Give the model's names of objects that people name, and the `one` that is to be written."""
+        return list(dict.fromkeys([*(self.config.vocabulary.find(name) for name in objects), *([one] if one else [])]))
 
     def _write_videos(
         self, video: Path, out: Path, names: Mapping[str, str], shape: Shape, patience: _Patience
@@ -434,6 +432,25 @@ def _windows(separator: Separates, plan: Planned) -> list[dict[str, Any]]:
         for window, shares, energy in zip(found, edited.shares, edited.basis_energies, strict=True):
             window["bases"] = assignments(shares, energy, edited.objects, n_bases)
     return found
+
+
+def _decide(
+    separator: Separates,
+    source: WholeFile,
+    given: Sequence[str] | None,
+    looked: _Looked,
+    one: str | None,
+    step: Step,
+) -> tuple[Planned, Sequence[str] | None]:
+    """Have a separator listen, and again where it didn't find the `one` object that is to be written.
+
+    Returns the plan, and what it was given in the end.
+    """
+    plan = _listen(separator, source, given, looked, step)
+    if one and (one not in plan.objects or one in plan.silent):
+        given = list(dict.fromkeys([*plan.objects, one]))  # who asks for it says that it is there
+        plan = _listen(separator, source, given, looked, step)
+    return plan, given
 
 
 def _rendered(plan: Planned, source: WholeFile, tally: _Tally, step: Step) -> Iterator[NDArray[np.float32]]:
