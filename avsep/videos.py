@@ -183,16 +183,8 @@ class VideoSeparator:
         told = (*source.notes, looked.note, clipped(loud, output.suffix), shape.note)
         report["note"] = "; ".join(filter(None, told))
         report["timings"] = {name: round(seconds, 3) for name, seconds in timings.items()}
-        return FileSeparation(
-            report,
-            plan,
-            source.images,
-            tuple(files),
-            tuple(source.notes),
-            locations,
-            tuple(loud),
-            tally.opening(),
-        )
+        sounds, notes = tuple(files), tuple(source.notes)
+        return FileSeparation(report, plan, source.images, sounds, notes, locations, tuple(loud), tally.opening())
 
     def _given(self, objects: Sequence[str], one: str | None) -> Sequence[str]:
         """Give the model's names of objects that people name, and the `one` that is to be written."""
