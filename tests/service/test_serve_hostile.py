@@ -98,9 +98,13 @@ def refused(answer: httpx.Response) -> None:
 OPERATIONS = [
     *(
         f"GET /v1/separations/{{job_id}}{tail}"
-        for tail in ("", "/relation", "/relation.png", "/frame.png", "/archive.zip")
+        for tail in ("", "/relation", "/relation.png", "/frame.png", "/archive.zip", "/edits", "/locations", "/mix")
     ),
-    *(f"GET /v1/separations/{{job_id}}{tail}" for tail in ("/tracks/{track}.{kind}", "/bases/{basis}.wav")),
+    *(
+        f"GET /v1/separations/{{job_id}}{tail}"
+        for tail in ("/tracks/{track}.{kind}", "/bases/{basis}.wav", "/mix.{kind}")
+    ),
+    "PATCH /v1/separations/{job_id}",
     "DELETE /v1/separations/{job_id}",
     "POST /v1/separations",
     "GET /v1/examples/{name}",
