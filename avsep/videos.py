@@ -155,10 +155,7 @@ class VideoSeparator:
         """
         patience = _Patience(step)
         separator = self._for_a_file(bases, patience)
-        given = None
-        if objects is not None:
-            given = [self.config.vocabulary.find(name) for name in objects]
-            given += [name for name in (output.two_stems,) if name and name not in given]
+        given = self._given(objects, output.two_stems)
         timings, clock = {}, _Clock()
         patience.tell("decoding", 0.0)
         shape = self._shape(video, separator.sample_rate, track, output)
@@ -172,7 +169,8 @@ class VideoSeparator:
         if one and (one not in plan.objects or one in plan.silent):
             given = list(dict.fromkeys([*plan.objects, one]))  # who asks for it says that it is there
             plan = _listen(separator, source, given, looked, patience.tell)
-        plan = plan if edits is None else _edited(plan, edits.named(self.config.vocabulary.find), one)
+        if edits is not None:
+            plan = _edited(plan, edits.named(self.config.vocabulary.find), one)
         timings["listen_s"] = clock()
         tally = _Tally(keep=0 if plan.explanation is None else plan.explanation.n_samples)
         rendered = _rendered(plan, source, tally, patience.tell)
@@ -189,16 +187,15 @@ class VideoSeparator:
         told = (*source.notes, looked.note, clipped(loud, output.suffix), shape.note)
         report["note"] = "; ".join(filter(None, told))
         report["timings"] = {name: round(seconds, 3) for name, seconds in timings.items()}
-        return FileSeparation(
-            report,
-            plan,
-            source.images,
-            tuple(files),
-            tuple(source.notes),
-            locations,
-            tuple(loud),
-            tally.opening(),
-        )
+        notes, opening = tuple(source.notes), tally.opening()
+        return FileSeparation(report, plan, source.images, tuple(files), notes, locations, tuple(loud), opening)
+
+    def _given(self, objects: Sequence[str] | None, one: str | None) -> list[str] | None:
+        """Return the names of the objects that are there, the one that is asked for among them; None: nobody said."""
+        if objects is None:
+            return None
+        given = [self.config.vocabulary.find(name) for name in objects]
+        return given + [name for name in (one,) if name and name not in given]
 
     def _write_videos(
         self, video: Path, out: Path, names: Mapping[str, str], shape: Shape, patience: _Patience
