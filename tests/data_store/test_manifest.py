@@ -397,7 +397,7 @@ BAD_ROWS = [
     (["", "x.mp4", "0", "", "", ""], "segment_id is missing"),
     (["d", "", "0", "", "", ""], "source is missing"),
     (["d/e", "x.mp4", "0", "", "", ""], "slash"),
-    (["d", "tape:1", "0", "", "", ""], "'tape' is no known site: sources are youtube:ID, web addresses"),
+    (["d", "tape:1", "0", "", "", ""], "'tape' is no known site: sources are youtube:ID, ave:ID, web addresses"),
     (["d", "x.mp4", "soon", "", "", ""], "start_s is 'soon'"),
     (["d", "x.mp4", "5", "4", "", ""], "must come after start_s"),
     (["d", "x.mp4", "-5", "4", "", ""], "start_s is -5.0"),

@@ -1009,6 +1009,6 @@ def test_a_budget_stops_everybody_once_youtube_has_changed(store: str, options: 
     with pytest.raises(Stopped, match=reason):
         fetch(wanted, store, shared, options)
     with pytest.raises(Stopped):  # no clip is rejected for it
-        MediaStore(store, {}, {wanted.segment_id}, {}, shared).fetch_all([wanted])
+        MediaStore(store, {}, {wanted.segment_id}, {}, budget=shared).fetch_all([wanted])
     shared.report(early, None)
     assert isinstance(shared.acquire(), Lease)
