@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -30,16 +30,17 @@ from tests.support.tones import RATE, SMALL
 
 CONFIG = ExtractionConfig(stft=SMALL, n_bases=3, n_iter=3, image_size=24, looks="centre")
 MADE_WITH = DataConfig(CONFIG, AUDIOSET_23, "resnet152", "0" * 64)
+SLOPE = "geq=lum='2*X+Y+40*T'"  # which grows lighter
 SOURCES = ("a", "b.v2", "c d")
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three files of 3 s, with a pattern and a chirp each."""
+    """Three files of 3 s, with a slope and a chirp each."""
     folder = tmp_path_factory.mktemp("media")
     for number, name in enumerate(SOURCES):
         command = [media.ffmpeg_executable(), "-loglevel", "error"]
-        command += ["-f", "lavfi", "-i", "testsrc=size=64x48:rate=10", "-f", "lavfi"]
+        command += ["-f", "lavfi", "-i", f"nullsrc=size=64x48:rate=10,format=gray,{SLOPE}", "-f", "lavfi"]
         command += ["-i", f"aevalsrc=0.4*sin(2*PI*t*({200 + 100 * number}+40*t)):s=16000", "-t", "3"]
         subprocess.run([*command, "-c:v", "ffv1", "-c:a", "flac", str(folder / f"{name}.mkv")], check=True)
     return folder
@@ -53,6 +54,15 @@ def segments_of(folder: Path) -> list[Segment]:
         Segment("seen", b, 1.0, 3.0, "train"),
         Segment("ünï/".replace("/", "~"), c, 0.0, 1.0, "test", (), ()),
     ]
+
+
+@pytest.fixture(scope="module")
+def exported(recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Media, their clips, and these as archives: to read alone."""
+    folder = tmp_path_factory.mktemp("exported")
+    extract(folder / "clips", segments_of(recorded))
+    assert run(folder / "clips", folder / "out") == 0
+    return recorded, folder / "clips", folder / "out"
 
 
 @pytest.fixture
@@ -118,17 +128,14 @@ def check_picture(data: bytes, segment: Segment, number: int) -> None:
     clip = media.decode(Path(segment.source), segment.start_s, segment.end_s, sample_rate=RATE, image_size=24)
     picture = np.asarray(Image.open(io.BytesIO(data)), float)
     assert picture.shape == (24, 32, 3)
-    assert np.abs(picture - clip.images[number]).mean() < 12 < np.abs(picture - 255 + clip.images[number]).mean()
+    assert np.abs(picture - clip.images[number]).mean() < 5  # 40 from the next one
 
 
 # -------------------------------------------------------------------------------------------------- what is written
 
 
-def test_archives_hold_what_the_media_hold(made, tmp_path, capfd) -> None:
-    folder, clips = made
-    out = tmp_path / "out"
-    assert run(clips, out) == 0
-    assert "4 clips exported and 0 rejected" in capfd.readouterr().out
+def test_archives_hold_what_the_media_hold(exported) -> None:
+    folder, _, out = exported
     found = samples_of(out)
     assert found.keys() == {s.segment_id for s in segments_of(folder)}
     labels = {"a_0": ["dog"], "b.v2": ["dog", "cat"], "seen": ["dog"], "ünï~": []}
@@ -151,10 +158,11 @@ def test_archives_hold_what_the_media_hold(made, tmp_path, capfd) -> None:
     assert all(p[0] == "?" or fnmatch.filter(files, p) for p in patterns)
 
 
-def test_tables_hold_what_the_archives_hold(made, tmp_path) -> None:
-    folder, clips = made
-    tars, out = tmp_path / "tars", tmp_path / "out"
-    assert run(clips, tars) == run(clips, out, "--format", "parquet") == 0
+def test_tables_hold_what_the_archives_hold(exported, tmp_path, capfd) -> None:
+    _, clips, tars = exported
+    out = tmp_path / "out"
+    assert run(clips, out, "--format", "parquet") == 0
+    assert "4 clips exported and 0 rejected" in capfd.readouterr().out
     archived = samples_of(tars)
     rows = [row for p in (out / "data").glob("*.parquet") for row in pq.read_table(p).to_pylist()]
     assert sorted(r["segment_id"] for r in rows) == sorted(archived)
@@ -169,10 +177,8 @@ def test_tables_hold_what_the_archives_hold(made, tmp_path) -> None:
     assert features.keys() == set(pq.read_schema(path).names)
 
 
-def test_the_card_names_the_files_of_each_split(made, tmp_path) -> None:
-    _, clips = made
-    out = tmp_path / "out"
-    assert run(clips, out) == 0
+def test_the_card_names_the_files_of_each_split(exported) -> None:
+    _, _, out = exported
     header = yaml.safe_load((out / "README.md").read_text().split("---\n")[1])
     files = {f["split"]: f["path"] for f in header["configs"][0]["data_files"]}
     assert {split: len(list(out.glob(path))) for split, path in files.items()} == {"train": 2, "test": 1}
@@ -180,6 +186,7 @@ def test_the_card_names_the_files_of_each_split(made, tmp_path) -> None:
     assert {"flac", "json", "0.jpg", "1.jpg"} <= set(names) and "2.jpg" not in names
 
 
+@settings(max_examples=40)
 @given(st.lists(st.text(min_size=1), min_size=2, max_size=2, unique=True))
 def test_keys_are_safe_and_distinct(ids: list[str]) -> None:
     ids = [i.encode(errors="replace").decode() for i in ids]
@@ -198,13 +205,14 @@ def test_sounds_beyond_full_scale_come_with_their_scale() -> None:
 # -------------------------------------------------------------------------------------------- again, and interrupted
 
 
-@pytest.mark.parametrize("place", ["data/train-00000", "exported/00000", "commits/00000", "data/t", "README.md"])
-@pytest.mark.parametrize("after", [False, True])
-def test_an_interrupted_export_goes_on(made, tmp_path, monkeypatch, capfd, place: str, after: bool) -> None:
+STEPS = [("data/train-0", False), ("data/train-0", True), ("exported/0", True), ("commits/0", True), ("README", False)]
+
+
+@pytest.mark.parametrize(("place", "after"), STEPS)
+def test_an_interrupted_export_goes_on(exported, tmp_path, monkeypatch, capfd, place: str, after: bool) -> None:
     """Before or after a write: what is whole in the end are the bytes of a run that nobody interrupted."""
-    _, clips = made
-    out, whole = tmp_path / "out", tmp_path / "whole"
-    assert run(clips, whole) == 0
+    _, clips, whole = exported
+    out = tmp_path / "out"
     write, n_hits = storage.write_bytes, 0
 
     def interrupted(path: str, data: bytes, **options: bool) -> bool:
@@ -222,7 +230,7 @@ def test_an_interrupted_export_goes_on(made, tmp_path, monkeypatch, capfd, place
         patch.setattr(storage, "write_bytes", interrupted)
         assert run(clips, out) == 130 and n_hits == 1
     assert "interrupted; the same command goes on from here" in capfd.readouterr().err
-    assert (out / "README.md").exists() == (place == "README.md" and after)
+    assert not (out / "README.md").exists()
     assert run(clips, out) == 0
     assert contents(out) == contents(whole)
     assert shards.read_ids(out / "_shards") == shards.read_ids(whole / "_shards")
@@ -295,8 +303,8 @@ def test_another_format_or_other_clips_are_refused(made, tmp_path, capfd) -> Non
     assert run(clips, clips) == 2 and "--clips names" in capfd.readouterr().err
 
 
-def test_downloaded_media_are_taken_from_their_store(made, tmp_path, capfd) -> None:
-    folder, clips = made
+def test_downloaded_media_are_taken_from_their_store(exported, tmp_path, capfd) -> None:
+    folder, _, _ = exported
     store, fetched, out = tmp_path / "store", tmp_path / "fetched", tmp_path / "out"
     remote = [Segment(f"abcdefghij{n}_0", f"youtube:abcdefghij{n}", 0.0, 2.0, labels=("dog",)) for n in range(4)]
     store.mkdir()
