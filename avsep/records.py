@@ -49,6 +49,7 @@ class Reason(StrEnum):
     TIMEOUT = "timed_out"
     CRASHED_DECODER = "crashed_decoder"  # or took its worker along
     REFUSED = "refused"  # its sounds can't be written as asked
+    CHANGED = "changed"  # its media aren't those that the clip was extracted from
     # fetching
     REMOVED = "removed"
     PRIVATE = "private"

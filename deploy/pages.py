@@ -86,6 +86,16 @@ WRITES: dict[str, dict[str, str]] = {
         "?_shards/rejections/*.parquet": "rejections of a shard",
         "_shards/files.parquet": "every file that was asked for, and its folder's name",
     },
+    "export": {
+        "?data/*.tar": "`--format webdataset`: a shard's clips of one split: `KEY.flac`, `KEY.json`, `KEY.0.jpg` …",
+        "?data/*.parquet": "`--format parquet`: the same, one row per clip, `audio` and `images` among its columns",
+        "README.md": "the dataset card, which `datasets` reads; it is there once the export is whole",
+        "rejections.parquet": "one row per clip that can't be exported, and why",
+        "status.json": "where the run stands",
+        "_shards/commits/*.json": "what counts, as for `extract`",
+        "?_shards/exported/*.parquet": "a shard's clips: split, file, its size and SHA-256, number of pictures",
+        "?_shards/rejections/*.parquet": "rejections of a shard",
+    },
     "serve": {},
     "demo": {},
 }

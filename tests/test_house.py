@@ -26,7 +26,7 @@ FLOORS = (
     "fetching vision shards work labelled manifest audioset datasets synthetic",
     "stages extraction learning",
     "files videos outputs stems separated evaluation protocols results results_report audit duplicates datacard",
-    "service commands many",
+    "service commands many exporting",
     "cli",
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
@@ -63,6 +63,7 @@ FLAGS = {
         "--videos", "--out", "--model", "--objects", "--weights", "--track", "--two-stems", "--format", "--mono",
         "--video", "--in-process",
     },
+    "export": {"--clips", "--media", "--out", "--format", "--in-process"},
     "serve": {"--model", "--port", "--in-process"},
     "avsep separate": {
         "--model", "--out", "--objects", "--weights", "--track", "--two-stems", "--format", "--mono", "--video",
