@@ -186,6 +186,44 @@ def test_the_card_names_the_files_of_each_split(exported) -> None:
     assert {"flac", "json", "0.jpg", "1.jpg"} <= set(names) and "2.jpg" not in names
 
 
+def test_webdataset_reads_the_archives(exported) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    _, _, out = exported
+    files = samples_of(out)
+    archives = sorted(str(p) for p in (out / "data").iterdir())
+    samples = webdataset.WebDataset(archives, shardshuffle=False).decode("pil")
+    found = {s["json"]["segment_id"]: s for s in samples}
+    assert found.keys() == files.keys()
+    for i, sample in found.items():
+        assert sample["flac"] == files[i]["flac"]
+        picture = Image.open(io.BytesIO(files[i]["0.jpg"]))
+        np.testing.assert_array_equal(np.asarray(sample["0.jpg"]), np.asarray(picture))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", exporting.FORMATS)
+def test_datasets_loads_the_folder(exported, tmp_path, monkeypatch, format: str) -> None:
+    """Sound isn't decoded by it here: that takes torchcodec, and ffmpeg's libraries."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    datasets = pytest.importorskip("datasets")
+    _, clips, tars = exported
+    files = samples_of(tars)
+    assert run(clips, tmp_path / "out", "--format", format) == 0
+    loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    assert {split: len(rows) for split, rows in loaded.items()} == {"train": 3, "test": 1}
+    sound = "audio" if format == "parquet" else "flac"
+    for rows in loaded.values():
+        assert rows.features[sound].sampling_rate == RATE
+        for row in rows.cast_column(sound, datasets.Audio(decode=False)):
+            said = row if format == "parquet" else row["json"]
+            expected = files[said["segment_id"]]
+            assert said["labels"] == json.loads(expected["json"])["labels"]
+            assert row[sound]["bytes"] == expected["flac"]
+            picture = row["images"][0] if format == "parquet" else row["0.jpg"]
+            assert picture.size == (32, 24)
+
+
 @settings(max_examples=40)
 @given(st.lists(st.text(min_size=1), min_size=2, max_size=2, unique=True))
 def test_keys_are_safe_and_distinct(ids: list[str]) -> None:
