@@ -398,8 +398,11 @@ def _tell(out: str, report: Mapping[str, Any]) -> None:
         sure = 1 - entry["confidence"] if entry["silent"] else entry["confidence"]
         how = "" if entry["from"] == "given" else f", {sure:.0%} sure"
         how += f"; {entry['doubt']}" if entry["doubt"] else ""
-        say(f"{storage.join(out, entry['file'] or entry['name'])}: {state}, from {entry['from']}{how}")
-    for name in (report["rest"], _REPORT):
+        origin = "named" if entry["from"] == "given" else f"from {entry['from']}"
+        say(f"{storage.join(out, entry['file'] or entry['name'])}: {state}, {origin}{how}")
+    sounds = {report["rest"], *(entry["file"] for entry in report["objects"])}
+    videos = [name for name in report["files"] if name not in sounds]
+    for name in (report["rest"], *videos, _REPORT):
         say(storage.join(out, name))
 
 

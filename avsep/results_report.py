@@ -77,6 +77,9 @@ def plural(count: int, word: str) -> str:
     return f"{count} {word}{'s' * (count != 1)}"
 
 
+_ALONE_DB = 100.0  # mixtures that score more are their own references: one object sounds alone
+
+
 def _name(separator: str) -> str:
     return separator.replace("_", " ")
 
@@ -99,8 +102,10 @@ def leaks(results: dict[str, Any]) -> list[str]:
 
 
 def verdicts(results: dict[str, Any]) -> list[str]:
-    """Say what the mean SDRs mean where a separator is no use: a sentence each."""
+    """Say what the mean SDRs mean where a separator is no use: a sentence each. Of sounds alone it says nothing."""
     sdr = mean_sdr(results)
+    if sdr.get("mixture", 0.0) > _ALONE_DB:
+        return []
     ours = sdr.get("default", float("inf"))
     lost = {n: sdr["mixture"] - v for n, v in sdr.items() if n not in BOUNDS and v < sdr["mixture"]}
     text = "{} is worse than doing nothing: {} dB below the mixture as it is"

@@ -43,8 +43,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--segments", required=True, help="a table, or a manifest's folder")
     p.add_argument(
         "--references",
-        help="folder of SEGMENT_ID/OBJECT.flac (or .wav) and _rest; without it `pairs` and `denoising` take clips "
-        "of which the table knows one object, which are their own references",
+        help="folder of SEGMENT_ID/OBJECT.flac (or .wav) and _rest; without it `pairs`, `denoising` and `absent` "
+        "take clips of which the table knows one object, which are their own references",
     )
     p.add_argument("--media", metavar="URI", help="where extract found, or kept, the media of youtube:ID and the like")
     p.add_argument("--out", required=True, help="folder of results.json, clips.csv and report.html")

@@ -320,6 +320,18 @@ def test_each_object_gets_a_video_and_the_next_run_takes_it_away(tmp_path: Path)
     assert not list(out.glob("*.mp4"))
 
 
+def test_every_file_written_is_printed(model_dir: str, tmp_path: Path, capfd) -> None:
+    write(tmp_path / "duet.wav", sum(panned(8000, 2, 1.0).values()), 8000)
+    file, out = tmp_path / "duet.mp4", tmp_path / "out"
+    picture = ["-f", "lavfi", "-i", "color=s=16x16:r=5:d=1"]
+    run_ffmpeg(*picture, "-i", tmp_path / "duet.wav", "-c:v", "mpeg4", "-c:a", "aac", file)
+    assert separate(file, "--model", model_dir, "--objects", "dog,violin", "--video", "--out", out) == 0
+    said = capfd.readouterr().out
+    written = {p.name for p in out.iterdir()} - {"relation_map.png"}
+    assert {"dog.mp4", "violin.wav", "separation.json"} < written
+    assert all(f"{out / name}" in said for name in written) and "of the sound, named" in said
+
+
 @pytest.mark.parametrize(("n_channels", "held"), [(6, 6), (7, 2), (9, 1)])
 def test_channels_that_a_video_cannot_hold_are_told(tmp_path: Path, n_channels: int, held: int) -> None:
     write(tmp_path / "duet.wav", sum(panned(8000, n_channels, 1.0).values()), 8000)

@@ -327,6 +327,11 @@ def test_a_separator_that_is_no_use_is_called_so():
     assert lines[-1].startswith("default is worse than doing nothing")
 
 
+def test_clips_of_one_object_alone_are_no_reproach():
+    """Doing nothing is perfect there, as in the protocol `absent`; no separator can be better."""
+    assert results_report.verdicts(results_of(mixture=150.0, default=8.6, nmf_clustering=135.4)) == []
+
+
 def test_figures_read_well():
     assert [results_report.decibels(x) for x in (-0.04, 0.04, -0.06, None, math.nan)] == [
         "0.0",
