@@ -220,9 +220,13 @@ def _whole(value: Any, what: str) -> int:
 
 
 def _seconds(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    try:
+        seconds = math.nan if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, OverflowError):
+        seconds = math.nan
+    if not math.isfinite(seconds):
         raise ValueError(f"the edits' {what} is {value!r:.40}; it is a number of seconds")
-    return float(value)
+    return seconds
 
 
 def _name(value: Any, what: str) -> str:

@@ -49,7 +49,7 @@ def give_labels(
 
 
 def _seconds(value: float) -> str:
-    return f"{value:g}"
+    return f"{value:.15g}"
 
 
 def _place(row: dict[str, str]) -> tuple[float | str, ...]:

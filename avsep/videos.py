@@ -241,7 +241,7 @@ class VideoSeparator:
         found = [names[i] for i in marks.nonzero().flatten().tolist()]
         maps = None if seen.cells is None else whole_maps(images, views, seen.cells)
         named = dict(zip(names, scores.tolist(), strict=True))
-        note = self.labeller.no_maps if maps is None else ""
+        note = self.labeller.no_maps if maps is None and self.labeller.ending is None else ""  # else nobody asked
         return _Looked(note, self.labeller.architecture, named, found, maps)
 
     def _report(

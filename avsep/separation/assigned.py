@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -84,11 +84,12 @@ class Piece:
     start: int
     end: int
     shares: Tensor
+    last: bool  # of the window
 
     def frames(self, n_frames: int, hop_length: int) -> slice:
-        """Return the frames whose centres it holds; the last piece, which ends at the window's, holds the others."""
-        first, last = -(-self.start // hop_length), -(-self.end // hop_length)
-        return slice(first, n_frames if last >= n_frames - 1 else last)
+        """Return the frames whose centres it holds; the last piece holds all that follow, too."""
+        first, end = -(-self.start // hop_length), -(-self.end // hop_length)
+        return slice(first, n_frames if self.last else end)
 
 
 @dataclass(frozen=True)
@@ -149,13 +150,10 @@ class Assigned:
         follows = followed(window.factors, self.how.n_bases) if moves else None
         pieces = []
         for begin, end in pairwise(cuts):
-            whole, piece = Piece(0, length, bare), Piece(begin, end, bare)
+            whole, piece = Piece(0, length, bare, True), Piece(begin, end, bare, end == length)
             spans = [s for s in edits.spans if s.overlaps(start_s + begin / rate, start_s + end / rate)]
-            shares = bare
-            for name in edits.add:
-                shares = self._with(shares, after.index(name), name, window, whole)
-            for span in (s for s in spans if s.present):
-                shares = self._with(shares, after.index(span.object), span.object, window, piece)
+            shares = self._with(bare, {*edits.add}, after, window, whole)
+            shares = self._with(shares, {s.object for s in spans if s.present}, after, window, piece)
             if follows is not None:
                 shares = _moved(shares, follows, {m.basis: _row(after, m.to) for m in moves})
             for span in (s for s in spans if not s.present and s.object in after):
@@ -171,20 +169,24 @@ class Assigned:
         rows = [shares[self.objects.index(n)] if n in self.objects else torch.zeros_like(shares[-1]) for n in after]
         return torch.stack([*rows, shares[-1]])
 
-    def _with(self, shares: Tensor, row: int, name: str, window: AssignedWindow, piece: Piece) -> Tensor:
-        """Give an object its least share of a piece; where it has nothing, by how much its posteriors claim."""
+    def _with(
+        self, shares: Tensor, names: Collection[str], after: Sequence[str], window: AssignedWindow, piece: Piece
+    ) -> Tensor:
+        """Give some objects their least shares of a piece; those that have nothing, by how much their posteriors claim.
+
+        `after` names the rows of `shares` `(J' + 1, M)`, but for the rest's.
+        """
+        named = torch.tensor([name in names for name in after], dtype=torch.bool)
+        if not named.any():
+            return shares
         there = shares[:-1].sum(1) > 0
-        if not there[row]:
-            posteriors = basis_posteriors(window.relation[None])[0]
-            names = [n for n, here in zip(self.objects, there.tolist(), strict=False) if here]
-            others = posteriors[[self.known.index(n) for n in names]].sum(0)
-            own = posteriors[self.known.index(name)].clamp_min(1e-9)
-            claim = own / (own + others)
-            shares = shares * (1 - claim)
-            shares[row] = claim
-            there[row] = True
-        least = torch.zeros(len(shares) - 1)
-        least[row] = self.how.least_share / int(there.sum())
+        new = named & ~there
+        posteriors = basis_posteriors(window.relation[None])[0][[self.known.index(n) for n in after]]
+        own = posteriors[new].clamp_min(1e-9)
+        claims = own / (own.sum(0) + posteriors[there].sum(0))
+        shares = shares * (1 - claims.sum(0))
+        shares[:-1][new] = claims
+        least = named * (self.how.least_share / int((there | new).sum()))
         energy = window.energy(self.how, piece)
         return at_least(shares, energy / energy.sum().clamp_min(1e-30), least)
 

@@ -99,10 +99,11 @@ def outcome(before: Outcome, plan: EditedPlan) -> Outcome:
     first = before.first or First(objects=before.objects, heard=before.heard, windows=before.windows)
     if not plan.edits:
         return before.model_copy(update={**dict(first), "first": None, "edited": "", "edits": None})
-    known = {o.name: o for o in first.objects}
+    known, counts = {o.name: o for o in first.objects}, before.trained_on.get("clips_by_label")
     objects = []
     for name in plan.objects:
         new = {"name": name, "from": "given", "confidence": plan.confidence[name], "silent": False}
+        new["learned"] = counts is None or bool(counts.get(name))
         heard = {"sound_score": plan.sound_scores[name], "silent": name in plan.silent}
         objects.append((known.get(name) or FoundObject.model_validate(new)).model_copy(update=heard))
     rate, names = plan.assigned.how.stft.sample_rate, plan.assigned.known

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from avsep import fetching, media
 from avsep.factors import ExtractionConfig, Factorize
 from avsep.fetching import EgressIdentity, sources
-from avsep.outputs import clipped
+from avsep.outputs import HEARD, clipped
 from avsep.records import ClipError, Segment
 from avsep.separation import Separator
 from avsep.service import editing
@@ -192,7 +192,7 @@ class _Steps:
             self._store.sweep()
         if stage == "separating" and not self._counted:  # now it is known how many sounds there are
             self._counted = True
-            n_tracks = len(list(self._part.iterdir()))
+            n_tracks = sum(not p.name.startswith(HEARD) for p in self._part.iterdir())
             reserve(self._store, self._job_id, n_tracks, self._card, self._mono)
 
 

@@ -19,8 +19,11 @@ def test_corrections_become_a_segments_labels(tmp_path: Path) -> None:
     assert table.read_text() == f"segment_id,source,start_s,end_s,labels\n{rows}"
     (first, second), path = read_segments(table), str(tmp_path / "duet.mp4")
     assert (first.source, first.labels, second.labels) == (path, ("dog", "violin"), ("dog",))
+    assert not give_labels(str(table), "long.mp4", ["dog"], 1234.567, 1244.567)
+    assert give_labels(str(table), "long.mp4", ["cat"], 1234.567, 1244.567)  # the same row
+    assert read_segments(table)[2].start_s == 1234.567
     give_labels(str(table), "crowd.mp4", [])
-    assert read_segments(table)[2].labels == ()
+    assert read_segments(table)[3].labels == ()
 
 
 def test_what_else_a_table_says_stays(tmp_path: Path) -> None:

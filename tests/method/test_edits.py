@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from avsep.edits import Edits, Move, Span
 from avsep.factors import Factors
+from avsep.miml import basis_posteriors
 from avsep.objects import AUDIOSET_23, REST
 from avsep.separation import Assigned, Separator, assignments
 from avsep.separation.assigned import followed
+from avsep.separation.masks import at_least
 from tests.support.tones import DOG, RATE, VIOLIN, model, tone
 
 SECONDS = 5.0  # of which a window has 2: three windows
@@ -130,6 +132,33 @@ def test_a_span_with_an_object_raises_its_share_there_and_only_there(assigned: A
     assert float(inside.shares[2] @ energy / energy.sum()) == pytest.approx(least, rel=0.01)
 
 
+def test_added_objects_claim_beside_those_that_stay_in_whatever_order(assigned: Assigned) -> None:
+    both = [assigned.edited(Edits(add=names)).sound_scores for names in (("cat", "harp"), ("harp", "cat"))]
+    assert both[0] == pytest.approx(both[1], abs=1e-6)
+    (window, *_) = assigned.windows
+    posteriors = dict(zip(assigned.known, basis_posteriors(window.relation[None])[0], strict=False))
+    removed = assigned.pieces(0, window, Edits(add=("cat",), remove=("dog",)))[0].shares
+    own = posteriors["cat"].clamp_min(1e-9)
+    claim = own / (own + posteriors["violin"])  # the violin is what stays
+    energy = window.energy(assigned.how, assigned.pieces(0, window, Edits())[0])
+    least = torch.tensor([0.0, assigned.how.least_share / 2])
+    violin, rest = (s * (1 - claim) for s in assigned.pieces(0, window, Edits(remove=("dog",)))[0].shares)
+    expected = at_least(torch.stack([violin, claim, rest]), energy / energy.sum(), least)
+    torch.testing.assert_close(removed, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("before_s", [0.02, 0.005, 0.0005])
+def test_spans_may_end_in_the_last_frames(assigned: Assigned, sound: np.ndarray, before_s: float) -> None:
+    rendered(assigned, sound, Edits(spans=(Span(1.0, SECONDS - before_s, "dog", False),)))
+
+
+def test_sounds_shorter_than_a_frame_are_edited(sound: np.ndarray) -> None:
+    short = sound[: model().config.stft.n_fft // 4]
+    assigned = Separator(model()).plan([short], ["dog", "violin"]).assigned
+    parts = rendered(assigned, short, everywhere(assigned, "violin"))
+    assert np.abs(parts["violin"] - short).max() < 1e-4
+
+
 @settings(max_examples=15)
 @given(st.data())
 def test_whatever_is_edited_adds_up_to_the_sound(assigned: Assigned, sound: np.ndarray, data: st.DataObject) -> None:
@@ -202,6 +231,9 @@ MISTAKES = {
     '{"moves": [{"basis": 1, "to": "dog"}, {"basis": 1, "to": "cat"}]}': "move basis 1 of window 0 twice",
     '{"spans": [{"start_s": 2, "end_s": 1, "object": "dog", "present": true}]}': "2 s to 1 s; it must start at 0",
     '{"spans": [{"start_s": 0, "end_s": NaN, "object": "dog", "present": true}]}': "it is a number of seconds",
+    '{"duration_s": 1' + 400 * "0" + "}": "duration_s is 1000.*; it is a number of seconds",
+    '{"duration_s": "9"}': "it is a number of seconds",
+    '{"duration_s": [9]}': "it is a number of seconds",
     '{"spans": [{"start_s": 0, "end_s": 1, "object": "dog", "present": 1}]}': "present is 1; it is true or false",
     '{"spans": [{"start_s": 0, "end_s": 1, "object": "dog"}]}': "lack 'present'",
     '{"add": ["dog"], "remove": ["dog"]}': "take dog away and use it, too",

@@ -1,5 +1,6 @@
 import io
 import json
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from torch import nn
 from avsep import cli, commands, looks, plots
 from avsep.locating import Locations, box_of, ending_of, grid, object_cells, whole_maps
 from avsep.objects import AUDIOSET_23
+from avsep.stages import Label
+from avsep.videos import VideoSeparator
 from avsep.vision import NETWORKS, ImageLabeller, ImageNetwork, LabellerUnavailable, build_network
 from tests.support.planted import COLOURS, add_labeller, grey, paint, planted_labeller, write_painted
 from tests.support.serving import write_model
@@ -194,6 +197,24 @@ def test_files_say_where_their_objects_are(tmp_path, capsys) -> None:
     said = capsys.readouterr().out
     assert "pictures: planted" in said
     assert sorted(line.split("  ")[1] for line in said.splitlines() if "(label)  [0." in line) == ["dog", "violin"]
+
+
+def test_logits_from_elsewhere_are_no_reason_to_say_that_the_network_cannot(tmp_path) -> None:
+    model = write_model(tmp_path / "model")
+    add_labeller(model)
+    video = write_painted(tmp_path / "solo.mp4", {"dog": (0.1, 0.1, 0.4, 0.4)}, 2.0)
+    files = VideoSeparator.load(model)
+    network = files.labeller
+    assert isinstance(network, ImageLabeller)
+
+    def classify(images: np.ndarray) -> Future:
+        future: Future = Future()
+        future.set_result(network(images).numpy())
+        return future
+
+    files = files.elsewhere(Label(network.looking(files.config.extraction.looks), classify), None)
+    report = files(video, tmp_path / "out", ["dog"]).report
+    assert report["objects"][0]["boxes"] is None and "can't say where" not in report["note"]
 
 
 def test_where_the_network_cannot_say_it_is_told(tmp_path, capsys, monkeypatch) -> None:

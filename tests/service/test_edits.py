@@ -103,6 +103,14 @@ def test_edited_sounds_add_up_and_come_in_every_format(server, job):
     answers.Job.model_validate(edited)
 
 
+def test_an_added_object_that_was_never_learned_says_so(tmp_path, sound):
+    model = write_model(tmp_path / "model", clips_by_label={"dog": 12, "violin": 30}, clips=40)
+    with serving(tmp_path / "service", model) as running:
+        job = running.post(sound, objects="dog,violin").json()
+        objects = patch(running, job, add=["cat"]).json()["result"]["objects"]
+    assert {o["name"]: o["learned"] for o in objects} == {"dog": True, "violin": True, "cat": False}
+
+
 def test_edits_can_be_downloaded_and_used_again(server, job, sound):
     patch(server, job, moves=[{"basis": 2, "to": "_rest"}], remove=["dogs"])
     answer = server.client.get(job["result"]["edits"])

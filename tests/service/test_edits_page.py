@@ -222,3 +222,18 @@ def test_every_control_has_a_name_and_typing_is_not_mixing(page: Page):
     page.key("2")
     time.sleep(0.1)
     assert page.run("document.activeElement.id") == "edit-end" and page.run("document.activeElement.value") == "2"
+
+
+def test_a_result_of_two_stems_is_corrected(tmp_path, server, sound):
+    with Page(tmp_path / "profile") as opened:
+        opened.look(1200)
+        opened.open(server.url)
+        opened.wait("document.querySelector('#two-stems option[value=dog]') !== null")
+        opened.run("document.querySelector('#two-stems').value = 'dog'")
+        separate(opened, sound)
+        assert list(opened.run(LOUDEST)) == ["dog", "_rest"]
+        opened.run("document.querySelector('#edit-to').value = '_rest'")
+        opened.run("document.querySelector('#edit-move').click()")
+        said(opened, "now goes to the rest")
+        assert list(opened.run(LOUDEST)) == ["dog", "_rest"]
+        assert opened.errors == []

@@ -271,3 +271,13 @@ def test_the_description_has_the_options_and_the_mixes(server):
     assert {"format", "mono", "two_stems"} <= set(form["properties"])
     assert {"/v1/separations/{job_id}/mix", "/v1/separations/{job_id}/mix.{kind}"} <= set(described["paths"])
     answers.Job.model_validate(answers.JOB)
+
+
+def test_room_is_kept_for_each_sound_and_for_the_mono_mix_once(server, tmp_path):
+    rate = 2 * RATE
+    x = duet(2, rate)
+    soundfile.write(tmp_path / "duet.wav", x.T, rate, subtype="FLOAT")
+    job = server.post(tmp_path / "duet.wav", {"Prefer": "wait=60"}, objects="dog,violin").json()
+    reserved = server.service.store.job(job["id"]).reserved
+    upload, mono = (tmp_path / "duet.wav").stat().st_size, x.nbytes / 4  # one channel at half the rate
+    assert upload + 4 * x.nbytes + mono < reserved < upload + 4 * x.nbytes + 2.3 * mono + (1 << 16) + 1000

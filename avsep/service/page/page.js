@@ -448,7 +448,7 @@ async function reload(here) {
   const before = here.mixer.tracks;
   const place = (o) => (before.findIndex((t) => t.name === o.name) + 1 || 1e3);
   const heard = result.objects.filter((o) => !o.silent).sort((a, b) => place(a) - place(b));
-  const parts = [...heard, { name: REST, audio: result.rest }];
+  const parts = [...heard.filter((o) => o.audio), { name: REST, audio: result.rest }];
   const [buffers, map] = await Promise.all([
     load(here, parts.map((p) => p.audio), ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname)),
     here.ask(result.relation.data).then((answer) => answer.json()),
