@@ -13,16 +13,32 @@ export async function showPlaces(here) {
   if (!result.locations) return;
   const answer = await (await here.ask(result.locations)).json();
   here.stay();
-  const known = result.objects.filter((o) => o.boxes?.length && answer.objects.includes(o.name));
+  const known = placed(result, answer.objects);
   if (!known.length) return;
   const bytes = Uint8Array.from(atob(answer.maps), (c) => c.charCodeAt(0));
   places = { ...answer, bytes, known, mixer: here.mixer, pointer: null, pointed: null, focused: null, chosen: null };
-  $("seen").replaceChildren(...known.map(chip));
-  $("seen").querySelector("button").tabIndex = 0;
+  showChips();
   $("seen-box").hidden = $("places").hidden = false;
   listen(signal);
   signal.addEventListener("abort", hidePlaces);
   syncPlaces();
+}
+
+/** Say anew which of the objects are heard, once a result was corrected. */
+export function updatePlaces({ job: { result } }) {
+  const known = places ? placed(result, places.objects) : [];
+  if (!known.length) return hidePlaces();
+  Object.assign(places, { known, pointed: null, focused: null, chosen: null });
+  showChips();
+  syncPlaces();
+  draw();
+}
+
+const placed = ({ objects }, names) => objects.filter((o) => o.boxes?.length && names.includes(o.name));
+
+function showChips() {
+  $("seen").replaceChildren(...places.known.map(chip));
+  $("seen").querySelector("button").tabIndex = 0;
 }
 
 function hidePlaces() {

@@ -1,7 +1,7 @@
 // The page: choose, upload, wait, mix. `mixer` is exported for who wants to look at its Web Audio graph.
 
 import { Editing } from "./edit.js";
-import { showPlaces, syncPlaces } from "./locate.js";
+import { showPlaces, syncPlaces, updatePlaces } from "./locate.js";
 import { addOptions, offerMix, offerStems } from "./mix.js";
 
 const $ = (id) => document.getElementById(id);
@@ -474,6 +474,7 @@ async function reload(here) {
   if (playing) await here.mixer.play();
   summarize(here.job, heard.length);
   here.map = map;
+  updatePlaces(here);
   drawMap();
   drawAll(here).catch(() => {}); // left meanwhile, or drawn again
 }
