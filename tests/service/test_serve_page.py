@@ -579,6 +579,11 @@ def test_the_mix_is_saved_as_sound_and_video_as_the_faders_are(page: Page, tmp_p
     heard = decoded(film, tmp_path)[0]
     here = min(len(heard), len(samples))
     assert np.corrcoef(heard[:here], samples[:here])[0, 1] > 0.95
+    film_url = "`/v1/separations/${location.hash.slice(1)}/mix.mp4?gains=dog:0`"  # the browser plays it, with sound
+    page.run(f"window.film = Object.assign(document.createElement('video'), {{src: {film_url}}})")
+    page.run("window.film.muted = true; window.film.play().catch(e => { window.failed = String(e); })")
+    page.wait("window.failed || (window.film.currentTime > 0.5 && window.film.videoWidth > 0)")
+    assert not page.run("window.failed") and page.run("window.film.webkitAudioDecodedByteCount") > 0
 
 
 def test_options_are_sent_and_kept_out_of_the_way(page: Page, tmp_path, server):
