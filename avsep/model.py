@@ -39,6 +39,7 @@ _COUNTED = 8  # objects whose clips are told one by one
 _LATER = (
     "separation.fine_masks",
     "extraction.factorizer",
+    "n_networks",
 )  # settings that a model of this format may lack: it gets their defaults
 _SHARE, _POWER, _SURELY = (0.0, 1.0), (0.0, 100.0), 1e-9
 _RANGES: dict[str, tuple[float, float]] = {  # of the configuration's numbers: beyond them no run ends well, or at all
@@ -51,7 +52,7 @@ _RANGES: dict[str, tuple[float, float]] = {  # of the configuration's numbers: b
     "network.hidden": (1, 100_000),
     "network.linear_bins": (1, 1 << 20),
     "network.dropout": _SHARE,
-    "network.n_networks": (1, 2),
+    "n_networks": (1, 2),
     "labels.threshold": _SHARE,
     "labels.best_threshold": _SHARE,
     "separation.threshold": _SHARE,
@@ -85,7 +86,6 @@ class NetworkConfig:
     log_bands: bool = False
     statistics: bool = False
     dropout: float = 0.0
-    n_networks: int = 1  # whose relation maps are averaged: 2 for those of both passes of a training
 
 
 @dataclass(frozen=True)
@@ -209,6 +209,7 @@ class ModelConfig:
     labeller: LabellerConfig = field(default_factory=LabellerConfig)
     separation: SeparationConfig = field(default_factory=SeparationConfig)
     evidence: Evidence = field(default_factory=Evidence)
+    n_networks: int = 1  # whose relation maps are averaged: 2 for those of both passes of a training
     context: bool = False  # the network carries a trained BasisContext
     recipe: str = ""
     training: dict[str, Any] = field(default_factory=dict)
@@ -259,14 +260,13 @@ class ModelConfig:
 
     def build(self) -> MIML:
         """Build one network, untrained."""
-        arguments = asdict(self.network)
-        del arguments["n_networks"]
-        return MIML(self.stft.n_bins, len(self.objects), **arguments)
+        return MIML(self.stft.n_bins, len(self.objects), **asdict(self.network))
 
     def build_all(self) -> AnyMIML:
         """Build what the model's weights belong to: one network, or the mean of several."""
-        n = self.network.n_networks
-        return self.build() if n == 1 else MeanMIML([self.build() for _ in range(n)])
+        if self.n_networks == 1:
+            return self.build()
+        return MeanMIML([self.build() for _ in range(self.n_networks)])
 
 
 @dataclass

@@ -19,6 +19,7 @@ class Recipe:
     labels: LabelConfig | None = None  # None: those calibrated for the picture network and its looks
     labeller: str = LabellerConfig.architecture
     network: NetworkConfig = field(default_factory=NetworkConfig)
+    n_networks: int = 1  # whose relation maps are averaged: 2 for those of both passes
     training: TrainingConfig = field(default_factory=TrainingConfig)
     practice: int = 0  # mixtures of solos, on which the bases' context is learned; 0: none
     second_pass: bool = False  # train again, on the mixtures too, with targets from the first pass and its context
@@ -68,8 +69,7 @@ def audioset() -> Recipe:
 
 def both_passes() -> Recipe:
     """The default with the mean of both passes' networks, which carries over better to other collections' sounds."""
-    base = default()
-    return replace(base, name="both_passes", network=replace(base.network, n_networks=2))
+    return replace(default(), name="both_passes", n_networks=2)
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {f.__name__: f for f in (default, paper, audioset, both_passes)}

@@ -148,6 +148,7 @@ def configure(clips: str, recipe: recipes.Recipe) -> ModelConfig:
         vocabulary=made_with.vocabulary,
         extraction=made_with.extraction,
         network=recipe.network,
+        n_networks=recipe.n_networks,
         labels=labels,
         labeller=LabellerConfig(made_with.labeller or recipe.labeller, made_with.labeller_sha256),
         separation=recipe.separation,

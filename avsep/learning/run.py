@@ -109,10 +109,9 @@ def _save_model(run: TrainingRun, state: _State, teacher: practice.Teacher | Non
     """Write the model: this pass's network, or after a second pass the mean of both, where that is configured."""
     state.network.load_state_dict(state.best)
     network: AnyMIML = state.network
-    if run.config.network.n_networks == 2 and teacher is not None and isinstance(teacher.network, MIML):
+    if run.config.n_networks == 2 and teacher is not None and isinstance(teacher.network, MIML):
         network = MeanMIML([teacher.network, state.network])
-    n_networks = 1 if network is state.network else 2
-    config = replace(run.config, network=replace(run.config.network, n_networks=n_networks))
+    config = replace(run.config, n_networks=1 if network is state.network else 2)
     rows = state.history.rows
     facts = {"chosen": rows[state.history.best()] if rows else {}, "clips_by_label": run.clips_by_label}
     if run.quality is not None:

@@ -56,7 +56,9 @@ _LOG_BYTES = 1 << 20
 CHUNK_BYTES = _PIPE_BYTES = 1 << 18
 _MAPPING = re.compile(rb"^\[info\] Stream mapping:", re.MULTILINE)  # follows the description of the input
 _NOT_RUN = (126, 127)  # setpriv's statuses when it can't run a program, and the loader's when it can't map one
-_NO_ROOM = re.compile(r"cannot allocate memory|failed to map segment", re.IGNORECASE)  # what they say of memory
+_NO_ROOM = re.compile(  # what they say of memory
+    r"cannot allocate memory|failed to map|cannot (map|create|change|apply|make) |out of memory", re.IGNORECASE
+)
 _NOISE = re.compile(
     "Error opening (in|out)put|Conversion failed|Terminating thread|Task finished|Nothing was written"
     "|Last message repeated|Could not open encoder|Error reinitializing filters|Failed to configure (in|out)put pad"

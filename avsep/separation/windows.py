@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -55,6 +56,7 @@ class WindowStore:
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the store)
+        weakref.finalize(self, self._file.close)
         self._count = 0
 
     def add(self, window: Window) -> None:

@@ -20,7 +20,7 @@ for n_bins, n_frames, n_bases in ((130, 70, 5), (65, 3, 20), (1, 1, 1), (70, 66,
     V[0, :, 0] = 0
     for update_bases in (True, False):
         expected = W.clone(), H.clone()
-        kl._Blocks(V, *expected).run(2, update_bases=update_bases)
+        kl.Blocks(V, *expected).run(2, update_bases=update_bases)
         found = W.to(device, copy=True), H.to(device, copy=True)
         gpu.iterate(V.to(device), *found, 2, update_bases=update_bases)
         for a, b in zip(found, expected):

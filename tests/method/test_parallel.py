@@ -261,7 +261,7 @@ def test_the_mean_of_both_passes_is_the_model_where_the_recipe_says_so(tmp_path,
     command = ["--clips", str(tmp_path / "clips"), "--out", str(tmp_path / "run"), "--recipe", "both_passes"]
     assert main([*command, "--epochs", "8", "--in-process"]) == 0
     model = Model.load(tmp_path / "run" / "model")
-    assert model.config.network.n_networks == 2 and model.context is not None
+    assert model.config.n_networks == 2 and model.context is not None
     for member, name in zip(model.network.members, ("checkpoint.pt", "checkpoint-2.pt"), strict=True):
         best = torch.load(io.BytesIO((tmp_path / "run" / name).read_bytes()), weights_only=True)["best"]
         assert all(torch.equal(v, best[k]) for k, v in member.state_dict().items())
