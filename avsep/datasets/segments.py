@@ -17,7 +17,7 @@ from avsep.datasets.rows import EXCERPT_S, MUSIC_STARTS_S, Row, ave_rows, music_
 from avsep.manifest import Block, Plan, Tally, check_exist, line_blocks, read_lines, with_tally
 from avsep.objects import AUDIOSET_23, Vocabulary
 from avsep.records import SEGMENT_SCHEMA, SPLITS
-from avsep.sites import AVE, YOUTUBE
+from avsep.sites import AVE, SITES, YOUTUBE
 
 _SCHEMA = SEGMENT_SCHEMA.append(pa.field("line", pa.int64())).append(pa.field("text", pa.string()))
 
@@ -37,6 +37,8 @@ def to_segments(
         try:
             if row.problem:
                 raise ValueError(row.problem)
+            if not SITES[scheme].id.fullmatch(row.video):
+                raise ValueError(f"id is {row.video!r}; it must be {SITES[scheme].id_rule}")
             names = objects_of(row.label, own, asked)
         except ValueError as error:
             counts["rows", block.uri] += 1

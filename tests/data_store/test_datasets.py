@@ -343,6 +343,7 @@ def test_vggsound_s_rows_that_are_odd(tmp_path: Path) -> None:
         f"{b},1,mixture,train": "unknown object 'mixture'",
         f"{b},1,,train": "label",
         "youtu.be/x,1,dog barking,train": "id is 'youtu.be/x'",
+        "abc,1,dog barking,train": "id is 'abc'; it must be 11 letters",
     }
     good = [f'{a}, 30 ,"playing violin, fiddle",test', f"{a},30,dog barking,train", f"{c},7,dog barking,train"]
     top = "# YouTube ID, start seconds, label, train/test split."
@@ -356,7 +357,7 @@ def test_vggsound_s_rows_that_are_odd(tmp_path: Path) -> None:
         )
     ]
     assert said["dropped"]["merged"] == said["dropped"]["duplicate"] == 1
-    assert [letter["line"] for letter in letters] == list(range(6, 16))
+    assert [letter["line"] for letter in letters] == list(range(6, 17))
     for letter, (text, reason) in zip(letters, odd.items(), strict=True):
         assert letter["text"] == text and reason in letter["reason"], letter
     header = write(tmp_path / "header.csv", ["YouTube ID,start seconds,label,train/test split", good[2]])
