@@ -162,7 +162,7 @@ def page() -> str:
     head = """# What each program reads and writes
 
 Written by `python deploy/pages.py`, and compared with the code and with real runs by the tests. Examples: `--help`.
-Every path may be a local one or a URI (`s3://`, `gs://`), except where the README says otherwise.
+Every path may be a local one or a URI (`s3://`, `gs://`), except in the demo.
 Exit status: 0 done, 1 finished with a stated shortfall, 2 unusable arguments or input."""
     shapes = "\n\n".join([
         "## Records",

@@ -18,6 +18,7 @@ import yaml
 from avsep import cli
 from avsep.service import config
 from deploy import cost, pages
+from tests.support import prose
 from tests.support.house import SHARED
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +34,51 @@ STARTS = re.compile(
     r"|ray job \w+)(?=[\s`'\";])"
 )
 LETTERS = re.compile(r"[A-Z][A-Z_]*|…|\.\.\.|\[.*|<.*")  # what stands for a value
+
+
+LONGEST = {  # words per sentence
+    "README.md": 25,
+    ".github/CHANGELOG.md": 30,
+    ".github/CONTRIBUTING.md": 30,
+    ".github/SECURITY.md": 30,
+    "deploy/README.md": 30,
+    "deploy/REFERENCE.md": 30,
+    "deploy/RUNBOOK.md": 30,
+    "deploy/SERVICE.md": 30,
+}
+# Modules whose docstrings still have longer sentences. Take off those that pass; put none on.
+WORDY = {
+    "avsep/__init__.py",
+    "avsep/context.py",
+    "avsep/datasets/labels.py",
+    "avsep/datasets/segments.py",
+    "avsep/duplicates.py",
+    "avsep/evidence.py",
+    "avsep/exporting.py",
+    "avsep/fetching/fetch.py",
+    "avsep/fetching/sources.py",
+    "avsep/filesystems.py",
+    "avsep/learning/finetuning.py",
+    "avsep/learning/training.py",
+    "avsep/locating.py",
+    "avsep/lock.py",
+    "avsep/media/decode.py",
+    "avsep/miml.py",
+    "avsep/nmf/amx.py",
+    "avsep/separation/masks.py",
+    "avsep/separation/windows.py",
+    "avsep/service/uploads.py",
+    "avsep/shards.py",
+    "avsep/stages.py",
+    "avsep/stems.py",
+    "pipelines/audit.py",
+    "pipelines/demo.py",
+    "pipelines/evaluate.py",
+    "pipelines/finetune.py",
+    "pipelines/manifest.py",
+    "pipelines/runners.py",
+    "pipelines/separate.py",
+}
 
 
 def text_of(path: Path) -> str:
@@ -227,3 +273,74 @@ def test_costs_follow_from_what_goes_in() -> None:
     assert fast_decoding["extraction"] == pytest.approx(190_000 * each / 3600)
     assert cluster["training"] == pytest.approx(12 * 190_000 * 0.001 / 4 / 3600)
     assert cluster["downloads"] == pytest.approx(laptop["downloads"] / 4)
+
+
+def test_sentences_are_told_apart() -> None:
+    text = """# A heading of any length is no sentence
+
+    One sentence ends here. *Another* one, with .5 and `a.b. C` in it, ends there!
+    Is `code` first? `x` is; and e.g. this goes on up to
+    51. Yes.
+
+    - An item
+      of two lines
+    - another
+
+    | a | table |
+    ```
+    code. More. Code.
+    ```
+    1. One.
+    2. Two, with [a link. And more](https://example.org/a.b).
+    """
+    lines = "\n".join(line.removeprefix("    ") for line in text.splitlines())
+    found = [s for block in prose.blocks(lines) for s in prose.sentences(block)]
+    assert [prose.words(s) for s in found] == [4, 11, 3, 11, 1, 5, 1, 1, 4, 2]
+    assert [s for s in found if "51" in s] == ["`code` is; and e.g. this goes on up to 51."]
+    assert prose.too_much(["word " * 31]) == [f"31 words: {'word ' * 31}"] and not prose.too_much(["word " * 30])
+    assert prose.too_much(["word " * 18] * 5) == ["mean 18.0 words per sentence"]
+
+
+@pytest.mark.parametrize("name", LONGEST)
+def test_documents_are_easy_to_read(name: str) -> None:
+    found = prose.of_document(ROOT / name)
+    assert found and not prose.too_much(found, LONGEST[name])
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) < 200
+
+
+def test_docstrings_are_easy_to_read() -> None:
+    modules = sorted(p for folder in ("avsep", "pipelines") for p in (ROOT / folder).rglob("*.py"))
+    wrong = {str(p.relative_to(ROOT)): w for p in modules if (w := prose.too_much(prose.of_docstrings(p)))}
+    print(f"{len(wrong)} of {len(modules)} modules have docstrings that are hard to read")
+    assert not {name: w for name, w in wrong.items() if name not in WORDY}
+    assert not WORDY - set(wrong), "these are easy to read now: take them off WORDY"
+
+
+def test_docstrings_are_read_without_their_examples(tmp_path: Path) -> None:
+    module = tmp_path / "module.py"
+    module.write_text(
+        '"""One two. Three:\n\n    a table of words\n\n>>> code()\n\'output\'\n"""\n\n'
+        'class A:\n    """Four."""\n    def b(self):\n        """Five six."""\n    def _c(self):\n        """Seven."""\n'
+    )
+    assert prose.of_docstrings(module) == ["One two.", "Three:", "Four.", "Five six."]
+
+
+def test_every_setting_of_the_service_is_described() -> None:
+    named = re.findall(r"^\| `(AVSEP_SERVE_[A-Z_]+)` \|", (ROOT / "deploy" / "SERVICE.md").read_text(), re.MULTILINE)
+    assert named == [f"AVSEP_SERVE_{f.name.upper()}" for f in dataclasses.fields(config.ServiceConfig)]
+
+
+@pytest.mark.parametrize("path", [p for p in TEXTS if p.suffix == ".md"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_between_documents_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]*(?:#[^)\s]*)?)\)", path.read_text()):
+        name, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        file = (path.parent / name) if name else path
+        assert file.exists(), target
+        headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE) if anchor else []
+        anchors = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
+        assert not anchor or anchor in anchors, target

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LONGEST, MEAN = 30, 18  # words per sentence
+_SEVERAL = 5
 _LIST = re.compile(r"\s*(?:[-*+]|(\d+)\.)\s+")
 _END = re.compile(r"(?<=[.!?])[\"'”’)\]*_]*\s+(?=[\"'“‘(\[*_]*(?:[A-Z0-9À-Ý]|`))")
 _FENCE = re.compile(r"^ *(```|~~~).*?^ *\1[^\n]*$", re.MULTILINE | re.DOTALL)
@@ -76,4 +77,5 @@ def too_much(found: list[str], longest: int = LONGEST) -> list[str]:
     """Say what is wrong with a text: its mean, and each sentence that is too long."""
     wrong = [f"{words(s)} words: {s}" for s in found if words(s) > longest]
     mean = sum(map(words, found)) / max(1, len(found))
-    return ([f"mean {mean:.1f} words per sentence"] if mean >= MEAN else []) + wrong
+    several = len(found) >= _SEVERAL  # one or two sentences have no mean to speak of
+    return ([f"mean {mean:.1f} words per sentence"] if several and mean >= MEAN else []) + wrong
