@@ -323,7 +323,8 @@ def test_docstrings_are_read_without_their_examples(tmp_path: Path) -> None:
     module = tmp_path / "module.py"
     module.write_text(
         '"""One two. Three:\n\n    a table of words\n\n>>> code()\n\'output\'\n"""\n\n'
-        'class A:\n    """Four."""\n    def b(self):\n        """Five six."""\n    def _c(self):\n        """Seven."""\n'
+        'class A:\n    """Four."""\n    def b(self):\n        """Five six."""\n'
+        '    def _c(self):\n        """Seven."""\n'
     )
     assert prose.of_docstrings(module) == ["One two.", "Three:", "Four.", "Five six."]
 

@@ -13,7 +13,7 @@ _FENCE = re.compile(r"^ *(```|~~~).*?^ *\1[^\n]*$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(markdown: str) -> Iterator[str]:
-    """Yield paragraphs and list items as one line each, without code blocks, tables, headings, pictures and comments."""
+    """Yield paragraphs and list items, a line each; no code blocks, tables, headings, pictures or comments."""
     text = re.sub(r"<!--.*?-->", "", _FENCE.sub("\n", markdown), flags=re.DOTALL)
     block: list[str] = []
     numbered = False  # a line that begins with 51. goes on with a sentence, unless it is in a list
