@@ -18,7 +18,7 @@ EXAMPLES = """examples:
   avsep separate videos/*.mp4 more/ --model out/run/model --out out/sounds
   avsep inspect out/run/model
   avsep label duet.mp4
-  avsep label duet.mp4 --labeller efficientnet_lite2
+  avsep label videos/ more/*.mp4 --labeller efficientnet_lite2
   avsep label duet.mp4 --model out/run/model
 """
 
@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
         "[left, top, right, bottom] as fractions of width and height. Two of the same object share a place.",
         **shown,
     )
-    la.add_argument("video", metavar="FILE", help="a video")
+    la.add_argument("files", nargs="+", metavar="FILE", help="a video; a folder, whose videos are meant; or a pattern")
     la.add_argument(
         "--model",
         help="a model's folder, whose objects, picture network and thresholds are taken (default: the 23 objects, and "
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.prepare()
     arguments = vars(parser().parse_args(argv))
     command = arguments["command"]
-    for name in ("model", "out", "weights", "edit", "path", "video"):  # a shell leaves --out=~/x as it is
+    for name in ("model", "out", "weights", "edit", "path"):  # a shell leaves --out=~/x as it is
         if arguments.get(name):
             arguments[name] = os.path.expanduser(arguments[name])
     try:
@@ -160,10 +160,12 @@ def _mistake(arguments: dict[str, Any]) -> str:
     edit = arguments.get("edit")
     if edit and _is_local(edit) and not os.path.isfile(edit):
         return f"--edit {edit}: no such file; give a JSON file, see --help"
-    named = arguments.get("files") or [v for k, v in arguments.items() if k in ("video", "path")]
+    named = arguments.get("files") or [v for k, v in arguments.items() if k == "path"]
     for file in named:
         if _is_local(file) and not os.path.exists(file) and not set(file) & set("*?["):
             return f"{file} doesn't exist; check the path"
+        if len(named) == 1 and os.path.isfile(file) and not os.path.getsize(file):
+            return f"{file} is empty: it has no bytes; give another file, or copy it again"
     return ""
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
-import glob
+import functools
 import json
 import os
 import re
@@ -13,9 +12,8 @@ import shutil
 import socket
 import tempfile
 import time
-import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +25,10 @@ from avsep import shards, starter, storage
 from avsep.console import complain, lost, say
 from avsep.edits import Edits
 from avsep.factors import ExtractionConfig
-from avsep.files import SUFFIXES, Step, images, no_step
+from avsep.files import VIDEOS, Step, images, no_step
+from avsep.inputs import check_pictures, check_sound, describe_left_out, distinct, find_files, remedy, usable
 from avsep.locating import Locations
-from avsep.model import CONFIG_FILE, Labelling, Model, describe_training, label_config, training_facts
+from avsep.model import CONFIG_FILE, Labelling, Model, ModelConfig, describe_training, label_config, training_facts
 from avsep.objects import AUDIOSET_23, Vocabulary
 from avsep.outputs import AS_IT_IS, FORMATS, Output
 from avsep.records import ClipError, Reason
@@ -40,15 +39,8 @@ from avsep.vision import DEFAULT_ARCHITECTURE, NO_DOWNLOAD, ImageLabeller, Label
 _REPORT, _MAP = "separation.json", "relation_map.png"
 _FILE = re.compile(rf"[a-z0-9_]+\.({'|'.join(FORMATS)}|mp4|mkv)")  # an object's, or the rest's
 _OUT = "separated"  # unless --out names another folder
-SAY_EVERY_S, _SAY_NEXT_S = 5.0, 1.0  # how far a stage is, and that the next has begun, at the soonest
-_NAMED = 5  # files that are left out
-_UNNAMED = str.maketrans({"\0": "", "\\": "_", "\r": "_", "\n": "_"})  # in names of files, for those of folders
-_REMEDIES = {
-    Reason.MISSING: "check the path",
-    Reason.NO_AUDIO: "give a file with sound",
-    Reason.NO_VIDEO: "give a file with pictures, or leave out --video",
-    Reason.UNREADABLE: "give a video or sound that ffmpeg reads",
-}
+_MANY = 20  # files, whose headers take a while
+SAY_EVERY_S, SAY_NEXT_S = 5.0, 1.0  # how far a stage is, and that the next has begun, at the soonest
 
 
 def separate(
@@ -64,31 +56,54 @@ def separate(
     with_video: bool = False,
     edit: str | None = None,
 ) -> int:
-    """Run `avsep separate`; of several files those that can't be separated are told, and give status 1."""
-    edits = None if edit is None else Edits.from_json(storage.read_bytes(edit))
+    """Run `avsep separate`; of several files those that can't be separated are told, and give status 1.
+
+    What is wrong with the arguments, and with the files by their headers, is told before the networks are loaded.
+    """
     model = starter.PATH if model is None else model
+    vocabulary = ModelConfig.read(model).vocabulary
+    names = None if objects is None else object_names(objects, vocabulary)
+    one = None if two_stems is None else vocabulary.find(two_stems)
+    output = Output(mono, format, one, with_video)
+    edits = None if edit is None else Edits.from_json(storage.read_bytes(edit)).named(vocabulary.find)
     found, left_out = find_files(files)
     if left_out:
         say(describe_left_out(left_out))
     if edits is not None and len(found) > 1:
         raise ValueError(f"--edit {edit} is of one separation, and there are {len(found)} files; give one file")
     folders = _folders(out, found, alone=list(files) == found)
-    check_outputs(folders, model, Output(format=format, video=with_video))
-    separate_video = _load(model, weights)
-    names = None if objects is None else object_names(objects, separate_video.config.vocabulary)
-    one = None if two_stems is None else separate_video.config.vocabulary.find(two_stems)
-    output = Output(mono, format, one, with_video)
-    say(describe_training(separate_video.config))
-    failed = 0
-    for file, folder in folders.items():
+    check_outputs(folders, model, output)
+
+    def refuse(file: str, error: Exception) -> None:
+        complain(f"avsep separate: {_mistake(error, file, folders[file])}")
+
+    good = _usable(found, functools.partial(check_sound, track=track, output=output), refuse)
+    done = 0
+    separate_video = _load(model, weights) if good else None
+    if separate_video is not None:
+        say(describe_training(separate_video.config))
+    for file in good:
         try:
-            _tell(folder, separate_file(file, model, folder, names, weights, separate_video, track, output, edits))
+            report = separate_file(file, model, folders[file], names, weights, separate_video, track, output, edits)
         except (ClipError, LabellerUnavailable, OSError, ValueError, soundfile.LibsndfileError) as error:
-            complain(f"avsep separate: {_mistake(error, file, folder)}")
-            failed += 1
-    if len(folders) > 1:
-        say(f"{len(folders) - failed} of {len(folders)} files separated")
-    return 0 if not failed else 1 if failed < len(folders) else 2
+            refuse(file, error)
+        else:
+            _tell(folders[file], report)
+            done += 1
+    return _status(done, len(found), "separated")
+
+
+def _usable(files: list[str], check: Callable[[Path], None], refuse: Callable[[str, Exception], None]) -> list[str]:
+    if len(files) > _MANY:
+        say(f"reading the headers of {len(files)} files")
+    return usable(files, check, refuse)
+
+
+def _status(done: int, count: int, what: str) -> int:
+    """Say how many of several files were done, and return the status: 1 for some of them, 2 for none."""
+    if count > 1:
+        say(f"{done} of {count} files {what}")
+    return 0 if done == count else 1 if done else 2
 
 
 def object_names(text: str, vocabulary: Vocabulary) -> list[str]:
@@ -106,99 +121,11 @@ def _load(model: str, weights: str | None) -> VideoSeparator:
     return loaded
 
 
-def find_files(named: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Find the files that paths, folders and patterns name, each once.
-
-    Of a folder they are those whose names are of videos or sounds; what else is in it comes second.
-    Raises FileNotFoundError where nothing is found.
-    """
-    found: dict[str, str] = {}
-    left_out: list[str] = []
-    for text in named:
-        for path in _matches(text):
-            files = [path]
-            if _is_folder(path):
-                inside = [f for f in storage.list_files(path) if not storage.name(f).startswith(".")]
-                files = [f for f in inside if f.lower().endswith(SUFFIXES)]
-                left_out += [f for f in inside if f not in files]
-                if not files:
-                    raise FileNotFoundError(f"{path} is a folder without videos or sounds; name files")
-            for file in files:
-                found.setdefault(file if storage.is_uri(file) else os.path.abspath(file), file)
-    return list(found.values()), left_out
-
-
-def describe_left_out(files: Sequence[str]) -> str:
-    """Say which files of folders weren't taken."""
-    more = f" and {len(files) - _NAMED} more" if len(files) > _NAMED else ""
-    return f"left out, as neither video nor sound by their names: {', '.join(files[:_NAMED])}{more}"
-
-
-def _matches(text: str) -> list[str]:
-    """Return the paths that match a pattern; a path itself."""
-    if not set(text) & set("*?[") or text.startswith(("http://", "https://")) or os.path.exists(text):
-        return [text]
-    if storage.is_uri(text):
-        folder, pattern = storage.parent(text), storage.name(text)
-        paths = [f for f in storage.list_files(folder) if fnmatch.fnmatchcase(storage.name(f), pattern)]
-    else:
-        paths = sorted(glob.glob(text))
-    if not paths:
-        raise FileNotFoundError(f"{text} matches no file; check the path or pattern")
-    return paths
-
-
-def _is_folder(path: str) -> bool:
-    if path.startswith(("http://", "https://")) or storage.is_opaque(path):
-        return False
-    return storage.is_directory(path) if storage.is_uri(path) else os.path.isdir(path)
-
-
 def _folders(out: str | None, files: Sequence[str], *, alone: bool) -> dict[str, str]:
     """Give each file its folder: `out` itself for one that was named `alone`, else one of the file's name in it."""
     if out is not None and alone and len(files) == 1:
         return {files[0]: out}
     return {file: storage.join(out or _OUT, name) for file, name in zip(files, distinct(files), strict=True)}
-
-
-def distinct(files: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
-    """Name files by their stems; where these collide by their names, by their folders, too, and at last by numbers.
-
-    No two names, and none and one that is `taken`, differ by case alone.
-
-    >>> distinct(["a/duet.mp4", "b/duet.mp4", "b/Duet.wav", "solo.wav"])
-    ['a-duet.mp4', 'b-duet.mp4', 'Duet.wav', 'solo']
-    """
-    names = [""] * len(files)
-    others = {name.casefold() for name in taken}
-    pending = list(range(len(files)))
-    for level in range(3):
-        for i in pending:
-            names[i] = _name(files[i], level)
-        counts = Counter([*(name.casefold() for name in names), *others])
-        pending = [i for i in pending if counts[names[i].casefold()] > 1]
-    left = set(pending)
-    used = others | {names[i].casefold() for i in range(len(files)) if i not in left}
-    for i in pending:
-        name, number = names[i], 1
-        while names[i].casefold() in used:
-            number += 1
-            names[i] = f"{name}-{number}"
-        used.add(names[i].casefold())
-    return names
-
-
-def _name(file: str, level: int) -> str:
-    """Return a file's stem, its name, or its folder's and its name."""
-    if file.startswith(("http://", "https://")):
-        address = urllib.parse.urlsplit(file)
-        file = f"{address.netloc}{urllib.parse.unquote(address.path)}"
-    parts = os.fsencode(file).decode("utf-8", "replace").translate(_UNNAMED).rstrip("/").split("/")
-    name = parts[-1] if parts[-1] not in ("", ".", "..") else "sound"
-    if level == 2 and len(parts) > 1 and parts[-2] not in ("", ".", ".."):
-        return f"{parts[-2]}-{name}"
-    stem = name.rpartition(".")[0].rstrip(". ")
-    return stem if level == 0 and stem else name
 
 
 def check_outputs(folders: Mapping[str, str], model: str | None, output: Output = AS_IT_IS) -> None:
@@ -247,7 +174,7 @@ def separate_file(
         if model_dir is None:
             raise ValueError("there is neither a model's folder nor a separator; give one")
         separate_video = _load(model_dir, weights)
-    with storage.local_file(video) as path, _progress() as step:
+    with storage.local_file(video) as path, progress() as step:
         said = {"source": video}
         return separate_local(path, said, model_dir, out, objects, separate_video, track, output, step, edits=edits)
 
@@ -342,7 +269,7 @@ def _place(file: Path, target: str) -> None:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Step]:
+def progress() -> Iterator[Step]:
     """Show how far a separation is: a bar on a terminal, elsewhere a line now and then, on stderr."""
     said, last = time.monotonic(), ""
     with tqdm(total=100, unit="%", disable=None, leave=False) as bar:
@@ -351,9 +278,9 @@ def _progress() -> Iterator[Step]:
             nonlocal said, last
             bar.set_description(stage)
             bar.update(int(100 * done) - bar.n)
-            if bar.disable and time.monotonic() - said > (SAY_EVERY_S if stage == last else _SAY_NEXT_S):
+            if bar.disable and time.monotonic() - said > (SAY_EVERY_S if stage == last else SAY_NEXT_S):
                 said, last = time.monotonic(), stage
-                complain(f"{stage}: {done:.0%}")
+                complain(f"{stage}: {done:.0%}" if done else stage)
 
         yield step
 
@@ -399,7 +326,8 @@ def _tell(out: str, report: Mapping[str, Any]) -> None:
         how = "" if entry["from"] == "given" else f", {sure:.0%} sure"
         how += f"; {entry['doubt']}" if entry["doubt"] else ""
         origin = "named" if entry["from"] == "given" else f"from {entry['from']}"
-        say(f"{storage.join(out, entry['file'] or entry['name'])}: {state}, {origin}{how}")
+        where = storage.join(out, entry["file"]) if entry["file"] else f"{entry['name']}, in {report['rest']}"
+        say(f"{where}: {state}, {origin}{how}")
     sounds = {report["rest"], *(entry["file"] for entry in report["objects"])}
     videos = [name for name in report["files"] if name not in sounds]
     for name in (report["rest"], *videos, _REPORT):
@@ -443,26 +371,51 @@ def inspect(path: str) -> int:
     return 0
 
 
-def label(video: str, weights: str | None, labeller: str | None, model: str | None = None) -> int:
-    """Run `avsep label`."""
-    network, way, labelling = _labelling(labeller, weights, model)
-    with storage.local_file(video) as path:
+def label(files: Sequence[str], weights: str | None, labeller: str | None, model: str | None = None) -> int:
+    """Run `avsep label`; of several files those that can't be looked at are told, and give status 1."""
+    found, left_out = find_files(files, VIDEOS)
+    if left_out:
+        say(describe_left_out(left_out, VIDEOS))
+
+    def refuse(file: str, error: Exception) -> None:
+        blind = isinstance(error, ClipError) and error.reason == Reason.NO_VIDEO
+        complain(f"avsep label: {f'{file} has no pictures; give a video' if blind else _mistake(error, file)}")
+
+    good = _usable(found, check_pictures, refuse)
+    done = 0
+    if good:
+        network, way, labelling = _labelling(labeller, weights, model)
+        say(f"pictures: {network.architecture}, looks: {way}")
+    for file in good:
+        try:
+            lines = _label(file, network, way, labelling)
+        except (ClipError, OSError, ValueError) as error:
+            refuse(file, error)
+        else:
+            for line in [f"{file}:", *lines] if len(found) > 1 else lines:
+                say(line)
+            done += 1
+    return _status(done, len(found), "labelled")
+
+
+def _label(file: str, network: ImageLabeller, way: str, labelling: Labelling) -> list[str]:
+    """Say what a file's pictures show, and where, a line for each of the likeliest ten."""
+    with storage.local_file(file) as path:
+        check_pictures(path)
         found, times_s = images(path, ExtractionConfig.image_size)
     if len(found) == 0:
-        raise ValueError(f"{video} has no pictures")
-    say(f"pictures: {network.architecture}, looks: {way}")
+        raise ValueError(f"{file} has no pictures that decode; give another file, or copy it again")
     names = labelling.vocabulary.names
     evidence, maps = network.labels_and_maps(found, way, labelling.groups)
-    if maps is None:
-        say(f"note: {network.no_maps}")
+    lines = [] if maps is not None else [f"note: {network.no_maps}"]
     locations = None if maps is None else Locations.of(names, names, times_s, maps)
     scores = labelling.scores(evidence)
     labels = labelling.choose(scores)
     for i in scores.argsort(descending=True).tolist()[:10]:
         where = locations.surest(names[i]) if locations and labels[i] else None
         place = f"  {where['box']} at {where['time_s']:g} s" if where else ""
-        say(f"{scores[i]:.3f}  {names[i]}{'  (label)' if labels[i] else ''}{place}")
-    return 0
+        lines.append(f"{scores[i]:.3f}  {names[i]}{'  (label)' if labels[i] else ''}{place}")
+    return lines
 
 
 def _labelling(name: str | None, weights: str | None, model: str | None) -> tuple[ImageLabeller, str, Labelling]:
@@ -497,7 +450,7 @@ def run(command: str, **arguments: Any) -> int:
     try:
         status = commands[command](**arguments)
     except (ClipError, LabellerUnavailable, OSError, ValueError) as error:
-        complain(f"avsep {command}: {_mistake(error, arguments.get('video', ''))}")
+        complain(f"avsep {command}: {_mistake(error, arguments.get('path', ''))}")
         return 2
     return 2 if lost() and command != "separate" else status  # all that the others do is say
 
@@ -505,7 +458,7 @@ def run(command: str, **arguments: Any) -> int:
 def _mistake(error: Exception, file: str, out: str = "") -> str:
     """Put an error into one line: the value, the rule and the remedy."""
     if isinstance(error, ClipError):
-        return f"{file}: {error}; {_REMEDIES.get(error.reason, 'give another file, or copy it again')}"
+        return f"{file}: {error}; {remedy(error)}"
     if isinstance(error, soundfile.LibsndfileError):  # of writing: what is read goes through ffmpeg
         return f"{out} can't be written: {error} Is the disk full?"
     return str(error)

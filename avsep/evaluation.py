@@ -31,6 +31,7 @@ from avsep.stft import STFT
 FIGURES = ("sdr", "sir", "sar", "si_sdr", "si_sar")
 GAINS = tuple(f"{f}_improvement" for f in FIGURES)
 LEAST_LEAK_DB = -60.0  # under the mixture, and less: nobody hears it
+PERFECT_DB = 100.0  # an SDR above it has no errors but those of rounding
 LOST_DB = -30.0  # what a sound that was lost altogether counts, instead of −inf
 STRUCK_METHOD = "harmonic_percussive"
 _ALONE_DB = 20.0  # an object sounds alone when whatever else there is stays this far below it
@@ -265,14 +266,19 @@ def leak(estimate: Tensor, mixture: Tensor) -> float:
 
 
 def figures_of(case: Case, estimates: Mapping[str, Tensor]) -> dict[str, dict[str, list[float]]]:
-    """Measure estimates `(J, S)` by separator, the mixture among them: figures and gains, one value per object."""
+    """Measure estimates `(J, S)` by separator, the mixture among them: figures and gains, one value per object.
+
+    Over a mixture that is perfect, as of an object that sounds alone, nothing can be gained: gains are NaN.
+    """
     r, e = case.references.numpy(), np.stack([e.numpy() for e in estimates.values()])
     bss = metrics.bss_eval(r, e)
     measured = {"sdr": bss.sdr, "sir": bss.sir, "sar": bss.sar, "si_sdr": metrics.si_sdr(r, e)}
     measured["si_sar"] = metrics.si_sar(r, e)  # each (separators, J)
     floor = list(estimates).index("mixture")
+    alone = bss.sdr[floor] > PERFECT_DB
     for figure, values in list(measured.items()):
-        measured[f"{figure}_improvement"] = metrics.improvement(bounded(values), bounded(values[floor]))
+        gains = metrics.improvement(bounded(values), bounded(values[floor]))
+        measured[f"{figure}_improvement"] = np.where(alone, np.nan, gains)
     return {n: {f: v[i].tolist() for f, v in measured.items()} for i, n in enumerate(estimates)}
 
 

@@ -14,13 +14,18 @@ from numpy.typing import NDArray
 from avsep import media
 from avsep.records import ClipError, Reason
 
-SUFFIXES = (  # of the files of a folder that are taken for videos and sounds, in small letters
+VIDEOS = (  # what the names of videos end with, in small letters
     *(".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".ts", ".webm"),
-    *(".wmv", ".aac", ".ac3", ".aif", ".aiff", ".amr", ".au", ".caf", ".flac", ".m4a", ".mka", ".mp2", ".mp3", ".oga"),
-    *(".ogg", ".opus", ".rf64", ".w64", ".wav", ".weba", ".wma", ".wv"),
+    ".wmv",
+)
+SUFFIXES = (  # of the files of a folder that are taken for videos and sounds
+    *VIDEOS,
+    *(".aac", ".ac3", ".aif", ".aiff", ".amr", ".au", ".caf", ".flac", ".m4a", ".mka", ".mp2", ".mp3", ".oga", ".ogg"),
+    *(".opus", ".rf64", ".w64", ".wav", ".weba", ".wma", ".wv"),
 )
 HELD_S = 60.0  # a file up to this long is decoded once and held; a longer one is read twice, in blocks
-_MAX_PICTURES = 60  # of a file that are labelled; a longer one is sampled evenly
+MAX_PICTURES = 60  # of a file that are labelled; a longer one is sampled evenly
+DECODED = 0.05  # share of the work on a long file when its pictures are there
 _MIDDLE_S = 0.5  # of a second: where in it its picture is taken
 _BLOCK = 1 << 20  # samples read at a time
 _LIMITS = media.DecodeLimits()
@@ -118,11 +123,11 @@ def images(
     if not info.has_video:
         return np.zeros((0, 0, 0, 3), np.uint8), ()
     decode = functools.partial(media.decode, video, image_size=image_size, limits=limits, sound=False)
-    if info.duration_s is None or info.duration_s <= _MAX_PICTURES:
-        images = decode(0, None if info.duration_s else _MAX_PICTURES).images
+    if info.duration_s is None or info.duration_s <= MAX_PICTURES:
+        images = decode(0, None if info.duration_s else MAX_PICTURES).images
         return images, _every_second(images)
-    for start in np.linspace(0, info.duration_s - 1, _MAX_PICTURES):
-        step("decoding", 0.0)
+    for number, start in enumerate(np.linspace(0, info.duration_s - 1, MAX_PICTURES)):
+        step("decoding", DECODED * number / MAX_PICTURES)
         with contextlib.suppress(ClipError):  # a damaged stretch
             found += [(float(start), image) for image in decode(float(start), float(start) + 1).images]
     same = [(at, f) for at, f in found if f.shape == found[0][1].shape]  # where a stream changes its size, the first

@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import soundfile
 
-from avsep import commands, media, shards, starter, storage
+from avsep import commands, inputs, media, shards, starter, storage
 from avsep.extraction import Done
 from avsep.factors import Factorize
 from avsep.files import NO_LIMITS
@@ -195,9 +195,9 @@ def find(
     """
     named = [text if storage.is_uri(text) else os.path.expanduser(text) for text in named]
     read = [text for text in named if _is_manifest(text)]
-    found, left_out = commands.find_files([text for text in named if text not in read])
+    found, left_out = inputs.find_files([text for text in named if text not in read])
     if left_out:
-        tell(commands.describe_left_out(left_out))
+        tell(inputs.describe_left_out(left_out))
     read += [f for f in found if f.lower().endswith(_TABLES)]
     rows: dict[str, Segment] = {}
     for table in read:
@@ -242,7 +242,7 @@ def name_files(
     ids = {s.segment_id for s in rows}
     known = {f: kept[f] for f in files if f in kept and kept[f] not in ids}
     taken = {*_RESERVED, *ids, *before}
-    names = dict(zip(new := [f for f in files if f not in known], commands.distinct(new, taken), strict=True))
+    names = dict(zip(new := [f for f in files if f not in known], inputs.distinct(new, taken), strict=True))
     return [*rows, *(Segment((known | names)[f], f, objects=objects) for f in files)]
 
 

@@ -34,10 +34,10 @@ _PAGE = """<!doctype html>
  figure { margin: 0; width: 16rem; max-width: 100% } figure img { width: 100% } audio { width: 100%; height: 2.2rem }
  figcaption { font-size: .85rem; color: var(--faint) }
  details { margin: .8rem 0 } summary { cursor: pointer; font-weight: 600 }
-</style></head><body>
+</style></head><body><main>
 <h1>{{ title }}</h1>
 {% for block in blocks %}{{ block }}
-{% endfor %}</body></html>
+{% endfor %}</main></body></html>
 """
 _TABLE = """{% if caption %}<p class="caption">{{ caption }}</p>{% endif %}
 <div class="scroll" tabindex="0" role="region" aria-label="{{ caption or header[0] }}"><table>

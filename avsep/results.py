@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
 from avsep import metrics
-from avsep.evaluation import FIGURES, GAINS, LOST_DB, STRUCK_METHOD, ClipResult, bounded
+from avsep.evaluation import FIGURES, GAINS, LOST_DB, PERFECT_DB, STRUCK_METHOD, ClipResult, bounded
 from avsep.records import Segment
 
 HEARD = 0.01  # scores below it are no claim that an object is audible
@@ -90,10 +90,13 @@ def _interval(clips: Sequence[ClipResult], name: str) -> list[float]:
 
 
 def _ahead(clips: Sequence[ClipResult], name: str) -> dict[str, Any]:
-    """Return by how much the default's mean SDR is above a separator's on the same clips, with a 95 % interval."""
+    """Return by how much the default's mean SDR is above a separator's on the same clips, with a 95 % interval.
+
+    Sounds that the separator left without an error don't count: of one that sounds alone, the mixture is perfect.
+    """
     clips = [c for c in clips if "default" in c.figures]
     ours, theirs = (_values(clips, n, "sdr") for n in ("default", name))
-    gaps = [(a - b)[np.isfinite(a) & np.isfinite(b)] for a, b in zip(ours, theirs, strict=True)]
+    gaps = [(a - b)[np.isfinite(a) & (b <= PERFECT_DB)] for a, b in zip(ours, theirs, strict=True)]
     all_gaps = np.concatenate([np.zeros(0), *gaps])
     return {"sdr": float(all_gaps.mean()) if len(all_gaps) else float("nan"), "interval_95": bootstrap(gaps)}
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from avsep import baselines, plots, stages
-from avsep.evaluation import FIGURES, GAINS, LOST_DB, Case, ClipResult, bounded, told
+from avsep.evaluation import FIGURES, GAINS, LOST_DB, PERFECT_DB, Case, ClipResult, bounded, told
 from avsep.records import Segment
 from avsep.report import Report
 from avsep.results import HEARD
@@ -77,9 +77,6 @@ def plural(count: int, word: str) -> str:
     return f"{count} {word}{'s' * (count != 1)}"
 
 
-_ALONE_DB = 100.0  # mixtures that score more are their own references: one object sounds alone
-
-
 def _name(separator: str) -> str:
     return separator.replace("_", " ")
 
@@ -104,7 +101,7 @@ def leaks(results: dict[str, Any]) -> list[str]:
 def verdicts(results: dict[str, Any]) -> list[str]:
     """Say what the mean SDRs mean where a separator is no use: a sentence each. Of sounds alone it says nothing."""
     sdr = mean_sdr(results)
-    if sdr.get("mixture", 0.0) > _ALONE_DB:
+    if sdr.get("mixture", 0.0) > PERFECT_DB:
         return []
     ours = sdr.get("default", float("inf"))
     lost = {n: sdr["mixture"] - v for n, v in sdr.items() if n not in BOUNDS and v < sdr["mixture"]}

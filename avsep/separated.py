@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from avsep import starter, storage
 from avsep.edits import Edits
+from avsep.inputs import check_sound
 from avsep.model import CONFIG_FILE
 from avsep.objects import Vocabulary
 from avsep.outputs import AS_IT_IS, FORMATS, Output, Shape
@@ -126,11 +127,12 @@ def separate_file(
     >>> s = separate_file("duet.mp4")                                 # doctest: +SKIP
     >>> s["violin"].save("violin.wav")                                # doctest: +SKIP
     """
-    separator = _loaded(os.fspath(starter.PATH if model is None else model))
     output = Output(mono=mono) if mono else AS_IT_IS
     with storage.local_file(os.fspath(path)) as file, tempfile.TemporaryDirectory() as folder:
         if not file.exists():
             raise FileNotFoundError(f"{path} doesn't exist; check the path")
+        check_sound(file, track, output)  # a mistake is told before the model is loaded
+        separator = _loaded(os.fspath(starter.PATH if model is None else model))
         done = separator(file, Path(folder), objects, track=track, output=output, edits=edits)
         sounds = {}
         for name in done.files:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.fft import next_fast_len
 from torch import Tensor
 
 from avsep.separation import resample
@@ -24,6 +25,14 @@ def gains_stft(separator: object, sample_rate: int) -> STFT:
         return own
     quarter = max(1, round(_WINDOW_S * sample_rate / 4))
     return STFT(sample_rate, 4 * quarter, quarter)
+
+
+def window_length(stft: STFT, sample_rate: int) -> int:
+    """Return how many of a file's samples a frame has: even, as long as one of `stft` or a little longer.
+
+    It has no large prime factor: with one a Fourier transform takes three times as long.
+    """
+    return 2 * next_fast_len(max(1, round(stft.n_fft * sample_rate / stft.sample_rate / 2)))
 
 
 class _Stream:
@@ -77,7 +86,7 @@ def carry_over(
     """
     mono, sound = _Stream(estimates), _Stream(channels)
     ratio = sample_rate / stft.sample_rate
-    n_fft = max(2, 2 * round(stft.n_fft * ratio / 2))
+    n_fft = window_length(stft, sample_rate)
     windows = torch.hann_window(stft.n_fft), torch.hann_window(n_fft)
     tail = torch.zeros(1, 1, 0), torch.zeros(0)  # what earlier frames add to later samples
     done, frame = 0, 0  # samples that have been given, and the next frame
@@ -107,7 +116,7 @@ def carry_over(
 
 def _gains(frames: Tensor, n_bins: int, step: float) -> Tensor:
     """Return each object's part, and the rest's, of windowed frames `(J + 1, B, n)` in the file's bins, `(…, B, F)`."""
-    found = torch.fft.rfft(frames).abs()
+    found = _power(torch.fft.rfft(frames)).sqrt()
     gains = found / found.sum(0).clamp_min(1e-9)
     n_own = found.shape[-1]
     if (n_bins - 1) * step > n_own - 1:  # the file has a band above
@@ -121,13 +130,13 @@ def _gains(frames: Tensor, n_bins: int, step: float) -> Tensor:
 
 def _masked(own: Tensor, starts: Sequence[int], gains: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
     """Apply gains `(J + 1, B, F)` to channels `(C, S)` → the frames' sums `(J, C, S)`, the windows' squares `(S,)`."""
-    n = len(window)
+    n, squared = len(window), window.square()
     spectra = torch.fft.rfft(torch.stack([own[:, s : s + n] for s in starts], 1) * window)  # (C, B, F)
     parts = torch.fft.irfft(_panned(gains, spectra) * spectra, n) * window
     sums, weights = own.new_zeros(len(parts), *own.shape), own.new_zeros(own.shape[1])
     for k, start in enumerate(starts):
         sums[..., start : start + n] += parts[:, :, k]
-        weights[start : start + n] += window.square()
+        weights[start : start + n] += squared
     return sums, weights
 
 
@@ -136,10 +145,15 @@ def _panned(gains: Tensor, spectra: Tensor) -> Tensor:
 
     Its levels there are those of what the common gains `(J + 1, B, F)` take of the channels `(C, B, F)`.
     """
-    levels = torch.einsum("jbf,cbf->jc", gains.square(), spectra.abs().square())
+    levels = torch.einsum("jbf,cbf->jc", gains.square(), _power(spectra))
     levels = (levels / levels.mean(1, keepdim=True).clamp_min(1e-20)).sqrt()
     for_each = levels[..., None, None] * gains[:, None]
     return for_each[:-1] / for_each.sum(0).clamp_min(1e-9)
+
+
+def _power(spectra: Tensor) -> Tensor:
+    """Return |X|² by its parts, twice as quickly as `abs`, which minds overflow."""
+    return spectra.real.square() + spectra.imag.square()
 
 
 def _centre(frame: int, stft: STFT, sample_rate: int) -> int:

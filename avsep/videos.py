@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from avsep import media, stems, storage
 from avsep.edits import Edits
 from avsep.factors import Factorize
-from avsep.files import NO_LIMITS, FileLimits, Step, WholeFile, no_step
+from avsep.files import DECODED, NO_LIMITS, FileLimits, Step, WholeFile, no_step
 from avsep.locating import Locations, Seen, whole_maps
 from avsep.model import LABELLER_FILE, Labelling, ModelConfig, label_config
 from avsep.objects import Vocabulary
@@ -31,7 +31,7 @@ from avsep.vision import NO_DOWNLOAD, ImageLabeller, LabellerUnavailable
 
 _LOOK_S = 0.25  # between steps while other processes work
 _UNLIKE = 0.7  # familiarity below which an object's sound is said to be unlike the training
-_LISTENING, _SEPARATING = 0.7, 0.3  # shares of the time
+_LISTENING, _SEPARATING = 0.7, 0.3  # shares of the time; of listening, with what comes before
 
 
 @dataclass
@@ -225,9 +225,11 @@ class VideoSeparator:
         """Ask the picture network what pictures show; or say why it can't be asked."""
         if len(images) == 0:
             return _Looked("there are no pictures to look at")
+        if "labeller" not in vars(self):
+            patience.tell("loading the picture network", DECODED)
         if isinstance(self.labeller, str):
             return _Looked(self.labeller)
-        patience.tell("looking", 0.0)
+        patience.tell("looking", DECODED)
         if self.label is None:
             views = self.labeller.looking(self.config.extraction.looks)(images)
             seen = self.labeller.see(views.crops, self.labels.groups)
@@ -385,7 +387,7 @@ def _listen(
     pieces = _told(
         source.blocks(),
         2 * separator.sample_rate,
-        lambda done: step("listening", _LISTENING * min(1.0, done / total)),
+        lambda done: step("listening", DECODED + (_LISTENING - DECODED) * min(1.0, done / total)),
     )
     return separator.plan(pieces, given, seen)
 

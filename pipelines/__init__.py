@@ -7,7 +7,9 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from typing import Any
 
+from avsep import starter
 from avsep.cli import Parser
+from avsep.console import say
 
 RECIPES = ("default", "paper", "audioset", "both_passes")  # their names; recipes.py has them
 UNUSABLE, INTERRUPTED = 2, 130  # exit statuses
@@ -40,11 +42,11 @@ def arguments_of(program: str, description: str | None, epilog: str, *, abbrevia
     )
 
 
-def begin(parser: ArgumentParser) -> None:
+def begin(parser: ArgumentParser, loads: str = "") -> None:
     """Do what a program can do before its imports, which take seconds.
 
     That is: answer --help, refuse mistaken arguments, inputs that aren't there and tables that are none, and end
-    with one line on Ctrl-C and SIGTERM.
+    with one line on Ctrl-C and SIGTERM. `loads` names an argument, of which it says that it is being loaded.
     """
 
     def stop(*_: Any) -> None:
@@ -60,6 +62,9 @@ def begin(parser: ArgumentParser) -> None:
     )
     if mistake and os.environ.get("AVSEP_LOG") != "json":  # there the program itself says so, as JSON
         parser.exit(UNUSABLE, f"{parser.prog}: {mistake}\n")
+    if loads and os.environ.get("AVSEP_LOG") != "json":
+        path = getattr(arguments, loads)
+        say(f"loading {'the starter model' if path == starter.PATH else path}")
 
 
 def missing_input(arguments: Namespace) -> str:

@@ -74,7 +74,7 @@ import numpy as np
 
 from avsep import protocols, results, results_report, storage
 from avsep.evaluation import BESIDE, Case, Cases, ClipResult, alone, bounded, build_case, measure, together
-from avsep.model import fingerprint
+from avsep.model import ModelConfig, fingerprint
 from avsep.objects import Vocabulary
 from avsep.records import ClipError, Segment, check_vocabularies, read_segments, read_vocabulary
 from avsep.report import Report
@@ -217,10 +217,11 @@ def run(arguments: argparse.Namespace) -> int:
     console.absolute(arguments, "model", "paper_model", "references", "media", "pairs", "out")
     inputs = ("model", "paper_model", "compare", "segments", "references", "media", "pairs")
     console.keep_apart(arguments, *inputs, writes=RESULTS)
-    check_models(models)
-    segments = chosen_segments(arguments, vocabulary := separators(models)["default"].vocabulary)
+    vocabulary = ModelConfig.read(arguments.model).vocabulary
+    segments = chosen_segments(arguments, vocabulary)
     source = provenance(arguments, models, segments)
     check_free(arguments.out, source, arguments.replace)
+    check_models(models)  # takes seconds: the rest is told first
     storage.make_directory(arguments.out)
     heard = protocols.heard_in(segments, vocabulary.names)
     setup = Setup(models, arguments.references, arguments.given, arguments.protocol, heard)

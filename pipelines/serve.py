@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    begin(parser())  # what follows takes seconds
+    begin(parser(), loads="model")  # what follows takes seconds
 
 from avsep.service import connections, hotmodel, place
 from avsep.service.config import ServiceConfig, UnusableSettings
@@ -246,8 +246,8 @@ def run(arguments: argparse.Namespace) -> int:
     config, port = ServiceConfig.from_environment(os.environ, model=arguments.model), arguments.port
     try:
         place.check_address(config.host, port)
-        hotmodel.check_model(config)  # a mistake is one line, before anything is started
         with place.results_folder(config.results, port) as results:
+            hotmodel.check_model(config)  # a mistake is one line, before anything is started
             serve = serve_here if arguments.in_process else serve_on_ray
             serve(replace(config, results=results), port)
     except UnusableSettings as error:

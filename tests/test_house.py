@@ -25,7 +25,7 @@ FLOORS = (
     "model separation baselines plots report",
     "fetching vision shards work labelled manifest audioset datasets synthetic",
     "stages extraction learning",
-    "files videos outputs stems separated evaluation protocols results results_report audit duplicates datacard",
+    "files videos outputs inputs stems separated evaluation protocols results results_report audit duplicates datacard",
     "service commands many exporting",
     "cli",
 )

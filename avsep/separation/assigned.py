@@ -129,6 +129,7 @@ class Assigned:
     how: Making
     windows: Windows
     explanation: Explanation | None = None  # of the first window
+    familiarity: Mapping[str, float] = field(default_factory=dict)  # of the model's objects, where it is known
 
     def edited(self, edits: Edits) -> EditedPlan:
         """Return a plan of the same sound with edits made; ValueError for those that can't be of this one."""
@@ -203,7 +204,8 @@ class Assigned:
                         np.lib.format.write_array(f, np.ascontiguousarray(array), allow_pickle=False)
                 spans.append([w.start, w.end, scale])
             about: dict[str, Any] = {"objects": self.objects, "known": self.known, "confidence": dict(self.confidence)}
-            about |= {"n_samples": self.n_samples, "how": self.how.as_dict(), "windows": spans}
+            about |= {"familiarity": dict(self.familiarity), "n_samples": self.n_samples}
+            about |= {"how": self.how.as_dict(), "windows": spans}
             archive.writestr(_ABOUT, json.dumps(about))
 
     @classmethod
@@ -316,6 +318,11 @@ class EditedPlan:
     def confidence(self) -> Mapping[str, float]:
         """How sure the model is that an object sounds, whatever somebody says."""
         return self.assigned.confidence
+
+    @property
+    def familiarity(self) -> Mapping[str, float]:
+        """How like the model's training the bases are that it gave each object itself."""
+        return self.assigned.familiarity
 
     @property
     def explanation(self) -> Explanation | None:

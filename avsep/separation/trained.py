@@ -428,7 +428,7 @@ class Plan:
             )
         return Assigned(
             self.objects, separator.objects, self.confidence, self.n_samples, separator.making, _PlannedWindows(self),
-            self.explanation,
+            self.explanation, self.familiarity,
         )  # fmt: skip
 
     def audible_in(self, analysed: Window) -> list[int]:

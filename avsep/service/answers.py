@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
+from avsep.model import ModelConfig
 from avsep.objects import AUDIOSET_23, Vocabulary
 
 _ID = "8c2f4f0de1a54b0d9a4f3f1f0c7be6a1"
@@ -287,15 +288,21 @@ class Card(BaseModel):
     window_s: float | None = None
     versions: dict[str, str] = {}
     _vocabulary: Vocabulary = PrivateAttr(AUDIOSET_23)
+    _config: ModelConfig | None = PrivateAttr(None)
 
     @property
     def vocabulary(self) -> Vocabulary:
         """What its objects are, and what clients may call them."""
         return self._vocabulary
 
-    def knowing(self, vocabulary: Vocabulary) -> Self:
-        """Return it with a vocabulary."""
-        self._vocabulary = vocabulary
+    @property
+    def config(self) -> ModelConfig | None:
+        """How the model works; None of a separator without bases."""
+        return self._config
+
+    def knowing(self, vocabulary: Vocabulary, config: ModelConfig | None = None) -> Self:
+        """Return it with a vocabulary and a model's configuration."""
+        self._vocabulary, self._config = vocabulary, config
         return self
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from avsep import stems
 from avsep.edits import Edits
+from avsep.model import ModelConfig
 from avsep.outputs import HEARD, MIXTURE, Output, Shape, write_sounds
 from avsep.separation import Assigned, EditedPlan, Plan, Planned
 from avsep.service.results import ResultStore
@@ -23,6 +25,9 @@ MOST_BYTES = 1 << 20  # of edits as JSON
 _BASES = "bases.zip"
 _EDITED = "edited"  # folders of sounds rendered again: the present one, and the one before, which may be being read
 _BLOCK = 1 << 20  # samples
+_WINDOW_HEADS = 2048  # bytes of kept bases beside the numbers: of each window, of all, of each of a model's objects
+_ABOUT_BYTES, _OBJECT_BYTES = 4096, 256
+_SLACK_S = 0.1  # by which a sound may be longer than its header says
 _BESIDE_BYTES = 1 << 20  # of edited sounds: the relation map's window
 
 
@@ -32,6 +37,20 @@ def keep(plan: Planned, folder: Path) -> bool:
         return False
     plan.assigned.write(folder / _BASES)
     return True
+
+
+def most_bytes(config: ModelConfig, duration_s: float, n_objects: int) -> int:
+    """Return how many bytes `keep` writes at most, of a sound that lasts so long and has so many objects."""
+    stft, how = config.stft, config.separation
+    n_samples = math.ceil(stft.sample_rate * (duration_s + _SLACK_S))
+    length = max(int(how.window_s * stft.sample_rate), stft.n_fft)
+    overlap = min(int(how.overlap_s * stft.sample_rate), length // 2)
+    n_windows = 1 + max(0, math.ceil((n_samples - 1.5 * length) / (length - overlap)))  # as `windows.cut` has them
+    n_bases = config.extraction.n_bases * how.n_factorizations
+    n_frames = (n_samples + n_windows * (overlap + 2 * stft.hop_length)) // stft.hop_length
+    halves = n_windows * (stft.n_bins + len(config.objects)) + n_frames  # rows of W, relation and H
+    arrays = n_bases * (2 * halves + 4 * (n_objects + 1) * n_windows)
+    return arrays + n_windows * _WINDOW_HEADS + _ABOUT_BYTES + _OBJECT_BYTES * len(config.objects)
 
 
 def sounds_of(folder: Path, result: Outcome) -> Path:
@@ -103,6 +122,7 @@ def outcome(before: Outcome, plan: EditedPlan) -> Outcome:
     objects = []
     for name in plan.objects:
         new = {"name": name, "from": "given", "confidence": plan.confidence[name], "silent": False}
+        new["familiarity"] = plan.familiarity.get(name)
         new["learned"] = counts is None or bool(counts.get(name))
         heard = {"sound_score": plan.sound_scores[name], "silent": name in plan.silent}
         objects.append((known.get(name) or FoundObject.model_validate(new)).model_copy(update=heard))

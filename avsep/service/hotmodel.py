@@ -128,4 +128,4 @@ def _card(config: ModelConfig, dictionary: bool) -> Card:
         window_s=config.separation.window_s,
         versions=config.versions,
     )
-    return card.knowing(config.vocabulary)
+    return card.knowing(config.vocabulary, config)

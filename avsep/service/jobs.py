@@ -22,7 +22,7 @@ from avsep.fetching import EgressIdentity, sources
 from avsep.outputs import HEARD, clipped
 from avsep.records import ClipError, Segment
 from avsep.separation import Separator
-from avsep.service import editing
+from avsep.service import editing, window
 from avsep.service.answers import Card
 from avsep.service.config import ServiceConfig, log
 from avsep.service.elsewhere import FactorizeBy, LabelBy, OtherNetwork, OutOfTime
@@ -40,8 +40,7 @@ STEP_S = 0.25  # between looks at the store
 _SWEEP_S = 2.0
 _BLIND = "the pictures were not looked at: this service has no picture network"
 _LEAST_BYTE_RATE = 4000  # of media that don't say how long they are
-_BESIDE_BYTES = 1 << 16  # of a result, beside its sounds and its bases
-_BASES_PART = 0.3  # of a sound's bytes: what its bases take
+_BESIDE_BYTES = 1 << 16  # of a result, beside its sounds, its bases and its first window
 
 
 class JobWorker:
@@ -250,12 +249,15 @@ def reserve(store: ResultStore, job_id: str, n_tracks: int, card: Card, mono: bo
     """Keep room for an upload that was measured and for `n_tracks` sounds; StoreFull where there is none."""
     job = store.job(job_id)
     rate, channels = (card.sample_rate, 1) if mono else (job.sample_rate, job.channels)
-    window = 4 * round(card.sample_rate * min(job.duration_s, card.window_s or 0.0))
     size = (store.path(job_id) / UPLOAD).stat().st_size
     sounds = 4 * round(rate * job.duration_s) * channels * n_tracks
-    beside = _BASES_PART + ((rate, channels) != (card.sample_rate, 1))  # the mono mix that is listened to
-    bases = round(4 * card.sample_rate * job.duration_s * beside)
-    store.reserve(job_id, size + sounds + bases + window + _BESIDE_BYTES)
+    heard = (rate, channels) != (card.sample_rate, 1)  # the mono mix that is listened to is kept, too
+    mono_mix = 4 * round(card.sample_rate * job.duration_s) * heard
+    beside = 0
+    if card.config is not None:
+        beside = editing.most_bytes(card.config, job.duration_s, n_tracks)
+        beside += window.most_bytes(card.config, job.duration_s, n_tracks)
+    store.reserve(job_id, size + sounds + mono_mix + beside + _BESIDE_BYTES)
 
 
 def fail(store: ResultStore, job_id: str, failure: Failure) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,25 @@ import torch
 from numpy.typing import NDArray
 
 from avsep import plots
+from avsep.model import ModelConfig
 from avsep.separation import REST, Planned
 from avsep.service.located import marked_image
 from avsep.stft import STFT
 
 TRACKS = "tracks"  # a result's folder of WAVs
 _WINDOW = "window.npz"
+
+
+_HEADS, _NAME = 4096, 4 * 64  # bytes beside the numbers; of an object's name
+
+
+def most_bytes(config: ModelConfig, duration_s: float, n_objects: int) -> int:
+    """Return how many bytes a `KeptWindow` writes at most, of a sound that lasts so long and has so many objects."""
+    stft, n_names = config.stft, len(config.objects) + n_objects
+    longest = max(1.5 * config.separation.window_s * stft.sample_rate, 1.5 * stft.n_fft)  # as `windows.cut` has it
+    n_samples = math.ceil(min(stft.sample_rate * duration_s, longest))
+    rows = stft.n_bins + stft.n_frames(max(n_samples, stft.n_fft)) + n_names + 3
+    return 4 * (n_samples + config.extraction.n_bases * rows) + _NAME * n_names + _HEADS
 
 
 @dataclass(frozen=True)

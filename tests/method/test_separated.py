@@ -1,5 +1,6 @@
 """A file or an array in, arrays out."""
 
+import shutil
 import warnings
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import soundfile
 
 import avsep
 from avsep.edits import Edits
+from avsep.records import ClipError
 from tests.support.tones import DOG, RATE, VIOLIN, model, tone
 
 
@@ -74,3 +76,11 @@ def test_mistakes_are_told_in_a_line(folder: Path, tmp_path: Path) -> None:
         warnings.simplefilter("error")
         loud.save(tmp_path / "x.wav")
     assert soundfile.read(tmp_path / "x.wav")[0].max() == 2.0
+
+
+def test_a_file_without_sound_is_told_before_the_model_is_loaded(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "model", tmp_path / "damaged")
+    (tmp_path / "damaged" / "miml.safetensors").write_bytes(b"cut")
+    (tmp_path / "text.mp4").write_text("no media")
+    with pytest.raises(ClipError, match="unreadable"):
+        avsep.separate_file(tmp_path / "text.mp4", model=tmp_path / "damaged")

@@ -168,6 +168,18 @@ def test_a_long_file_is_carried_over_in_constant_memory_and_blocks_do_not_matter
     assert np.array_equal(one, carried(17))
 
 
+def test_frames_have_lengths_that_are_quick_to_transform() -> None:
+    """Those of the file's rates would have primes in them, such as 6616 = 8 * 827."""
+    own = STFT(48_000, 7200, 1800)
+    for rate in (8000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000):
+        n, exact = stems.window_length(own, rate), 0.15 * rate
+        assert exact - 1 <= n <= 1.04 * exact and n % 2 == 0
+        for prime in (2, 3, 5, 7, 11):
+            while n % prime == 0:
+                n //= prime
+        assert n == 1
+
+
 def test_parts_of_the_same_sound_come_back() -> None:
     """Of channels that are the mix itself an object gets what it was there, but for the ends of the gains' windows."""
     mixture, own = sum(sounds(RATE).values()).astype(np.float32), sounds(RATE)
@@ -181,12 +193,16 @@ def test_parts_of_the_same_sound_come_back() -> None:
 # ---------------------------------------------------------------------------------- two stems, and formats
 
 
-def test_two_stems_are_an_object_and_all_the_rest(model_dir: str, tmp_path: Path) -> None:
+def test_two_stems_are_an_object_and_all_the_rest(model_dir: str, tmp_path: Path, capfd) -> None:
     whole, out = sum(panned(8000).values()), tmp_path / "out"
     command = (write(tmp_path / "duet.wav", whole, 8000), "--model", model_dir, "--out", out)
     assert separate(*command) == 0
     violin = read(out / "violin.wav")
+    capfd.readouterr()
     assert separate(*command, "--two-stems", "Violin") == 0
+    said = capfd.readouterr().out.splitlines()
+    told = {line.split(":")[0] for line in said if "% of the sound" in line}
+    assert told == {f"{out}/violin.wav", "dog, in no_violin.wav"}  # no file is named that isn't there
     sounds_there = {p.name for p in out.iterdir() if p.suffix != ".png"}
     assert sounds_there == {"violin.wav", "no_violin.wav", "separation.json"} and adds_up(out, whole)
     assert np.array_equal(read(out / "violin.wav"), violin)

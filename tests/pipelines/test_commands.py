@@ -15,7 +15,12 @@ import numpy as np
 import pytest
 import soundfile
 
-from avsep import cli, commands, storage
+from avsep import cli, commands, inputs, storage
+from avsep import files as whole_files
+from avsep.videos import VideoSeparator
+from tests.support.planted import BOXES, add_labeller, write_painted
+from tests.support.serving import write_model
+from tests.support.streams import run_ffmpeg
 from tests.support.tones import DOG, RATE, VIOLIN, model, tone
 
 ROOT = Path(__file__).parents[2]
@@ -168,7 +173,7 @@ def test_out_is_named_after_the_file_unless_given(model_dir, sound, tmp_path, mo
 
 def test_names_that_collide_are_told_apart() -> None:
     files = ["a/x.mp4", "A/X.MP4", "b/a/x.mp4", "http://host/d/x.mp4?key=1", "..wav", "\udcff.wav", "s3://b/x.mp4"]
-    names = commands.distinct(files)
+    names = inputs.distinct(files)
     assert len({n.casefold() for n in names}) == len(files)
     assert all(n not in ("", ".", "..") and "/" not in n and n.encode() for n in names)
     assert names[:4] == ["a-x.mp4", "A-X.MP4-2", "a-x.mp4-3", "d-x.mp4"] and names[4:6] == ["..wav", "\ufffd"]
@@ -177,7 +182,7 @@ def test_names_that_collide_are_told_apart() -> None:
 def test_patterns_and_folders_without_files_are_told(model_dir, tmp_path, capfd) -> None:
     (tmp_path / "empty").mkdir()
     write_sound(tmp_path / "a[1].wav")
-    assert commands.find_files([str(tmp_path / "a[1].wav")])[0] == [str(tmp_path / "a[1].wav")]
+    assert inputs.find_files([str(tmp_path / "a[1].wav")])[0] == [str(tmp_path / "a[1].wav")]
     for name, words in (("*.mp4", "matches no file"), ("empty", "is a folder without videos or sounds")):
         assert separate(tmp_path / name, "--model", model_dir) == 2
         assert words in capfd.readouterr().err
@@ -186,11 +191,104 @@ def test_patterns_and_folders_without_files_are_told(model_dir, tmp_path, capfd)
 def test_files_of_a_store_are_found(memory_folder) -> None:
     for name in ("a.wav", "b.wav", "c.txt"):
         storage.write_text(f"{memory_folder}/x/{name}", name)
-    assert commands.find_files([f"{memory_folder}/x"]) == (
+    assert inputs.find_files([f"{memory_folder}/x"]) == (
         [f"{memory_folder}/x/a.wav", f"{memory_folder}/x/b.wav"],
         [f"{memory_folder}/x/c.txt"],
     )
-    assert commands.find_files([f"{memory_folder}/x/[b-c].*"])[0][0] == f"{memory_folder}/x/b.wav"
+    assert inputs.find_files([f"{memory_folder}/x/[b-c].*"])[0][0] == f"{memory_folder}/x/b.wav"
+
+
+def test_label_takes_several_files_folders_and_patterns(tmp_path, capfd) -> None:
+    """The pictures of each, which show one object; what isn't a video by its name is left out of a folder."""
+    network = write_model(tmp_path / "model")
+    add_labeller(network)
+    for name in ("dog", "cat"):
+        write_painted(tmp_path / f"{name}.mp4", {name: BOXES[name]}, 2.0)
+    (tmp_path / "text.mp4").write_text("no media")
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "cat.mp4").rename(tmp_path / "videos" / "cat.mp4")
+    write_sound(tmp_path / "videos" / "duet.wav")
+    named = [str(tmp_path / "[dt]*.mp4"), str(tmp_path / "videos")]
+    assert cli.main(["label", *named, "--model", network]) == 1
+    captured = capfd.readouterr()
+    said = [line for line in captured.out.splitlines() if line.endswith(":") or "(label)" in line]
+    assert [line.split("  ")[1] if "(label)" in line else line for line in said] == [
+        *(f"{tmp_path}/dog.mp4:", "dog", f"{tmp_path}/videos/cat.mp4:", "cat")
+    ]
+    assert "left out, as no video by their names" in captured.out and "2 of 3 files labelled" in captured.out
+    assert f"{tmp_path}/text.mp4: unreadable" in captured.err
+    assert cli.main(["label", str(tmp_path / "videos" / "duet.wav"), "--model", network]) == 2
+    assert "duet.wav has no pictures; give a video" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["separate", "text.mp4"], "text.mp4: unreadable"),
+        (["separate", "quiet.mp4", "text.mp4"], "quiet.mp4: no_audio"),
+        (["separate", "duet.wav", "--track", "2"], "duet.wav: no_audio"),
+        (["separate", "duet.wav", "--video"], "duet.wav: no_video"),
+        (["separate", "duet.wav", "--objects", "unicorn"], "unknown object 'unicorn'"),
+        (["separate", "duet.wav", "--two-stems", "unicorn"], "unknown object 'unicorn'"),
+        (["separate", "duet.wav", "--edit", "edits.json"], "unknown object 'unicorn'"),
+        (["separate", "six.wav", "--format", "mp3"], "the sound has 6 channels"),
+        (["label", "text.mp4"], "text.mp4: unreadable"),
+        (["label", "duet.wav"], "duet.wav has no pictures; give a video"),
+    ],
+)
+def test_what_files_tell_is_told_before_the_networks_are_loaded(
+    model_dir, tmp_path, monkeypatch, capfd, arguments, words
+) -> None:
+    """Of a model whose weights are damaged its configuration is enough for that."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model_dir, "damaged")
+    Path("damaged/miml.safetensors").write_bytes(b"cut")
+    Path("text.mp4").write_text("no media")
+    Path("edits.json").write_text('{"add": ["unicorn"]}')
+    write_sound(Path("duet.wav"))
+    soundfile.write("six.wav", np.zeros((800, 6)), 8000)
+    if "quiet.mp4" in arguments:
+        run_ffmpeg("-f", "lavfi", "-i", "color=size=32x32:duration=1", "quiet.mp4")
+    assert cli.main([*arguments, "--model", "damaged"]) == 2
+    complaints = capfd.readouterr().err
+    assert words in complaints and "safetensors" not in complaints
+
+
+def test_what_is_being_done_is_told(tmp_path, monkeypatch, capfd) -> None:
+    """No share is told where none is known; a network is loaded, once; pictures from all over a file are counted."""
+    monkeypatch.setattr(commands, "SAY_NEXT_S", 0.0)
+    with commands.progress() as step:
+        step("decoding", 0.0)
+        step("listening", 0.25)
+    assert capfd.readouterr().err.splitlines() == ["decoding", "listening: 25%"]
+    network = write_model(tmp_path / "model")
+    add_labeller(network)
+    video = write_painted(tmp_path / "dog.mp4", {"dog": BOXES["dog"]}, 3.0)
+    separate_video, told = VideoSeparator.load(network), []
+    for name in ("first", "second"):
+        told.append([])
+        separate_video(video, tmp_path / name, ["dog"], step=lambda stage, done: told[-1].append(stage))
+    first, second = (list(dict.fromkeys(stages)) for stages in told)
+    assert second == ["decoding", "looking", "listening", "separating"]
+    assert first == ["decoding", "loading the picture network", *second[1:]]
+    monkeypatch.setattr(whole_files, "MAX_PICTURES", 2)
+    shares = []
+    whole_files.images(video, 64, step=lambda stage, done: shares.append((stage, done)))
+    assert [stage for stage, _ in shares] == ["decoding"] * 2 and 0 == shares[0][1] < shares[1][1]
+
+
+def test_what_edits_do_not_change_is_told_again(model_dir, sound, tmp_path) -> None:
+    """How familiar a sound is follows from the bases that the model gave each object, wherever they are moved."""
+    command, out = (sound, "--model", model_dir, "--objects", "violin,dog", "--out"), tmp_path / "out"
+    assert separate(*command, out) == 0
+    before = json.loads((out / "separation.json").read_text())
+    edits = {"moves": [{"basis": before["windows"][0]["bases"][0]["basis"], "to": "_rest"}], "add": ["cat"]}
+    (tmp_path / "edits.json").write_text(json.dumps(edits))
+    assert separate(*command, tmp_path / "edited", "--edit", tmp_path / "edits.json") == 0
+    after = json.loads((tmp_path / "edited" / "separation.json").read_text())
+    known = {o["name"]: o["familiarity"] for o in after["objects"]}
+    assert {o["name"]: o["familiarity"] for o in before["objects"]} == {n: known[n] for n in ("violin", "dog")}
+    assert 0 <= known["cat"] <= 1
 
 
 # ------------------------------------------------------------------------------------------- mistakes, told at once
@@ -206,11 +304,15 @@ def test_files_of_a_store_are_found(memory_folder) -> None:
         ["separate", "SOUND", "--model", "MODEL", "--out", ""],
         ["inspect", "nosuch"],
         ["label", "nosuch.mp4"],
+        ["label", "EMPTY"],
+        ["separate", "EMPTY"],
         ["--version"],
     ],
 )
 def test_wrong_paths_are_told_before_anything_heavy_is_imported(model_dir, sound, arguments) -> None:
-    words = [{"MODEL": model_dir, "SOUND": str(sound)}.get(a, a) for a in arguments]
+    (sound.parent / "empty.wav").touch()
+    known = {"MODEL": model_dir, "SOUND": str(sound), "EMPTY": str(sound.parent / "empty.wav")}
+    words = [known.get(a, a) for a in arguments]
     run = [sys.executable, "-X", "importtime", "-m", "avsep.cli", *words]
     done = subprocess.run(run, capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.returncode == (0 if arguments == ["--version"] else 2)

@@ -12,10 +12,14 @@ import time
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
+import torch
 
 import pipelines
-from avsep import evaluation, results_report, storage
+from avsep import evaluation, results, results_report, storage
+from avsep.objects import AUDIOSET_23
+from avsep.records import Segment
 from avsep.report import Report
 from avsep.service import config, place
 from pipelines import cluster, collect, console, demo, evaluate, runners, train
@@ -59,6 +63,17 @@ def test_what_is_not_there_or_no_table_is_told_before_what_takes_seconds_to_impo
     assert done.returncode == 2 and len(lines) == 1 and words in lines[0], lines
     assert not {"torch", "apache_beam", "ray"} & {line.rpartition("|")[2].strip() for line in imports}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["header.csv", "row.csv"]
+
+
+def test_what_files_tell_is_told_before_the_models_are_loaded(tmp_path, capfd):
+    """Of a model whose weights are damaged its configuration is enough for that."""
+    model = write_model(tmp_path / "model")
+    Path(model, "miml.safetensors").write_bytes(b"cut")
+    (tmp_path / "clips.csv").write_text("segment_id,source,split\na,a.mp4,val\n")
+    command = ["--model", model, "--segments", str(tmp_path / "clips.csv"), "--references", str(tmp_path)]
+    assert evaluate.main([*command, "--out", str(tmp_path / "out"), "--in-process"]) == 2
+    assert "holds no segments of --split test; its splits: val" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_inputs_are_checked_where_a_program_is_called_too_and_uris_are_left_to_it(capfd):
@@ -254,9 +269,8 @@ def test_the_service_without_ray(tmp_path):
     environment = os.environ | {"AVSEP_SERVE_RESULTS": str(tmp_path / "results")}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         try:
-            assert (
-                process.stdout and process.stdout.readline() == f"http://127.0.0.1:{port}/ is ready; Ctrl-C ends it\n"
-            )
+            assert process.stdout and process.stdout.readline() == f"loading {model}\n"
+            assert process.stdout.readline() == f"http://127.0.0.1:{port}/ is ready; Ctrl-C ends it\n"
             maps = Path(f"/proc/{process.pid}/maps").read_text()
             assert "torch" in maps and "ray/_raylet" not in maps
             with sound.open("rb") as file:
@@ -267,6 +281,14 @@ def test_the_service_without_ray(tmp_path):
             process.terminate()
         assert process.communicate(timeout=60)[0] == "stopping\n"
     assert process.returncode == 0
+
+
+def test_the_service_says_what_it_loads_before_what_takes_seconds():
+    command = [sys.executable, "-X", "importtime", "-m", "pipelines.serve", "--in-process", "--port", "0"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, cwd=ROOT)
+    lines = done.stdout.splitlines()
+    heavy = [k for k, line in enumerate(lines) if line.rpartition("|")[2].strip() in ("torch", "numpy", "pyarrow")]
+    assert done.returncode == 2 and heavy and lines.index("loading the starter model") < min(heavy)
 
 
 def test_where_nobody_can_listen_is_told_with_the_remedy():
@@ -332,6 +354,23 @@ def test_clips_of_one_object_alone_are_no_reproach():
     assert results_report.verdicts(results_of(mixture=150.0, default=8.6, nmf_clustering=135.4)) == []
 
 
+def test_no_gap_is_told_to_a_mixture_that_is_perfect():
+    """Of an object that sounds alone doing nothing leaves no error: nobody can be ahead of it, or behind."""
+    rng = np.random.default_rng(0)
+    sound = torch.from_numpy(rng.normal(size=(1, 8000)).astype(np.float32))
+    noisy = sound + 0.3 * torch.from_numpy(rng.normal(size=(1, 8000)).astype(np.float32))
+    case = evaluation.Case(
+        Segment("one", "one.wav"), sound[0], ["dog"], sound, torch.zeros(8000), vocabulary=AUDIOSET_23
+    )
+    figures = evaluation.figures_of(case, {"mixture": sound, "nmf_clustering": noisy / 2, "default": noisy})
+    found = results.summarize([evaluation.ClipResult("one", ["dog"], figures)])
+    table = {row[0]: row for _, row in results_report.table_rows(found)}
+    assert float(table["mixture"][1]) > 100 and table["mixture"][6] == "–"
+    assert float(table["nmf clustering"][6]) == pytest.approx(0, abs=0.1)
+    gains = {row[0]: row for _, row in results_report.table_rows(found, evaluation.GAINS)}
+    assert gains["default"][1] == gains["mixture"][1] == "–"
+
+
 def test_figures_read_well():
     assert [results_report.decibels(x) for x in (-0.04, 0.04, -0.06, None, math.nan)] == [
         "0.0",
@@ -342,12 +381,10 @@ def test_figures_read_well():
     ]
     one, two = results_of(1, mixture=0.0, default=1.0), results_of(2, mixture=0.0, default=1.0)
     assert "95 % of SDR" not in results_report.table_header(one) and "95 % of SDR" in results_report.table_header(two)
-    for results, duets in ((one, "1 duet of"), (two, "2 duets of")):
-        assert all(
-            len(row) == len(results_report.table_header(results)) for _, row in results_report.table_rows(results)
-        )
+    for found, duets in ((one, "1 duet of"), (two, "2 duets of")):
+        assert all(len(row) == len(results_report.table_header(found)) for _, row in results_report.table_rows(found))
         report = Report("title")
-        results_report.add_results(report, results, "objects")
+        results_report.add_results(report, found, "objects")
         page = report.html()
         assert duets in page and page.index('class="bars"') < page.index("<dl>") < page.index("<details>")
         for term in ("SDR", "SIR", "SAR", "SI-SDR", "mixture", "default"):

@@ -10,8 +10,14 @@ import numpy as np
 import pytest
 import soundfile
 
+from avsep import starter
 from avsep.edits import Edits
-from avsep.service import answers
+from avsep.separation import Separator
+from avsep.service import answers, editing, hotmodel, jobs, window
+from avsep.service.config import ServiceConfig
+from avsep.service.results import ResultStore
+from avsep.service.window import KeptWindow
+from tests.support import tones
 from tests.support.serving import PITCH, RATE, Bands, Server, serving, tone, write_model, write_sound
 
 
@@ -91,6 +97,7 @@ def test_edited_sounds_add_up_and_come_in_every_format(server, job):
     edited = patch(server, job, add=["cat"], spans=spans).json()
     names = [o["name"] for o in edited["result"]["objects"]]
     assert names == ["dog", "violin", "cat"] and edited["result"]["objects"][2]["found"] == "given"
+    assert all(0 <= o["familiarity"] <= 1 for o in edited["result"]["objects"])
     total = sum(heard(server, edited, name) for name in (*names, "_rest"))
     assert np.abs(total - heard(server, edited, "_mixture")).max() < 1e-5
     dog = heard(server, edited, "dog")
@@ -197,6 +204,43 @@ def test_a_job_deleted_while_it_is_edited_is_gone(server, job):
     server.client.delete(f"/v1/separations/{job['id']}")
     refused(patch(server, job, remove=["dog"]), 404, "expired")
     assert job["id"] not in [p.name for p in server.folders()]
+
+
+@pytest.mark.parametrize("seconds", [0.05, 1.0, 2.9, 3.1, 13.0])
+@pytest.mark.parametrize("name", ["tones", "starter"])
+def test_room_is_kept_for_the_bases_of_short_and_long_sounds(tmp_path, name, seconds):
+    """Of a short sound they take more than it does: each basis has its spectrum, however short."""
+    if name == "tones":
+        separator = Separator(tones.model(n_factorizations=2))
+    elif seconds > 3:
+        pytest.skip("the small one shows it")
+    else:
+        separator = Separator.load()
+    config, rate = separator.model.config, separator.sample_rate
+    sound = np.random.default_rng(0).normal(0, 0.1, round(rate * seconds)).astype(np.float32)
+    plan = separator.plan([sound], ["dog", "violin"])
+    assert editing.keep(plan, tmp_path)
+    n_bytes, most = (tmp_path / "bases.zip").stat().st_size, editing.most_bytes(config, seconds, 2)
+    assert n_bytes <= most <= 1.2 * n_bytes + 15_000
+    found = KeptWindow.of(plan, sound[: plan.explanation.n_samples])
+    assert found is not None
+    found.write(tmp_path)
+    n_bytes, most = (tmp_path / "window.npz").stat().st_size, window.most_bytes(config, seconds, 2)
+    assert n_bytes <= most <= 1.2 * n_bytes + 12_000
+
+
+def test_a_short_sound_never_takes_more_than_was_kept_for_it(tmp_path):
+    store = ResultStore(tmp_path)
+    job_id = store.create()
+    sound = np.random.default_rng(0).normal(0, 0.1, 48_000).astype(np.float32)
+    soundfile.write(store.path(job_id) / "upload", sound, 48_000, format="WAV", subtype="FLOAT")
+    jobs.measure(ServiceConfig(starter.PATH, str(tmp_path)), store, job_id)
+    jobs.reserve(store, job_id, 4, hotmodel.model_card(starter.PATH), False)
+    plan = Separator.load().plan([sound], ["dog", "violin"])
+    editing.keep(plan, store.path(job_id))
+    KeptWindow.of(plan, sound).write(store.path(job_id))
+    kept = sum(p.stat().st_size for p in store.path(job_id).iterdir())
+    assert kept + 4 * 4 * 48_000 < store.job(job_id).reserved
 
 
 def test_tones_are_told_apart_in_these_tests(server, job):

@@ -1,14 +1,13 @@
 """Objects in the page's picture, in a real Chromium: pointed at, clicked, touched, and chosen by keyboard."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from tests.support import chromium
 from tests.support.chromium import Page
-from tests.support.planted import BOXES, add_labeller, write_painted
-from tests.support.serving import serving, wait, write_model
+from tests.support.planted import BOXES
+from tests.support.serving import wait
 
 pytestmark = [
     pytest.mark.browser,
@@ -16,25 +15,12 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    model = write_model(tmp_path_factory.mktemp("model"))
-    add_labeller(model)
-    with serving(tmp_path_factory.mktemp("service"), model, max_upload_bytes=3_000_000) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def video(tmp_path_factory) -> Path:
-    return write_painted(tmp_path_factory.mktemp("media") / "trio.mp4", BOXES)
-
-
 @pytest.fixture
-def page(tmp_path, server, video):
+def page(tmp_path, planted, painted):
     with Page(tmp_path / "profile") as opened:
         opened.look(1200)
-        opened.open(server.url)
-        opened.choose_file("#file", video)
+        opened.open(planted.url)
+        opened.choose_file("#file", painted)
         opened.wait("document.querySelectorAll('#seen button').length === 3")
         opened.wait("document.querySelector('#video').videoWidth === 160")
         yield opened

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from avsep import media
 from avsep.model import LABELLER_FILE, LabellerConfig, ModelConfig
 from avsep.objects import AUDIOSET_23
 from avsep.vision import NETWORKS, ImageLabeller, ImageNetwork, Preprocessing
-from tests.support.serving import write_sound
+from tests.support.serving import Server, serving, write_model, write_sound
 
 COLOURS = {"dog": (255, 0, 0), "violin": (0, 255, 0), "cat": (0, 0, 255)}  # of what it takes for them
 BOXES = {"dog": (0.05, 0.2, 0.35, 0.7), "violin": (0.6, 0.1, 0.95, 0.5), "cat": (0.5, 0.65, 0.8, 0.95)}  # a video's
@@ -69,6 +71,15 @@ def add_labeller(model: str) -> None:
     labeller.save(Path(model, LABELLER_FILE))
     sha256 = ImageLabeller.load("planted", Path(model, LABELLER_FILE)).sha256
     replace(ModelConfig.read(model), labeller=LabellerConfig("planted", sha256)).write(model)
+
+
+@contextmanager
+def serving_planted(folder: Path) -> Iterator[Server]:
+    """The service with a model that has the planted network."""
+    model = write_model(folder / "model", clips_by_label={"dog": 12, "violin": 30, "cat": 9}, clips=40)
+    add_labeller(model)
+    with serving(folder / "service", model, max_upload_bytes=3_000_000) as running:
+        yield running
 
 
 def write_painted(path: Path, boxes: dict[str, tuple[float, float, float, float]], seconds: float = 6.0) -> Path:
