@@ -45,6 +45,8 @@ class Image:
             match = re.fullmatch(r"debian:(\w+)-slim", rest)
             assert match, f"FROM {rest}: this test makes Debian roots"
             subprocess.run(["nice", "debootstrap", "--variant=minbase", match[1], self.root], check=True, stdout=-3)
+            for archive in (self.root / "var/cache/apt/archives").glob("*.deb"):  # which Debian's own images lack
+                archive.unlink()
             for name in ("etc/resolv.conf", "etc/pip.conf"):
                 if Path("/", name).exists():
                     shutil.copy(Path("/", name), self.root / name)
