@@ -106,9 +106,14 @@ class _S3(_Conditional):
         try:
             return self._client.put_object(**self._file, Body=data, **condition)
         except ClientError as error:
-            if (status := _status(error)) == 404 and "IfNoneMatch" in condition:  # no bucket
-                raise
-            raise _ANSWERS.get(status, lambda: error)() from None
+            status = _status(error)
+            if status == 412 or (status == 404 and "IfMatch" in condition):  # else there is no bucket
+                raise _Refused from None
+            if status == 409:
+                raise _Conflict from None
+            if status == 501:
+                raise _Unknown from None
+            raise
 
     def delete(self, version: str) -> None:
         from botocore.exceptions import ClientError
@@ -146,9 +151,6 @@ class _Conflict(Exception):
 
 class _Unknown(Exception):
     """The server doesn't know of conditions."""
-
-
-_ANSWERS: dict[int, Callable[[], Exception]] = {404: _Refused, 409: _Conflict, 412: _Refused, 501: _Unknown}
 
 
 def _status(error: Any) -> int:
