@@ -27,7 +27,7 @@ from avsep import conditional, storage
 
 BEAT_S = 10.0
 STALE_S = 90.0
-_SETTLE_S = 1.0
+SETTLE_S = 1.0
 _TRIES = 3  # at a renewal: a write whose answer is lost seems refused
 
 
@@ -162,7 +162,7 @@ class Lock:
             return
         if not self._place.is_exact(self._data, True):
             self._tell(f"{self.path}: this store can't keep out a run that starts within the same second as this one")
-        time.sleep(_SETTLE_S)
+        time.sleep(SETTLE_S)
         if not self._is_mine(now := self._read()[0]):
             raise Held(self._refusal(now))
 

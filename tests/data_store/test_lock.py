@@ -198,7 +198,7 @@ def test_a_write_that_comes_late_takes_no_lock_from_whoever_has_it(store, store_
     path, got = f"{store_folder}/x.lock", []
     if left:
         storage.write_text(path, json.dumps({**lock.myself().__dict__, "pid": 2**22 + 1, "born": 7}))
-    monkeypatch.setattr(lock, "_SETTLE_S", 0.2)
+    monkeypatch.setattr(lock, "SETTLE_S", 0.2)
     both, turns, done = threading.Barrier(2), itertools.count(), threading.Event()
     writers: set[int] = set()
 
