@@ -122,10 +122,10 @@ class _S3(_Conditional):
             try:
                 self._client.delete_object(**self._file, IfMatch=version)
             except ClientError as error:
-                if _status(error) not in (404, 412, 501):
-                    raise
-                if _status(error) == 501:
+                if _status(error) in (400, 405, 501):  # a server that knows no such condition
                     super().delete(version)
+                elif _status(error) not in (404, 412):
+                    raise
 
     @contextmanager
     def _explaining(self) -> Iterator[None]:
