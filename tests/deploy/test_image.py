@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
-NEED = 9_000_000_000  # bytes: 7.8 GB of files when it is built, and what pip has downloaded in its last large step
+NEED = 9_000_000_000  # bytes, by its packages' sizes: 7.8 GB when it is built, and downloads of the last large step
 
 
 def instructions(text: str) -> list[tuple[str, str]]:
