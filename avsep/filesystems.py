@@ -9,8 +9,9 @@ import os
 import re
 import socket
 import time
+import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # they take a second, which nobody needs who reads local files
     import pyarrow.fs as pafs
@@ -18,7 +19,7 @@ if TYPE_CHECKING:  # they take a second, which nobody needs who reads local file
 AnyPath = str | os.PathLike[str]  # a local path; URIs are str
 
 S3_ATTEMPTS = 8  # at a request that is refused, cut off or unanswered: half a minute and more
-_S3_CONNECT_S, _S3_SILENCE_S = 10.0, 30.0
+CONNECT_S, SILENCE_S = 10.0, 30.0
 GS_PATIENCE_S = 180.0  # with a request that is refused or cut off; an unanswered one is given up after 120
 METADATA_S = 10.0  # a new pod's metadata server takes some seconds
 _GOOGLE = re.compile(r"google::cloud::Status\(\w+: (?:[^,]*, with a last message of )?(?P<cause>.*?) error_info=", re.S)
@@ -133,10 +134,36 @@ def _s3(endpoint: str | None, region: str | None) -> pafs.FileSystem:
         endpoint_override=endpoint,
         region=region,
         allow_delayed_open=True,  # a small file is one PUT
-        connect_timeout=_S3_CONNECT_S,
-        request_timeout=_S3_SILENCE_S,
+        connect_timeout=CONNECT_S,
+        request_timeout=SILENCE_S,
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS),
     )
+
+
+def s3_client(bucket: str) -> Any:
+    """Return botocore's client for a bucket, set up as pyarrow's is, for what that can't ask for."""
+    return _s3_client(*_s3_settings(bucket))
+
+
+@functools.lru_cache
+def _s3_client(endpoint: str | None, region: str | None) -> Any:
+    import botocore
+    import botocore.config
+    import botocore.session
+
+    session = botocore.session.Session()
+    config = botocore.config.Config(
+        signature_version=None if session.get_credentials() else botocore.UNSIGNED,
+        connect_timeout=CONNECT_S,
+        read_timeout=SILENCE_S,
+        retries={"mode": "standard", "total_max_attempts": S3_ATTEMPTS},
+        s3={"addressing_style": "path" if endpoint else "auto"},
+        request_checksum_calculation="when_required",  # other servers than Amazon's don't know the rest
+        response_checksum_validation="when_required",
+        proxies={},  # none, as pyarrow
+    )
+    region = region or session.get_config_variable("region") or "us-east-1"
+    return session.create_client("s3", region_name=region, endpoint_url=endpoint, config=config)
 
 
 def _gs_emulator() -> str | None:
@@ -157,28 +184,55 @@ def _gs(emulator: str | None) -> pafs.FileSystem:
     return pafs.GcsFileSystem(retry_time_limit=patience)
 
 
+def google_session() -> tuple[Any, str]:
+    """Return a session of requests to Google's store, and its address, for what pyarrow can't ask for."""
+    return _google_session(_gs_emulator(), os.environ.get("CLOUD_STORAGE_TESTBENCH_ENDPOINT"))
+
+
+@functools.lru_cache
+def _google_session(emulator: str | None, testbench: str | None) -> tuple[Any, str]:
+    import google.auth
+    import requests
+    from google.auth import compute_engine
+    from google.auth.transport.requests import AuthorizedSession
+
+    if emulator:
+        return requests.Session(), emulator.rstrip("/") if "://" in emulator else f"http://{emulator.rstrip('/')}"
+    scopes = ["https://www.googleapis.com/auth/devstorage.read_write"]
+    if file := _check_google_credentials():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of its name, for files from strangers
+            credentials, _ = google.auth.load_credentials_from_file(file, scopes=scopes)
+    else:
+        credentials = compute_engine.Credentials(scopes=scopes)
+    return AuthorizedSession(credentials), testbench or "https://storage.googleapis.com"
+
+
 def forget_connections() -> None:
     """Connect anew from now on: to what the environment names by then, as patiently as it says."""
-    _s3.cache_clear()
-    _gs.cache_clear()
+    for cached in (_s3, _s3_client, _gs, _google_session):
+        cached.cache_clear()
     _region_of.cache_clear()
 
 
-def _check_google_credentials() -> None:
-    """Raise PermissionError where there are none: pyarrow would look for them with every request, for minutes."""
+def _check_google_credentials() -> str | None:
+    """Return the file of the credentials; None: the machine gives them.
+
+    Raises PermissionError where there are none: pyarrow would look for them with every request, for minutes.
+    """
     if file := os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
         if not os.path.isfile(file):
             raise PermissionError(f"GOOGLE_APPLICATION_CREDENTIALS={file}: no such file; name one, or unset it")
-        return
+        return file
     login = os.environ.get("GOOGLE_GCLOUD_ADC_PATH_OVERRIDE", "~/.config/gcloud/application_default_credentials.json")
-    if os.path.isfile(os.path.expanduser(login)):
-        return
+    if os.path.isfile(login := os.path.expanduser(login)):
+        return login
     host, _, port = os.environ.get("GCE_METADATA_ROOT", "metadata.google.internal").partition(":")
     deadline = time.monotonic() + METADATA_S
     while time.monotonic() < deadline:
         try:
             socket.create_connection((host, int(port or 80)), timeout=2.0).close()
-            return
+            return None
         except socket.gaierror:  # no machine of Google's
             break
         except OSError:

@@ -2,10 +2,11 @@
 
 The holder rewrites the file every few seconds. A file that stays the same for `STALE_S`, as seen by
 whoever wants it, so that no two clocks are compared, belongs to a dead holder; one whose process on this
-very machine is gone does so at once. Whoever takes it over writes its own name, waits, and
-looks whose name stands. Local files are created exclusively. Object stores have no such thing
-here: there two that start within the same second may both go on, until the first of them
-finds, at its next beat, that the other's name stands, and stops.
+very machine is gone does so at once. S3 and Google's store write only where the file is still as it was read,
+in one step: of any number one gets the lock, and nobody loses it but who seemed dead. Local files are so created.
+Elsewhere, in stores that ignore the condition, and where a dead holder's local file is replaced, whoever wrote waits,
+and looks whose name stands. In such a store two that start within the same second may both go on, until the first of
+them finds, at its next beat, that the other's name stands, and stops.
 """
 
 from __future__ import annotations
@@ -22,13 +23,12 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import pyarrow.fs as pafs
-
-from avsep import storage
+from avsep import conditional, storage
 
 BEAT_S = 10.0
 STALE_S = 90.0
-_SETTLE_S = 1.0
+SETTLE_S = 1.0
+_TRIES = 3  # at a renewal: a write whose answer is lost seems refused
 
 
 class Held(ValueError):
@@ -87,9 +87,14 @@ def myself() -> Holder:
 def read_holder(path: str) -> Holder | None:
     """Read who has a lock; None when nobody does. A file that says nothing is an unknown holder's."""
     try:
-        return Holder(**json.loads(storage.read_bytes(path)))
+        return _holder(storage.read_bytes(path))
     except FileNotFoundError:
         return None
+
+
+def _holder(data: bytes) -> Holder:
+    try:
+        return Holder(**json.loads(data))
     except (ValueError, TypeError):
         return Holder("", "an unknown machine", "", 0, 0, "", "an unknown time")
 
@@ -122,6 +127,7 @@ class Lock:
         self.path, self.what, self._tell = path, what, tell
         self._beat_s, self._stale_s = beat_s, stale_s
         self._me = myself()
+        self._place = conditional.place(path)
         self._lost = ""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
@@ -135,9 +141,9 @@ class Lock:
         self._stop.set()
         self._thread.join()
         with suppress(OSError):
-            holder = read_holder(self.path)
-            if holder is not None and holder.token == self._me.token:
-                storage.delete_file(self.path)
+            holder, version = self._read()
+            if self._is_mine(holder) and version is not None:
+                self._place.delete(version)
 
     def check(self) -> None:
         """Raise Held when the lock isn't ours any more."""
@@ -145,55 +151,75 @@ class Lock:
             raise Held(self._lost)
 
     def _acquire(self) -> None:
-        local = isinstance(storage.filesystem(self.path)[0], pafs.LocalFileSystem)
-        if self._write(exclusive=True):
-            if not local:
-                self._settle()
-            return
-        holder = read_holder(self.path)
+        holder, version = self._read()
         if holder is not None and not holder.is_dead:
             if holder.machine == self._me.machine:
                 raise Held(self._refusal(holder))
-            self._watch(holder)
-        self._write()
-        self._settle()
+            version = self._watch(holder, version)
+        if self._write(version) is None and not self._is_mine(now := self._read()[0]):
+            raise Held(self._refusal(now))
+        if self._place.is_exact(self._data, version is None):
+            return
+        if not self._place.is_exact(self._data, True):
+            self._tell(f"{self.path}: this store can't keep out a run that starts within the same second as this one")
+        time.sleep(SETTLE_S)
+        if not self._is_mine(now := self._read()[0]):
+            raise Held(self._refusal(now))
 
-    def _watch(self, holder: Holder) -> None:
-        """Wait to see whether a holder on another machine is alive."""
+    def _watch(self, holder: Holder, version: str | None) -> str | None:
+        """Wait to see whether a holder on another machine is alive; return its file's version, None when it is gone."""
         self._tell(f"{self.what} is locked by {holder}; looking for {self._stale_s:.0f} s whether it is alive")
         deadline = time.monotonic() + self._stale_s
         while time.monotonic() < deadline:
             time.sleep(min(self._beat_s / 3, self._stale_s / 3))
-            now = read_holder(self.path)
+            now, version = self._read()
             if now is None:
-                return
+                break
             if now != holder:
                 raise Held(self._refusal(now))
-
-    def _settle(self) -> None:
-        time.sleep(_SETTLE_S)
-        holder = read_holder(self.path)
-        if holder is None or holder.token != self._me.token:
-            raise Held(self._refusal(holder))
+        return version
 
     def _refusal(self, holder: Holder | None) -> str:
         return f"{self.what} is in use by {holder or 'another run'}; wait for it or stop it, then run this again"
 
-    def _write(self, *, exclusive: bool = False) -> bool:
-        return storage.write_bytes(self.path, json.dumps(asdict(self._me)).encode(), exclusive=exclusive)
+    @property
+    def _data(self) -> bytes:
+        return json.dumps(asdict(self._me)).encode()
+
+    def _is_mine(self, holder: Holder | None) -> bool:
+        return holder is not None and holder.token == self._me.token
+
+    def _read(self) -> tuple[Holder | None, str | None]:
+        """Return who has the lock, and its file's version; None twice when nobody does."""
+        try:
+            data, version = self._place.read()
+        except FileNotFoundError:
+            return None, None
+        return _holder(data), version
+
+    def _write(self, version: str | None) -> str | None:
+        return self._place.write(self._data, version)
 
     def _beat(self) -> None:
         renewed = time.monotonic()
         while not self._stop.wait(self._beat_s):
             try:
-                holder = read_holder(self.path)
-                if holder is not None and holder.token != self._me.token:
-                    self._lost = f"{self.what} was taken over by {holder}, for which this run seemed dead; it stops"
+                if not self._renew():
                     return
-                self._me = replace(self._me, beat=self._me.beat + 1)
-                self._write()
                 renewed = time.monotonic()
             except OSError as error:
                 if time.monotonic() - renewed > self._stale_s:
                     self._lost = f"{self.path} can't be renewed ({error}); this run stops"
                     return
+
+    def _renew(self) -> bool:
+        """Write the lock anew where it is still ours, or gone; False when somebody else has it."""
+        for _ in range(_TRIES):
+            holder, version = self._read()
+            if holder is not None and not self._is_mine(holder):
+                self._lost = f"{self.what} was taken over by {holder}, for which this run seemed dead; it stops"
+                return False
+            self._me = replace(self._me, beat=self._me.beat + 1)
+            if self._write(version) is not None:
+                return True
+        raise OSError("its store says each time that it was written meanwhile")

@@ -8,14 +8,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from avsep import looks, media, storage
 from avsep.factors import CLIPS_IN_FLIGHT, ExtractionConfig, Factorize, Factors, factorize, factorize_clips, seed_of
+from avsep.locating import Seen
 from avsep.records import Clip, ClipError, ClipRecord, Reason, Rejection, Segment
+from avsep.vision import ImageLabeller
 
 _SILENCE_DB = -80.0  # RMS below this, full scale = 0, is no sound
 
@@ -27,7 +28,7 @@ class Label:
     """How clips get their picture evidence."""
 
     looking: looks.Looking
-    classify: Callable[[NDArray[np.uint8]], Future]  # (n, size, size, 3) pictures → future (n, 1000) logits
+    classify: Callable[[NDArray[np.uint8]], Future]  # (n, size, size, 3) pictures → a future of `Seen`
 
 
 @dataclass
@@ -94,13 +95,14 @@ class DeviceStages:
     """The stages that gain from a GPU, together: whichever has work gets it, so neither waits for the other's share."""
 
     config: ExtractionConfig
-    labeller: Callable[[NDArray[np.uint8]], Any] | None
+    labeller: ImageLabeller | None
     device: str
+    groups: Sequence[Sequence[int]] | None = None  # the L objects' ImageNet classes, to be found in pictures, too
 
-    def label(self, images: NDArray[np.uint8]) -> Any:
-        """Label pictures, `(n, size, size, 3)` → logits `(n, 1000)`."""
+    def label(self, images: NDArray[np.uint8]) -> Seen:
+        """Label pictures, `(n, size, size, 3)`: logits `(n, 1000)`; with `groups`, the cells `(n, L, h, w)` of each."""
         assert self.labeller is not None
-        return self.labeller(images)
+        return self.labeller.see(images, self.groups)
 
     def factorize(self, waveforms: Sequence[NDArray[np.float32]], seeds: Sequence[int]) -> list[Factors]:
         """Factorise waveforms with their seeds."""
@@ -219,7 +221,7 @@ def extract_records(
             else:
                 factors = factorize_elsewhere(waveforms, seeds).result() if waveforms else []
         with _timed(seconds, "label"):
-            logits = [None] * len(decoded) if future is None else _split(future.result(), views)
+            logits = [None] * len(decoded) if future is None else _split(future.result().logits, views)
         records += [
             to_record(s, d, f, x, config.stft.sample_rate)
             for (s, d), f, x in zip(decoded, factors, logits, strict=True)

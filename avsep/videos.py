@@ -21,7 +21,7 @@ from avsep import media, stems, storage
 from avsep.edits import Edits
 from avsep.factors import Factorize
 from avsep.files import DECODED, NO_LIMITS, FileLimits, Step, WholeFile, no_step
-from avsep.locating import Locations, Seen, whole_maps
+from avsep.locating import Locations, whole_maps
 from avsep.model import LABELLER_FILE, Labelling, ModelConfig, label_config
 from avsep.objects import Vocabulary
 from avsep.outputs import HEARD, MONO, Output, Shape, clipped, write_sounds
@@ -235,8 +235,7 @@ class VideoSeparator:
             seen = self.labeller.see(views.crops, self.labels.groups)
         else:
             views = self.label.looking(images)
-            answer = patience.wait(self.label.classify(views.crops))
-            seen = answer if isinstance(answer, Seen) else Seen(torch.as_tensor(answer), None)
+            seen = patience.wait(self.label.classify(views.crops))
         scores = self.labels.scores(views.evidence(seen.logits))
         marks = self.labels.choose(scores)
         names = self.config.objects

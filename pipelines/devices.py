@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from avsep import factors, stages
 from avsep.vision import NO_DOWNLOAD, ImageLabeller, LabellerUnavailable
 from pipelines import runners
 from pipelines.console import fail, say
+
+Groups = Sequence[Sequence[int]] | None
 
 _ACTORS_A_GPU = 2  # one moves data while the other computes
 
@@ -40,9 +43,9 @@ class LabelHere:
     sha256: str  # of the weights: another file of the same name is another network
 
     def __call__(self, images: Any) -> Future:
-        """Return a finished future of the logits."""
+        """Return a finished future of what the network sees."""
         future: Future = Future()
-        future.set_result(_own_labeller(self.architecture, self.weights, self.sha256)(images))
+        future.set_result(_own_labeller(self.architecture, self.weights, self.sha256).see(images))
         return future
 
 
@@ -59,20 +62,29 @@ def load_labeller(arguments: argparse.Namespace, default: str, needed: bool) -> 
         return None
 
 
-def open_stages(config: factors.ExtractionConfig, architecture: str | None, weights: str | None) -> stages.DeviceStages:
+def open_stages(
+    config: factors.ExtractionConfig, architecture: str | None, weights: str | None, groups: Groups = None
+) -> stages.DeviceStages:
     """Make the GPU's stages ready: what an actor holds."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     labeller = ImageLabeller.load(architecture, weights, device) if architecture else None
-    return stages.DeviceStages(config, labeller, device)
+    return stages.DeviceStages(config, labeller, device, groups)
 
 
 def open_devices(
-    runner: runners.Runner, config: factors.ExtractionConfig, labeller: ImageLabeller | None, weights: str | None
+    runner: runners.Runner,
+    config: factors.ExtractionConfig,
+    labeller: ImageLabeller | None,
+    weights: str | None,
+    groups: Groups = None,
 ) -> list[Devices]:
-    """Share the runner's GPUs among tasks: one entry per actor, which tasks take in turn; without GPUs a single one."""
+    """Share the runner's GPUs among tasks: one entry per actor, which tasks take in turn; without GPUs a single one.
+
+    `groups` are the ImageNet classes of objects whose places in pictures GPUs give, too.
+    """
     looking = labeller.looking(config.looks) if labeller else None
     if n_gpus := runner.n_gpus:
-        make = functools.partial(open_stages, config, labeller.architecture if labeller else None, weights)
+        make = functools.partial(open_stages, config, labeller.architecture if labeller else None, weights, groups)
         actors = runner.actors(make, _ACTORS_A_GPU * n_gpus, gpus=1 / _ACTORS_A_GPU)
         return [
             Devices(

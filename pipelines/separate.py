@@ -134,7 +134,8 @@ def gpus(runner: runners.Runner, job: many.Separations) -> list[Devices]:
     """Share the runner's GPUs among tasks, as extraction does; without GPUs each worker has its own networks."""
     loaded = job.separator()
     labeller = None if isinstance(loaded.labeller, str) else loaded.labeller
-    devices = open_devices(runner, loaded.config.extraction, labeller, job.labeller_weights())
+    groups = loaded.labels.groups
+    devices = open_devices(runner, loaded.config.extraction, labeller, job.labeller_weights(), groups)
     return devices if devices[0].factorize else [Devices()]
 
 

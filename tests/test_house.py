@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 # From the ground up: a room (a folder) or a flat file may import those of its line, and of the lines above.
 FLOORS = (
     "stft nmf objects metrics miml context evidence lite looks locating limits sites filesystems console starter edits",
-    "storage tables records lock factors dictionary familiarity",
+    "storage conditional tables records lock factors dictionary familiarity",
     "media",
     "model separation baselines plots report",
     "fetching vision shards work labelled manifest audioset datasets synthetic",

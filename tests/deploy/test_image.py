@@ -5,12 +5,15 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
+NEED = 9_000_000_000  # bytes, by its packages' sizes: 7.8 GB when it is built, and downloads of the last large step
 
 
 def instructions(text: str) -> list[tuple[str, str]]:
@@ -18,6 +21,19 @@ def instructions(text: str) -> list[tuple[str, str]]:
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n", " ", "\n".join(lines))
     return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in joined.splitlines() if line.strip()]
+
+
+def installed(folder: Path) -> list[metadata.Distribution]:
+    """CUDA's libraries as pip has unpacked them for this Python: the image's versions, on the folder's disk."""
+    pinned = dict(re.findall(r"^(nvidia-.+)==(.+)$", (ROOT / "deploy" / "constraints.txt").read_text(), re.MULTILINE))
+    found = [d for d in metadata.distributions() if pinned.get(d.name.lower().replace("_", "-")) == d.version]
+    return [d for d in found if Path(str(d.locate_file(""))).stat().st_dev == folder.stat().st_dev]
+
+
+def files(distributions: Iterable[metadata.Distribution]) -> list[tuple[Path, str]]:
+    """Every file of distributions that need no certain Python, and where it is among the packages."""
+    here = [(Path(str(f.locate())), str(f)) for d in distributions for f in d.files or [] if f.suffix != ".pyc"]
+    return [(path, name) for path, name in here if path.is_file() and not name.startswith("..")]
 
 
 class Image:
@@ -39,12 +55,21 @@ class Image:
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}"
         return done.stdout
 
+    def link(self, distributions: Iterable[metadata.Distribution]) -> None:
+        """Have packages installed in the image's environment, as pip would: its files are replaced, never changed."""
+        (packages,) = self.root.glob("opt/avsep/lib/python*/site-packages")
+        for path, name in files(distributions):
+            (packages / name).parent.mkdir(parents=True, exist_ok=True)
+            os.link(path, packages / name)
+
     def do(self, instruction: str, rest: str) -> None:
         """Carry out an instruction."""
         if instruction == "FROM":
             match = re.fullmatch(r"debian:(\w+)-slim", rest)
             assert match, f"FROM {rest}: this test makes Debian roots"
             subprocess.run(["nice", "debootstrap", "--variant=minbase", match[1], self.root], check=True, stdout=-3)
+            for archive in (self.root / "var/cache/apt/archives").glob("*.deb"):  # which Debian's own images lack
+                archive.unlink()
             for name in ("etc/resolv.conf", "etc/pip.conf"):
                 if Path("/", name).exists():
                     shutil.copy(Path("/", name), self.root / name)
@@ -91,11 +116,19 @@ def test_the_image_ends_as_an_ordinary_user() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("debootstrap"), reason="needs root and debootstrap")
-def test_the_image_builds_and_works(tmp_path: Path, rendered: Path) -> None:
+def test_the_image_builds_and_works(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """CUDA's libraries, which are most of it, are linked where this Python has the same ones."""
+    cuda = installed(tmp_path)
+    need = NEED - sum(path.stat().st_size for path, _ in files(cuda))
+    if (free := shutil.disk_usage(tmp_path).free) < need:
+        pytest.skip(f"the image takes {need:,} bytes while it is built; {tmp_path} has {free:,} free")
+    rendered = request.getfixturevalue("rendered")
     image = Image(tmp_path / "root", ROOT)
     try:
         for instruction, rest in instructions(DOCKERFILE.read_text()):
             image.do(instruction, rest)
+            if instruction == "ENV":  # the environment is made, and empty
+                image.link(cuda)
         home = image.root / image.folder.lstrip("/")
         shutil.copytree(rendered, home / "media")
         image.run("chown -R 1000:1000 media", user="0")

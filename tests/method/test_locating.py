@@ -199,7 +199,7 @@ def test_files_say_where_their_objects_are(tmp_path, capsys) -> None:
     assert sorted(line.split("  ")[1] for line in said.splitlines() if "(label)  [0." in line) == ["dog", "violin"]
 
 
-def test_logits_from_elsewhere_are_no_reason_to_say_that_the_network_cannot(tmp_path) -> None:
+def test_logits_alone_from_elsewhere_are_no_reason_to_say_that_the_network_cannot(tmp_path) -> None:
     model = write_model(tmp_path / "model")
     add_labeller(model)
     video = write_painted(tmp_path / "solo.mp4", {"dog": (0.1, 0.1, 0.4, 0.4)}, 2.0)
@@ -209,7 +209,7 @@ def test_logits_from_elsewhere_are_no_reason_to_say_that_the_network_cannot(tmp_
 
     def classify(images: np.ndarray) -> Future:
         future: Future = Future()
-        future.set_result(network(images).numpy())
+        future.set_result(network.see(images))
         return future
 
     files = files.elsewhere(Label(network.looking(files.config.extraction.looks), classify), None)

@@ -13,15 +13,19 @@ import pytest
 import soundfile
 
 from avsep import many, shards, storage
+from avsep.factors import ExtractionConfig
+from avsep.model import LABELLER_FILE
 from avsep.outputs import AS_IT_IS
 from avsep.records import Segment
 from avsep.stages import DeviceStages
 from avsep.work import Work
 from deploy import pages
 from pipelines import runners, separate
-from pipelines.devices import Devices, open_stages
+from pipelines.devices import Devices, open_devices, open_stages
 from pipelines.shardtasks import ShardTask
 from tests.support.loopback import S3
+from tests.support.planted import add_labeller, grey, planted_labeller, write_painted
+from tests.support.serving import write_model
 from tests.support.tones import DOG, RATE, UNSEEN, VIOLIN, model, tone
 from tests.support.uris import everything
 
@@ -221,6 +225,22 @@ def test_windows_factorised_elsewhere_give_the_same_rows(model_dir, videos, tmp_
     there = rows(job.root, commit.clips.path if commit.clips else "")
     for mine, theirs in zip(there, rows(tmp_path / "here"), strict=True):
         assert mine == {k: pytest.approx(v, rel=1e-3) if isinstance(v, float) else v for k, v in theirs.items()}
+
+
+def test_a_gpu_says_where_objects_are_as_the_worker_itself_does(tmp_path, monkeypatch) -> None:
+    """A CPU stands for it; whoever asks for logits alone gets no cells."""
+    folder = write_model(tmp_path / "model")
+    add_labeller(folder)
+    video = write_painted(tmp_path / "duet.mp4", {"dog": (0.05, 0.2, 0.35, 0.7), "violin": (0.6, 0.3, 0.95, 0.8)}, 2.0)
+    assert run(folder, tmp_path / "here", video) == 0
+    monkeypatch.setattr(runners.InProcess, "n_gpus", 1)
+    assert run(folder, tmp_path / "there", video) == 0
+    reports = [json.loads((tmp_path / out / "duet" / "separation.json").read_text()) for out in ("here", "there")]
+    here, there = ([(o["name"], o["visible"], o["boxes"]) for o in r["objects"]] for r in reports)
+    assert [name for name, visible, boxes in here if visible and boxes] == ["dog", "violin"]
+    assert there == here
+    (devices,) = open_devices(runners.InProcess(), ExtractionConfig(), planted_labeller(), f"{folder}/{LABELLER_FILE}")
+    assert devices.label and devices.label.classify(grey(64, 64)).result().cells is None
 
 
 def test_results_go_to_an_object_store(model_dir, videos, s3: S3, s3_folder) -> None:

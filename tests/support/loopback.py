@@ -43,7 +43,7 @@ class Store:
     port: int = 0
     fault: Callable[[str, str], str | None] = lambda method, path: (
         None
-    )  # "slow_down", "reset", "cut", "stall", "denied"
+    )  # "slow_down", "reset", "cut", "lost", "stall", "denied"
     delay_s: float = 0.0
     requests: Counter[str] = field(default_factory=Counter)  # by method
     faults: Counter[str] = field(default_factory=Counter)
@@ -78,19 +78,46 @@ class Store:
             time.sleep(3600)
         if fault == "reset":  # before anything has happened
             _reset(environ["werkzeug.socket"])
-        answer = self._app(environ, start_response)
+        answer = self.answer(environ, start_response)
+        if fault == "lost":  # all of the answer, after it has happened
+            _reset(environ["werkzeug.socket"])
         if fault == "cut":  # in the midst of the answer, after it has happened
             return _cut(answer, environ["werkzeug.socket"])
         return answer
 
+    def answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """Have the server itself answer."""
+        return self._app(environ, start_response)
+
 
 @dataclass
 class S3(Store):
-    """An S3 server, moto's."""
+    """An S3 server, moto's; as in S3, condition and write are one step, if it knows of conditions."""
 
     scheme, internal, secrets = "s3", "/moto-api", (SECRET_KEY, ACCESS_KEY, SESSION_TOKEN)
     type = "application/xml"
     error = "<?xml version='1.0'?><Error><Code>%(code)s</Code><Message>%(message)s</Message></Error>"
+    conditions: str = "honoured"  # ignored, refused
+    _writing: Any = field(default_factory=threading.Lock)
+
+    def calm(self) -> None:
+        super().calm()
+        self.conditions = "honoured"
+
+    def answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        given = [name for name in ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH") if name in environ]
+        if environ["REQUEST_METHOD"] not in ("PUT", "DELETE") or not given:
+            return super().answer(environ, start_response)
+        if self.conditions == "refused":
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            body = (self.error % {"code": "NotImplemented", "message": "A header is not implemented."}).encode()
+            start_response("501 x", [("Content-Type", self.type), ("Content-Length", str(len(body)))])
+            return [body]
+        if self.conditions == "ignored":
+            for name in given:
+                del environ[name]
+        with self._writing:
+            return super().answer(environ, start_response)
 
     def environment(self, host: str = "127.0.0.1") -> dict[str, str]:
         """What a user sets."""
