@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_LEAST_SHARE = 1e-4
+_LEAST_SHARE, _LEAST_SCORE = 1e-4, 1e-3
 _WITH_LABEL, _WITHOUT = 0.92, 0.02  # how likely an object sounds, with good labels
 # A first network hears too little rather than too much: labels are never believed less than this, nor their lack less.
 _LEAST_WITH_LABEL, _MOST_WITHOUT = 0.8, 0.3
@@ -24,20 +24,31 @@ class Evidence:
     The share alone gives `logit p = slope · log share + offset`; a picture that shows the object, or
     doesn't, multiplies the odds by how much likelier that is when the object sounds than when it is
     silent (naive Bayes). The default figures come from recorded duets and trios.
+
+    Where `picture_slope` isn't zero, pictures count by how surely they show an object: its score's log-odds add
+    `picture_slope · logit score + picture_offset`. A doubtful picture then tips the scale for what sounds clearly.
     """
 
     slope: float = 8.0
     offset: float = 16.0
     shown_when_heard: float = 0.9
     shown_when_silent: float = 0.05
+    picture_slope: float = 0.0
+    picture_offset: float = 0.0
 
-    def confidence(self, shares: Tensor, shown: Tensor | None = None) -> Tensor:
-        """Return the probability that each object sounds, `(…, L)` shares and boolean `(…, L)` → `(…, L)`.
+    def confidence(self, shares: Tensor, shown: Tensor | None = None, scores: Tensor | None = None) -> Tensor:
+        """Return the probability that each object sounds, `(…, L)`.
 
-        Without pictures (`shown` None) it rests on the sound alone.
+        Args:
+            shares: of the sound, `(…, L)`.
+            shown: what pictures show, boolean `(…, L)`; without it the probability rests on the sound alone.
+            scores: how surely pictures show each object, in [0, 1], `(…, L)`; without them `shown` counts.
         """
         logit = self.slope * shares.clamp_min(_LEAST_SHARE).log() + self.offset
-        if shown is not None:
+        if scores is not None and self.picture_slope:
+            logit = logit + self.picture_slope * scores.clamp(_LEAST_SCORE, 1 - _LEAST_SCORE).logit()
+            logit = logit + self.picture_offset
+        elif shown is not None:
             for_it = np.log(self.shown_when_heard / self.shown_when_silent)
             against = np.log((1 - self.shown_when_heard) / (1 - self.shown_when_silent))
             logit = logit + torch.where(shown, for_it, against)
@@ -59,7 +70,7 @@ def fit_sound(shares: Tensor, heard: Tensor, base: Evidence | None = None) -> Ev
 
     fit = LogisticRegression(C=10.0).fit(x, y)
     slope, offset = max(float(fit.coef_[0, 0]), 0.1), float(fit.intercept_[0])
-    return Evidence(slope, offset, base.shown_when_heard, base.shown_when_silent)
+    return replace(base, slope=slope, offset=offset)
 
 
 def fit_images(evidence: Evidence, shares: Tensor, shown: Tensor, n_iter: int = 20) -> Evidence:
@@ -77,7 +88,7 @@ def fit_images(evidence: Evidence, shares: Tensor, shown: Tensor, n_iter: int = 
         p = evidence.confidence(shares, shown)
         hit = (float((p * shown).sum()) + 1) / (float(p.sum()) + 2)  # add-one smoothing
         false = (float(((1 - p) * shown).sum()) + 1) / (float((1 - p).sum()) + 2)
-        evidence = Evidence(evidence.slope, evidence.offset, max(hit, false), min(hit, false))
+        evidence = replace(evidence, shown_when_heard=max(hit, false), shown_when_silent=min(hit, false))
     return evidence
 
 

@@ -40,6 +40,9 @@ _LATER = (
     "separation.fine_masks",
     "extraction.factorizer",
     "n_networks",
+    "separation.most_rest",
+    "evidence.picture_slope",
+    "evidence.picture_offset",
 )  # settings that a model of this format may lack: it gets their defaults
 _SHARE, _POWER, _SURELY = (0.0, 1.0), (0.0, 100.0), 1e-9
 _RANGES: dict[str, tuple[float, float]] = {  # of the configuration's numbers: beyond them no run ends well, or at all
@@ -64,6 +67,7 @@ _RANGES: dict[str, tuple[float, float]] = {  # of the configuration's numbers: b
     "separation.n_iter": (1, 100_000),
     "separation.silent_share": _SHARE,
     "separation.least_share": _SHARE,
+    "separation.most_rest": _SHARE,
     "separation.least_confidence": _SHARE,
     "separation.window_s": (0.0, 3600.0),
     "separation.overlap_s": (0.0, 3600.0),
@@ -71,6 +75,8 @@ _RANGES: dict[str, tuple[float, float]] = {  # of the configuration's numbers: b
     "evidence.offset": (-1000.0, 1000.0),
     "evidence.shown_when_heard": (_SURELY, 1 - _SURELY),
     "evidence.shown_when_silent": (_SURELY, 1 - _SURELY),
+    "evidence.picture_slope": (0.0, 1000.0),
+    "evidence.picture_offset": (-1000.0, 1000.0),
 }
 
 
@@ -104,6 +110,7 @@ class SeparationConfig:
     n_iter: int = 100  # updates of the activations of learned bases
     silent_share: float = 0.02  # an object is silent below this share of the sound, unless it was named
     least_share: float = 0.3  # of an equal part of the sound: what each object that was named gets at least
+    most_rest: float = 1.0  # of an equal part, too: the rest's at most, beside several named objects that are doubted
     least_confidence: float = 0.5  # of objects that nobody names: below it a seen one is silent, an unseen one absent
     window_s: float = 10.0
     overlap_s: float = 1.0

@@ -243,7 +243,8 @@ class VideoSeparator:
         maps = None if seen.cells is None else whole_maps(images, views, seen.cells)
         named = dict(zip(names, scores.tolist(), strict=True))
         note = self.labeller.no_maps if maps is None and self.labeller.ending is None else ""  # else nobody asked
-        return _Looked(note, self.labeller.architecture, named, found, maps)
+        same = self.labels == self.config.labelling
+        return _Looked(note, self.labeller.architecture, named, found, maps, same)
 
     def _report(
         self,
@@ -303,6 +304,7 @@ class _Looked:
     scores: Mapping[str, float] = field(default_factory=dict)
     seen: Sequence[str] | None = None
     maps: torch.Tensor | None = None  # (n, L, h, w)
+    comparable: bool = False  # the scores are such as the model's evidence was calibrated with
 
     def where(self, objects: Sequence[str], names: Sequence[str], times_s: Sequence[float]) -> Locations | None:
         """Say where some objects are; None where that isn't known. `names` are those of the maps."""
@@ -388,6 +390,8 @@ def _listen(
         2 * separator.sample_rate,
         lambda done: step("listening", DECODED + (_LISTENING - DECODED) * min(1.0, done / total)),
     )
+    if isinstance(separator, Separator):
+        return separator.plan(pieces, given, seen, looked.scores if looked.comparable else None)
     return separator.plan(pieces, given, seen)
 
 

@@ -72,6 +72,18 @@ def basis_shares(relation: Tensor, objects: Sequence[int], config: SeparationCon
     return torch.cat([own, rest])
 
 
+def rest_at_most(shares: Tensor, basis_energy: Tensor, most: float) -> Tensor:
+    """Lower the last row, the rest, until it has at most `most` of the bases' energy: `(J + 1, M)`.
+
+    The objects divide what it loses of a basis as they divide the basis; columns keep their sums.
+    """
+    has = float(shares[-1] @ basis_energy / basis_energy.sum().clamp_min(1e-30))
+    if has <= most:
+        return shares
+    rest, own = shares[-1:] * (most / has), shares[:-1].clamp_min(1e-12)
+    return torch.cat([own / own.sum(0) * (shares.sum(0) - rest), rest])
+
+
 def at_least(shares: Tensor, basis_energy: Tensor, least: Tensor) -> Tensor:
     """Raise objects' shares until each has `least`, `(J,)`, of the bases' energy, at the others' expense: `(J + 1, M)`.
 

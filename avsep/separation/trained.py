@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +22,7 @@ from avsep.model import Model, SeparationConfig
 from avsep.objects import Vocabulary
 from avsep.separation import windows
 from avsep.separation.assigned import Assigned, AssignedWindow, Making, finely
-from avsep.separation.masks import at_least, basis_shares, ratio_masks, separate
+from avsep.separation.masks import at_least, basis_shares, ratio_masks, rest_at_most, separate
 from avsep.separation.separates import Separation
 from avsep.separation.windows import Explanation, Window, WindowStore
 from avsep.stft import STFT
@@ -120,10 +120,15 @@ class Separator:
 
         Where the model has learned how a clip's bases belong together, they vote among the
         objects that are there and the rest; else each is taken by itself (`basis_shares`).
-        `least` is what each object gets of the energy at least, `(J,)`.
+        `least` is what each object gets of the energy at least, `(J,)`: the model isn't sure of them. What it takes
+        for something else may then be one of them, so the rest of several objects is bounded, too.
         """
-        shares = self._votes(window, objects)
-        return shares if least is None else at_least(shares, window.factors.basis_energy, least)
+        shares, energy = self._votes(window, objects), window.factors.basis_energy
+        if least is None:
+            return shares
+        if len(objects) > 1:  # a single object is named to be taken out of something else
+            shares = rest_at_most(shares, energy, self.config.most_rest / (len(objects) + 1))
+        return at_least(shares, energy, least)
 
     def _votes(self, window: Window, objects: Sequence[int]) -> Tensor:
         context = self.model.context
@@ -231,8 +236,11 @@ class Separator:
         blocks: Iterable[NDArray[np.float32]],
         objects: Sequence[str] | None = None,
         seen: Sequence[str] | None = None,
+        scores: Mapping[str, float] | None = None,
     ) -> Plan:
         """Listen to a whole sound, given in blocks `(S,)`, and decide what to separate from it.
+
+        `scores` are how surely pictures show each object, in [0, 1]: what isn't among `seen` may be there, too.
 
         The objects are those of any window that isn't faint beside the loudest; each is silent where it isn't heard.
         One that was named and is heard nowhere is taken to be there throughout: the model doesn't know its sound.
@@ -240,16 +248,18 @@ class Separator:
         """
         named, shown = self._indices(objects), self._indices(seen)
         heard = _listen(self, blocks)
-        scores, peaks = heard.shares()
+        shares, peaks = heard.shares()
         names, config = self.objects, self.config
         marks = None if shown is None else torch.isin(torch.arange(len(names)), torch.tensor(shown, dtype=torch.long))
-        sure = self.model.config.evidence.confidence(peaks, marks)
+        looks = torch.tensor([scores.get(name, 0.0) for name in names]) if scores else None
+        believe = functools.partial(self.model.config.evidence.confidence, shown=marks, scores=looks)
+        sure = believe(peaks)
         if named is None:
-            indices = self.fuse(shown, sure) if scores.any() or shown else []
+            indices = self.fuse(shown, sure) if shares.any() or shown else []
         else:
             indices = named
         unheard = torch.zeros(len(names), dtype=torch.bool)
-        if named is not None and scores.any():
+        if named is not None and shares.any():
             unheard[indices] = peaks[indices] < config.silent_share
         familiar = familiarity(
             self.model.familiarity,
@@ -262,11 +272,11 @@ class Separator:
             heard,
             indices,
             named=named is not None,
-            shown=marks,
+            believe=believe,
             sure=sure,
             unheard=unheard,
             doubted=named is None and config.assignment == "soft" and (len(indices) > 1 or bool(shown)),
-            sound_scores=dict(zip(names, scores.tolist(), strict=True)),
+            sound_scores=dict(zip(names, shares.tolist(), strict=True)),
             confidence=dict(zip(names, claimed.tolist(), strict=True)),
             familiarity=dict(zip(names, familiar.tolist(), strict=True)),
         )
@@ -330,7 +340,7 @@ class Plan:
     heard: _Heard
     indices: Sequence[int]  # of the objects
     named: bool  # the objects are there for certain
-    shown: Tensor | None  # what pictures show, boolean (L,)
+    believe: Callable[[Tensor], Tensor]  # how sure pictures and some shares of the sound make it, (L,) → (L,)
     sure: Tensor  # (L,), by sound and pictures, whatever the training allows
     unheard: Tensor  # boolean (L,): hardly heard, though it was named
     doubted: bool  # a window must make an object likely, too
@@ -385,11 +395,10 @@ class Plan:
 
     def _sounds(self, shares: Tensor) -> Tensor:
         """Say which objects of such shares `(L,)` sound, boolean `(L,)`."""
-        heard = shares >= self.separator.config.silent_share
+        config = self.separator.config
         if self.doubted:
-            confidence = self.separator.model.config.evidence.confidence(shares, self.shown)
-            heard = heard & (confidence >= self.separator.config.least_confidence)
-        return heard | self.unheard
+            return self.believe(shares) >= config.least_confidence
+        return (shares >= config.silent_share) | self.unheard
 
     def _least(self, window: Window, objects: Sequence[int]) -> Tensor | None:
         """Return what objects that were named get of a window's energy at least, `(J,)`; None where nobody named any.

@@ -29,6 +29,20 @@ def test_odds_are_multiplied_by_what_pictures_say() -> None:
     assert bool(evidence.confidence(torch.zeros(3)).isfinite().all())
 
 
+def test_a_picture_counts_by_how_surely_it_shows_an_object() -> None:
+    evidence = Evidence(2.0, 3.0, picture_slope=0.5, picture_offset=1.0)
+    share, scores = torch.full((4,), 0.2), torch.tensor([0.0, 0.1, 0.5, 1.0])
+    sound = 2 * math.log(0.2) + 3
+    found = evidence.confidence(share, torch.tensor([False, False, True, True]), scores)
+    for p, score in zip(found.tolist(), (0.001, 0.1, 0.5, 0.999), strict=True):
+        logit = sound + 0.5 * math.log(score / (1 - score)) + 1
+        assert p == pytest.approx(1 / (1 + math.exp(-logit)), rel=1e-4)
+    marks = torch.tensor([True])
+    plain = Evidence(2.0, 3.0)  # its slope is zero: what is shown counts, whatever the scores
+    assert torch.equal(plain.confidence(share[:1], marks, scores[:1]), plain.confidence(share[:1], marks))
+    assert torch.equal(evidence.confidence(share[:1], marks), plain.confidence(share[:1], marks))  # without scores
+
+
 def test_fitted_confidence_is_calibrated_and_pictures_help() -> None:
     shares, heard, shown = drawn()
     evidence = fit_images(fit_sound(shares, heard), shares, shown)  # no truth beyond the mixtures'

@@ -16,6 +16,7 @@ import torch
 
 from avsep.context import BasisContext
 from avsep.dictionary import BasisDictionary
+from avsep.evidence import Evidence
 from avsep.miml import basis_posteriors
 from avsep.model import (
     Model,
@@ -27,6 +28,7 @@ from avsep.model import (
 from avsep.objects import OBJECT_NAMES
 from avsep.records import ClipError
 from avsep.separation import Separator, at_least, basis_shares, ratio_masks, separate
+from avsep.separation.masks import rest_at_most
 from avsep.stft import STFT
 from tests.support.tones import DOG, PITCH, RATE, SMALL, VIOLIN, model, tone
 
@@ -197,6 +199,23 @@ def test_an_object_that_is_visible_but_silent_is_said_to_be() -> None:
         assert gain(dog, found.estimates[1]) > 20
 
 
+def test_what_pictures_hardly_show_is_there_where_it_is_clearly_heard() -> None:
+    """A violin that no picture shows for certain: its score tips the scale, and sound alone doesn't."""
+    trained = model()
+    trained.config = replace(
+        trained.config,
+        evidence=Evidence(1.0, 0.0, picture_slope=1.0, picture_offset=1.5),
+        separation=replace(trained.config.separation, silent_share=0.9),  # what is believed sounds, whatever its share
+    )
+    both = [(tone(DOG, 3.0) + tone(VIOLIN, 3.0)).numpy()]
+    separator = Separator(trained)
+    sure, doubtful = {"dog": 0.9, "violin": 0.4}, {"dog": 0.9, "violin": 0.02, "cat": 0.4}
+    assert separator.plan(both, seen=["dog"], scores=sure).objects == ("dog", "violin")
+    assert separator.plan(both, seen=["dog"], scores=sure).silent == ()
+    for scores in (None, doubtful):  # a cat that isn't heard isn't there either
+        assert separator.plan(both, seen=["dog"], scores=scores).objects == ("dog",)
+
+
 @pytest.mark.parametrize("seconds", [3.0, 9.0])  # one window; several
 def test_an_object_that_is_named_is_there_though_the_model_does_not_know_its_sound(seconds: float) -> None:
     """Its part is taken from what the others claim least, and the doubt is told."""
@@ -219,6 +238,33 @@ def test_shares_are_raised_to_the_least_and_no_further() -> None:
     assert float(raised[1] @ energy) == pytest.approx(0.3, abs=2e-3)
     assert float(raised[1, 1]) > float(raised[1, 0]) > float(raised[1, 2])  # where it was likeliest
     assert torch.equal(at_least(shares, energy, torch.tensor([0.05, 0.05])), shares)
+
+
+def test_the_rest_is_bounded_and_columns_keep_their_sums() -> None:
+    shares = torch.tensor([[0.6, 0.0, 0.1], [0.2, 0.0, 0.1], [0.2, 1.0, 0.8]])  # two objects, the rest
+    energy = torch.tensor([0.2, 0.2, 0.6])  # of which the rest has .72
+    less = rest_at_most(shares, energy, 0.36)
+    assert torch.allclose(less.sum(0), torch.ones(3), atol=1e-6)
+    assert torch.allclose(less[-1], torch.tensor([0.1, 0.5, 0.4]))
+    assert torch.allclose(less[:2, 0] / less[1, 0], torch.tensor([3.0, 1.0]))  # as they were
+    assert torch.allclose(less[:2, 1], torch.tensor([0.25, 0.25]))  # they had nothing
+    assert torch.equal(rest_at_most(shares, energy, 0.8), shares)
+
+
+@pytest.mark.parametrize(("named", "at_most"), [(["dog", "cat"], 1 / 3), (["dog", "cat", "frog"], 1 / 4)])
+def test_several_named_objects_that_are_doubted_leave_the_rest_an_equal_part(named: list[str], at_most: float) -> None:
+    """The model hears a violin, which nobody named: it may be one of those that it doesn't hear."""
+    trained = model()
+    trained.context = BasisContext().eval()
+    both = [(tone(DOG, 3.0) + tone(VIOLIN, 3.0, 2.0)).numpy()]
+    separator = Separator(trained)
+
+    def rest(objects: list[str]) -> float:
+        plan = separator.plan(both, objects)
+        return float(plan.shares_in(plan.first_window)[-1] @ plan.first_window.factors.basis_energy)
+
+    assert rest(["dog"]) > 0.4  # a single one: the violin is the rest, whole
+    assert rest(named) < at_most + 0.02
 
 
 def test_what_no_named_object_explains_goes_to_the_rest() -> None:
@@ -419,7 +465,7 @@ def test_each_setting_of_a_model_must_be_there_and_make_sense(tmp_path: Path) ->
         for bad in ("gone", None, "a", [{"a": 1}], -1_001, math.nan, 10**12):
             config = copy.deepcopy(good)
             settings = config[outer[0]] if outer else config
-            if bad == "gone" and last in ("fine_masks", "n_networks"):
+            if bad == "gone" and last in ("fine_masks", "n_networks", "picture_slope", "picture_offset", "most_rest"):
                 continue  # came later
             if bad == "gone":
                 del settings[last]
