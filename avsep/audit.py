@@ -310,7 +310,7 @@ def _check_clips(
     check = functools.partial(_check_clip, vocabulary=made_with.vocabulary)
     labels = Labelling(label_config(made_with.labeller, made_with.extraction.looks), made_with.vocabulary)
     seconds_a_frame, way = frame_s(made_with.extraction.stft), made_with.extraction.looks
-    if listener is not None and not listener.takes(made_with.extraction.stft):
+    if listener is not None and not listener.takes(made_with.extraction):
         listener = None
     for group in range(parquet.num_row_groups):
         records = clips_from_table(parquet.read_row_group(group))

@@ -17,10 +17,10 @@ import torch
 
 from avsep import looks, shards, storage, tables
 from avsep.duplicates import Pair, rank
+from avsep.factors import ExtractionConfig
 from avsep.miml import basis_posteriors, energy_shares
-from avsep.model import Model
+from avsep.model import Model, ModelConfig
 from avsep.records import SPLITS, ClipRecord
-from avsep.stft import STFT
 
 KINDS = {  # also the names of the lists
     "still": "the pictures don't change",
@@ -29,7 +29,7 @@ KINDS = {  # also the names of the lists
     "disagree": "nothing that is seen is heard",
 }
 COLUMNS = ("segment_id", "split", "shard", "why")
-STILL = 0.12  # change of what the picture network says, below which pictures count as the same
+STILL = 0.25  # change of what the picture network says, below which pictures count as the same
 QUIET_DB = -60.0  # under the clip's mean power: below it there is no sound
 STOPPED_S = 2.0  # without sound, at the end
 UNHEARD = 0.05  # probability by the sound alone, below which an object isn't heard
@@ -116,10 +116,15 @@ def _stops(record: ClipRecord) -> str:
     """Say that the sound stops before the pictures do, or before the end that was asked for; else nothing."""
     end_s = sound_end_s(record)
     if record.image_logits is not None:
-        whole_s, what = max(record.duration_s, float(len(record.image_logits))), "clip"
+        whole_s = max(record.duration_s, float(len(record.image_logits)))
     else:
-        whole_s, what = max(record.duration_s, (record.end_s or 0.0) - record.start_s), "excerpt"
-    return f"no sound after {end_s:.1f} s of a {what} of {whole_s:.1f} s" if whole_s - end_s >= STOPPED_S else ""
+        whole_s = max(record.duration_s, (record.end_s or 0.0) - record.start_s)
+    return f"no sound after {end_s:.1f} s of {whole_s:.1f} s" if whole_s - end_s >= STOPPED_S else ""
+
+
+def is_heard(config: ModelConfig, extraction: ExtractionConfig) -> bool:
+    """Tell whether a model is calibrated on clips of such factors: of the same STFT, and as many bases."""
+    return (config.stft, config.extraction.n_bases) == (extraction.stft, extraction.n_bases)
 
 
 @dataclass(frozen=True)
@@ -133,9 +138,9 @@ class Listener:
         """Read a model directory; raises as `Model.load` does."""
         return cls(Model.load(model_dir))
 
-    def takes(self, stft: STFT) -> bool:
-        """Tell whether it can listen to clips of this STFT."""
-        return self.model.config.stft == stft
+    def takes(self, extraction: ExtractionConfig) -> bool:
+        """Tell whether it can listen to clips that were extracted in this way."""
+        return is_heard(self.model.config, extraction)
 
     @torch.inference_mode()
     def confidences(self, record: ClipRecord) -> dict[str, float]:

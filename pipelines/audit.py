@@ -215,10 +215,9 @@ def check_model(model: str | None, made_with: dict[str, Any] | None) -> None:
     if model is None or made_with is None:
         return
     config, extraction = ModelConfig.read(model), DataConfig.from_dict(made_with).extraction
-    if config.stft != extraction.stft:
-        fail(
-            f"--model {model} works on {config.stft}, the clips have {extraction.stft}: give one trained on such clips"
-        )
+    if not suspects.is_heard(config, extraction):
+        its, ours = (f"{c.stft} and {c.n_bases} bases" for c in (config.extraction, extraction))
+        fail(f"--model {model} works on {its}, the clips have {ours}: give a model trained on such clips")
 
 
 def write_card(card: dict[str, Any], out: str, name: str, writing: bool) -> None:

@@ -25,7 +25,8 @@ FLOORS = (
     "model separation baselines plots report",
     "fetching vision shards work labelled manifest audioset datasets synthetic",
     "stages extraction learning",
-    "files videos outputs stems separated evaluation protocols results results_report audit duplicates suspects datacard",
+    "files videos outputs stems separated evaluation protocols results results_report duplicates suspects audit "
+    "datacard",
     "service commands many exporting",
     "cli",
 )
