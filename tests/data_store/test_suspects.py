@@ -88,7 +88,7 @@ def test_a_frozen_clip_is_still_and_a_rendered_one_is_not(way: str, tmp_path: Pa
         assert change is not None
         changes.append(change)
     moving, frozen = changes
-    assert frozen < suspects.STILL < moving / 3
+    assert frozen < suspects.STILL[way] < moving / 2
 
 
 def test_still_is_unknown_where_no_two_pictures_were_looked_at_alike() -> None:
