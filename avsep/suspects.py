@@ -29,8 +29,8 @@ KINDS = {  # also the names of the lists
     "disagree": "nothing that is seen is heard",
 }
 COLUMNS = ("segment_id", "split", "shard", "why")
-# Change of what the picture network says, by the way of looking, below which pictures count as the same. Stills of any
-# coding have up to 0.33 and 0.23, panned photos from 0.53 and 0.31 (.github/LOG.md).
+# Change of what the picture network says, by the way of looking, below which pictures count as the same. Stills have up
+# to 0.36 by `tiles` and 0.26 by `centre`, most half of it; rendered scenes and panned photos from 0.48 and 0.29.
 STILL = {"tiles": 0.35, "centre": 0.25}
 QUIET_DB = -60.0  # under the clip's mean power: below it there is no sound
 STOPPED_S = 2.0  # without sound, at the end

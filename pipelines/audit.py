@@ -8,8 +8,8 @@ out those of the lists that it is given. The card counts them, and those that ca
 
 - `still`: the pictures don't change, as far as the picture network sees. It compares what the network
   said of pictures of which it was shown the same parts, with many looks those eight seconds apart. So
-  shorter clips, and those without a picture network, can't be told. Of a camera that stands still, a
-  clip in which only a tenth of the picture's width moves may be listed.
+  shorter clips, and those without a picture network, can't be told. Where the camera stands still, and
+  what moves is a tenth or less as wide as the picture, a clip may be listed.
 - `stops`: no sound, or less than -60 dB of the clip's mean power, for its last two seconds or more, or
   a sound track that ends so much before the pictures.
 - `again`: the same recording as another clip. The first one in the order test, val, train, and then by
