@@ -1,4 +1,4 @@
-"""Is an extraction whole, and what is in it: integrity, counts, agreement, duplicates.
+"""Is an extraction whole, and what is in it: integrity, counts, agreement, duplicates, suspect clips.
 
 Each function looks at one thing, commit records, one shard file, or a table of facts about clips, so
 that a scheduler can map it; `Findings` add up.
@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from avsep import shards, storage
+from avsep import shards, storage, suspects
 from avsep.audioset import Counts
 from avsep.duplicates import BANDS, FRAMES, Pair, fingerprint, frame_s
 from avsep.factors import DataConfig
@@ -39,6 +39,7 @@ from avsep.records import (
     validate,
 )
 from avsep.shards import Commit, DataFile
+from avsep.suspects import Suspect
 
 DURATION_BINS_S = np.append(np.arange(0.0, 30.5, 0.5), math.inf)
 LEVEL_BINS_DB = np.arange(-80.0, 4.0, 2.0)
@@ -52,6 +53,7 @@ FACTS_SCHEMA = pa.schema(
         ("source", pa.string()),
         ("start_s", pa.float64()),
         ("end_s", pa.float64()),
+        ("duration_s", pa.float64()),
         ("media_sha256", pa.string()),
         ("fingerprint", pa.binary(BANDS * FRAMES)),
     ]
@@ -73,7 +75,9 @@ class Findings:
 
     counts: Counts = field(default_factory=Counter)
     damage: list[Finding] = field(default_factory=list)
-    pairs: list[Pair] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)  # of different splits
+    same: list[Pair] = field(default_factory=list)  # `other` is the same recording as `one`
+    suspects: list[Suspect] = field(default_factory=list)
 
 
 def add_findings(parts: Iterable[Findings]) -> Findings:
@@ -83,6 +87,8 @@ def add_findings(parts: Iterable[Findings]) -> Findings:
         total.counts.update(part.counts)
         total.damage += part.damage
         total.pairs += part.pairs
+        total.same += part.same
+        total.suspects += part.suspects
     return total
 
 
@@ -206,15 +212,22 @@ def _few(ids: Sequence[str]) -> str:
 
 
 def check_file(
-    out: str, kind: str, file: DataFile, digest: str, standing: Container[str] = ()
+    out: str,
+    kind: str,
+    file: DataFile,
+    digest: str,
+    standing: Container[str] = (),
+    listener: suspects.Listener | None = None,
 ) -> tuple[Findings, pa.Table]:
     """Check one committed file of clips or rejections and count what is in it.
 
-    Of rejections only those of `standing` ids count. Returns the findings, and facts of the clips as
-    a table of FACTS_SCHEMA. A damaged file gives one finding of each kind of damage, and no counts.
+    Of rejections only those of `standing` ids count. With a `listener` clips are suspect whose pictures and sound
+    disagree. Returns the findings, and facts of the clips as a table of FACTS_SCHEMA. A damaged file gives one
+    finding of each kind of damage, and no counts.
     """
     findings: list[Finding] = []
     counts: Counts = Counter()
+    suspected: list[Suspect] = []
     facts: list[dict[str, Any]] = []
     try:
         data = storage.read_bytes(storage.join(out, file.path))
@@ -229,7 +242,7 @@ def check_file(
         findings += _check_header(parquet, kind, file, digest)
         if not any(f.kind == "schema" for f in findings):
             if kind == "clips":
-                found, counts, facts = _check_clips(parquet, file)
+                found, counts, facts, suspected = _check_clips(parquet, file, listener)
             else:
                 found, counts = _check_rejections(parquet, file, standing)
             findings += found
@@ -243,7 +256,7 @@ def check_file(
         findings = [Finding(file.path, "hash", detail)]
     if findings:
         return Findings(damage=findings), FACTS_SCHEMA.empty_table()
-    return Findings(counts), pa.Table.from_pylist(facts, schema=FACTS_SCHEMA)
+    return Findings(counts, suspects=suspected), pa.Table.from_pylist(facts, schema=FACTS_SCHEMA)
 
 
 def _check_header(parquet: pq.ParquetFile, kind: str, file: DataFile, digest: str) -> Iterator[Finding]:
@@ -285,15 +298,20 @@ def _check_rejections(
     return [*findings, *_check_records(file, rejections, validate)], counts
 
 
-def _check_clips(parquet: pq.ParquetFile, file: DataFile) -> tuple[list[Finding], Counts, list[dict[str, Any]]]:
+def _check_clips(
+    parquet: pq.ParquetFile, file: DataFile, listener: suspects.Listener | None
+) -> tuple[list[Finding], Counts, list[dict[str, Any]], list[Suspect]]:
     counts: Counts = Counter()
     facts: list[dict[str, Any]] = []
+    suspected: list[Suspect] = []
     findings: list[Finding] = []
     ids: list[str] = []
     made_with = DataConfig.from_dict(json.loads((parquet.schema_arrow.metadata or {})[b"avsep.configuration"]))
     check = functools.partial(_check_clip, vocabulary=made_with.vocabulary)
     labels = Labelling(label_config(made_with.labeller, made_with.extraction.looks), made_with.vocabulary)
-    seconds_a_frame = frame_s(made_with.extraction.stft)
+    seconds_a_frame, way = frame_s(made_with.extraction.stft), made_with.extraction.looks
+    if listener is not None and not listener.takes(made_with.extraction):
+        listener = None
     for group in range(parquet.num_row_groups):
         records = clips_from_table(parquet.read_row_group(group))
         ids += [r.segment_id for r in records]
@@ -301,11 +319,17 @@ def _check_clips(parquet: pq.ParquetFile, file: DataFile) -> tuple[list[Finding]
         if not findings:
             for record in records:
                 count_clip(record, counts, labels)
+                for kind, why in suspects.examine(record, way, seen_labels(record, labels), listener):
+                    if why is None:
+                        counts["unknown", kind, record.split] += 1
+                    else:
+                        suspected.append(Suspect(kind, record.segment_id, record.split, file.path, why))
                 print_ = fingerprint(record, seconds_a_frame)
+                counts["unknown", "again", record.split] += print_ is None
                 fact = {name: getattr(record, name) for name in FACTS_SCHEMA.names if name != "fingerprint"}
                 facts.append({**fact, "fingerprint": None if print_ is None else print_.tobytes()})
     findings += _check_ids(file, ids)
-    return findings, counts, facts
+    return findings, counts, facts, suspected
 
 
 def _check_ids(file: DataFile, ids: Sequence[str]) -> Iterator[Finding]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from avsep import suspects
 from avsep.audioset import by_object, by_split, under
 from avsep.audit import DURATION_BINS_S, LEVEL_BINS_DB, Findings
 from avsep.duplicates import NEAR
@@ -59,6 +60,13 @@ def make_card(found: Findings, configuration: Mapping[str, Any] | None) -> dict[
         "agreement": agreement,
         "duration_s": histogram("duration", DURATION_BINS_S),
         "rms_db": histogram("level", LEVEL_BINS_DB),
+        "suspects": {
+            kind: {
+                "clips": by_split(Counter((s.kind, s.split) for s in found.suspects), kind),
+                "unknown": by_split(counts, "unknown", kind),
+            }
+            for kind in suspects.KINDS
+        },
         "duplicates": [asdict(p) for p in sorted(found.pairs)],
         "damage": [asdict(f) for f in sorted(found.damage)],
     }
@@ -81,6 +89,7 @@ def markdown(card: Mapping[str, Any], title: str) -> str:
         ((s, card["clips"][s], card["hours"][s], card["unlabelled"][s], card["labelled_none"][s]) for s in SPLITS),
     )
     lines += [*_objects(card), *_agreement(card["agreement"]), *_duplicates(card["duplicates"])]
+    lines += _suspects(card["suspects"])
     lines += ["## Rejections", "", *([] if card["rejections"] else ["None.", ""])]
     total = max(1, n_clips + n_rejected)
     rejected = ((r, n, f"{n / total:.1%}") for r, n in card["rejections"].items())
@@ -142,6 +151,25 @@ def _duplicates(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
     if len(pairs) > _PAIRS_SHOWN:
         lines += [f"… and {len(pairs) - _PAIRS_SHOWN:,} more in card.json.", ""]
     return lines
+
+
+def _suspects(found: Mapping[str, Any]) -> list[str]:
+    rows = (
+        (
+            f"{suspects.KINDS[kind]} (`{suspects.list_file(kind)}`)",
+            *(one["clips"][s] for s in SPLITS),
+            sum(one["unknown"].values()),
+        )
+        for kind, one in found.items()
+    )
+    return [
+        "## Suspect clips",
+        "",
+        "Each list says which clips, and why; `pipelines.train --without` leaves them out. Of the unknown ones the",
+        "shards can't tell.",
+        "",
+        *_table(("suspicion", *SPLITS, "unknown"), rows),
+    ]
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:

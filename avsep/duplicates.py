@@ -1,7 +1,9 @@
-"""Clips that are the same recording."""
+"""Clips that are the same recording, or share a source."""
 
 from __future__ import annotations
 
+import bisect
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,11 +31,12 @@ _SHIFT = 4  # frames, at most
 _STILL = 0.05  # standard deviation over time of the log energy: below it nothing happens
 _SHORTEST_S = 3.0  # shorter clips are too alike to compare
 _PAIRS_A_GROUP = 1000
+_AT_ONCE = 4096  # clips compared with a file's at a time
 
 
 @dataclass(frozen=True, order=True)
 class Pair:
-    """Two clips of different splits that share something."""
+    """Two clips that share something; `one` ranks before `other`."""
 
     kind: str  # exact: the same excerpt of the same bytes; near: the same sound; source: other excerpts of one source
     one: str  # segment_id
@@ -41,6 +44,15 @@ class Pair:
     other: str
     other_split: str
     similarity: float = 1.0
+
+
+def rank(split: str, segment_id: str) -> tuple[int, str]:
+    """Order clips: test before val before train, then by id. Of a recording the first one is kept.
+
+    >>> sorted([("train", "a"), ("test", "b"), ("val", "c")], key=lambda clip: rank(*clip))
+    [('test', 'b'), ('val', 'c'), ('train', 'a')]
+    """
+    return -SPLITS.index(split), segment_id
 
 
 # ----------------------------------------------------------------------------------- duplicates
@@ -81,12 +93,19 @@ def _band_sums(W: NDArray[np.float32], highest_hz: float = 24_000.0) -> NDArray[
     return np.stack([W[a : max(b, a + 1)].sum(0) for a, b in pairwise(starts)])
 
 
-def _drawings(facts: pa.Table) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-    """Return (rows that have a fingerprint, their fingerprints `(n, bands, frames)`)."""
-    column = facts.column("fingerprint").combine_chunks()
-    rows = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
-    flat = np.frombuffer(b"".join(column.take(pa.array(rows)).to_pylist()), np.int8)
-    return rows, flat.reshape(len(rows), BANDS, FRAMES).astype(np.float32)
+def ranked(facts: pa.Table) -> pa.Table:
+    """Return what `near_duplicates` compares clips with: those that have a fingerprint, in order of rank."""
+    facts = facts.select(["segment_id", "split", "media_sha256", "fingerprint"])
+    facts = facts.filter(facts.column("fingerprint").is_valid())
+    clips = zip(facts.column("split").to_pylist(), facts.column("segment_id").to_pylist(), strict=True)
+    ranks = [rank(*clip) for clip in clips]
+    return facts.take(pa.array(sorted(range(len(ranks)), key=ranks.__getitem__), pa.int64())).combine_chunks()
+
+
+def _drawings(facts: pa.Table, start: int, stop: int) -> NDArray[np.float32]:
+    """Return the fingerprints of some rows, `(n, bands, frames)`."""
+    flat = np.frombuffer(b"".join(facts.column("fingerprint")[start:stop].to_pylist()), np.int8)
+    return flat.reshape(-1, BANDS, FRAMES).astype(np.float32)
 
 
 def _unit(x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -100,32 +119,63 @@ def _moved(x: NDArray[np.float32], shift: int) -> NDArray[np.float32]:
     return moved
 
 
-def near_duplicates(facts: pa.Table, held_out: pa.Table) -> list[Pair]:
-    """Find the clips of `held_out` (splits val and test) that sound like a clip of another split in `facts`.
+def near_duplicates(facts: pa.Table, others: pa.Table) -> list[Pair]:
+    """Find the clips of `facts` that sound like one of `others` that ranks before them; those are `ranked`.
 
     Every pair is compared, at shifts of up to 0.8 s: the similarity is the correlation of the two
-    fingerprints. A pair of two held-out clips is found from one side.
+    fingerprints. Of one split a clip comes back with the first in rank alone, of other splits with all.
+    Clips of the same bytes aren't compared.
     """
-    pairs = []
-    rows, drawings = _drawings(facts)
-    held_rows, held = _drawings(held_out)
-    if not len(rows) or not len(held_rows):
+    own = ranked(facts)
+    if not len(own) or not len(others):
         return []
-    a = facts.select(["segment_id", "split", "media_sha256"]).to_pydict()
-    b = held_out.select(["segment_id", "split", "media_sha256"]).to_pydict()
-    here = _unit(drawings).T
-    best = np.full((len(held), here.shape[1]), -1.0, np.float32)
-    for shift in range(-_SHIFT, _SHIFT + 1):
-        moved = _moved(held, shift)
-        np.maximum(best, _unit(moved) @ here, out=best)
-        if shift < _SHIFT:  # and by half a frame
-            np.maximum(best, _unit(moved + _moved(held, shift + 1)) @ here, out=best)
-    for i, j in np.argwhere(best >= NEAR):
-        p, q = int(held_rows[i]), int(rows[j])
-        one, other = (b["split"][p], b["segment_id"][p]), (a["split"][q], a["segment_id"][q])
-        twice = other[0] in ("val", "test") and one < other  # met again from the other side
-        if one[0] != other[0] and not twice and b["media_sha256"][p] != a["media_sha256"][q]:
+    here = _shifted(_drawings(own, 0, len(own)))  # (shifts, n, bands · frames)
+    a, b = (t.select(["segment_id", "split", "media_sha256"]).to_pydict() for t in (own, others))
+    ranks = [rank(*clip) for clip in zip(a["split"], a["segment_id"], strict=True)]
+    pairs: list[Pair] = []
+    met = set()  # clips that have a pair of one split
+    for start in range(0, len(others), _AT_ONCE):
+        first = bisect.bisect_right(ranks, rank(b["split"][start], b["segment_id"][start]))
+        if first == len(ranks):  # what follows ranks behind all
+            break
+        there = _unit(_drawings(others, start, start + _AT_ONCE)).T
+        best = functools.reduce(np.maximum, (shift[first:] @ there for shift in here))
+        for i, j in np.argwhere(best >= NEAR):
+            p, q = first + int(i), start + int(j)
+            one, other = (b["split"][q], b["segment_id"][q]), (a["split"][p], a["segment_id"][p])
+            if rank(*one) >= ranks[p] or b["media_sha256"][q] == a["media_sha256"][p]:
+                continue
+            if one[0] == other[0]:
+                if p in met:
+                    continue
+                met.add(p)
             pairs.append(Pair("near", one[1], one[0], other[1], other[0], round(float(best[i, j]), 3)))
+    return pairs
+
+
+def _shifted(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return fingerprints at all shifts, whole and half, each of length one."""
+    moved = [_moved(x, shift) for shift in range(-_SHIFT, _SHIFT + 1)]
+    return np.stack([_unit(m) for m in (*moved, *(a + b for a, b in pairwise(moved)))])
+
+
+def same_excerpts(facts: Sequence[Mapping[str, Any]]) -> list[Pair]:
+    """Find the clips that are the same excerpt as one that ranks before them, among those of equal media or source.
+
+    They have the same bytes, of a medium that was cut out, or share more than half of the shorter one's time.
+    """
+    kept: list[tuple[float, float, str, str, str]] = []  # start and end, bytes, id and split
+    pairs = []
+    for fact in sorted(facts, key=lambda f: rank(f["split"], f["segment_id"])):
+        start, end, sha256 = fact["start_s"], fact["start_s"] + fact["duration_s"], fact["media_sha256"]
+        cut_out = fetching.is_remote(Segment("", fact["source"]))
+        for other_start, other_end, other_sha256, segment_id, split in kept:
+            shorter = min(end - start, other_end - other_start)
+            if (cut_out and sha256 == other_sha256) or min(end, other_end) - max(start, other_start) > shorter / 2:
+                pairs.append(Pair("exact", segment_id, split, fact["segment_id"], fact["split"]))
+                break
+        else:
+            kept.append((start, end, sha256, fact["segment_id"], fact["split"]))
     return pairs
 
 

@@ -450,13 +450,20 @@ def clip_files(out: storage.AnyPath) -> list[str]:
     return files
 
 
-def read_table(path: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read one clip file, or some of its columns. Raises OSError, with the remedy, when it is missing or damaged."""
+def read_table(path: str, columns: Sequence[str] | None = None, without: Set[str] = frozenset()) -> pa.Table:
+    """Read one clip file, or some of its columns, but for the clips of some ids.
+
+    Raises OSError, with the remedy, when it is missing or damaged.
+    """
+    needed = None if columns is None else [*columns, *({"segment_id"} - set(columns) if without else ())]
     try:
         with storage.open_input(path) as f:
-            return pq.read_table(f, columns=None if columns is None else list(columns))
+            table = pq.read_table(f, columns=needed)
     except (OSError, pa.ArrowInvalid) as error:
         raise OSError(f"{path} is missing or damaged ({error}); pipelines.audit says what to do") from None
+    if without:
+        table = table.filter([i not in without for i in table.column("segment_id").to_pylist()])
+    return table if columns is None else table.select(list(columns))
 
 
 def read_clips(out: storage.AnyPath, *, split: str | None = None) -> Iterator[ClipRecord]:

@@ -40,8 +40,12 @@ WRITES: dict[str, dict[str, str]] = {
         "?labeller.safetensors": "the picture network given with `--weights`, if it is no published one",
     },
     "audit": {
-        "card.md": "the data card: counts, agreement, duplicates, levels, damage",
+        "card.md": "the data card: counts, agreement, duplicates, suspect clips, levels, damage",
         "card.json": "the same for programs",
+        "still.csv": "clips whose pictures don't change: `segment_id`, `split`, `shard` (their file) and `why`",
+        "stops.csv": "clips whose sound stops",
+        "again.csv": "clips that are the same recording as another one",
+        "disagree.csv": "clips in which nothing that is seen is heard",
         "*.png": "its plots",
     },
     "train": {

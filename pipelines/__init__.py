@@ -13,6 +13,7 @@ from avsep.console import say
 
 RECIPES = ("default", "paper", "audioset", "both_passes")  # their names; recipes.py has them
 UNUSABLE, INTERRUPTED = 2, 130  # exit statuses
+WITHOUT = "tables with the ids of clips to leave out, such as pipelines.audit's lists"
 _QUICK_BYTES = 4 << 20  # of a table that is read twice
 OUTPUTS = ("out", "media")  # arguments that name folders
 # argument → what it must hold, if anything, and the remedy where it doesn't
@@ -27,6 +28,7 @@ INPUTS = {
     "videos": ("", "give files, folders, patterns or tables"),
     "audioset": ("", "give AudioSet's segment files"),
     "ontology": ("", "give AudioSet's ontology.json"),
+    "without": ("", "give lists that pipelines.audit wrote, or tables with a column segment_id"),
     "cookies": ("", "give files of cookies, as browsers export them"),
 }
 

@@ -1,13 +1,31 @@
 """Audit an extraction: is every committed file whole, and what is in the data.
 
 Every shard file is read once, one at a time a worker; what remains of a clip is a fingerprint of
-600 bytes, by which clips of the held-out splits are compared with all others.
+600 bytes, by which it is compared with all others.
+
+Four lists name clips that may teach a network something wrong; pipelines.train --without leaves
+out those of the lists that it is given. The card counts them, and those that can't be told.
+
+- `still`: the pictures don't change, as far as the picture network sees. It compares what the network
+  said of pictures of which it was shown the same parts, with many looks those eight seconds apart. So
+  shorter clips, and those without a picture network, can't be told. Where the camera stands still, and
+  what moves is a tenth or less as wide as the picture, a clip may be listed.
+- `stops`: no sound, or less than -60 dB of the clip's mean power, for its last two seconds or more, or
+  a sound track that ends so much before the pictures.
+- `again`: the same recording as another clip. The first one in the order test, val, train, and then by
+  id, isn't listed. Excerpts of one medium are the same where they share more than half of their time;
+  others where they sound the same. Clips under 3 s, and those in which nothing happens, can't be told.
+- `disagree`: by the sound alone, the model gives less than 5 % to each object that the pictures or the
+  table's labels show. It can't be told where nothing is shown, or what the model doesn't know. The
+  starter model lists 2 to 6 % of clips wrongly, and finds two thirds of those with another clip's
+  sound; a model that was trained on such clips errs less.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
 import sys
@@ -22,8 +40,10 @@ examples:
   python -m pipelines.audit --clips out/clips --out out/audit
   on a cluster (other options go to Beam):
   python -m pipelines.audit --clips gs://B/clips --out gs://B/audit --runner FlinkRunner --flink_master HOST:8081
+  with the ears of a model of your own:
+  python -m pipelines.audit --clips out/clips --out out/audit --model out/run/model
 
-DIR gets card.md, card.json and the card's plots.
+DIR gets card.md, card.json, the card's plots and the lists.
 
 exit status: 0 all is whole; 1 something is damaged, and is named; 2 unusable arguments or input."""
 
@@ -32,7 +52,8 @@ def parser() -> argparse.ArgumentParser:
     """Describe the command."""
     p = arguments_of("audit", __doc__, EPILOG, abbreviations=False)
     p.add_argument("--clips", required=True, metavar="DIR", help="the folder or URI that extraction wrote")
-    p.add_argument("--out", required=True, metavar="DIR", help="where the data card goes")
+    p.add_argument("--out", required=True, metavar="DIR", help="where the data card and the lists go")
+    p.add_argument("--model", help="whose ears say what sounds, for `disagree` (default: the starter model)")
     return p
 
 
@@ -41,10 +62,11 @@ if __name__ == "__main__":
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from avsep import audit, datacard, duplicates, lock, plots, shards, storage
+from avsep import audit, datacard, duplicates, lock, plots, shards, starter, storage, suspects
 from avsep.audit import FACTS_SCHEMA, Findings
+from avsep.factors import DataConfig
+from avsep.model import ModelConfig
 from avsep.shards import DataFile
 from pipelines import cluster, console, runners
 from pipelines.console import complain, fail, say
@@ -59,18 +81,16 @@ logging.disable(logging.NOTSET)
 FileToCheck = tuple[str, DataFile, str, frozenset[str]]  # kind, file, digest, ids of rejections that stand
 
 
-def check(work: FileToCheck, clips: str) -> Iterator[pa.Table | TaggedOutput]:
+load_listener = functools.lru_cache(maxsize=1)(suspects.Listener.load)  # once a process
+
+
+def check(work: FileToCheck, clips: str, model: str) -> Iterator[pa.Table | TaggedOutput]:
     """Check one file: facts of its clips, and findings."""
     cluster.one_thread()
-    found, facts = audit.check_file(clips, *work)
+    found, facts = audit.check_file(clips, *work, load_listener(model))
     yield TaggedOutput("findings", found)
     if len(facts):
         yield facts
-
-
-def held_out(facts: pa.Table) -> pa.Table:
-    """Keep the clips of val and test."""
-    return facts.filter(pc.is_in(facts.column("split"), pa.array(["val", "test"])))
 
 
 def concat(tables: Iterable[pa.Table]) -> pa.Table:
@@ -86,14 +106,16 @@ def by_media(facts: pa.Table) -> Iterator[tuple[tuple[str, str], dict[str, Any]]
 
 
 def shared(keyed: tuple[tuple[str, str], Iterable[dict[str, Any]]]) -> Findings:
-    """Report pairs of clips in different splits that share a file or a source."""
-    (what, _), facts = keyed
-    return Findings(pairs=duplicates.shared_media(what, list(facts)))
+    """Report clips that share a file or a source: pairs of different splits, and the same excerpts."""
+    (what, _), group = keyed
+    facts = list(group)
+    return Findings(pairs=duplicates.shared_media(what, facts), same=duplicates.same_excerpts(facts))
 
 
 def near(facts: pa.Table, others: pa.Table) -> Findings:
-    """Report held-out clips that sound like a clip of another split."""
-    return Findings(pairs=duplicates.near_duplicates(facts, others))
+    """Report clips that sound like another one."""
+    pairs = duplicates.near_duplicates(facts, others)
+    return Findings(pairs=[p for p in pairs if p.one_split != p.other_split], same=pairs)
 
 
 def write_findings(found: Findings, path: str) -> None:
@@ -102,6 +124,8 @@ def write_findings(found: Findings, path: str) -> None:
         "counts": [[*key, n] for key, n in found.counts.items()],
         "damage": [asdict(f) for f in found.damage],
         "pairs": [asdict(p) for p in found.pairs],
+        "same": [asdict(p) for p in found.same],
+        "suspects": [asdict(s) for s in found.suspects],
     }
     storage.write_text(path, json.dumps(raw))
 
@@ -110,21 +134,25 @@ def read_findings(path: str) -> Findings:
     """Read what `write_findings` wrote."""
     raw = json.loads(storage.read_bytes(path))
     found = Findings(
-        damage=[audit.Finding(**f) for f in raw["damage"]], pairs=[duplicates.Pair(**p) for p in raw["pairs"]]
+        damage=[audit.Finding(**f) for f in raw["damage"]],
+        pairs=[duplicates.Pair(**p) for p in raw["pairs"]],
+        same=[duplicates.Pair(**p) for p in raw["same"]],
+        suspects=[suspects.Suspect(**s) for s in raw["suspects"]],
     )
     found.counts.update({tuple(key): n for *key, n in raw["counts"]})
     return found
 
 
-def build(pipeline: beam.Pipeline, work: list[FileToCheck], clips: str, path: str) -> None:
-    """Lay out the pass over the files of `clips`, to findings at `path`."""
+def build(pipeline: beam.Pipeline, work: list[FileToCheck], clips: str, model: str, path: str) -> None:
+    """Lay out the pass over the files of `clips`, heard by `model`, to findings at `path`."""
     checked = (
         pipeline
         | "files" >> beam.Create(work)
         | "spread" >> beam.Reshuffle()
-        | "check" >> beam.FlatMap(check, clips).with_outputs("findings", main="facts")
+        | "check" >> beam.FlatMap(check, clips, model).with_outputs("findings", main="facts")
     )
-    others = AsSingleton(checked.facts | "held out" >> beam.Map(held_out) | "together" >> beam.CombineGlobally(concat))
+    together = checked.facts | "together" >> beam.CombineGlobally(concat)
+    others = AsSingleton(together | "rank" >> beam.Map(duplicates.ranked))
     media = (
         checked.facts
         | "by media" >> beam.FlatMap(by_media)
@@ -162,7 +190,7 @@ def find_configuration(clips: str, commits: Sequence[shards.Commit]) -> dict[str
 
 def run(arguments: argparse.Namespace, options: Any) -> int:
     """Audit a folder of clips."""
-    console.absolute(arguments, "clips", "out")
+    console.absolute(arguments, "clips", "out", "model")
     console.keep_apart(arguments, "clips")
     clips, out = arguments.clips, arguments.out
     if not storage.exists(storage.join(clips, "commits")):
@@ -171,20 +199,35 @@ def run(arguments: argparse.Namespace, options: Any) -> int:
     commits, findings = audit.check_commits(clips, writing=writing)
     if not commits and not findings:
         fail(f"{clips} holds no commit records; run pipelines.extract to it first")
+    made_with, model = find_configuration(clips, commits), arguments.model or starter.PATH
+    check_model(arguments.model, made_with)
     work = plan(commits)
     say(f"checking {len(work)} files of {len(commits)} commits")
     path = storage.join(out, "_audit_in_progress.json")
     storage.make_directory(out)
     try:
         pipeline = beam.Pipeline(options=options)
-        build(pipeline, work, clips, path)
+        build(pipeline, work, clips, model, path)
         pipeline.run().wait_until_finish()
         found = audit.add_findings([Findings(damage=findings), read_findings(path)])
     finally:
         storage.delete_file(path)
-    card = datacard.make_card(found, find_configuration(clips, commits))
+    files = {i: c.clips.path for c in commits if c.clips for i in c.clip_ids}
+    found.suspects += suspects.same_recordings(found.same, files)
+    suspects.write_lists(out, found.suspects)
+    card = datacard.make_card(found, made_with)
     write_card(card, out, storage.name(clips.rstrip("/")), writing)
     return say_card(card, out)
+
+
+def check_model(model: str | None, made_with: dict[str, Any] | None) -> None:
+    """Raise UsageError for a model that can't listen to the clips."""
+    if model is None or made_with is None:
+        return
+    config, extraction = ModelConfig.read(model), DataConfig.from_dict(made_with).extraction
+    if not suspects.is_heard(config, extraction):
+        its, ours = (f"{c.stft} and {c.n_bases} bases" for c in (config.extraction, extraction))
+        fail(f"--model {model} works on {its}, the clips have {ours}: give a model trained on such clips")
 
 
 def write_card(card: dict[str, Any], out: str, name: str, writing: bool) -> None:
@@ -211,6 +254,11 @@ def say_card(card: dict[str, Any], out: str) -> int:
     if kinds:
         said = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
         say(f"{len(kinds)} pairs of clips in different splits share sound or source ({said}); see the card")
+    for kind, one in card["suspects"].items():
+        n, unknown = sum(one["clips"].values()), sum(one["unknown"].values())
+        if n or unknown:
+            said = f"; of {unknown:,} that can't be told" * bool(unknown)
+            say(f"{n:,} clips in {suspects.list_file(kind)}: {suspects.KINDS[kind]}{said}")
     for finding in card["damage"]:
         say(f"damaged: {finding['path']}: {finding['detail']}")
     say(f"written: {storage.join(out, 'card.md')}, card.json")

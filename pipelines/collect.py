@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 
-from pipelines import arguments_of, begin
+from pipelines import WITHOUT, arguments_of, begin
 
 EXAMPLES = """examples:
   python -m pipelines.collect --model out/run/model --clips out/clips
@@ -18,6 +18,7 @@ def parser() -> argparse.ArgumentParser:
     p = arguments_of("collect", __doc__, EXAMPLES)
     p.add_argument("--model", required=True, help="the model folder that pipelines.train wrote")
     p.add_argument("--clips", required=True, help="the clips it was trained on")
+    p.add_argument("--without", nargs="+", action="extend", default=[], metavar="LIST", help=WITHOUT)
     p.add_argument("--replace", action="store_true", help="collect anew; the last one is kept in MODEL/previous")
     p.add_argument("--in-process", action="store_true", help="a plain loop without Ray")
     return p
@@ -26,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     begin(parser())  # what follows takes seconds
 
-from avsep import shards
+from avsep import shards, suspects
 from avsep.dictionary import BasisDictionary, Candidate, candidate_bases
 from avsep.factors import DataConfig
 from avsep.model import DICTIONARY_FILE, Model
@@ -36,12 +37,12 @@ from pipelines.console import fail, say
 from pipelines.progress import Progress
 
 
-def candidates_of_file(model_dir: str, path: str) -> list[Candidate]:
+def candidates_of_file(model_dir: str, path: str, without: frozenset[str]) -> list[Candidate]:
     """Offer the bases of one file's training clips."""
     cluster.one_thread()
     model = Model.load(model_dir)
     candidates: list[Candidate] = []
-    for record in clips_from_table(shards.read_table(path)):
+    for record in clips_from_table(shards.read_table(path, without=without)):
         if record.split != "train":
             continue
         labels = model.config.labelling.decide(record.labels, record.image_logits)
@@ -64,13 +65,16 @@ def run(arguments: argparse.Namespace) -> int:
             "use the clips that it was trained on"
         )
     check_vocabularies(f"--clips {arguments.clips}", clips.vocabulary, "the model", model.config.vocabulary)
+    without, note = suspects.left_out(arguments.without, arguments.clips)
+    for line in filter(None, (f"{len(without):,} clips are left out, named by --without" * bool(without), note)):
+        say(f"collect: {line}")
     with (
         runners.session(arguments.in_process) as runner,
         Progress("collect", len(files), "files") as progress,
     ):
 
         def gathered() -> Iterator[Candidate]:
-            for part in runner.map(candidates_of_file, ((arguments.model, f) for f in files)):
+            for part in runner.map(candidates_of_file, ((arguments.model, f, without) for f in files)):
                 progress.add(1)
                 yield from part
 

@@ -17,11 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
 
-from pipelines import RECIPES, arguments_of, begin
+from pipelines import RECIPES, WITHOUT, arguments_of, begin
 
 EXAMPLES = """examples:
   python -m pipelines.train --clips out/clips --out out/run
   python -m pipelines.train --clips out/clips --out out/paper --recipe paper
+  python -m pipelines.train --clips out/clips --out out/run --without out/audit/again.csv out/audit/still.csv
   python -m pipelines.train --clips out/clips --out out/run --resume
   python -m pipelines.train --clips out/clips --out out/run --replace
 """
@@ -33,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--clips", required=True, help="what pipelines.extract wrote")
     p.add_argument("--out", required=True, help="folder or URI of the run; the model goes to OUT/model")
     p.add_argument("--recipe", default="default", choices=RECIPES, help="a run configuration")
+    p.add_argument("--without", nargs="+", action="extend", default=[], metavar="LIST", help=WITHOUT)
     p.add_argument("--epochs", type=int, help="instead of the recipe's")
     p.add_argument("--resume", action="store_true", help="go on from OUT's checkpoint")
     p.add_argument("--replace", action="store_true", help="train anew; OUT's last model is kept in OUT/previous")
@@ -44,7 +46,7 @@ if __name__ == "__main__":
     begin(parser())  # what follows takes seconds
 
 
-from avsep import shards, storage
+from avsep import shards, storage, suspects
 from avsep.factors import DataConfig
 from avsep.learning import bags, steps
 from avsep.learning import run as runs
@@ -104,6 +106,9 @@ def plan(arguments: argparse.Namespace, recipe: recipes.Recipe) -> TrainingRun:
         "network": asdict(recipe.network),
         "training": {k: v for k, v in asdict(recipe.training).items() if k != "epochs"},
     }
+    without, note = suspects.left_out(arguments.without, arguments.clips)
+    if without:
+        settings["without"] = shards.configuration_digest({"without": sorted(without)})
     if arguments.resume:
         if arguments.replace:
             fail("--resume goes on with a training and --replace begins anew; give one of them")
@@ -111,7 +116,7 @@ def plan(arguments: argparse.Namespace, recipe: recipes.Recipe) -> TrainingRun:
     else:
         check_free(arguments.out, arguments.replace)
     with ThreadPoolExecutor(_READERS) as pool:  # an object store takes its time for each
-        counts = list(pool.map(lambda file: bags.count_clips(file, config.labelling), files))
+        counts = list(pool.map(lambda file: bags.count_clips(file, config.labelling, without), files))
     by_split = steps.by_split([c for c, _ in counts])
     clips_by_label = {name: n for name in config.objects if (n := sum(c[name] for _, c in counts))}
     if not clips_by_label:  # clips that show nothing teach no object
@@ -120,8 +125,10 @@ def plan(arguments: argparse.Namespace, recipe: recipes.Recipe) -> TrainingRun:
             "pipelines.extract the --weights of a picture network, and extract to another folder"
         )
     n_train, n_val = by_split["train"], by_split["val"]
-    left_out = steps.left_out(arguments.clips, by_split)
+    left_out = steps.left_out(arguments.clips, by_split, len(without))
     say(f"train: {n_train} clips, {n_val} for validation, recipe {recipe.name}{left_out}")
+    if note:
+        say(f"train: {note}")
     if n_train < _FEW_CLIPS:
         say(f"train: {n_train} clips are few: some hundreds are needed, or separation may be worse than none")
     if not n_val:
@@ -134,6 +141,7 @@ def plan(arguments: argparse.Namespace, recipe: recipes.Recipe) -> TrainingRun:
         replace(recipe.training, epochs=arguments.epochs or recipe.training.epochs),
         settings,
         clips_by_label,
+        without,
         threads=min(2, os.cpu_count() or 1),
     )
 

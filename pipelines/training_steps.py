@@ -15,22 +15,22 @@ from pipelines.progress import Progress
 
 def judge(runner: runners.Runner, first: TrainingRun) -> evidence.LabelQuality:
     """Estimate how good the labels are from what the first pass's network hears."""
-    item = (first.model, first.files[: steps.EVIDENCE_FILES])
+    item = (first.model, first.files[: steps.EVIDENCE_FILES], first.without)
     ((quality, recall),) = runner.map(judge_files, [item])
     say(f"train: the labels seem to name {recall:.0%} of the objects that sound; training goes by that")
     return quality
 
 
-def judge_files(model_dir: str, files: list[str]) -> tuple[evidence.LabelQuality, float]:
+def judge_files(model_dir: str, files: list[str], without: frozenset[str]) -> tuple[evidence.LabelQuality, float]:
     """Run one Ray task."""
     cluster.one_thread()
-    return steps.judge(model_dir, files)
+    return steps.judge(model_dir, files, without)
 
 
 def make_mixtures(runner: runners.Runner, judged: TrainingRun, n_mixtures: int) -> list[practice.Practice]:
     """Mix clips in which one object plays alone; return training clips' mixtures, and keep them and validation's."""
     assert judged.quality is not None
-    looked_for = [(judged.model, file, judged.quality) for file in judged.files[: steps.SOLO_FILES]]
+    looked_for = [(judged.model, file, judged.quality, judged.without) for file in judged.files[: steps.SOLO_FILES]]
     parts = runners.map_in_order(runner, find_solos, looked_for)
     made: dict[str, list[practice.Practice]] = {}
     for split, wanted in (("train", n_mixtures), ("val", min(steps.VAL_MIXTURES, n_mixtures))):
@@ -50,10 +50,10 @@ def make_mixtures(runner: runners.Runner, judged: TrainingRun, n_mixtures: int) 
     return steps.keep_mixtures(judged.out, made)
 
 
-def find_solos(model_dir: str, path: str, quality: evidence.LabelQuality) -> steps.Solos:
+def find_solos(model_dir: str, path: str, quality: evidence.LabelQuality, without: frozenset[str]) -> steps.Solos:
     """Run one Ray task."""
     cluster.one_thread()
-    return steps.find_solos(model_dir, path, quality)
+    return steps.find_solos(model_dir, path, quality, without)
 
 
 def mix_batch(*batch: Any) -> tuple[int, list[practice.Practice]]:
@@ -68,7 +68,7 @@ def learn_context(
     """Learn on practice mixtures which bases belong together, and add it to the model."""
     model = Model.load(judged.model)
     files = judged.files[: steps.EVIDENCE_FILES]
-    item = (judged.out, model, practices, files, epochs, judged.training.seed)
+    item = (judged.out, model, practices, files, epochs, judged.training.seed, judged.without)
     ((model, figures),) = runner.map(fit_context, [item])
     say(
         f"train: cross-entropy of bases of held-out mixtures: {figures['before']:.3f} one by one, "

@@ -25,7 +25,8 @@ FLOORS = (
     "model separation baselines plots report",
     "fetching vision shards work labelled manifest audioset datasets synthetic",
     "stages extraction learning",
-    "files videos outputs inputs stems separated evaluation protocols results results_report audit duplicates datacard",
+    "files videos outputs inputs stems separated evaluation protocols results results_report duplicates suspects "
+    "audit datacard",
     "service commands many exporting",
     "cli",
 )
@@ -48,13 +49,13 @@ FLAGS = {
         "--segments", "--out", "--recipe", "--weights", "--labeller", "--retry-rejected",
         "--in-process", "--profile", "--dry-run", "--media", "--until", "--rate", "--proxies", "--cookies",
     },
-    "audit": {"--clips", "--out"},
-    "train": {"--clips", "--out", "--recipe", "--epochs", "--resume", "--replace", "--in-process"},
+    "audit": {"--clips", "--out", "--model"},
+    "train": {"--clips", "--out", "--recipe", "--without", "--epochs", "--resume", "--replace", "--in-process"},
     "finetune": {
         "--segments", "--clips", "--model", "--out", "--targets", "--weights", "--architecture", "--epochs",
         "--media", "--replace", "--in-process",
     },
-    "collect": {"--model", "--clips", "--replace", "--in-process"},
+    "collect": {"--model", "--clips", "--without", "--replace", "--in-process"},
     "evaluate": {
         "--model", "--paper-model", "--compare", "--segments", "--references", "--out", "--split", "--given",
         "--protocol", "--pairs", "--media", "--replace", "--in-process",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,11 +24,16 @@ from avsep.objects import N_IMAGENET_CLASSES
 Teacher = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def bags_from_file(path: str, labels: Labelling, split: str, teacher: Teacher | None = None) -> Bags | None:
-    """Read one clip file's bags of a split that are used, with targets where there is a teacher; or None."""
+def bags_from_file(
+    path: str, labels: Labelling, split: str, teacher: Teacher | None = None, without: Set[str] = frozenset()
+) -> Bags | None:
+    """Read one clip file's bags of a split that are used, with targets where there is a teacher; or None.
+
+    The clips of the ids `without` are left out.
+    """
     columns = ["segment_id", "split", "bases", "basis_energy", "labels", "image_logits"]
     columns += ["activations", "activation_scale"]
-    table = shards.read_table(path, columns)
+    table = shards.read_table(path, columns, without)
     n_bins, n_bases = table.schema.field("bases").type.shape
     table = table.filter(pc.equal(table.column("split"), split))
     marks = _decide_all(table, labels)
@@ -67,11 +72,11 @@ def _decide_all(table: pa.Table, labels: Labelling) -> list[Any]:
     return marks
 
 
-def count_clips(path: str, labels: Labelling) -> tuple[dict[str, int], dict[str, int]]:
-    """Count one clip file's clips that are used by split, and those of split train by label."""
-    table = shards.read_table(path, ["split", "labels"])
+def count_clips(path: str, labels: Labelling, without: Set[str] = frozenset()) -> tuple[dict[str, int], dict[str, int]]:
+    """Count one clip file's clips that are used by split, and those of split train by label, but the ids `without`."""
+    table = shards.read_table(path, ["split", "labels"], without)
     if table.column("labels").null_count:  # the pictures' logits are 20 kB a clip
-        table = shards.read_table(path, ["split", "labels", "image_logits"])
+        table = shards.read_table(path, ["split", "labels", "image_logits"], without)
     counts, by_label = dict.fromkeys(("train", "val", "test"), 0), dict.fromkeys(labels.vocabulary.names, 0)
     for split, marks in zip(table.column("split").to_pylist(), _decide_all(table, labels), strict=True):
         if not labels.takes(marks, split):
@@ -82,9 +87,9 @@ def count_clips(path: str, labels: Labelling) -> tuple[dict[str, int], dict[str,
     return counts, by_label
 
 
-def load_bags(files: Iterable[str], labels: Labelling, split: str) -> Bags | None:
-    """Read the bags of a split from clip files into memory, in order of their ids; None for none."""
-    parts = [b for b in (bags_from_file(f, labels, split) for f in files) if b is not None]
+def load_bags(files: Iterable[str], labels: Labelling, split: str, without: Set[str] = frozenset()) -> Bags | None:
+    """Read the bags of a split from clip files into memory, but the ids `without`, in order of ids; None for none."""
+    parts = [b for b in (bags_from_file(f, labels, split, None, without) for f in files) if b is not None]
     if not parts:
         return None
     whole = Bags.join(parts)
@@ -103,6 +108,7 @@ class TrainingClips:
         files: clip files.
         counts: how many clips of each are used; files without any are not read.
         labels: how labels are decided.
+        without: ids of clips that are left out.
         teacher: gives the bases' targets.
         mixtures: bags to train on, too; they have targets.
         held: whether bags are kept after they were read.
@@ -116,6 +122,7 @@ class TrainingClips:
         counts: Sequence[int],
         labels: Labelling,
         *,
+        without: Set[str] = frozenset(),
         teacher: Teacher | None = None,
         mixtures: Bags | None = None,
         held: bool = False,
@@ -124,7 +131,7 @@ class TrainingClips:
     ) -> None:
         used = [(f, n) for f, n in zip(files, counts, strict=True) if n]
         self._files, self._counts = [f for f, _ in used], [n for _, n in used]
-        self._labels, self._teacher, self._mixtures = labels, teacher, mixtures
+        self._labels, self._teacher, self._mixtures, self._without = labels, teacher, mixtures, without
         self._held, self._device, self._buffer_clips = held, device, buffer_clips
         self._workers = parallel.share_out(self._counts)
         self._bags: dict[int, Bags] = {}
@@ -182,7 +189,7 @@ class TrainingClips:
     def _read(self, file: int, keep: bool) -> Bags:
         if file in self._bags:
             return self._bags[file]
-        bags = bags_from_file(self._files[file], self._labels, "train", self._teacher)
+        bags = bags_from_file(self._files[file], self._labels, "train", self._teacher, self._without)
         assert bags is not None and len(bags) == self._counts[file]
         if keep:
             bags = self._bags[file] = bags.to(self._device)

@@ -34,6 +34,7 @@ class TrainingRun:
     training: training.TrainingConfig
     settings: dict[str, Any]  # what a checkpoint must agree with
     clips_by_label: dict[str, int]
+    without: frozenset[str] = frozenset()  # ids of clips that are left out
     threads: int = 1
     number: int = 1  # of the pass
     earlier_rows: list[dict[str, Any]] = field(default_factory=list)  # of the history: the first pass's
@@ -66,10 +67,10 @@ def fit(run: TrainingRun, device: str | None = None, report: Callable[[dict[str,
     if first and state.history.rows:  # what was killed between the two may not have got to it
         _write_history(run, state.history)
     teacher, mixtures, val_mixtures = _first_pass_s(run) if run.number > 1 else (None, None, None)
-    val = bags.load_bags(run.files, config.labelling, "val") if first else None
+    val = bags.load_bags(run.files, config.labelling, "val", run.without) if first else None
     clips = bags.TrainingClips(
-        run.files, run.counts, config.labelling, teacher=teacher, mixtures=mixtures, held=fits(run.n_bytes, device),
-        device=device,
+        run.files, run.counts, config.labelling, without=run.without, teacher=teacher, mixtures=mixtures,
+        held=fits(run.n_bytes, device), device=device,
     )  # fmt: skip
     batch_size = training.batch_size_for(sum(run.counts), training_config)
     for epoch in range(len(state.history.rows), training_config.epochs):

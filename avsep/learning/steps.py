@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 
 import numpy as np
@@ -46,18 +46,22 @@ def by_split(counts: Sequence[Mapping[str, int]]) -> Counter[str]:
     return Counter({split: sum(c[split] for c in counts) for split in SPLITS})
 
 
-def left_out(clips: str, counts: Counter[str]) -> str:
-    """Say how many of the clips take no part in training, and why; `counts` are those with labels, by split."""
+def left_out(clips: str, counts: Counter[str], n_named: int = 0) -> str:
+    """Say how many of the clips take no part in training, and why.
+
+    `counts` are those with labels by split, without the `n_named` that lists leave out.
+    """
     total = sum(len(c.clip_ids) for c in shards.read_commits(clips))
-    reasons = {"without a label": total - counts.total(), "of split test": counts["test"]}
+    reasons = {"named by --without": n_named, "without a label": total - n_named - counts.total()}
+    reasons["of split test"] = counts["test"]
     parts = [f"{n} {reason}" for reason, n in reasons.items() if n]
     return f"; left out: {', '.join(parts)}" if parts else ""
 
 
-def training_records(files: Sequence[str], config: ModelConfig) -> Iterator[ClipRecord]:
-    """Read the training clips that have labels."""
+def training_records(files: Sequence[str], config: ModelConfig, without: Set[str]) -> Iterator[ClipRecord]:
+    """Read the training clips that have labels, but the ids `without`."""
     for file in files:
-        for record in clips_from_table(shards.read_table(file)):
+        for record in clips_from_table(shards.read_table(file, without=without)):
             labels = config.labelling.decide(record.labels, record.image_logits)
             if record.split == "train" and labels is not None and labels.any():
                 yield record
@@ -70,11 +74,11 @@ def bases_of(model: Model, record: ClipRecord) -> tuple[torch.Tensor, torch.Tens
     return W, H, basis_posteriors(model.network.relate(W, H)[None])[0]
 
 
-def count_sources(files: Sequence[str]) -> dict[str, int]:
-    """Count the training clips of some files by where they came from."""
+def count_sources(files: Sequence[str], without: Set[str]) -> dict[str, int]:
+    """Count the training clips of some files, but the ids `without`, by where they came from."""
     counts: Counter[str] = Counter()
     for file in files:
-        table = shards.read_table(file, ["split", "source"])
+        table = shards.read_table(file, ["split", "source"], without)
         for split, source in zip(*(table.column(c).to_pylist() for c in ("split", "source")), strict=True):
             counts[origin(source)] += split == "train"
     return {kind: count for kind, count in counts.most_common() if count}
@@ -83,10 +87,10 @@ def count_sources(files: Sequence[str]) -> dict[str, int]:
 # ------------------------------------------------------------------------------ between epochs
 
 
-def judge(model_dir: str, files: list[str]) -> tuple[evidence.LabelQuality, float]:
+def judge(model_dir: str, files: list[str], without: Set[str]) -> tuple[evidence.LabelQuality, float]:
     """Judge the labels of some files' training clips; return with it what share of the sounding objects they name."""
     model = Model.load(model_dir)
-    clips = bags.load_bags(files, model.config.labelling, "train")
+    clips = bags.load_bags(files, model.config.labelling, "train", without)
     if clips is None:
         return evidence.LabelQuality.good(len(model.config.objects)), 1.0
     shares = training.object_shares(model.network, clips)
@@ -95,11 +99,13 @@ def judge(model_dir: str, files: list[str]) -> tuple[evidence.LabelQuality, floa
     return quality, float((likely * clips.labels).sum() / likely.sum())
 
 
-def find_solos(model_dir: str, path: str, quality: evidence.LabelQuality) -> dict[str, list[practice.Solo]]:
+def find_solos(
+    model_dir: str, path: str, quality: evidence.LabelQuality, without: Set[str]
+) -> dict[str, list[practice.Solo]]:
     """Find one file's clips, by split, in which an object plays alone."""
     model = Model.load(model_dir)
     solos: dict[str, list[practice.Solo]] = {"train": [], "val": []}
-    for record in clips_from_table(shards.read_table(path)):
+    for record in clips_from_table(shards.read_table(path, without=without)):
         labels = model.config.labelling.decide(record.labels, record.image_logits)
         if record.split in solos and labels is not None and labels.any():
             solo = practice.find_solo(model.network, record, labels, quality)
@@ -143,13 +149,19 @@ def keep_mixtures(out: str, made: Mapping[str, list[practice.Practice]]) -> list
 
 
 def fit_context(
-    out: str, model: Model, practices: list[practice.Practice], files: list[str], epochs: int, seed: int
+    out: str,
+    model: Model,
+    practices: list[practice.Practice],
+    files: list[str],
+    epochs: int,
+    seed: int,
+    without: Set[str],
 ) -> tuple[Model, dict[str, float]]:
     """Train the context, and learn how far to believe sound and pictures, in one worker."""
     model.context, figures = practice.train_context(model.network, practices, epochs=epochs, seed=seed)
     mixtures = read_mixtures(out, VAL_MIXTURES_FILE) or practice.as_bags(practices)
     learned = evidence.fit_sound(training.object_shares(model.network, mixtures), mixtures.labels)
-    clips = bags.load_bags(files, model.config.labelling, "train")
+    clips = bags.load_bags(files, model.config.labelling, "train", without)
     if clips is not None:
         learned = evidence.fit_images(learned, training.object_shares(model.network, clips), clips.labels)
     model.config = replace(model.config, context=True, evidence=learned)
@@ -163,9 +175,11 @@ def remember_training(run: TrainingRun) -> ModelConfig:
     """Add to the model what it was trained on, and bases of training clips, with which new sounds are compared."""
     model = Model.load(run.model)
     files = run.files[:SOLO_FILES]
-    records = itertools.islice(training_records(files, model.config), _COMPARED_CLIPS)
+    records = itertools.islice(training_records(files, model.config, run.without), _COMPARED_CLIPS)
     model.familiarity = Familiarity.learn(bases_of(model, record) for record in records)
-    facts = {"clips": sum(run.counts), "sources": count_sources(files)}
+    facts = {"clips": sum(run.counts), "sources": count_sources(files, run.without)}
+    if run.without:
+        facts["without"] = len(run.without)
     model.config = replace(model.config, training=model.config.training | facts)
     model.save(run.model)
     return model.config

@@ -1,5 +1,6 @@
 """The audit of a real extraction: it finds every kind of planted damage, and nothing else."""
 
+import csv
 import hashlib
 import io
 import json
@@ -108,8 +109,12 @@ def test_a_whole_extraction_has_no_findings_and_true_counts(clips, capfd):
     for plot in ("cooccurrence.png", "distributions.png"):
         assert plot in text and (clips.parent / "audit" / plot).read_bytes().startswith(b"\x89PNG")
     assert {p.name for p in (clips.parent / "audit").iterdir()} == {
-        *("card.md", "card.json", "cooccurrence.png", "distributions.png")
+        *("card.md", "card.json", "cooccurrence.png", "distributions.png"),
+        *("still.csv", "stops.csv", "again.csv", "disagree.csv"),
     }
+    for kind, unknown in (("still", 11), ("stops", 0), ("again", 0), ("disagree", 11)):  # the starter has 25 bases
+        assert not any(card["suspects"][kind]["clips"].values())
+        assert sum(card["suspects"][kind]["unknown"].values()) == unknown
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -386,6 +391,10 @@ def test_planted_duplicates_across_splits_are_found_and_nothing_else(clips, tmp_
         ("source", frozenset(("part", "another-part"))),
     }
     assert len(card["duplicates"]) == 5
+    with (clips.parent / "audit" / "again.csv").open(newline="") as f:  # what is held out is kept
+        again = {row["segment_id"]: row["why"] for row in csv.DictReader(f)}
+    assert again["c0"] == "the same excerpt as copy (test)" and again["c2"].startswith("the same sound as quiet (val)")
+    assert set(again) == {"c0", "c2", "wrong", "early", "train-only"}
 
 
 def test_fingerprints_tell_the_same_sound_from_its_likes():
