@@ -35,7 +35,7 @@ from avsep import shards, stages, storage
 from avsep.extraction import Done
 from avsep.factors import DataConfig, ExtractionConfig
 from avsep.fetching import MediaStore, is_remote
-from avsep.model import Labelling, label_config
+from avsep.model import Labelling
 from avsep.records import (
     SEGMENT_SCHEMA,
     SPLITS,
@@ -102,12 +102,6 @@ class Export:
     def configuration(self) -> dict[str, Any]:
         """What decides the data files, but for the clips themselves."""
         return {"format": self.format, "layout": _LAYOUT, "clips": self.made_with.as_dict()}
-
-    @property
-    def labelling(self) -> Labelling:
-        """How labels follow from pictures where none were given: as in training."""
-        made_with = self.made_with
-        return Labelling(label_config(made_with.labeller, made_with.extraction.looks), made_with.vocabulary)
 
 
 @dataclass(frozen=True)
@@ -282,7 +276,7 @@ def _read_rows(job: Export, shard: str) -> dict[str, dict[str, Any]]:
     commit = shards.read_commit(storage.join(job.clips, "commits", f"{shard}.json"))
     assert commit.clips
     table = shards.read_table(storage.join(job.clips, commit.clips.path), [*_ROW, "image_logits"])
-    labelling, rows = job.labelling, table.select(_ROW).to_pylist()
+    labelling, rows = Labelling.of(job.made_with), table.select(_ROW).to_pylist()
     for row, logits in zip(rows, table.column("image_logits"), strict=True):
         if row["labels"] is None and (marks := labelling.decide(None, logits.values)) is not None:
             names = labelling.vocabulary.names

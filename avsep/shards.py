@@ -452,9 +452,22 @@ def clip_files(out: storage.AnyPath) -> list[str]:
 
 def read_table(path: str, columns: Sequence[str] | None = None) -> pa.Table:
     """Read one clip file, or some of its columns. Raises OSError, with the remedy, when it is missing or damaged."""
+    with _opened(path) as f:
+        return pq.read_table(f, columns=None if columns is None else list(columns))
+
+
+@contextlib.contextmanager
+def open_table(path: str) -> Iterator[pq.ParquetFile]:
+    """Open one clip file to read some of its row groups; OSError as `read_table`, also for what is read within."""
+    with _opened(path) as f:
+        yield pq.ParquetFile(f)
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[pa.NativeFile]:
     try:
         with storage.open_input(path) as f:
-            return pq.read_table(f, columns=None if columns is None else list(columns))
+            yield f
     except (OSError, pa.ArrowInvalid) as error:
         raise OSError(f"{path} is missing or damaged ({error}); pipelines.audit says what to do") from None
 
