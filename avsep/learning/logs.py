@@ -1,0 +1,57 @@
+"""A training's figures to TensorBoard."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from avsep import storage
+
+
+class TensorBoard:
+    """Write a training's rows, those of `history.json`, for TensorBoard: a scalar per figure, a step per row.
+
+    `train_loss` becomes `train/loss`, `val_map` `val/map`. A training that goes on gives its rows from the first one;
+    TensorBoard then shows these in place of what the folder has had from earlier trainings.
+
+    Args:
+        folder: a folder or URI. In an object store the file of events is written anew with every row.
+
+    Raises OSError where nothing can be written there.
+    """
+
+    def __init__(self, folder: storage.AnyPath) -> None:
+        from tensorboardX import SummaryWriter  # takes a second
+
+        self._folder = storage.resolve(os.fspath(folder), ".")
+        storage.make_directory(self._folder)
+        self._copied = tempfile.TemporaryDirectory() if storage.is_uri(self._folder) else None
+        self._here = self._copied.name if self._copied else self._folder
+        self._writer = SummaryWriter(self._here, purge_step=0)
+        self._n_rows = 0
+
+    def __call__(self, row: Mapping[str, Any]) -> None:
+        """Write one row; when it returns, the row can be read."""
+        for name, value in row.items():
+            if name == "epoch" or not isinstance(value, (int, float)):
+                continue
+            split, _, figure = name.partition("_")
+            tag = f"{split}/{figure}" if split in ("train", "val") else name
+            self._writer.add_scalar(tag, value, self._n_rows)
+        self._n_rows += 1
+        self._writer.flush()
+        self._copy()
+
+    def close(self) -> None:
+        """End the file."""
+        self._writer.close()
+        self._copy()
+        if self._copied:
+            self._copied.cleanup()
+
+    def _copy(self) -> None:
+        if self._copied:
+            for path in storage.list_files(self._here):
+                storage.write_bytes(storage.join(self._folder, storage.name(path)), storage.read_bytes(path))
