@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -58,10 +59,31 @@ def test_a_training_that_goes_on_replaces_what_was_shown(tmp_path: Path) -> None
         for row in ROWS:
             board(row | {"train_loss": loss})
         board.close()
-        for path in tmp_path.glob("events*"):  # files are told apart by their second
-            path.rename(tmp_path / f"events.out.tfevents.{1 if loss == 0.9 else 2}")
-            break
+        (path,) = tmp_path.glob("events.*.*.*.*")  # files are told apart by their second
+        path.rename(tmp_path / f"events.out.tfevents.{1 if loss == 0.9 else 2}")
     assert scalars(tmp_path)["train/loss"] == pytest.approx({0: 0.6, 1: 0.6})
+
+
+def test_every_row_is_given_once_as_it_comes(tmp_path: Path, capfd) -> None:
+    given: list[dict] = []
+
+    def broken(row: dict) -> None:
+        raise RuntimeError("no room")
+
+    def write_rows(n: int) -> None:
+        storage.write_text(str(tmp_path / "history.json"), json.dumps(rows[:n]))
+
+    rows = [{"pass": 1, "epoch": i, "train_loss": 1 / (i + 1), "seconds": 0.1} for i in range(3)]
+    write_rows(1)  # of before: this one goes on
+    with train.following(str(tmp_path), 3, [broken, given.append]):
+        deadline = time.monotonic() + 30
+        while not given and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert given == rows[:1]
+        write_rows(3)
+    assert given == rows
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "a log failed (RuntimeError('no room')) and gets no more rows; history.json has them all" in line
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +92,11 @@ def clips(tmp_path_factory) -> Path:
 
 
 def command(clips: Path, out: Path, *more: object) -> list[str]:
-    return [*map(str, ["--clips", clips, "--out", out, "--recipe", "audioset", "--in-process", *more])]
+    return [*map(str, ["--clips", clips, "--out", out, "--recipe", "paper", "--in-process", *more])]
 
 
-def test_training_gives_every_row_to_tensorboard_and_to_any_function(clips, tmp_path, monkeypatch, capfd) -> None:
+@pytest.mark.slow
+def test_training_gives_every_row_to_tensorboard_and_to_any_function(clips, tmp_path, monkeypatch) -> None:
     out, given = tmp_path / "run", []
     assert train.main(command(clips, out, "--epochs", 2, "--tensorboard", tmp_path / "board"), log=given.append) == 0
     rows = json.loads((out / "history.json").read_text())
@@ -81,15 +104,9 @@ def test_training_gives_every_row_to_tensorboard_and_to_any_function(clips, tmp_
     check(scalars(tmp_path / "board"), rows)
     monkeypatch.setenv("AVSEP_TENSORBOARD", str(tmp_path / "other"))
 
-    def broken(row: dict) -> None:
-        raise RuntimeError("no room")
-
-    capfd.readouterr()
-    assert train.main(command(clips, out, "--epochs", 3, "--resume"), log=broken) == 0
-    (line,) = capfd.readouterr().err.splitlines()
-    assert "a log failed (RuntimeError('no room')) and gets no more rows; history.json has them all" in line
+    assert train.main(command(clips, out, "--epochs", 3, "--resume"), log=given.append) == 0
     rows = json.loads((out / "history.json").read_text())
-    assert len(rows) == 3
+    assert len(rows) == 3 and given[2:] == rows  # those of before, too
     check(scalars(tmp_path / "other"), rows)
 
 
