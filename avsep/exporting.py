@@ -1,6 +1,7 @@
 """Clips' sound, pictures and labels for other people's models: WebDataset archives, or Parquet files for `datasets`.
 
     OUT/data/SPLIT-SHARD.tar      a shard's clips of one split; `.parquet` in the other format
+    OUT/croissant.json            the same card as Croissant, for machines
     OUT/README.md                 the dataset card: it is there once the export is whole
     OUT/rejections.parquet        a row per clip whose media can't be had any more
     OUT/_shards/                  what counts: commits with a row per exported clip, as `avsep.shards` writes them
@@ -11,6 +12,7 @@ follow from the clips, and with bytes that do: a task that was killed is done ag
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import io
 import json
@@ -31,7 +33,7 @@ import soundfile
 from numpy.typing import NDArray
 from PIL import Image
 
-from avsep import shards, stages, storage
+from avsep import croissant, shards, stages, storage
 from avsep.extraction import Done
 from avsep.factors import DataConfig, ExtractionConfig
 from avsep.fetching import MediaStore, is_remote
@@ -51,7 +53,7 @@ from avsep.work import Work
 FORMATS = {"webdataset": "tar", "parquet": "parquet"}  # and their files' suffix
 KINDS = ("exported", "rejections")  # of committed tables
 LOCK_FILE, STATUS_FILE = "export.lock", "status.json"
-CARD, REJECTIONS = "README.md", "rejections.parquet"
+CARD, CROISSANT, REJECTIONS = "README.md", "croissant.json", "rejections.parquet"
 _SHARDS, _DATA = "_shards", "data"
 _LAYOUT = 1  # goes up when data files are laid out differently
 _ROW_GROUP_BYTES = 32 << 20
@@ -412,8 +414,29 @@ def write_rejections(job: Export, state: shards.State) -> None:
 
 
 def write_card(job: Export, state: shards.State) -> None:
-    """Write the dataset card, whose header tells `datasets` which files are which split, and what is in them."""
-    storage.write_text(storage.join(job.out, CARD), card(job, read_exported(job, state), len(state.rejections)))
+    """Write the dataset card, whose header tells `datasets` which files are which split, and what is in them.
+
+    Croissant says the same to other programs.
+    """
+    exported = read_exported(job, state)
+    written = [i.mtime_ns for i in storage.infos(storage.join(job.root, "commits")) if i.mtime_ns]
+    published = datetime.datetime.fromtimestamp(max(written, default=0) / 1e9, datetime.UTC).date()  # the last commit's
+    described = as_croissant(job, exported, str(published))
+    storage.write_text(storage.join(job.out, CROISSANT), json.dumps(described, indent=1, ensure_ascii=False) + "\n")
+    storage.write_text(storage.join(job.out, CARD), card(job, exported, len(state.rejections)))
+
+
+def as_croissant(job: Export, exported: Sequence[Mapping[str, Any]], published: str) -> dict[str, Any]:
+    """Return the export's description as Croissant; `published` is a day, as 2026-01-31."""
+    return croissant.describe(
+        storage.name(job.out.rstrip("/")),
+        job.out if storage.is_uri(job.out) else "./",  # this machine's folders mean nothing elsewhere
+        published,
+        f"{len(exported):,} clips of video with sound, pictures and weak labels, written by pipelines.export. "
+        f"The objects are {', '.join(job.made_with.vocabulary.names)}.",
+        [(str(r["file"]), int(r["file_bytes"]), str(r["file_sha256"])) for r in exported],
+        SAMPLE_SCHEMA,
+    )
 
 
 def card(job: Export, exported: Sequence[Mapping[str, Any]], n_rejected: int) -> str:
@@ -447,7 +470,8 @@ def card(job: Export, exported: Sequence[Mapping[str, Any]], n_rejected: int) ->
   **`objects`** are those known to be audible; null where that isn't known.
 - **`segment_id`, `source`, `start_s`, `end_s`, `media_sha256`** say which excerpt of which file a clip is.
 - **Objects**: {", ".join(job.made_with.vocabulary.names)}.
-- **Licence**: that of each source; this export adds none. Enter it in the header before you publish.
+- **Licence**: that of each source; this export adds none. Enter it in the header, and in `{CROISSANT}` with the
+  creator, before you publish.
 """
     return "---\n" + "".join(f"{k}: {json.dumps(v)}\n" for k, v in header.items()) + f"---\n\n{body}"
 

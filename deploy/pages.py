@@ -89,6 +89,7 @@ WRITES: dict[str, dict[str, str]] = {
     "export": {
         "?data/*.tar": "`--format webdataset`: a shard's clips of one split: `KEY.flac`, `KEY.json`, `KEY.0.jpg` …",
         "?data/*.parquet": "`--format parquet`: the same, one row per clip, `audio` and `images` among its columns",
+        "croissant.json": "the same for other programs: Croissant 1.0, JSON-LD",
         "README.md": "the dataset card, which `datasets` reads; it is there once the export is whole",
         "rejections.parquet": "one row per clip that can't be exported, and why",
         "status.json": "where the run stands",

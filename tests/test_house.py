@@ -26,6 +26,7 @@ FLOORS = (
     "fetching vision shards work labelled manifest audioset datasets synthetic",
     "stages extraction learning",
     "files videos outputs stems separated evaluation protocols results results_report audit duplicates datacard",
+    "croissant",
     "service commands many exporting",
     "cli",
 )
