@@ -103,8 +103,8 @@ WRITES: dict[str, dict[str, str]] = {
 ELSEWHERE = {
     "extract": "Downloads go to `--media`: one file a segment, and `egress.json`, what each identity has spent.",
     "train": "`tensorboard --logdir DIR` shows what is in `--tensorboard DIR`; `pip install -e '.[tensorboard]'` "
-    "brings it.\nFrom Python, `train.main(arguments, log=function)` calls any function with each row of `history.json`, "
-    "a dict.",
+    "brings it.\nFrom Python, `train.main(arguments, log=function)` calls any function with each row of "
+    "`history.json`, a dict.",
     "serve": "Results go to the folder that `AVSEP_SERVE_RESULTS` names, else to a temporary one, for an hour.",
     "demo": "Every other program's output goes to folders of `--out`, and `report.html` shows the whole.",
 }
