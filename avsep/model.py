@@ -19,7 +19,7 @@ from avsep import storage
 from avsep.context import BasisContext
 from avsep.dictionary import BasisDictionary
 from avsep.evidence import Evidence
-from avsep.factors import ExtractionConfig
+from avsep.factors import DataConfig, ExtractionConfig
 from avsep.familiarity import Familiarity
 from avsep.miml import MIML, AnyMIML, MeanMIML
 from avsep.objects import AUDIOSET_23, CLASSES, N_IMAGENET_CLASSES, Vocabulary, weak_labels
@@ -152,6 +152,11 @@ class Labelling:
     config: LabelConfig
     vocabulary: Vocabulary
 
+    @classmethod
+    def of(cls, made_with: DataConfig) -> Labelling:
+        """Return how labels follow from the pictures of clips that were made with these settings, as in training."""
+        return cls(label_config(made_with.labeller, made_with.extraction.looks), made_with.vocabulary)
+
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """The ImageNet classes that show each object."""
@@ -171,8 +176,12 @@ class Labelling:
             return self.vocabulary.multi_hot(given)
         if image_logits is None:
             return None
+        return self.choose(self.scores_of(image_logits))
+
+    def scores_of(self, image_logits: Any) -> Tensor:
+        """Score each object in a clip's evidence as shards hold it, `(n_images · 1000,)` → `(L,)`."""
         logits = torch.from_numpy(np.array(image_logits, np.float32)).reshape(-1, N_IMAGENET_CLASSES)
-        return self.choose(self.scores(logits))
+        return self.scores(logits)
 
     def takes(self, marks: Tensor | None, split: str) -> bool:
         """Say whether a clip of such labels, boolean `(L,)`, is used; see `LabelConfig.takes`."""

@@ -456,14 +456,27 @@ def read_table(path: str, columns: Sequence[str] | None = None, without: Set[str
     Raises OSError, with the remedy, when it is missing or damaged.
     """
     needed = None if columns is None else [*columns, *({"segment_id"} - set(columns) if without else ())]
-    try:
-        with storage.open_input(path) as f:
-            table = pq.read_table(f, columns=needed)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise OSError(f"{path} is missing or damaged ({error}); pipelines.audit says what to do") from None
+    with _opened(path) as f:
+        table = pq.read_table(f, columns=needed)
     if without:
         table = table.filter([i not in without for i in table.column("segment_id").to_pylist()])
     return table if columns is None else table.select(list(columns))
+
+
+@contextlib.contextmanager
+def open_table(path: str) -> Iterator[pq.ParquetFile]:
+    """Open one clip file to read some of its row groups; OSError as `read_table`, also for what is read within."""
+    with _opened(path) as f:
+        yield pq.ParquetFile(f)
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[pa.NativeFile]:
+    try:
+        with storage.open_input(path) as f:
+            yield f
+    except (OSError, pa.ArrowInvalid) as error:
+        raise OSError(f"{path} is missing or damaged ({error}); pipelines.audit says what to do") from None
 
 
 def read_clips(out: storage.AnyPath, *, split: str | None = None) -> Iterator[ClipRecord]:

@@ -94,6 +94,7 @@ WRITES: dict[str, dict[str, str]] = {
         "?data/*.tar": "`--format webdataset`: a shard's clips of one split: `KEY.flac`, `KEY.json`, `KEY.0.jpg` …",
         "?data/*.parquet": "`--format parquet`: the same, one row per clip, `audio` and `images` among its columns",
         "README.md": "the dataset card, which `datasets` reads; it is there once the export is whole",
+        "croissant.json": "the same for other programs: Croissant 1.0, JSON-LD",
         "rejections.parquet": "one row per clip that can't be exported, and why",
         "status.json": "where the run stands",
         "_shards/commits/*.json": "what counts, as for `extract`",
@@ -105,9 +106,24 @@ WRITES: dict[str, dict[str, str]] = {
 }
 ELSEWHERE = {
     "extract": "Downloads go to `--media`: one file a segment, and `egress.json`, what each identity has spent.",
+    "train": "`tensorboard --logdir DIR` shows what is in `--tensorboard DIR`; `pip install -e '.[tensorboard]'` "
+    "brings it.\nFrom Python, `train.main(arguments, log=function)` calls any function with each row of "
+    "`history.json`, a dict.",
     "serve": "Results go to the folder that `AVSEP_SERVE_RESULTS` names, else to a temporary one, for an hour.",
     "demo": "Every other program's output goes to folders of `--out`, and `report.html` shows the whole.",
 }
+
+
+CLIPS_FOR_OTHERS = """A network of your own learns from clip records through torch:
+
+```python
+from avsep.learning import ClipDataset
+clips = ClipDataset("out/clips", "train")
+batches = torch.utils.data.DataLoader(clips, batch_size=64, shuffle=True, num_workers=2)
+```
+
+Each item is a dict of tensors: `help(ClipDataset)` gives names and shapes. Folders in an object store are read the same
+way. Sets that exceed memory take `sampler=GroupSampler(clips)` in place of `shuffle`."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> str:
@@ -172,6 +188,7 @@ Exit status: 0 done, 1 finished with a stated shortfall, 2 unusable arguments or
         "## Records",
         schema("Segment", records.Segment, records.SEGMENT_SCHEMA),
         schema("Clip record", records.ClipRecord, records.clip_schema(*ExtractionConfig().shape)),
+        CLIPS_FOR_OTHERS,
         schema("Result", many.Result, many.RESULT_SCHEMA),
         schema("Rejection", records.Rejection, records.REJECTION_SCHEMA),
         "`reason` is one of " + ", ".join(f"`{reason}`" for reason in records.Reason) + ".",

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
@@ -25,6 +26,7 @@ EXAMPLES = """examples:
   python -m pipelines.train --clips out/clips --out out/run --without out/audit/again.csv out/audit/still.csv
   python -m pipelines.train --clips out/clips --out out/run --resume
   python -m pipelines.train --clips out/clips --out out/run --replace
+  python -m pipelines.train --clips out/clips --out out/run --tensorboard out/board
 """
 
 
@@ -38,6 +40,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--epochs", type=int, help="instead of the recipe's")
     p.add_argument("--resume", action="store_true", help="go on from OUT's checkpoint")
     p.add_argument("--replace", action="store_true", help="train anew; OUT's last model is kept in OUT/previous")
+    board = "folder or URI: the epochs' figures for TensorBoard (default: what AVSEP_TENSORBOARD names, if anything)"
+    p.add_argument("--tensorboard", metavar="DIR", help=board)
     p.add_argument("--in-process", action="store_true", help="a plain loop without Ray")
     return p
 
@@ -50,6 +54,7 @@ from avsep import shards, storage, suspects
 from avsep.factors import DataConfig
 from avsep.learning import bags, steps
 from avsep.learning import run as runs
+from avsep.learning.logs import TensorBoard
 from avsep.learning.run import HISTORY_FILE, MIXTURES_FILE, VAL_MIXTURES_FILE, TrainingRun
 from avsep.model import (
     LABELLER_FILE,
@@ -61,9 +66,10 @@ from avsep.model import (
     versions,
 )
 from pipelines import console, recipes, runners, training_steps
-from pipelines.console import fail, say
+from pipelines.console import complain, fail, say
 from pipelines.training_workers import train_workers
 
+Log = Callable[[dict[str, Any]], None]  # takes a row of the history
 _READERS = 16  # files read at the same time to count their clips
 _FEW_CLIPS = 200
 _MADE = (  # in OUT, by a training; the model's configuration comes first
@@ -72,9 +78,10 @@ _MADE = (  # in OUT, by a training; the model's configuration comes first
 )  # fmt: skip
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Train, write the model, and draw its figures."""
-    console.absolute(arguments, "clips", "out")
+def run(arguments: argparse.Namespace, log: Log | None = None) -> int:
+    """Train, write the model, and draw its figures; `log` gets every row of the history."""
+    arguments.tensorboard = arguments.tensorboard or os.environ.get("AVSEP_TENSORBOARD") or None
+    console.absolute(arguments, "clips", "out", "tensorboard")
     console.keep_apart(arguments, "clips", writes=("model",))
     recipe = recipes.get(arguments.recipe)
     if arguments.epochs is not None and arguments.epochs < 1:
@@ -83,10 +90,13 @@ def run(arguments: argparse.Namespace) -> int:
     first = plan(arguments, recipe)
     storage.make_directory(out)
     with contextlib.ExitStack() as stack:
+        logs = [log] if log else []
+        if arguments.tensorboard:
+            logs.append(stack.enter_context(contextlib.closing(TensorBoard(arguments.tensorboard))))
         runner = stack.enter_context(runners.session(arguments.in_process))
         if not arguments.resume:
             console.put_aside(out, _MADE)
-        stack.enter_context(following(out, (2 if recipe.second_pass else 1) * first.training.epochs))
+        stack.enter_context(following(out, (2 if recipe.second_pass else 1) * first.training.epochs, logs))
         train(runner, first, recipe)
     say(f"train: {describe_training(steps.remember_training(first))}")
     labeller = storage.join(arguments.clips, LABELLER_FILE)
@@ -214,14 +224,19 @@ def fit(this_pass: TrainingRun, device: str) -> None:
 
 
 @contextlib.contextmanager
-def following(out: str, epochs: int) -> Iterator[None]:
-    """Print each epoch's figures as the workers write them, wherever those run."""
-    said, ended = 0, threading.Event()
+def following(out: str, epochs: int, logs: Sequence[Log] = ()) -> Iterator[None]:
+    """Print each epoch's figures as the workers write them, wherever those run.
+
+    The logs get every row of the history once, in order; of a resumed run those of before, too. One that raises is
+    told, and gets no more.
+    """
+    said, ended, standing = 0, threading.Event(), list(logs)
 
     def say_new() -> None:
         nonlocal said
         rows = runs.read_history(out)
         if (now := len(rows)) > said:
+            tell(standing, rows[said:])
             said = now
             row = rows[-1]
             keys = [k for k in ("val_loss", "val_map", "val_agreement", "val_assignment") if k in row]
@@ -245,9 +260,22 @@ def following(out: str, epochs: int) -> Iterator[None]:
         say_new()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command."""
-    return console.run(run, parser(), argv, "the same command with --resume goes on from the last epoch")
+def tell(logs: list[Log], rows: Sequence[dict[str, Any]]) -> None:
+    """Give the logs new rows, and take those out that raise: a training doesn't end for them."""
+    for log in tuple(logs):
+        try:
+            for row in rows:
+                log(dict(row))
+        except Exception as error:  # of whatever kind: it is somebody else's function
+            logs.remove(log)
+            complain(f"train: a log failed ({error!r}) and gets no more rows; {HISTORY_FILE} has them all")
+
+
+def main(argv: Sequence[str] | None = None, log: Log | None = None) -> int:
+    """Run the command; from Python, `log` is called with each row of the history: any function of a dict."""
+    return console.run(
+        functools.partial(run, log=log), parser(), argv, "the same command with --resume goes on from the last epoch"
+    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ FLOORS = (
     "fetching vision shards work labelled manifest audioset datasets synthetic",
     "stages extraction learning",
     "files videos outputs inputs stems separated evaluation protocols results results_report duplicates suspects "
-    "audit datacard",
+    "audit datacard croissant",
     "service commands many exporting",
     "cli",
 )
@@ -50,7 +50,10 @@ FLAGS = {
         "--in-process", "--profile", "--dry-run", "--media", "--until", "--rate", "--proxies", "--cookies",
     },
     "audit": {"--clips", "--out", "--model"},
-    "train": {"--clips", "--out", "--recipe", "--without", "--epochs", "--resume", "--replace", "--in-process"},
+    "train": {
+        "--clips", "--out", "--recipe", "--without", "--epochs", "--resume", "--replace", "--tensorboard",
+        "--in-process",
+    },
     "finetune": {
         "--segments", "--clips", "--model", "--out", "--targets", "--weights", "--architecture", "--epochs",
         "--media", "--replace", "--in-process",
