@@ -3,6 +3,10 @@
 The default recipe then mixes clips in which one object plays alone, learns on the mixtures which bases
 belong together, and trains the network a second time, on them too. After every epoch a checkpoint is
 written to OUT; a killed run goes on with --resume.
+
+With --start MODEL a trained model learns some tens of clips of one's own instead, in a minute or two, and keeps
+what it knew. Two halves of the clips judge it, each by the other's labels; where they show no gain, the model
+stays as it was, and that is said.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
 
+from avsep import starter
 from pipelines import RECIPES, arguments_of, begin
 
 EXAMPLES = """examples:
@@ -24,6 +29,7 @@ EXAMPLES = """examples:
   python -m pipelines.train --clips out/clips --out out/paper --recipe paper
   python -m pipelines.train --clips out/clips --out out/run --resume
   python -m pipelines.train --clips out/clips --out out/run --replace
+  python -m pipelines.train --clips out/clips --out out/mine --start starter
 """
 
 
@@ -33,7 +39,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--clips", required=True, help="what pipelines.extract wrote")
     p.add_argument("--out", required=True, help="folder or URI of the run; the model goes to OUT/model")
     p.add_argument("--recipe", default="default", choices=RECIPES, help="a run configuration")
-    p.add_argument("--epochs", type=int, help="instead of the recipe's")
+    p.add_argument(
+        "--start",
+        metavar="MODEL",
+        type=lambda text: starter.PATH if text == "starter" else text,
+        help="go on from a trained model: its folder, or the word starter for the one that comes with the package",
+    )
+    p.add_argument("--epochs", type=int, help="instead of the recipe's, or an adaptation's 8")
     p.add_argument("--resume", action="store_true", help="go on from OUT's checkpoint")
     p.add_argument("--replace", action="store_true", help="train anew; OUT's last model is kept in OUT/previous")
     p.add_argument("--in-process", action="store_true", help="a plain loop without Ray")
@@ -58,7 +70,7 @@ from avsep.model import (
     label_config,
     versions,
 )
-from pipelines import console, recipes, runners, training_steps
+from pipelines import adaptation, console, recipes, runners, training_steps
 from pipelines.console import fail, say
 from pipelines.training_workers import train_workers
 
@@ -66,17 +78,21 @@ _READERS = 16  # files read at the same time to count their clips
 _FEW_CLIPS = 200
 _MADE = (  # in OUT, by a training; the model's configuration comes first
     *(f"model/{f}" for f in MODEL_FILES), HISTORY_FILE, "checkpoint.pt", "checkpoint-2.pt", MIXTURES_FILE,
-    VAL_MIXTURES_FILE,
+    VAL_MIXTURES_FILE, *adaptation.HALVES,
 )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, write the model, and draw its figures."""
-    console.absolute(arguments, "clips", "out")
-    console.keep_apart(arguments, "clips", writes=("model",))
+    console.absolute(arguments, "clips", "out", "start")
+    console.keep_apart(arguments, "clips", "start", writes=("model",))
     recipe = recipes.get(arguments.recipe)
     if arguments.epochs is not None and arguments.epochs < 1:
         fail(f"--epochs {arguments.epochs}: at least one epoch is needed")
+    if arguments.resume and arguments.replace:
+        fail("--resume goes on with a training and --replace begins anew; give one of them")
+    if arguments.start:
+        return adapt(arguments)
     out = arguments.out
     first = plan(arguments, recipe)
     storage.make_directory(out)
@@ -95,6 +111,24 @@ def run(arguments: argparse.Namespace) -> int:
     return console.DONE
 
 
+def adapt(arguments: argparse.Namespace) -> int:
+    """Go on from a trained model."""
+    out, planned = arguments.out, adaptation.plan(arguments)
+    if arguments.resume:
+        adaptation.check_resumable(planned)
+    else:
+        check_free(out, arguments.replace)
+    storage.make_directory(out)
+    with runners.session(arguments.in_process) as runner:
+        if not arguments.resume:
+            console.put_aside(out, _MADE)
+        adaptation.adapt(runner, planned)
+    say(f"train: {describe_training(ModelConfig.read(planned.model))}")
+    steps.draw_figures(out, arguments.clips)
+    say(f"model in {planned.model}")
+    return console.DONE
+
+
 def plan(arguments: argparse.Namespace, recipe: recipes.Recipe) -> TrainingRun:
     """Describe the first pass from the clips and the recipe, and say what it learns from."""
     files = shards.clip_files(arguments.clips)
@@ -105,8 +139,6 @@ def plan(arguments: argparse.Namespace, recipe: recipes.Recipe) -> TrainingRun:
         "training": {k: v for k, v in asdict(recipe.training).items() if k != "epochs"},
     }
     if arguments.resume:
-        if arguments.replace:
-            fail("--resume goes on with a training and --replace begins anew; give one of them")
         check_resumable(arguments.out, settings)
     else:
         check_free(arguments.out, arguments.replace)

@@ -49,7 +49,7 @@ FLAGS = {
         "--in-process", "--profile", "--dry-run", "--media", "--until", "--rate", "--proxies", "--cookies",
     },
     "audit": {"--clips", "--out"},
-    "train": {"--clips", "--out", "--recipe", "--epochs", "--resume", "--replace", "--in-process"},
+    "train": {"--clips", "--out", "--recipe", "--start", "--epochs", "--resume", "--replace", "--in-process"},
     "finetune": {
         "--segments", "--clips", "--model", "--out", "--targets", "--weights", "--architecture", "--epochs",
         "--media", "--replace", "--in-process",
