@@ -114,7 +114,7 @@ def adapt(runner: runners.Runner, adaptation: Adaptation) -> None:
             say(f"train: half {half + 1} of 2 has judged what the other one taught")
         judgement = read_judgement(adaptation)
         say(
-            f"train: agreement with the labels of held-back clips: {judgement.before:.3f} before, "
+            f"train: agreement with held-back clips' labels, beyond chance: {judgement.before:.3f} before, "
             f"{judgement.after:.3f} after (gain ± {judgement.error:.3f}, {judgement.clips} clips)"
         )
     facts = {

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from avsep import evidence
 from avsep.learning import practice, steps, training
 from avsep.learning.bags import Bags, bags_from_file, load_bags, shuffled_batches
-from avsep.metrics import mean_average_precision
-from avsep.miml import MIML, AnyMIML, MeanMIML, basis_posteriors, energy_shares, partial_label_loss, target_loss
+from avsep.miml import MIML, AnyMIML, MeanMIML, basis_posteriors, partial_label_loss, target_loss
 from avsep.model import Labelling, Model, ModelConfig
 
 LEAST_CLIPS = 10  # with labels; fewer say nothing about whether an adaptation helps
@@ -181,27 +180,28 @@ def _warped(bases: Tensor, warp: float) -> Tensor:
 
 @torch.inference_mode()
 def agreements(network: AnyMIML, clips: Bags) -> Tensor:
-    """Say how well a network's hearing of each clip that has labels agrees with them, in [0, 1], `(n,)`.
+    """Say how well a network's hearing of each clip that has labels agrees with them, in [−1, 1], `(n,)`.
 
-    The mean of two figures: the share of energy (square root) in bases whose best object is a labelled one, and the
-    average precision of the labels among the objects by their share of the sound. Both look at order alone, so that
-    a network that is merely less sure gains nothing.
+    The share of energy (square root) in bases whose best object is a labelled one, less what the other clips' labels
+    would get: to have learned which objects are frequent counts for nothing. Below two such clips: none.
     """
     clips = clips.take(clips.labels.any(1).nonzero().flatten())
+    if len(clips) < 2:
+        return torch.zeros(0)
     relation = network.relation(clips.bases.float(), clips.valid, clips.statistics)
     weight = clips.basis_energy.sqrt() * clips.valid
-    best = clips.labels.gather(1, relation.argmax(1))
-    agree = (best * weight).sum(1) / weight.sum(1).clamp_min(1e-12)
-    shares = energy_shares(basis_posteriors(relation), clips.basis_energy)
-    ranked = [mean_average_precision(x[:, None], s[:, None]) for x, s in zip(clips.labels, shares, strict=True)]
-    return (agree + torch.tensor(ranked, dtype=agree.dtype).nan_to_num(1.0)) / 2
+    heard = torch.zeros(clips.labels.shape).scatter_add_(1, relation.argmax(1), weight)  # (n, L), of its best bases
+    heard = heard / weight.sum(1, keepdim=True).clamp_min(1e-12)
+    agree = heard @ clips.labels.float().T  # (n, n): each clip with each one's labels
+    own = agree.diag()
+    return own - (agree.sum(1) - own) / (len(clips) - 1)
 
 
 @dataclass(frozen=True)
 class Judgement:
     """What held-back clips say of an adaptation."""
 
-    before: float  # mean agreement of the start
+    before: float  # mean agreement of the start, beyond chance
     after: float  # of the adapted networks
     error: float  # standard error of the gain
     clips: int
