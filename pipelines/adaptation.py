@@ -175,4 +175,4 @@ def write_model(adaptation: Adaptation, facts: dict[str, Any]) -> str:
             f"the start is kept as it was: {facts['clips']} clips with labels can't show whether an adaptation helps; "
             f"{adapting.LEAST_CLIPS} are needed, by --labeller or in the table"
         )
-    return "the start is kept as it was: held-back clips show no gain beyond its standard error"
+    return "the start is kept as it was: held-back clips show no gain beyond twice its standard error"

@@ -36,9 +36,9 @@ class AdaptingConfig:
 
     epochs: int = 8
     batch_size: int = 8  # clips
-    learning_rate: float = 5e-4  # the highest, of one cycle
+    learning_rate: float = 1e-3  # the highest, of one cycle
     warp: float = 0.06  # bases are stretched in frequency by up to this share, either way
-    keep: float = 2.0  # weight of answering as the start does to invented bases
+    keep: float = 4.0  # weight of answering as the start does to invented bases
     n_invented: int = 2000
     invented_a_step: int = 200
     seed: int = 0
@@ -208,8 +208,8 @@ class Judgement:
 
     @property
     def better(self) -> bool:
-        """Whether the gain is beyond its standard error."""
-        return self.clips >= LEAST_CLIPS and self.after - self.before > self.error
+        """Whether the gain is beyond twice its standard error."""
+        return self.clips >= LEAST_CLIPS and self.after - self.before > 2 * self.error
 
     @classmethod
     def of(cls, before: Sequence[float], after: Sequence[float]) -> Judgement:
