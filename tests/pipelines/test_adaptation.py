@@ -86,7 +86,7 @@ def altered(folder: Path, **changes: object) -> str:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("bases", ["n_bases 25", "n_bases 30".split()[1], "extract the clips again"]),
+        ("bases", ["n_bases 25", "with 30", "extract the clips again"]),
         ("hop", ["hop_length 2400", "hop_length 1200"]),
         ("objects", ["22 objects", "23 objects"]),
         ("published", ["recipe 'paper'", "can't be adapted"]),
