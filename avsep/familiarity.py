@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import safetensors.torch
 import torch
@@ -61,6 +61,15 @@ class Familiarity:
             return None
         spread = torch.tensor(distances).quantile(torch.tensor([0.5, 0.95]))
         return cls(scaled.half(), mean, deviation, spread)
+
+    def with_clips(self, clips: Iterable[tuple[Tensor, Tensor]]) -> Familiarity:
+        """Return it with the audible bases of more clips, each `W (F, M)` and `H (M, N)`; the scales stay."""
+        added = [self.features]
+        for W, H in clips:
+            amplitude = _amplitude(W, H)
+            own = _features(W, H)[amplitude > _AUDIBLE * amplitude.sum()]
+            added.append(((own - self.mean) / self.deviation).half())
+        return replace(self, features=torch.cat(added))
 
     def distance(self, W: Tensor, H: Tensor) -> Tensor:
         """Return the distance of each basis to those of training, `(F, M)` and `(M, N)` → `(M,)`."""

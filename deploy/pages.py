@@ -52,6 +52,7 @@ WRITES: dict[str, dict[str, str]] = {
         **MODEL,
         "checkpoint.pt": "state after the latest epoch, for `--resume`; `checkpoint-2.pt` is the second pass's",
         "?checkpoint-2.pt": "",
+        "?adapting-*.json": "with `--start`, for `--resume`: what each half of the clips says of what the other taught",
         "history.json": "figures, a row an epoch",
         "?practice*.pt": "practice mixtures",
         "loss.png": "loss curves",

@@ -21,6 +21,7 @@ INPUTS = {
     "segments": ("", "give a table (.csv, .parquet), or the folder that pipelines.manifest wrote"),
     "clips": ("commits", "give the folder that pipelines.extract wrote"),
     "model": ("config.json", "give the model folder that pipelines.train wrote"),
+    "start": ("config.json", "give a model folder that pipelines.train wrote, or the word starter"),
     "paper_model": ("config.json", "give a model folder that pipelines.train --recipe paper wrote"),
     "references": ("", "give the folder of SEGMENT_ID/OBJECT.flac"),
     "weights": ("", "give a .pth or .safetensors file of the picture network"),

@@ -3,6 +3,10 @@
 The default recipe then mixes clips in which one object plays alone, learns on the mixtures which bases
 belong together, and trains the network a second time, on them too. After every epoch a checkpoint is
 written to OUT; a killed run goes on with --resume.
+
+With --start MODEL a trained model learns some tens of clips of one's own instead, in a minute or two, and keeps
+what it knew. Two halves of the clips judge it, each by the other's labels; where they show no gain, the model
+stays as it was, and that is said.
 """
 
 from __future__ import annotations
@@ -12,12 +16,12 @@ import contextlib
 import functools
 import os
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
 
+from avsep import starter
 from pipelines import RECIPES, WITHOUT, arguments_of, begin
 
 EXAMPLES = """examples:
@@ -27,6 +31,7 @@ EXAMPLES = """examples:
   python -m pipelines.train --clips out/clips --out out/run --resume
   python -m pipelines.train --clips out/clips --out out/run --replace
   python -m pipelines.train --clips out/clips --out out/run --tensorboard out/board
+  python -m pipelines.train --clips out/clips --out out/mine --start starter
 """
 
 
@@ -37,7 +42,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", required=True, help="folder or URI of the run; the model goes to OUT/model")
     p.add_argument("--recipe", default="default", choices=RECIPES, help="a run configuration")
     p.add_argument("--without", nargs="+", action="extend", default=[], metavar="LIST", help=WITHOUT)
-    p.add_argument("--epochs", type=int, help="instead of the recipe's")
+    p.add_argument(
+        "--start",
+        metavar="MODEL",
+        type=lambda text: starter.PATH if text == "starter" else text,
+        help="go on from a trained model: its folder, or the word starter for the one that comes with the package",
+    )
+    p.add_argument("--epochs", type=int, help="instead of the recipe's, or an adaptation's 8")
     p.add_argument("--resume", action="store_true", help="go on from OUT's checkpoint")
     p.add_argument("--replace", action="store_true", help="train anew; OUT's last model is kept in OUT/previous")
     board = "folder or URI: the epochs' figures for TensorBoard (default: what AVSEP_TENSORBOARD names, if anything)"
@@ -65,27 +76,34 @@ from avsep.model import (
     label_config,
     versions,
 )
-from pipelines import console, recipes, runners, training_steps
-from pipelines.console import complain, fail, say
+from pipelines import adaptation, console, recipes, runners, training_steps
+from pipelines.console import fail, say
+from pipelines.epochs import Log, following
 from pipelines.training_workers import train_workers
 
-Log = Callable[[dict[str, Any]], None]  # takes a row of the history
 _READERS = 16  # files read at the same time to count their clips
 _FEW_CLIPS = 200
 _MADE = (  # in OUT, by a training; the model's configuration comes first
     *(f"model/{f}" for f in MODEL_FILES), HISTORY_FILE, "checkpoint.pt", "checkpoint-2.pt", MIXTURES_FILE,
-    VAL_MIXTURES_FILE,
+    VAL_MIXTURES_FILE, *adaptation.HALVES,
 )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace, log: Log | None = None) -> int:
     """Train, write the model, and draw its figures; `log` gets every row of the history."""
-    arguments.tensorboard = arguments.tensorboard or os.environ.get("AVSEP_TENSORBOARD") or None
-    console.absolute(arguments, "clips", "out", "tensorboard")
-    console.keep_apart(arguments, "clips", writes=("model",))
+    if not arguments.start:
+        arguments.tensorboard = arguments.tensorboard or os.environ.get("AVSEP_TENSORBOARD") or None
+    console.absolute(arguments, "clips", "out", "start", "tensorboard")
+    console.keep_apart(arguments, "clips", "start", writes=("model",))
     recipe = recipes.get(arguments.recipe)
     if arguments.epochs is not None and arguments.epochs < 1:
         fail(f"--epochs {arguments.epochs}: at least one epoch is needed")
+    if arguments.resume and arguments.replace:
+        fail("--resume goes on with a training and --replace begins anew; give one of them")
+    if arguments.start:
+        if arguments.tensorboard or log:
+            fail("--tensorboard: an adaptation has no such figures; leave it out with --start")
+        return adapt(arguments)
     out = arguments.out
     first = plan(arguments, recipe)
     storage.make_directory(out)
@@ -107,6 +125,24 @@ def run(arguments: argparse.Namespace, log: Log | None = None) -> int:
     return console.DONE
 
 
+def adapt(arguments: argparse.Namespace) -> int:
+    """Go on from a trained model."""
+    out, planned = arguments.out, adaptation.plan(arguments)
+    if arguments.resume:
+        adaptation.check_resumable(planned)
+    else:
+        check_free(out, arguments.replace)
+    storage.make_directory(out)
+    with runners.session(arguments.in_process) as runner:
+        if not arguments.resume:
+            console.put_aside(out, _MADE)
+        adaptation.adapt(runner, planned)
+    say(f"train: {describe_training(ModelConfig.read(planned.model))}")
+    steps.draw_figures(out, arguments.clips)
+    say(f"model in {planned.model}")
+    return console.DONE
+
+
 def plan(arguments: argparse.Namespace, recipe: recipes.Recipe) -> TrainingRun:
     """Describe the first pass from the clips and the recipe, and say what it learns from."""
     files = shards.clip_files(arguments.clips)
@@ -120,8 +156,6 @@ def plan(arguments: argparse.Namespace, recipe: recipes.Recipe) -> TrainingRun:
     if without:
         settings["without"] = shards.configuration_digest({"without": sorted(without)})
     if arguments.resume:
-        if arguments.replace:
-            fail("--resume goes on with a training and --replace begins anew; give one of them")
         check_resumable(arguments.out, settings)
     else:
         check_free(arguments.out, arguments.replace)
@@ -221,54 +255,6 @@ def fit(this_pass: TrainingRun, device: str) -> None:
     import ray.train
 
     runs.fit(this_pass, device, ray.train.report)
-
-
-@contextlib.contextmanager
-def following(out: str, epochs: int, logs: Sequence[Log] = ()) -> Iterator[None]:
-    """Print each epoch's figures as the workers write them, wherever those run.
-
-    The logs get every row of the history once, in order; of a resumed run those of before, too. One that raises is
-    told, and gets no more.
-    """
-    said, ended, standing = 0, threading.Event(), list(logs)
-
-    def say_new() -> None:
-        nonlocal said
-        rows = runs.read_history(out)
-        if (now := len(rows)) > said:
-            tell(standing, rows[said:])
-            said = now
-            row = rows[-1]
-            keys = [k for k in ("val_loss", "val_map", "val_agreement", "val_assignment") if k in row]
-            figures = ", ".join(f"{k.removeprefix('val_')} {row[k]:.3f}" for k in keys)
-            seconds = sum(r["seconds"] for r in rows) / now
-            tail = f"; validation {figures}" if figures else ""
-            left = f"{(epochs - now) * seconds:.0f} s left"
-            say(f"train: epoch {now}/{epochs}, loss {row['train_loss']:.3f}{tail}; {seconds:.1f} s an epoch, {left}")
-
-    def watch() -> None:
-        while not ended.wait(2.0):
-            say_new()
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        say_new()
-
-
-def tell(logs: list[Log], rows: Sequence[dict[str, Any]]) -> None:
-    """Give the logs new rows, and take those out that raise: a training doesn't end for them."""
-    for log in tuple(logs):
-        try:
-            for row in rows:
-                log(dict(row))
-        except Exception as error:  # of whatever kind: it is somebody else's function
-            logs.remove(log)
-            complain(f"train: a log failed ({error!r}) and gets no more rows; {HISTORY_FILE} has them all")
 
 
 def main(argv: Sequence[str] | None = None, log: Log | None = None) -> int:

@@ -51,8 +51,8 @@ FLAGS = {
     },
     "audit": {"--clips", "--out", "--model"},
     "train": {
-        "--clips", "--out", "--recipe", "--without", "--epochs", "--resume", "--replace", "--tensorboard",
-        "--in-process",
+        "--clips", "--out", "--recipe", "--start", "--without", "--epochs", "--resume", "--replace",
+        "--tensorboard", "--in-process",
     },
     "finetune": {
         "--segments", "--clips", "--model", "--out", "--targets", "--weights", "--architecture", "--epochs",

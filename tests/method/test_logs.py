@@ -10,6 +10,7 @@ import pytest
 from avsep import storage
 from avsep.learning.logs import TensorBoard
 from pipelines import train
+from pipelines.epochs import following
 from tests.support.clips import records, write
 from tests.support.uris import everything
 
@@ -75,7 +76,7 @@ def test_every_row_is_given_once_as_it_comes(tmp_path: Path, capfd) -> None:
 
     rows = [{"pass": 1, "epoch": i, "train_loss": 1 / (i + 1), "seconds": 0.1} for i in range(3)]
     write_rows(1)  # of before: this one goes on
-    with train.following(str(tmp_path), 3, [broken, given.append]):
+    with following(str(tmp_path), 3, [broken, given.append]):
         deadline = time.monotonic() + 30
         while not given and time.monotonic() < deadline:
             time.sleep(0.05)
