@@ -110,7 +110,7 @@ class SeparationConfig:
     n_iter: int = 100  # updates of the activations of learned bases
     silent_share: float = 0.02  # an object is silent below this share of the sound, unless it was named
     least_share: float = 0.3  # of an equal part of the sound: what each object that was named gets at least
-    most_rest: float = 1.0  # of an equal part, too: the rest's at most, beside several named objects that are doubted
+    most_rest: float = 1.0  # of an equal part, too: the rest's at most, beside several objects that are doubted
     least_confidence: float = 0.5  # of objects that nobody names: below it a seen one is silent, an unseen one absent
     window_s: float = 10.0
     overlap_s: float = 1.0

@@ -33,6 +33,14 @@ _FAINT = 1e-3  # of the loudest window: what a fainter one seems to hold doesn't
 _SURE = 0.99  # confidence from which a named object needs no least share
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """What objects get of a window's energy at least, `(J,)`, and the rest at most."""
+
+    least: Tensor | None
+    most_rest: float
+
+
 class Separator:
     """Separate sounds with a trained model.
 
@@ -115,20 +123,18 @@ class Separator:
         return self._factorize([waveform.numpy()] * len(seeds), list(seeds)).result()
 
     @torch.inference_mode()
-    def shares(self, window: Window, objects: Sequence[int], least: Tensor | None = None) -> Tensor:
+    def shares(self, window: Window, objects: Sequence[int], bounds: Bounds | None = None) -> Tensor:
         """Say how much of each basis goes to each object and, last, to the rest, `(J + 1, M)`.
 
         Where the model has learned how a clip's bases belong together, they vote among the
         objects that are there and the rest; else each is taken by itself (`basis_shares`).
-        `least` is what each object gets of the energy at least, `(J,)`: the model isn't sure of them. What it takes
-        for something else may then be one of them, so the rest of several objects is bounded, too.
+        `bounds` are kept whatever the votes say.
         """
         shares, energy = self._votes(window, objects), window.factors.basis_energy
-        if least is None:
+        if bounds is None:
             return shares
-        if len(objects) > 1:  # a single object is named to be taken out of something else
-            shares = rest_at_most(shares, energy, self.config.most_rest / (len(objects) + 1))
-        return at_least(shares, energy, least)
+        shares = rest_at_most(shares, energy, bounds.most_rest)
+        return shares if bounds.least is None else at_least(shares, energy, bounds.least)
 
     def _votes(self, window: Window, objects: Sequence[int]) -> Tensor:
         context = self.model.context
@@ -145,10 +151,10 @@ class Separator:
         return refined[[*index, -1]] ** self.config.posterior_power
 
     @torch.inference_mode()
-    def masks(self, waveform: Tensor, window: Window, objects: Sequence[int], least: Tensor | None = None) -> Tensor:
+    def masks(self, waveform: Tensor, window: Window, objects: Sequence[int], bounds: Bounds | None = None) -> Tensor:
         """Return the objects' masks and, last, the rest's, `(J + 1, F, N)` of `mask_stft`, summing to one."""
         W, H = window.factors.W, window.factors.H
-        shares = self.shares(window, objects, least)
+        shares = self.shares(window, objects, bounds)
         own = learned = None
         if self.config.bases != "learned":
             if self.config.assignment == "threshold":
@@ -388,7 +394,7 @@ class Plan:
             **vars(window),
             objects=separator.objects,
             audible=tuple(separator.objects[i] for i in indices),
-            shares=separator.shares(window, indices, self._least(window, indices)),
+            shares=separator.shares(window, indices, self._bounds(indices)),
             stft=separator.stft,
             n_samples=end - start,
         )
@@ -400,15 +406,18 @@ class Plan:
             return self.believe(shares) >= config.least_confidence
         return (shares >= config.silent_share) | self.unheard
 
-    def _least(self, window: Window, objects: Sequence[int]) -> Tensor | None:
-        """Return what objects that were named get of a window's energy at least, `(J,)`; None where nobody named any.
+    def _bounds(self, objects: Sequence[int]) -> Bounds | None:
+        """Say what objects, and the rest beside them, get of any window's energy; None where the votes decide alone.
 
-        Where the model is sure of all of them it goes by what it hears; else an object that it takes for another
-        would be left with nothing.
+        They do where the model is sure of all. Else an object that it takes for another would be left with nothing, if
+        it was named; and of several objects the rest may hold a part. A single one is there to be taken out of
+        something else.
         """
-        if not self.named or not objects or float(self.sure[list(objects)].min()) >= _SURE:
+        config, own = self.separator.config, self.sure[list(objects)]
+        if not objects or float(own.min()) >= _SURE or not (self.named or self.doubted):
             return None
-        return torch.full((len(objects),), self.separator.config.least_share / len(objects))
+        least = torch.full((len(objects),), config.least_share / len(objects)) if self.named else None
+        return Bounds(least, config.most_rest / (len(objects) + 1) if len(objects) > 1 else 1.0)
 
     def render(self, blocks: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
         """Yield the estimates and, last, the rest, `(J + 1, …)`, of the same sound in order.
@@ -452,7 +461,7 @@ class Plan:
         shares[-1] = 1
         if rows:
             index = [self.indices[k] for k in rows]
-            shares[[*rows, -1]] = self.separator.shares(analysed, index, self._least(analysed, index))
+            shares[[*rows, -1]] = self.separator.shares(analysed, index, self._bounds(index))
         return shares
 
     def _part(self, window: NDArray[np.float32], analysed: Window) -> NDArray[np.float32]:
@@ -462,7 +471,7 @@ class Plan:
         if rows:
             index = [self.indices[k] for k in rows]
             waveform = windows.padded(window, self.separator.stft)
-            masks = self.separator.masks(waveform, analysed, index, self._least(analysed, index))
+            masks = self.separator.masks(waveform, analysed, index, self._bounds(index))
             parts = separate(waveform, masks[:-1], self.separator.mask_stft)
             estimates[rows] = parts.numpy()[:, : len(window)]
         estimates[-1] = window - estimates.sum(0)

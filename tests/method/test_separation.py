@@ -265,6 +265,11 @@ def test_several_named_objects_that_are_doubted_leave_the_rest_an_equal_part(nam
 
     assert rest(["dog"]) > 0.4  # a single one: the violin is the rest, whole
     assert rest(named) < at_most + 0.02
+    trained.config = replace(trained.config, evidence=Evidence(0.1, 1.0))  # it is a little sure of whatever is seen
+    decided = separator.plan(both, seen=named)
+    assert decided.silent == ()
+    window = decided.first_window
+    assert float(decided.shares_in(window)[-1] @ window.factors.basis_energy) < at_most + 0.02
 
 
 def test_what_no_named_object_explains_goes_to_the_rest() -> None:
