@@ -3,5 +3,5 @@
 # What pipelines may import of pipelines.
 SHARED = {
     *("recipes", "console", "progress", "cluster", "actors", "runners", "downloads", "devices", "shardtasks"),
-    *("training_steps", "training_workers", "adaptation"),
+    *("training_steps", "training_workers", "adaptation", "epochs"),
 }
