@@ -1,7 +1,7 @@
 """Learn what objects sound like by watching unlabelled video, and separate a video's sound into its objects.
 
-Axes, everywhere: B clips, S samples, F frequency bins, N STFT frames, M bases of a clip, L objects,
-K sub-concepts of an object, J sources in a mixture, C classes (the L objects, then noise).
+Axes of signals, everywhere: B clips, S samples, F frequency bins, N STFT frames, M bases of a clip. Axes of meaning:
+L objects, K sub-concepts of an object, J sources in a mixture, C classes (the L objects, then noise).
 
     import avsep
     s = avsep.separate_file("duet.mp4")

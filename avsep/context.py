@@ -83,9 +83,8 @@ def _rest(posteriors: Tensor, present: Tensor) -> Tensor:
 def pair_features(bases: Tensor, activations: Tensor, basis_energy: Tensor) -> Tensor:
     """Describe how each two bases of a clip relate, `(B, M, M, 9)`.
 
-    Correlations over time of their levels, onsets, smoothed onsets and ends, of one's ends
-    with the other's onsets, and cosines of spectra, of cepstra and of levels; last the energy of
-    the second.
+    First correlations over time: of their levels, onsets, smoothed onsets and ends, and of one's ends with the
+    other's onsets. Then cosines: of spectra, of cepstra and of levels. Last the energy of the second.
 
     Args:
         bases: `(B, M, F)`, maximum one. activations: `(B, M, N)`. basis_energy: `(B, M)`.

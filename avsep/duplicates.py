@@ -66,8 +66,8 @@ def frame_s(stft: STFT) -> float:
 def fingerprint(record: ClipRecord, seconds_a_frame: float) -> NDArray[np.int8] | None:
     """Draw a clip's sound coarsely: log energy in 12 bands every 0.2 s of its first 10 s, `(600,)` int8.
 
-    Neither gain nor coding nor NMF's random start change it much, since it comes from the product
-    of bases and activations and is measured against its own loudest band, then against its means.
+    It comes from the product of bases and activations, against its own loudest band and then against its means. So
+    neither gain nor coding nor NMF's random start change it much.
     None for clips under 3 s, and for those in which nothing happens: they are alike without being the same.
     """
     if record.duration_s < _SHORTEST_S or seconds_a_frame > _FRAME_S:

@@ -21,9 +21,9 @@ _FEW = 100  # clips, of which a first network has learned too little to judge th
 class Evidence:
     """Turn an object's share of the sound, and whether the pictures show it, into a probability that it sounds.
 
-    The share alone gives `logit p = slope · log share + offset`; a picture that shows the object, or
-    doesn't, multiplies the odds by how much likelier that is when the object sounds than when it is
-    silent (naive Bayes). The default figures come from recorded duets and trios.
+    The share alone gives `logit p = slope · log share + offset`. A picture shows the object, or doesn't: the odds are
+    multiplied by how much likelier that is when it sounds than when it is silent (naive Bayes). The default figures
+    come from recorded duets and trios.
 
     Where `picture_slope` isn't zero, pictures count by how surely they show an object: its score's log-odds add
     `picture_slope · logit score + picture_offset`. A doubtful picture then tips the scale for what sounds clearly.

@@ -6,8 +6,8 @@
     OUT/rejections.parquet        a row per clip whose media can't be had any more
     OUT/_shards/                  what counts: commits with a row per exported clip, as `avsep.shards` writes them
 
-One commit of the clips is one task and one commit of the export. Its data files are written first, under names that
-follow from the clips, and with bytes that do: a task that was killed is done again, and writes the same files.
+One commit of the clips is one task and one commit of the export. Its data files are written first. Their names and
+bytes follow from the clips: a task that was killed is done again, and writes the same files.
 """
 
 from __future__ import annotations

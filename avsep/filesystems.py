@@ -48,12 +48,12 @@ def is_opaque(path: AnyPath) -> bool:
 def filesystem(path: AnyPath) -> tuple[pafs.FileSystem, str]:
     """Open the file system of a local path or URI: pyarrow's own, else fsspec's.
 
-    S3 is set up by the environment variables that other tools read: `AWS_ACCESS_KEY_ID`,
-    `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, `AWS_PROFILE`, `AWS_REGION` or
-    `AWS_DEFAULT_REGION`, `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL`; Google's store by its
-    Application Default Credentials, or by `STORAGE_EMULATOR_HOST` for an emulator, without
-    credentials. What follows the bucket is the key as it stands. Raises ValueError for a scheme
-    that nobody knows, and for credentials in a URI; PermissionError without Google's credentials.
+    S3 is set up by the environment variables that other tools read. `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`,
+    `AWS_SESSION_TOKEN` and `AWS_PROFILE` say who asks. `AWS_REGION` or `AWS_DEFAULT_REGION`, and
+    `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL`, say where. Google's store takes its Application Default Credentials,
+    or `STORAGE_EMULATOR_HOST` for an emulator, without credentials. What follows the bucket is the key as it stands.
+    Raises ValueError for a scheme that nobody knows, and for credentials in a URI; PermissionError without Google's
+    credentials.
     """
     import fsspec
     import pyarrow as pa

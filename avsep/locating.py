@@ -1,8 +1,8 @@
 """Where objects are in pictures: class activation maps of the network that names them.
 
-A network that ends in global average pooling and a linear layer says for each cell of its last feature maps how much
-that cell speaks for a class (Zhou et al. 2016, Learning deep features for discriminative localization). Two of the
-same object share a map.
+Some networks end in global average pooling and a linear layer. Such a one says for each cell of its last feature maps
+how much that cell speaks for a class. Two of the same object share a map. The source is Zhou et al. 2016, Learning deep
+features for discriminative localization.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def whole_maps(images: NDArray[np.uint8], views: Views, cells: Tensor) -> Tensor
     """Join the views' cells, `(k, L, h', w')`, into maps of whole pictures, `(n, L, h, w)` in [0, 1].
 
     Where several views show a part of a picture it is their mean. Each picture has few views of its own, and objects
-    stay for seconds: what was seen in pictures before and after of the same scene counts, too, the less the farther.
+    stay for seconds. So what was seen before and after in the same scene counts, too, the less the farther.
     A map's maximum is the object's probability in the view that is surest of it; a part that no view shows is 0.
     """
     n, height, width = images.shape[:3]

@@ -1,12 +1,14 @@
 """One driver at a time: a lock file that a crash doesn't leave behind for good, on any storage.
 
-The holder rewrites the file every few seconds. A file that stays the same for `STALE_S`, as seen by
-whoever wants it, so that no two clocks are compared, belongs to a dead holder; one whose process on this
-very machine is gone does so at once. S3 and Google's store write only where the file is still as it was read,
-in one step: of any number one gets the lock, and nobody loses it but who seemed dead. Local files are so created.
-Elsewhere, in stores that ignore the condition, and where a dead holder's local file is replaced, whoever wrote waits,
-and looks whose name stands. In such a store two that start within the same second may both go on, until the first of
-them finds, at its next beat, that the other's name stands, and stops.
+The holder rewrites the file every few seconds. A file that stays the same for `STALE_S` belongs to a dead holder.
+Whoever wants the lock measures that, so no two clocks are compared. A holder whose process on this very machine is gone
+is dead at once.
+
+S3 and Google's store write only where the file is still as it was read, in one step. So of any number one gets the
+lock, and nobody loses it but who seemed dead. Local files are created that way, too. Other cases are stores that ignore
+the condition, and a dead holder's local file. There whoever wrote waits, and looks whose name stands. In such a store
+two that start within the same second may both go on. The first of them stops at its next beat, where it finds the
+other's name.
 """
 
 from __future__ import annotations

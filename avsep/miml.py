@@ -18,9 +18,9 @@ _STATISTICS_HIDDEN, _STATISTICS_NOISE = 64, 0.1
 class MIML(nn.Module):
     """Map a clip's bag of bases to a basis–object relation map and to clip scores.
 
-    A shared layer per basis (F → hidden, batch norm, ReLU), then hidden → K·L; the maximum over
-    the K sub-concepts gives the relation map, the maximum over the bases the clip's scores (Gao,
-    Feris and Grauman 2018, section 4.2). With the default options this is the published
+    A shared layer per basis (F → hidden, batch norm, ReLU), then hidden → K·L. The maximum over the K sub-concepts
+    gives the relation map, the maximum over the bases the clip's scores. The source is Gao, Feris and Grauman 2018,
+    section 4.2. With the default options this is the published
     network. Every basis is scaled to maximum one on entry, so its level means nothing.
 
     Args:
@@ -169,9 +169,9 @@ def _log_bands(n_bins: int) -> Tensor:
 def activation_statistics(activations: Tensor) -> Tensor:
     """Describe how each basis moves over time, `(B, M, N)` → `(B, M, 15)`; its level means nothing.
 
-    Of the root of the activations, maximum one: mean and deviation, how long above 10 and 50 %,
-    the largest rise and fall and the roots of their sums of squares, the autocorrelation at 1, 2,
-    4 and 8 frames; of their logarithm, while it sounds: mean fall and rise, and how often steady.
+    Eight are of the root of the activations, maximum one. They are the mean and deviation, how long it is above 10 and
+    50 %, the largest rise and fall and the roots of their sums of squares. Four are its autocorrelations: at 1, 2, 4 and
+    8 frames. Three are of the logarithm, while it sounds: mean fall and rise, and how often it is steady.
     """
     h = activations / activations.amax(2, keepdim=True).clamp_min(1e-12)
     level = h.sqrt()

@@ -108,8 +108,8 @@ def default_shard_size(n_segments: int) -> int:
 def plan(segments: Sequence[Segment], shard_size: int | None = None) -> list[Shard]:
     """Divide segments into shards; which is where follows from the segments alone.
 
-    They are ordered by a hash of their ids, so that every shard is a random sample, and a
-    shard's name holds a hash of the ids in it: a changed manifest can't reuse a name.
+    They are ordered by a hash of their ids, so that every shard is a random sample. A shard's name holds a hash of the
+    ids in it: a changed manifest can't reuse a name.
     """
     size = shard_size or default_shard_size(len(segments))
     ordered = sorted(segments, key=lambda s: (_hash(s.segment_id), s.segment_id))
@@ -244,8 +244,8 @@ def _withdraw(out: str, mine: Commit, standing: Commit) -> None:
 def sweep(out: str, commits: Iterable[Commit], kinds: Sequence[str] = ("clips", "rejections")) -> list[str]:
     """Delete what killed writers left: temporary files, and data files that no commit will ever name.
 
-    A data file whose generation has a commit that doesn't name it is a loser's; one whose generation has
-    none may be a live writer's, and is left until it is old. What a later generation replaced goes, too, its
+    Where a generation's commit doesn't name a data file, the file is a loser's. Where a generation has no commit, its
+    files may be a live writer's, and are left until they are old. What a later generation replaced goes, too, its
     commit record last. Returns the names.
     """
     commits = list(commits)

@@ -232,8 +232,8 @@ def extract_records(
 def profile(seconds: Mapping[str, float], n_clips: int, n_workers: int, elapsed_s: float) -> list[str]:
     """Say where the workers' time went, a line each.
 
-    A stage's rate is what the workers would reach if they did nothing else; together the stages
-    allow the rate of workers that are never idle, and the run's own is given as a share of that.
+    A stage's rate is what the workers would reach if they did nothing else. Together the stages allow the rate of
+    workers that are never idle. The run's own is given as a share of that.
     """
     used = {stage: s for stage, s in sorted(seconds.items(), key=lambda x: -x[1]) if s > 0}
     total = sum(used.values())

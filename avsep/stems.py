@@ -79,8 +79,8 @@ def carry_over(
     """Divide a file's channels as its mono mix was: blocks of objects and, last, the rest, `(J + 1, C, S)`.
 
     `estimates` `(J + 1, …)`, the rest last, are at `stft.sample_rate` Hz, `channels` `(C, …)` at
-    `sample_rate`. In each bin of `stft` an object gets |estimate| / Σ |estimates|, more in the channels
-    where it is louder; frames of both sounds are equally long and centred at the same times. What lies
+    `sample_rate`. In each bin of `stft` an object gets |estimate| / Σ |estimates|, more in the channels where it is
+    louder. Frames of both sounds are equally long and centred at the same times. What lies
     above the estimates' band is divided as the upper part of the band. What the objects leave of a channel
     is the rest, so that all add up to the channel. Memory doesn't grow with the length.
     """

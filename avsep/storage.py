@@ -204,8 +204,8 @@ def write_bytes(path: str, data: bytes | memoryview | pa.Buffer, *, exclusive: b
 
     Locally a temporary file is flushed to disk and renamed; on an object store it is one PUT, or
     an upload in parts, which nobody sees until it is complete. OSError names the path where its disk is full.
-    With `exclusive`, an existing file wins: nothing is written and False comes back. pyarrow asks no
-    object store for that: of those that write at the same time the last wins there; `conditional` is exact.
+    With `exclusive`, an existing file wins: nothing is written and False comes back. For object stores that isn't
+    exact: of those that write there at the same time the last wins. `conditional` is exact.
     """
     import pyarrow as pa
     import pyarrow.fs as pafs

@@ -1,7 +1,7 @@
 """Audit an extraction: is every committed file whole, and what is in the data.
 
-Every shard file is read once, one at a time a worker; what remains of a clip is a fingerprint of
-600 bytes, by which it is compared with all others.
+Every shard file is read once, one at a time per worker. What remains of a clip is a fingerprint of 600 bytes, by which
+it is compared with all others.
 
 Four lists name clips that may teach a network something wrong; pipelines.train --without leaves
 out those of the lists that it is given. The card counts them, and those that can't be told.
@@ -10,8 +10,8 @@ out those of the lists that it is given. The card counts them, and those that ca
   said of pictures of which it was shown the same parts, with many looks those eight seconds apart. So
   shorter clips, and those without a picture network, can't be told. Where the camera stands still, and
   what moves is a tenth or less as wide as the picture, a clip may be listed.
-- `stops`: no sound, or less than -60 dB of the clip's mean power, for its last two seconds or more, or
-  a sound track that ends so much before the pictures.
+- `stops`: for the last two seconds or more there is no sound, or less than -60 dB of the clip's mean power. So are
+  clips whose sound track ends that much before the pictures.
 - `again`: the same recording as another clip. The first one in the order test, val, train, and then by
   id, isn't listed. Excerpts of one medium are the same where they share more than half of their time;
   others where they sound the same. Clips under 3 s, and those in which nothing happens, can't be told.

@@ -1,8 +1,8 @@
 """The whole story on generated clips, on this machine: from video files to separated sounds and a report.
 
-Renders clips with known sources, trains a small picture network on drawn pictures in place of an
-ImageNet one, then runs the pipelines that a user runs: manifest, extract, train, collect,
-separate, evaluate. It ends by naming DIR/report.html.
+It renders clips with known sources, and trains a small picture network on drawn pictures in place of an ImageNet one.
+Then it runs the pipelines that a user runs: manifest, extract, train, collect, separate, evaluate. It ends by naming
+DIR/report.html.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Measure separators on mixtures with known sources: results.json, clips.csv and report.html.
 
-Floor (the mixture) and ceiling (the ideal mask) are rows of the table like the others. The
-published protocols take the clips in which one object sounds alone: `pairs` mixes each two of
-different objects as they are (200 of them, drawn once, where there are more), `denoising` adds
-white noise as loud as the clip, and the SDR gain is then NSDR. `absent` asks of each clip for one
-object more, which isn't there, and measures what that gets.
+Floor (the mixture) and ceiling (the ideal mask) are rows of the table like the others. The published protocols take the
+clips in which one object sounds alone. `pairs` mixes each two of different objects as they are: 200 of them, drawn
+once, where there are more. `denoising` adds white noise as loud as the clip; the SDR gain is then NSDR. `absent` asks
+of each clip for one object more, which isn't there, and measures what that gets.
 """
 
 from __future__ import annotations

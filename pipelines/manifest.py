@@ -1,7 +1,7 @@
 """Segments from AudioSet's, MUSIC's, AVE's or VGGSound's own files, or any table of media files, with Apache Beam.
 
-Input is cut into blocks of lines, row groups or files; each becomes an Arrow table of segments, the
-tables meet again in ranges of segment_id, where repeats are found and Parquet files written.
+Input is cut into blocks of lines, row groups or files, and each becomes an Arrow table of segments. The tables meet
+again in ranges of segment_id, where repeats are found and Parquet files written.
 """
 
 from __future__ import annotations

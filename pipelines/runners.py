@@ -225,8 +225,8 @@ def session(in_process: bool = False) -> Iterator[Runner]:
     """Give a runner: a plain loop, the cluster that RAY_ADDRESS names, or Ray on this machine.
 
     Ray on this machine starts quietly and is stopped at the end; sessions nest, and an inner one
-    uses the outer one's Ray. AVSEP_CPUS says how many workers this machine is to have, other than its cores, and
-    AVSEP_GPUS how many of its GPUs are used; on a cluster that many are waited for.
+    uses the outer one's Ray. AVSEP_CPUS says how many workers this machine is to have, other than its cores.
+    AVSEP_GPUS says how many of its GPUs are used. On a cluster that many are waited for.
     """
     if in_process:
         import torch

@@ -2,8 +2,8 @@
 
 `OUT/results.parquet` says what was found, `OUT/rejections.parquet` which files can't be separated, and why.
 Whatever is killed, and whenever, the same command goes on where it stopped, and each file ends up once, in the
-results or in the rejections. A run skips what is done, but for files written since, rows of tables that changed,
-folders that are gone, and rejections of what may pass, such as a server that didn't answer.
+results or in the rejections. A run skips what is done. It takes again files written since, rows of tables that
+changed, folders that are gone, and rejections of what may pass, such as a server that didn't answer.
 """
 
 from __future__ import annotations

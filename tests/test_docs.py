@@ -46,39 +46,6 @@ LONGEST = {  # words per sentence
     "deploy/RUNBOOK.md": 30,
     "deploy/SERVICE.md": 30,
 }
-# Modules whose docstrings still have longer sentences. Take off those that pass; put none on.
-WORDY = {
-    "avsep/__init__.py",
-    "avsep/context.py",
-    "avsep/datasets/labels.py",
-    "avsep/datasets/segments.py",
-    "avsep/duplicates.py",
-    "avsep/evidence.py",
-    "avsep/exporting.py",
-    "avsep/fetching/fetch.py",
-    "avsep/fetching/sources.py",
-    "avsep/filesystems.py",
-    "avsep/learning/finetuning.py",
-    "avsep/learning/training.py",
-    "avsep/locating.py",
-    "avsep/lock.py",
-    "avsep/media/decode.py",
-    "avsep/miml.py",
-    "avsep/nmf/amx.py",
-    "avsep/separation/masks.py",
-    "avsep/separation/windows.py",
-    "avsep/service/uploads.py",
-    "avsep/shards.py",
-    "avsep/stages.py",
-    "avsep/stems.py",
-    "pipelines/audit.py",
-    "pipelines/demo.py",
-    "pipelines/evaluate.py",
-    "pipelines/finetune.py",
-    "pipelines/manifest.py",
-    "pipelines/runners.py",
-    "pipelines/separate.py",
-}
 
 
 def text_of(path: Path) -> str:
@@ -315,8 +282,7 @@ def test_docstrings_are_easy_to_read() -> None:
     modules = sorted(p for folder in ("avsep", "pipelines") for p in (ROOT / folder).rglob("*.py"))
     wrong = {str(p.relative_to(ROOT)): w for p in modules if (w := prose.too_much(prose.of_docstrings(p)))}
     print(f"{len(wrong)} of {len(modules)} modules have docstrings that are hard to read")
-    assert not {name: w for name, w in wrong.items() if name not in WORDY}
-    assert not WORDY - set(wrong), "these are easy to read now: take them off WORDY"
+    assert not wrong
 
 
 def test_docstrings_are_read_without_their_examples(tmp_path: Path) -> None:

@@ -28,8 +28,9 @@ def vocabulary(name: str) -> Vocabulary:
 def objects_of(label: str, own: Vocabulary, asked: Vocabulary | None = None) -> tuple[str, ...]:
     """Return the objects that a label means in `asked` (default: the set's `own` vocabulary); none where it lacks them.
 
-    A label may name several objects, as `cello violin` does. Of another vocabulary an object is taken that has the
-    label as name or alias, else one that has the own object's name, else the only one that has one of its aliases.
+    A label may name several objects, as `cello violin` does. In another vocabulary the object
+    is taken that has the label as name or alias. Else it is the one that has the own object's name. Else it is the
+    only one that has one of its aliases.
     Raises ValueError for a label that the set doesn't have.
 
     >>> objects_of("cello violin", vocabulary("music_11")), objects_of("Bark", vocabulary("ave_28"), AUDIOSET_23)
@@ -70,8 +71,8 @@ def _found(asked: Vocabulary, names: Iterable[str]) -> set[str]:
 def vocabulary_of(labels: Iterable[str]) -> Vocabulary:
     """Make VGGSound's vocabulary of its labels: an object per label, in sorted order of the labels.
 
-    A label that is the only one for one of the default's 23 objects gives that object, such as `violin`; each other
-    label gives an object of its own, with the look of one of the 23 where it has it: `dog_barking` looks like a dog.
+    A label that is the only one for one of the default's 23 objects gives that object, such as `violin`. Each other
+    label gives an object of its own. It has the look of one of the 23 where that fits: `dog_barking` looks like a dog.
     Labels that can't be names of objects are left out.
 
     >>> v = vocabulary_of(["playing violin, fiddle", "dog barking", "dog howling", "playing oboe"])

@@ -90,8 +90,8 @@ def plan_music(uris: Sequence[str], asked: Vocabulary | None = None) -> Plan:
 def plan_ave(uris: Sequence[str], asked: Vocabulary | None = None) -> Plan:
     """Check AVE's Annotations.txt, and its files of splits → how to read them. Raises ValueError or OSError.
 
-    A file is one of splits if its name says so, as trainSet.txt; their rows are those of Annotations.txt again, so that
-    is asked only for rows in none of them, which are bad.
+    A file is one of splits if its name says so, as trainSet.txt. Files of splits hold the rows of Annotations.txt
+    again. So Annotations.txt is asked only for rows in none of them, which are bad.
     """
     check_exist(uris)
     own = vocabulary("ave_28")

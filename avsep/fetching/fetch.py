@@ -1,8 +1,8 @@
 """The yt-dlp edge: one segment of a remote source in, one local file that holds just its excerpt out.
 
-yt-dlp says where the streams are and its own downloader gets them whole, in a supervised child;
-ffmpeg cuts the excerpt by decoding; what it holds is counted before it enters the media store.
-yt-dlp's download of sections isn't used: it hangs on stalled servers, and calls fragments success.
+yt-dlp says where the streams are. Its own downloader gets them whole, in a supervised child. ffmpeg cuts the excerpt by
+decoding. What the excerpt holds is counted before it enters the media store. Sections aren't downloaded: yt-dlp then
+hangs on stalled servers, and calls fragments success.
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ def fetch(
     """Bring a segment's excerpt into the media store, unless it is there.
 
     `siblings` are other segments of the same source, which are cut from the same download. Waits for
-    the budget's leave, reports to it, and tries again, later or as another identity, where that can
-    help; `tell` gets the number and the error of each attempt that is followed by another. Raises
-    ClipError with the last attempt's reason, Stopped when the budget says so, OSError when the disk
-    is full, ModuleNotFoundError without yt-dlp, ValueError for a source that isn't remote.
+    the budget's leave, and reports to it. Tries again, later or as another identity, where that can help. `tell` gets
+    the number and the error of each attempt that is followed by another.
+
+    Raises ClipError with the last attempt's reason, Stopped when the budget says so, and OSError when the disk is full.
+    ModuleNotFoundError says that yt-dlp isn't there, ValueError that a source isn't remote.
     """
     path = store_path(store, segment.segment_id)
     url = url_of(segment.source)
@@ -88,8 +89,8 @@ def download(
 ) -> FetchResult:
     """Download, cut, check and store a segment's excerpt: one attempt, as `identity`; the store isn't asked.
 
-    The excerpt is exact, from sound and picture on the source's clock: FLAC at the source's rate,
-    mono or stereo, and H.264 at 30 pictures a second, the short side at most `max_height`.
+    The excerpt is exact, from sound and picture on the source's clock. The sound is FLAC at the source's rate, mono
+    or stereo. The pictures are H.264 at 30 per second, their short side at most `max_height`.
     Raises as `fetch` does.
     """
     need_yt_dlp()

@@ -60,10 +60,10 @@ def _key(segment_id: str) -> str:
 def find_media(folder: str, segments: Iterable[Segment]) -> dict[str, str]:
     """Find the remote segments whose media are in a folder or its subfolders → {segment_id: path}.
 
-    Taken are the store's own files, and files that users own under common names: the segment's
-    id; the video's, in each of its site's `files` forms, with the excerpt's start, or start and end, in
-    milliseconds, seconds or seconds padded to six digits; the video's alone. `within` says which part of
-    such a file is the segment. The folder is listed once.
+    Taken are the store's own files, and files that users own under common names. Those are the segment's id, and the
+    video's in each of its site's `files` forms. The latter stands alone, or with the excerpt's start, or start and
+    end: in milliseconds, seconds, or seconds padded to six digits. `within` says which part of such a file is the
+    segment. The folder is listed once.
     """
     wanted: dict[str, list[tuple[int, Segment]]] = {}
     for segment in segments:
@@ -88,9 +88,9 @@ def find_media(folder: str, segments: Iterable[Segment]) -> dict[str, str]:
 def within(segment: Segment, path: str, *, whole: bool = False) -> Segment:
     """Return the segment with `path` as its source and its times as they are in that file.
 
-    A file that isn't longer than the segment (1 s over is let pass) is the excerpt, and so is a
-    longer one that is named by the excerpt's start; a longer one named by the video's id alone is the whole
-    video, and so is any one with `whole`: several excerpts of it are asked for (`several_of`). In files of sites
+    A file that isn't longer than the segment (1 s over is let pass) is the excerpt. So is a longer one that is named by
+    the excerpt's start. A longer one named by the video's id alone is the whole video. So is any one with `whole`:
+    several excerpts of it are asked for (`several_of`). In files of sites
     without pages, such as AVE's, the times are the segment's. Raises ClipError when the file can't be read.
     """
     if path.endswith(f"/{_key(segment.segment_id)}"):

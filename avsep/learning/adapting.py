@@ -1,7 +1,7 @@
 """Adaptation: a trained network learns some clips of one's own, and keeps what it knew.
 
-No clip needs its sources. The labels and the start's own hearing teach; invented bases, to which the network goes on
-answering as the start does, keep the rest; two halves of the clips, crossed, say whether it brought anything.
+No clip needs its sources. The labels and the start's own hearing teach. Invented bases keep the rest: to these the
+network goes on answering as the start does. Two halves of the clips, crossed, say whether it brought anything.
 """
 
 from __future__ import annotations
@@ -185,8 +185,8 @@ def _warped(bases: Tensor, warp: float) -> Tensor:
 def agreements(network: AnyMIML, clips: Bags) -> Tensor:
     """Say how well a network's hearing of each clip that has labels agrees with them, in [−1, 1], `(n,)`.
 
-    The share of energy (square root) in bases whose best object is a labelled one, less what the other clips' labels
-    would get: to have learned which objects are frequent counts for nothing. Below two such clips: none.
+    It is the share of energy (square root) in bases whose best object is a labelled one, less what the other clips'
+    labels would get. So having learned which objects are frequent counts for nothing. Below two such clips: none.
     """
     clips = clips.take(clips.labels.any(1).nonzero().flatten())
     if len(clips) < 2:

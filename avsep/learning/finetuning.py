@@ -68,11 +68,11 @@ def targets(
     """Decide what a clip's pictures show, boolean `(L,)`; None where there is nothing to go by.
 
     The thresholds of `labels` are those of one look at the middle of each picture, as `scores` are.
-    `labels`: the given ones. `agreement`: what both the pictures and the sound point to: picture
-    score × confidence of the sound from `labels.best_threshold` up; where no picture network is to be
-    had yet (`scores` None), what is heard with `separation.least_confidence`.
-    `both`: what two of three voices say, given labels, pictures and sound; without pictures the
-    given labels that are heard, all of them where none is; without given labels as `agreement`.
+    `labels`: the given ones. `agreement`: what both the pictures and the sound point to. Picture score × confidence of
+    the sound must reach `labels.best_threshold`. Where no picture network is to be had yet (`scores` None), it is what
+    is heard with `separation.least_confidence`.
+    `both`: what two of three voices say, given labels, pictures and sound. Without pictures it is the given labels that
+    are heard, or all where none is. Without given labels it is as `agreement`.
     """
     if kind == "labels" or model is None or shares is None:
         return given
@@ -132,9 +132,9 @@ def class_groups(classes: Sequence[int] | None, vocabulary: Vocabulary) -> Tenso
 def image_loss(logits: Tensor, labels: Tensor, groups: Tensor, presence: float) -> Tensor:
     """Return each clip's loss from weak labels of the whole clip, `(B, P, C), (B, L), (C, L + 1)` → `(B,)`.
 
-    The pictures are a bag, as the bases are one for the sound (`miml.partial_label_loss`): each
-    is explained by one of the clip's labels, seldom by an object that was missed, or by none,
-    and every label must be found in the pictures as a whole, weighed by `presence`.
+    The pictures are a bag, as the bases are one for the sound (`miml.partial_label_loss`). Each is explained by one of
+    the clip's labels, seldom by an object that was missed, or by none. Every label must be found in the pictures as a
+    whole, weighed by `presence`.
     """
     p = (logits.softmax(-1) @ groups).clamp_min(1e-8)  # (B, P, L + 1)
     relation = (p[..., :-1].log() - p[..., -1:].log()).transpose(1, 2)

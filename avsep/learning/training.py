@@ -144,11 +144,10 @@ def validate(
 ) -> dict[str, float]:
     """Return validation figures: loss, mAP of the clips' scores against their labels, agreement and assignment.
 
-    Agreement is the share of energy (square root) in bases whose best object is a visible one;
-    assignment, on `mixtures` whose bases' owners are known, the share in bases whose best object, of
-    those that are there, is their owner. `val_selection`, which picks the epoch, is the mean of what
-    there is of mAP, agreement and assignment: all look at what the relation map is for, where the
-    loss alone is a poor guide.
+    Agreement is the share of energy (square root) in bases whose best object is a visible one. Assignment is measured
+    on `mixtures` whose bases' owners are known: the share in bases whose best object, of those that are there, is
+    their owner. `val_selection`, which picks the epoch, is the mean of what there is of mAP, agreement and assignment.
+    All look at what the relation map is for; the loss alone is a poor guide.
     """
     model.eval()
     device = next(model.parameters()).device

@@ -72,14 +72,13 @@ def decode(
     The waveform is mono float32 `(S,)` at `sample_rate` Hz, of the audio track with that number.
     Channels are downmixed: surround as ffmpeg does it, ambisonics to W, others to their mean. Where
     they cancel each other, the waveform is their sum with alternating signs: of stereo the side
-    signal, (L − R) / 2. Silence fills gaps in the timestamps (from 0.1 s on, at the start from 1 ms
-    on), so that sound and pictures stay together; samples that are mono at this rate already come
-    out unchanged. After a seek they are placed as exactly as the timestamps are: Matroska rounds
-    these to milliseconds.
+    signal, (L − R) / 2. Silence fills gaps in the timestamps, so that sound and pictures stay
+    together: from 0.1 s on, at the start from 1 ms on. Samples that are mono at this rate already come out unchanged.
+    After a seek they are placed as exactly as the timestamps are: Matroska rounds these to milliseconds.
 
-    The images are `(n_images, height, width, 3)` RGB uint8: what a player shows 0.5, 1.5, … s into
-    the excerpt, upright and whole, the short side resized to `image_size`; of a long side of more
-    than three times that the middle is kept. Video too short for that gives its first picture, a
+    The images are `(n_images, height, width, 3)` RGB uint8: what a player shows 0.5, 1.5, … s into the excerpt, upright
+    and whole. The short side is resized to `image_size`. Of a long side of more than three times that the middle is
+    kept. Video too short for that gives its first picture, a
     file without usable video none. Neither `images` nor `sound` is decoded unless it is wanted.
 
     The clip's notes say what a user should know: pictures that can't be used, channels that cancel,

@@ -4,14 +4,14 @@ Every operand is split into two bfloat16 numbers, `x = high + low`, and `x y ≈
 summed in float32. What is lost of a product is 2⁻¹⁵ of it at most and nothing on average; 200 iterations end
 about as near to float64's as those of float32 do (LOG.md). WH is never less than 10⁻¹⁸, where V's maximum is one.
 
-An iteration is one pass over V, a panel of 32 rows at a time: with the activations held, a panel's new
-bases need that panel of V alone, and then the panel adds its part to the activations' update. A block of
-V/(WH) is made in three steps, each of which overlaps with those of its neighbours: a product on the
-matrix units, quotients on the vector units, a product again.
+An iteration is one pass over V, a panel of 32 rows at a time. With the activations held, a panel's new bases need that
+panel of V alone. Then the panel adds its part to the activations' update. A block of V/(WH) is made in three steps: a
+product on the matrix units, quotients on the vector units, a product again. Each step overlaps with those of its
+neighbours.
 
-Layout, padded with zeros: V `[panel][frames / 16][half][16][16]`, W `[rows][32]`, H `[32][frames]`. The matrix
-units' operands are tiles of 16 rows of 16 pairs, a pair being the two bfloat16 numbers of 32 bits; each comes
-twice, the high parts and then the low ones:
+Layout, padded with zeros: V `[panel][frames / 16][half][16][16]`, W `[rows][32]`, H `[32][frames]`. The matrix units'
+operands are tiles of 16 rows of 16 pairs, a pair being the two bfloat16 numbers of 32 bits. Each comes twice, the high
+parts and then the low ones:
 
 - `W_rows`, of a half: row f, pair j: `W[f, j]` and `W[f, 16 + j]`;
 - `W_columns`, of 16 bases: row m, pair j: `W[j, m]` and `W[16 + j, m]`;
@@ -116,9 +116,9 @@ def load() -> Kernel | None:
 def permitted() -> bool:
     """Ask Linux for the registers of the matrix units, for this whole process and those that it forks.
 
-    A signal's frame then has room for them, so no thread can set an alternate signal stack smaller than
-    `getauxval(AT_MINSIGSTKSZ)`, about 12 kB, any more (ENOMEM); Python's faulthandler sets a larger one. A thread
-    that has a smaller one already makes Linux refuse, and the vector units do the work.
+    A signal's frame then has room for them. So no thread can set an alternate signal stack smaller than
+    `getauxval(AT_MINSIGSTKSZ)`, about 12 kB, any more (ENOMEM). Python's faulthandler sets a larger one. Where a thread
+    has a smaller one already, Linux refuses, and the vector units do the work.
     """
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0

@@ -53,11 +53,10 @@ def separate(waveform: Tensor, masks: Tensor, stft: STFT) -> Tensor:
 def basis_shares(relation: Tensor, objects: Sequence[int], config: SeparationConfig) -> Tensor:
     """Say how much of each basis goes to each object and, last, to the rest: `(L, M)` → `(J + 1, M)`.
 
-    Soft assignment: each basis is shared among the objects that are there in proportion to their
-    posteriors, whatever absent objects claim of it; only a basis of which they explain less than
-    `rest_below` goes to the rest. A column sums to one. By threshold, as published: an object
-    takes every basis of at least `threshold` times its largest score (two objects may take one
-    basis), and there is no rest.
+    Soft assignment: each basis is shared among the objects that are there in proportion to their posteriors, whatever
+    absent objects claim of it. Only a basis of which they explain less than `rest_below` goes to the rest. A column
+    sums to one. By threshold, as published: an object takes every basis of at least `threshold` times its largest score
+    (two objects may take one basis), and there is no rest.
     """
     index = list(objects)
     if config.assignment == "threshold":

@@ -84,8 +84,8 @@ def cut(
 ) -> Iterator[tuple[NDArray[np.float32], int, bool]]:
     """Cut a stream into overlapping windows: each with the number of its new samples, and whether it is the last.
 
-    All have `length` samples but the last, which has half as many to one and a half times as
-    many (or whatever there is), so that no window is too short to be factorised well.
+    All have `length` samples but the last. That has half as many to one and a half times as many, or whatever there is:
+    no window is too short to be factorised well.
     """
     held = np.zeros(0, np.float32)
     known = 0  # samples at the start of `held` that an earlier window had

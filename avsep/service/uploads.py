@@ -257,8 +257,8 @@ def download(
 ) -> None:
     """Fetch an `http:` or `https:` URL into a file.
 
-    The connection goes to the very address that was checked, so a name can't resolve to another
-    one in between; each redirect is checked the same way, and no proxy is asked. Raises BadUpload:
+    The connection goes to the very address that was checked, so a name can't resolve to another one in between. Each
+    redirect is checked the same way, and no proxy is asked. Raises BadUpload:
     422 for what is not allowed or not there, 413 for more than `max_bytes`; OSError for a full disk.
     """
     deadline = time.monotonic() + timeout_s
