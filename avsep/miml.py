@@ -170,8 +170,8 @@ def activation_statistics(activations: Tensor) -> Tensor:
     """Describe how each basis moves over time, `(B, M, N)` → `(B, M, 15)`; its level means nothing.
 
     Eight are of the root of the activations, maximum one. They are the mean and deviation, how long it is above 10 and
-    50 %, the largest rise and fall and the roots of their sums of squares. Four are its autocorrelations: at 1, 2, 4 and
-    8 frames. Three are of the logarithm, while it sounds: mean fall and rise, and how often it is steady.
+    50 %, the largest rise and fall and the roots of their sums of squares. Four are its autocorrelations: at 1, 2, 4
+    and 8 frames. Three are of the logarithm, while it sounds: mean fall and rise, and how often it is steady.
     """
     h = activations / activations.amax(2, keepdim=True).clamp_min(1e-12)
     level = h.sqrt()
