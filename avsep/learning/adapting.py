@@ -40,7 +40,7 @@ class AdaptingConfig:
     warp: float = 0.06  # bases are stretched in frequency by up to this share, either way
     keep: float = 4.0  # weight of answering as the start does to invented bases
     n_invented: int = 2000
-    invented_a_step: int = 200
+    invented_per_step: int = 200
     seed: int = 0
 
 
@@ -134,13 +134,13 @@ def learn(
     invented, moves = invent_bases(clips, config.n_invented, config.seed)
     answers = [_answers(m, invented, moves) for m in members(start.network)]
     optimiser = torch.optim.Adam(network.parameters(), config.learning_rate)
-    steps = config.epochs * max(1, -(-len(clips) // config.batch_size))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.learning_rate, total_steps=steps + 1)
+    n_steps = config.epochs * max(1, -(-len(clips) // config.batch_size))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.learning_rate, total_steps=n_steps + 1)
     rows = []
     for epoch in range(config.epochs):
         started, total = time.monotonic(), 0.0
         for batch in shuffled_batches(clips, config.batch_size, config.seed * 1_000_003 + epoch):
-            some = torch.randint(len(invented), (config.invented_a_step,))
+            some = torch.randint(len(invented), (config.invented_per_step,))
             loss = torch.zeros(())
             bases = _warped(batch.bases.float(), config.warp)
             for own, answer in zip(members(network), answers, strict=True):

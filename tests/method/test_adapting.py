@@ -19,7 +19,7 @@ from avsep.objects import Vocabulary
 from avsep.synthetic import planted_bases
 
 GOOD = LabelQuality.good(4)
-CONFIG = AdaptingConfig(epochs=8, learning_rate=1e-2, n_invented=300, invented_a_step=50)
+CONFIG = AdaptingConfig(epochs=8, learning_rate=1e-2, n_invented=300, invented_per_step=50)
 OBJECTS = Vocabulary.from_list([{"name": n, "imagenet": [], "audioset": [], "aliases": []} for n in "abcd"])
 
 
