@@ -27,6 +27,11 @@ class Evidence:
 
     Where `picture_slope` isn't zero, pictures count by how surely they show an object: its score's log-odds add
     `picture_slope · logit score + picture_offset`. A doubtful picture then tips the scale for what sounds clearly.
+
+    >>> evidence = Evidence()
+    >>> p = evidence.confidence(torch.tensor([0.13, 0.13]), torch.tensor([True, False]))
+    >>> [round(x, 2) for x in p.tolist()]  # a picture shows the first of two that are equally loud
+    [0.93, 0.07]
     """
 
     slope: float = 8.0

@@ -36,6 +36,11 @@ class MIML(nn.Module):
         statistics: a third reads how the basis moves over time (`activation_statistics`), so that
             struck sounds differ from blown ones; training adds a little noise to it.
         dropout: share of the shared layers' outputs dropped in training.
+
+    >>> bag = torch.rand(2, 25, 2401)  # two clips of 25 bases
+    >>> relation = MIML(2401, 23, hidden=8).eval().relation(bag)
+    >>> relation.shape, relation.amax(2).shape  # the relation map, the clips' scores
+    (torch.Size([2, 23, 25]), torch.Size([2, 23]))
     """
 
     def __init__(
@@ -210,6 +215,11 @@ def multilabel_margin(scores: Tensor, labels: Tensor) -> Tensor:
 
     For each true label y and each class i that is none, `max(0, 1 − (x[y] − x[i])) / L`, summed.
     Its mean over a batch equals `torch.nn.MultiLabelMarginLoss`, which takes index lists instead.
+
+    >>> multilabel_margin(torch.tensor([[2.0, 0.5, 0.0]]), torch.tensor([[True, False, False]]))
+    tensor([0.])
+    >>> multilabel_margin(torch.tensor([[0.0, 0.5, 0.0]]), torch.tensor([[True, False, False]]))  # (1.5 + 1) / 3
+    tensor([0.8333])
     """
     margins = (1 - scores.unsqueeze(2) + scores.unsqueeze(1)).clamp_min(0)  # (B, y, i)
     counted = labels.unsqueeze(2) & ~labels.unsqueeze(1)
@@ -220,6 +230,9 @@ def basis_posteriors(relation: Tensor) -> Tensor:
     """Turn a relation map into `p(object or noise | basis)`, `(B, L, M)` → `(B, L + 1, M)`.
 
     A softmax over the objects and a noise class of score zero, which comes last.
+
+    >>> basis_posteriors(torch.zeros(1, 3, 1)).flatten()  # three objects alike, and noise
+    tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
     return torch.cat([relation, torch.zeros_like(relation[:, :1])], 1).softmax(1)
 
@@ -274,6 +287,10 @@ def energy_shares(posteriors: Tensor, basis_energy: Tensor) -> Tensor:
     Args:
         posteriors: `(B, L + 1, M)` from `basis_posteriors`.
         basis_energy: `(B, M)`, each basis's share of the clip's energy.
+
+    >>> posteriors = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]])  # a basis each for two objects
+    >>> energy_shares(posteriors, torch.tensor([[0.9, 0.1]]))  # as their amplitudes, 3 to 1
+    tensor([[0.7500, 0.2500]])
     """
     weight = basis_energy.clamp_min(0).sqrt()
     weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-12)

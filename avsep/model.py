@@ -287,7 +287,13 @@ class ModelConfig:
 
 @dataclass
 class Model:
-    """A trained network with its configuration and, once collected, its dictionary."""
+    """A trained network with its configuration and, once collected, its dictionary.
+
+    >>> from avsep import starter
+    >>> model = Model.load(starter.PATH)
+    >>> len(model.config.objects), model.config.stft.sample_rate
+    (23, 48000)
+    """
 
     config: ModelConfig
     network: AnyMIML

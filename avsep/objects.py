@@ -26,7 +26,15 @@ _RESERVED = ("none", "noise", "mixture")  # words of tables and names of files
 
 @dataclass(frozen=True)
 class SoundObject:
-    """An object with a look (ImageNet classes) and a sound (nodes of AudioSet's ontology); it may lack either."""
+    """An object with a look (ImageNet classes) and a sound (nodes of AudioSet's ontology); it may lack either.
+
+    >>> SoundObject("oboe", imagenet=(683,), aliases=("hautbois",)).sound
+    'pitched'
+    >>> SoundObject("Oboe")
+    Traceback (most recent call last):
+        ...
+    ValueError: object name 'Oboe': it must be lower-case letters, digits and _ such as french_horn, and not none, noise, mixture
+    """
 
     name: str  # of lower-case letters, digits and _
     imagenet: tuple[int, ...] = ()  # indices of the ImageNet-1k classes that show it, the best first
@@ -262,7 +270,11 @@ OBJECT_NAMES: tuple[str, ...] = AUDIOSET_23.names
 
 
 def object_index(name: str) -> int:
-    """Return an object's row in the default vocabulary's L axis; see `Vocabulary.index`."""
+    """Return an object's row in the default vocabulary's L axis; see `Vocabulary.index`.
+
+    >>> object_index("cat"), OBJECT_NAMES[1]
+    (0, 'dog')
+    """
     return AUDIOSET_23.index(name)
 
 
@@ -285,7 +297,15 @@ def multi_hot(names: Sequence[str]) -> Tensor:
 
 
 def object_scores(image_logits: Tensor, classes: str = "everyday", *, joined: bool = False) -> Tensor:
-    """Score the default vocabulary's objects in a clip's pictures; see `Vocabulary.scores`."""
+    """Score the default vocabulary's objects in a clip's pictures; see `Vocabulary.scores`.
+
+    >>> import torch
+    >>> logits = torch.full((1, 1000), -20.0)  # one picture
+    >>> logits[0, 889] = 20.0  # ImageNet's violin
+    >>> scores = object_scores(logits)
+    >>> OBJECT_NAMES[int(scores.argmax())], round(float(scores.max()), 3)
+    ('violin', 1.0)
+    """
     return AUDIOSET_23.scores(image_logits, classes, joined=joined)
 
 

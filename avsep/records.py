@@ -82,6 +82,9 @@ class Segment:
     `objects` are known to be audible, None where that isn't known; `labels` are given weak labels,
     None when the pictures are to decide. An empty tuple means nothing of the vocabulary.
     `source` is a path, a URI or `youtube:ID`.
+
+    >>> Segment("duet", "videos/duet.mp4", 0.0, 10.0, labels=("violin", "cello")).split
+    'train'
     """
 
     segment_id: str
@@ -132,7 +135,11 @@ class ClipRecord:
 
 @dataclass(frozen=True)
 class Rejection:
-    """A segment that could not become a clip, and why."""
+    """A segment that could not become a clip, and why.
+
+    >>> Rejection("duet", "decode", Reason.NO_AUDIO).reason
+    <Reason.NO_AUDIO: 'no_audio'>
+    """
 
     segment_id: str
     stage: str
@@ -225,7 +232,13 @@ def clips_from_table(table: pa.Table) -> list[ClipRecord]:
 
 
 def validate(record: Segment | ClipRecord | Rejection, vocabulary: Vocabulary = AUDIOSET_23) -> None:
-    """Raise ValueError naming the field, the value and the rule when a record breaks its contract."""
+    """Raise ValueError naming the field, the value and the rule when a record breaks its contract.
+
+    >>> validate(Segment("duet", "duet.mp4", split="training"))
+    Traceback (most recent call last):
+        ...
+    ValueError: Segment 'duet': split 'training' is none of train, val, test
+    """
     name = f"{type(record).__name__} {record.segment_id!r}"
 
     def require(condition: bool, rule: str) -> None:
@@ -414,6 +427,11 @@ def segment_from_row(row: Mapping[str, Any], *, relative_to: str, vocabulary: Vo
     missing `start_s` is 0, a missing or empty `end_s` the source's end, a missing `split` train.
     A source `SCHEME:ID` is of a known site, or a file of that name.
     Raises ValueError for a cell that breaks the contract.
+
+    >>> row = {"segment_id": "duet", "source": "duet.mp4", "end_s": "1:23.5", "labels": "fiddle;cello"}
+    >>> segment = segment_from_row(row, relative_to="/videos")
+    >>> segment.source, segment.end_s, segment.labels
+    ('/videos/duet.mp4', 83.5, ('violin', 'cello'))
     """
     for column in ("segment_id", "source"):
         if row.get(column) in (None, "") and (column in row or column == "source"):

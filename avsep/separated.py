@@ -65,6 +65,10 @@ class Separated(Mapping[str, Sound]):
     """A separation's sounds by name, those of the objects and, last, `_rest`; they add up to what was separated.
 
     Objects are found by what people call them, too: `separated["Acoustic guitar"]`.
+
+    >>> separated = separate_sound(waveform, 48000, ["violin", "dog"])  # doctest: +SKIP
+    >>> list(separated), separated["Fiddle"].samples.shape              # doctest: +SKIP
+    (['violin', 'dog', '_rest'], (1, 480000))
     """
 
     def __init__(self, sounds: Mapping[str, Sound], report: Mapping[str, Any], vocabulary: Vocabulary) -> None:

@@ -101,6 +101,9 @@ class Commit:
 def default_shard_size(n_segments: int) -> int:
     """Choose segments a shard from the manifest's size: small sets spread over workers, large ones
     make files of tens of megabytes.
+
+    >>> default_shard_size(100), default_shard_size(190_000)
+    (8, 256)
     """
     return 8 if n_segments <= 256 else 32 if n_segments <= 10_000 else 256
 
@@ -110,6 +113,9 @@ def plan(segments: Sequence[Segment], shard_size: int | None = None) -> list[Sha
 
     They are ordered by a hash of their ids, so that every shard is a random sample. A shard's name holds a hash of the
     ids in it: a changed manifest can't reuse a name.
+
+    >>> [len(s.segments) for s in plan([Segment(str(i), f"{i}.mp4") for i in range(20)])]
+    [8, 8, 4]
     """
     size = shard_size or default_shard_size(len(segments))
     ordered = sorted(segments, key=lambda s: (_hash(s.segment_id), s.segment_id))
@@ -289,7 +295,11 @@ def _replaced(commits: Iterable[Commit]) -> dict[str, int]:
 
 
 def configuration_digest(configuration: dict[str, Any]) -> str:
-    """Return a short hash of a JSON-able configuration."""
+    """Return a short hash of a JSON-able configuration.
+
+    >>> configuration_digest({"a": 1, "b": 2}) == configuration_digest({"b": 2, "a": 1})
+    True
+    """
     return _hash(json.dumps(configuration, sort_keys=True))[:16]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import avsep
 from avsep import cli
 from avsep.service import config
 from deploy import cost, pages
@@ -311,3 +312,8 @@ def test_links_between_documents_lead_somewhere(path: Path) -> None:
         headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE) if anchor else []
         anchors = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
         assert not anchor or anchor in anchors, target
+
+
+@pytest.mark.parametrize("name", sorted(set(avsep.__all__) - {"OBJECT_NAMES"}))
+def test_public_names_are_shown_in_an_example(name: str) -> None:
+    assert ">>>" in (getattr(avsep, name).__doc__ or "")

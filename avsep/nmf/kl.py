@@ -49,6 +49,11 @@ def factorize(
 
     Raises:
         ValueError: V is negative, infinite or NaN somewhere, the shapes disagree, or a number isn't whole or in range.
+
+    >>> V = torch.outer(torch.tensor([0.0, 1.0, 0.5]), torch.tensor([2.0, 0.0, 4.0]))
+    >>> W, H = factorize(V, 1)
+    >>> W.flatten().round(decimals=3), H.flatten().round(decimals=3)
+    (tensor([0.0000, 1.0000, 0.5000]), tensor([2., 0., 4.]))
     """
     V = check_magnitudes(V)
     lead, (n_bins, n_frames) = V.shape[:-2], V.shape[-2:]
@@ -85,6 +90,11 @@ def infer_activations(V: Tensor, W: Tensor, *, n_iter: int = 100, H0: Tensor | N
 
     Raises:
         ValueError: negative or non-finite input, shapes that disagree, or `n_iter` below 0 or not whole.
+
+    >>> W = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    >>> infer_activations(torch.tensor([[3.0], [5.0]]), W)
+    tensor([[3.],
+            [5.]])
     """
     V, n_iter = check_magnitudes(V), whole_number("n_iter", n_iter)
     lead, (n_bins, n_frames) = V.shape[:-2], V.shape[-2:]

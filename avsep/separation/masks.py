@@ -24,6 +24,9 @@ def ratio_masks(magnitudes: Tensor, power: float = 1.0) -> Tensor:
 
     Returns:
         masks `(J, F, N)` in [0, 1].
+
+    >>> ratio_masks(torch.tensor([[[1.0]], [[3.0]]]), power=2.0).flatten()
+    tensor([0.1000, 0.9000])
     """
     peak = magnitudes.amax(0, keepdim=True)
     masks = (magnitudes / torch.where(peak > 0, peak, 1.0)).pow_(power)  # no power under- or overflows
@@ -38,6 +41,11 @@ def separate(waveform: Tensor, masks: Tensor, stft: STFT) -> Tensor:
 
     The estimates add up to the mixture when the masks sum to one. Raises ValueError for masks that aren't
     `(J, F, N)` of that spectrogram.
+
+    >>> stft, x = STFT(8000, 256, 64), torch.randn(1000)
+    >>> estimates = separate(x, torch.full((2, *stft(x).shape), 0.5), stft)
+    >>> estimates.shape, bool(torch.allclose(estimates.sum(0), x, atol=1e-5))
+    (torch.Size([2, 1000]), True)
     """
     X = stft(waveform)
     if masks.shape[1:] != X.shape:
@@ -75,6 +83,10 @@ def rest_at_most(shares: Tensor, basis_energy: Tensor, most: float) -> Tensor:
     """Lower the last row, the rest, until it has at most `most` of the bases' energy: `(J + 1, M)`.
 
     The objects divide what it loses of a basis as they divide the basis; columns keep their sums.
+
+    >>> shares = torch.tensor([[0.3], [0.1], [0.6]])  # of one basis: two objects, the rest
+    >>> rest_at_most(shares, torch.tensor([1.0]), 1 / 3).flatten()
+    tensor([0.5000, 0.1667, 0.3333])
     """
     has = float(shares[-1] @ basis_energy / basis_energy.sum().clamp_min(1e-30))
     if has <= most:
@@ -88,6 +100,11 @@ def at_least(shares: Tensor, basis_energy: Tensor, least: Tensor) -> Tensor:
 
     The last row, the rest, gets what it gets; columns keep their sums. An object takes first where its shares are
     the largest beside what they are elsewhere.
+
+    >>> shares = torch.tensor([[0.8, 0.9], [0.1, 0.0], [0.1, 0.1]])  # of two bases: two objects, the rest
+    >>> raised = at_least(shares, torch.tensor([0.5, 0.5]), torch.tensor([0.2, 0.2]))
+    >>> round(float(raised[1].mean()), 2), [round(x, 2) for x in raised.sum(0).tolist()]
+    (0.2, [1.0, 1.0])
     """
     sums, weight = shares.sum(0), basis_energy / basis_energy.sum().clamp_min(1e-30)
     for _ in range(_LIFTS):
