@@ -30,10 +30,6 @@ class SoundObject:
 
     >>> SoundObject("oboe", imagenet=(683,), aliases=("hautbois",)).sound
     'pitched'
-    >>> SoundObject("Oboe")
-    Traceback (most recent call last):
-        ...
-    ValueError: object name 'Oboe': it must be lower-case letters, digits and _ such as french_horn, and not none, noise, mixture
     """
 
     name: str  # of lower-case letters, digits and _
