@@ -119,6 +119,7 @@ CLIPS_FOR_OTHERS = """A network of your own learns from clip records through tor
 
 ```python
 from avsep.learning import ClipDataset
+
 clips = ClipDataset("out/clips", "train")
 batches = torch.utils.data.DataLoader(clips, batch_size=64, shuffle=True, num_workers=2)
 ```
@@ -150,7 +151,8 @@ def arguments(parser: argparse.ArgumentParser) -> str:
 def schema(title: str, record: type, fields: pa.Schema) -> str:
     """Draw an Arrow schema as a table, with what the record's source says of its fields."""
     said = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(record), re.MULTILINE))
-    rows = [f"**{title}.** {inspect.getdoc(record)}", "", "| column | type | what it is |", "| --- | --- | --- |"]
+    said = (inspect.getdoc(record) or "").partition("\n\n>>> ")[0]  # without its example
+    rows = [f"**{title}.** {said}", "", "| column | type | what it is |", "| --- | --- | --- |"]
     for field in fields:
         kind = re.sub(r"list<\w+: (.*)>", r"list of \1", str(field.type))
         if isinstance(field.type, pa.FixedShapeTensorType):
