@@ -151,8 +151,8 @@ def arguments(parser: argparse.ArgumentParser) -> str:
 def schema(title: str, record: type, fields: pa.Schema) -> str:
     """Draw an Arrow schema as a table, with what the record's source says of its fields."""
     said = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(record), re.MULTILINE))
-    said = (inspect.getdoc(record) or "").partition("\n\n>>> ")[0]  # without its example
-    rows = [f"**{title}.** {said}", "", "| column | type | what it is |", "| --- | --- | --- |"]
+    about = (inspect.getdoc(record) or "").partition("\n\n>>> ")[0]  # without its example
+    rows = [f"**{title}.** {about}", "", "| column | type | what it is |", "| --- | --- | --- |"]
     for field in fields:
         kind = re.sub(r"list<\w+: (.*)>", r"list of \1", str(field.type))
         if isinstance(field.type, pa.FixedShapeTensorType):
