@@ -41,6 +41,7 @@ _LATER = (
     "extraction.factorizer",
     "n_networks",
     "separation.most_rest",
+    "separation.noise_weight",
     "evidence.picture_slope",
     "evidence.picture_offset",
 )  # settings that a model of this format may lack: it gets their defaults
@@ -65,6 +66,7 @@ _RANGES: dict[str, tuple[float, float]] = {  # of the configuration's numbers: b
     "separation.rest_below": _SHARE,
     "separation.dictionary_power": _POWER,
     "separation.n_iter": (1, 100_000),
+    "separation.noise_weight": (1e-6, 1e6),
     "separation.silent_share": _SHARE,
     "separation.least_share": _SHARE,
     "separation.most_rest": _SHARE,
@@ -108,6 +110,7 @@ class SeparationConfig:
     bases: str = "own"  # own, learned or both
     dictionary_power: float = 0.8  # weight of the learned bases' masks beside the own ones'
     n_iter: int = 100  # updates of the activations of learned bases
+    noise_weight: float = 1.0  # of a basis's being noise, beside what it is by the network
     silent_share: float = 0.02  # an object is silent below this share of the sound, unless it was named
     least_share: float = 0.3  # of an equal part of the sound: what each object that was named gets at least
     most_rest: float = 1.0  # of an equal part, too: the rest's at most, beside several objects that are doubted

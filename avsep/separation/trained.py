@@ -146,7 +146,9 @@ class Separator:
         W, H = (torch.stack(x.chunk(n_runs)) for x in (window.factors.W.T, window.factors.H))  # only those of
         energy = torch.stack(window.factors.basis_energy.chunk(n_runs))  # one factorisation vote on each other
         pairs = pair_features(W, H, energy / energy.sum(1, keepdim=True).clamp_min(1e-12))
-        posteriors = torch.stack(basis_posteriors(window.relation[None])[0].chunk(n_runs, 1))
+        posteriors = basis_posteriors(window.relation[None])[0]
+        posteriors = torch.cat([posteriors[:-1], self.config.noise_weight * posteriors[-1:]])
+        posteriors = torch.stack((posteriors / posteriors.sum(0)).chunk(n_runs, 1))
         refined = torch.cat(list(context(posteriors, pairs, present).exp()), 1)
         return refined[[*index, -1]] ** self.config.posterior_power
 
