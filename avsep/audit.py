@@ -27,7 +27,7 @@ from avsep import shards, storage, suspects
 from avsep.audioset import Counts
 from avsep.duplicates import BANDS, FRAMES, Pair, fingerprint, frame_s
 from avsep.factors import DataConfig
-from avsep.model import Labelling, label_config
+from avsep.model import Labelling
 from avsep.objects import Vocabulary
 from avsep.records import (
     REJECTION_SCHEMA,
@@ -308,7 +308,7 @@ def _check_clips(
     ids: list[str] = []
     made_with = DataConfig.from_dict(json.loads((parquet.schema_arrow.metadata or {})[b"avsep.configuration"]))
     check = functools.partial(_check_clip, vocabulary=made_with.vocabulary)
-    labels = Labelling(label_config(made_with.labeller, made_with.extraction.looks), made_with.vocabulary)
+    labels = Labelling.of(made_with)
     seconds_a_frame, way = frame_s(made_with.extraction.stft), made_with.extraction.looks
     if listener is not None and not listener.takes(made_with.extraction):
         listener = None

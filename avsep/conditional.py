@@ -79,14 +79,14 @@ class _S3(_Conditional):
         self._client, self._file = filesystems.s3_client(bucket), {"Bucket": bucket, "Key": key}
 
     def read(self) -> tuple[bytes, str]:
-        from botocore.exceptions import HTTPClientError, IncompleteReadError
+        from botocore.exceptions import IncompleteReadError, ResponseStreamingError
 
         def get() -> tuple[bytes, str]:
             answer = self._client.get_object(**self._file)
             return answer["Body"].read(), answer["ETag"]
 
         with self._explaining():
-            return _patiently(get, HTTPClientError, IncompleteReadError)
+            return _patiently(get, ResponseStreamingError, IncompleteReadError)  # of the body; it retries the rest
 
     def write(self, data: bytes, version: str | None) -> str | None:
         condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}

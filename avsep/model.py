@@ -111,7 +111,7 @@ class SeparationConfig:
     dictionary_power: float = 0.8  # weight of the learned bases' masks beside the own ones'
     n_iter: int = 100  # updates of the activations of learned bases
     noise_weight: float = 1.0  # of a basis's being noise, beside what it is by the network
-    silent_share: float = 0.02  # an object is silent below this share of the sound, unless it was named
+    silent_share: float = 0.02  # below this share of the sound a named object is hardly heard, a single one silent
     least_share: float = 0.3  # of an equal part of the sound: what each object that was named gets at least
     most_rest: float = 1.0  # of an equal part, too: the rest's at most, beside several objects that are doubted
     least_confidence: float = 0.5  # of objects that nobody names: below it a seen one is silent, an unseen one absent

@@ -159,7 +159,8 @@ class Listener:
 def same_recordings(pairs: Iterable[Pair], files: dict[str, str]) -> list[Suspect]:
     """List the clips that are the same recording as one that ranks before them, by pairs of (one, other).
 
-    Of a recording the first in rank is not listed: of split test, then val, then train, by id.
+    Of a recording the first in rank is not listed: of split test, then val, then train, by id. In a chain, of which
+    the first and the last aren't alike, all but the first are listed.
     `files` maps ids to those of their clips.
     """
     best: dict[str, Pair] = {}
@@ -208,7 +209,8 @@ def left_out(uris: Sequence[str], clips: str) -> tuple[frozenset[str], str]:
     Raises ValueError where they name something, and none of the clips.
     """
     listed = read_ids(uris)
-    named = listed & frozenset(shards.read_ids(clips)[0] if listed else ())
+    ids = shards.read_ids(clips)[0] if listed else ()
+    named = frozenset(i for i in ids if i in listed or i.strip() in listed)  # tables' cells are stripped
     if listed and not named:
         raise ValueError(f"{', '.join(uris)}: none of the {len(listed):,} ids is a clip in {clips}; give its own lists")
     n_others = len(listed) - len(named)
@@ -225,7 +227,7 @@ def read_ids(uris: Iterable[str]) -> frozenset[str]:
         for row in tables.read_rows(tables.read_layout(uri, COLUMNS, ("segment_id",)), texts=False):
             if row.comment:
                 continue
-            if row.problem or not row.cells["segment_id"]:
+            if row.problem or row.cells["segment_id"] in (None, ""):
                 raise ValueError(f"{uri}, row {row.line}: {row.problem or 'segment_id is empty'}")
             ids.add(str(row.cells["segment_id"]))
     return frozenset(ids)

@@ -243,8 +243,14 @@ class VideoSeparator:
         maps = None if seen.cells is None else whole_maps(images, views, seen.cells)
         named = dict(zip(names, scores.tolist(), strict=True))
         note = self.labeller.no_maps if maps is None and self.labeller.ending is None else ""  # else nobody asked
-        same = self.labels == self.config.labelling
+        same = self.labels == self.config.labelling and self._is_the_models(self.labeller)
         return _Looked(note, self.labeller.architecture, named, found, maps, same)
+
+    def _is_the_models(self, labeller: ImageLabeller) -> bool:
+        """Tell whether it is the picture network that the model's evidence was calibrated with."""
+        known = self.config.labeller
+        same = self.weights is None if known.sha256 is None else labeller.sha256 == known.sha256
+        return same and labeller.architecture == known.architecture
 
     def _report(
         self,

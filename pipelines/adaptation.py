@@ -53,22 +53,21 @@ def plan(arguments: argparse.Namespace) -> Adaptation:
             f"--start {arguments.start} is of recipe {start.recipe!r}, whose network can't be adapted; give a model of "
             "recipe default, audioset or both_passes, or train anew without --start"
         )
-    config = start
-    if made_with.labeller:
-        labels = label_config(made_with.labeller, made_with.extraction.looks)
-        config = replace(start, labels=labels, labeller=LabellerConfig(made_with.labeller, made_with.labeller_sha256))
+    config = start if made_with.labeller is None else seen_by(made_with, start)
     chosen = adapting.AdaptingConfig()
     chosen = replace(chosen, epochs=arguments.epochs or chosen.epochs)
     without, note = suspects.left_out(arguments.without, arguments.clips)
     if note:
         say(f"train: {note}")
-    settings = {"start": fingerprint(arguments.start), "adapting": asdict(chosen)}
+    files = shards.clip_files(arguments.clips)
+    settings: dict[str, Any] = {"start": fingerprint(arguments.start), "adapting": asdict(chosen)}
+    settings["clips"] = shards.configuration_digest({"files": sorted(map(storage.name, files))})
     if without:
         settings["without"] = shards.configuration_digest({"without": sorted(without)})
     return Adaptation(
         arguments.start,
         arguments.clips,
-        shards.clip_files(arguments.clips),
+        files,
         without,
         bool(made_with.labeller),
         arguments.out,
@@ -76,6 +75,23 @@ def plan(arguments: argparse.Namespace) -> Adaptation:
         chosen,
         settings,
     )
+
+
+def seen_by(made_with: DataConfig, start: ModelConfig) -> ModelConfig:
+    """Return the start's configuration with the clips' picture network and way of looking, and the labels of these.
+
+    What the start knows of its own picture network's scores holds for no other.
+    """
+    assert made_with.labeller is not None
+    labels = label_config(made_with.labeller, made_with.extraction.looks)
+    labeller = LabellerConfig(made_with.labeller, made_with.labeller_sha256)
+    same = labels == start.labels and labeller.architecture == start.labeller.architecture
+    evidence = start.evidence
+    if not same or start.labeller.sha256 not in (None, labeller.sha256):
+        evidence = replace(evidence, picture_slope=0.0, picture_offset=0.0)
+    looked = made_with.extraction
+    extraction = replace(start.extraction, looks=looked.looks, image_size=looked.image_size)
+    return replace(start, labels=labels, labeller=labeller, extraction=extraction, evidence=evidence)
 
 
 def check_extraction(arguments: argparse.Namespace, made_with: DataConfig, start: ModelConfig) -> None:
@@ -97,13 +113,16 @@ def _said(value: Any, other: Any) -> str:
     return ", ".join(f"{k} {v}" for k, v in value.items() if v != other.get(k))
 
 
-def check_resumable(adaptation: Adaptation) -> None:
-    """Raise UsageError where there is nothing to go on from, or a part of another adaptation."""
-    path = storage.join(adaptation.out, HALVES[0])
-    if not storage.exists(path):
-        fail(f"--resume: {path} doesn't exist; train without --resume first")
-    if json.loads(storage.read_bytes(path))["settings"] != adaptation.settings:
-        fail(f"--resume: {path} is of another --start, --epochs or --without; give those, or another --out")
+def has_begun(adaptation: Adaptation) -> bool:
+    """Tell whether a part of it is done; UsageError where that is of another adaptation, or of other clips."""
+    done = [path for half in HALVES if storage.exists(path := storage.join(adaptation.out, half))]
+    for path in done:
+        if json.loads(storage.read_bytes(path))["settings"] != adaptation.settings:
+            fail(
+                f"--resume: {path} is of other clips, or another --start, --epochs or --without; give those, or "
+                "another --out"
+            )
+    return bool(done)
 
 
 def adapt(runner: runners.Runner, adaptation: Adaptation) -> None:
@@ -120,6 +139,9 @@ def adapt(runner: runners.Runner, adaptation: Adaptation) -> None:
         for half in runner.map(judge_half, todo):
             say(f"train: half {half + 1} of 2 has judged what the other one taught")
         judgement = read_judgement(adaptation)
+    if judgement and judgement.clips < adapting.LEAST_CLIPS:  # the others show nothing
+        judgement = None
+    if judgement:
         say(
             f"train: agreement with held-back clips' labels, beyond chance: {judgement.before:.3f} before, "
             f"{judgement.after:.3f} after (gain ± {judgement.error:.3f}, {judgement.clips} clips)"
@@ -179,7 +201,7 @@ def write_model(adaptation: Adaptation, facts: dict[str, Any]) -> str:
         return f"adapted to {facts['clips']} clips"
     if facts["judgement"] is None:
         return (
-            f"the start is kept as it was: {facts['clips']} clips with labels can't show whether an adaptation helps; "
-            f"{adapting.LEAST_CLIPS} are needed, by --labeller or in the table"
+            f"the start is kept as it was: too few of {facts['clips']} clips have labels to show whether an adaptation "
+            f"helps; {adapting.LEAST_CLIPS} are needed, by --labeller or in the table"
         )
     return "the start is kept as it was: held-back clips show no gain beyond twice its standard error"

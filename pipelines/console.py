@@ -49,6 +49,9 @@ def keep_apart(arguments: argparse.Namespace, *inputs: str, writes: Sequence[str
         for path in given if isinstance(given, list) else filter(None, [given]):
             if storage.same(path, out):
                 fail(f"--out {out} is what {flag} names; give another folder")
+            kept = storage.resolve(storage.join(out, PREVIOUS), ".").rstrip("/")
+            if f"{storage.resolve(path, '.').rstrip('/')}/".startswith(f"{kept}/"):
+                fail(f"--out {out} would delete {flag} {path}, which it keeps of an earlier run; give another folder")
             written = any(fnmatch.fnmatch(storage.name(path.rstrip("/")).lower(), pattern) for pattern in writes)
             if written and storage.same(storage.parent(path.rstrip("/")), out):
                 fail(f"--out {out} would overwrite {flag} {path}; give another folder")

@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace, log: Log | None = None) -> int:
         fail("--resume goes on with a training and --replace begins anew; give one of them")
     if arguments.start:
         if arguments.tensorboard or log:
-            fail("--tensorboard: an adaptation has no such figures; leave it out with --start")
+            fail("--start with --tensorboard or a log: an adaptation has no figures for them; leave them out")
         return adapt(arguments)
     out = arguments.out
     first = plan(arguments, recipe)
@@ -128,9 +128,7 @@ def run(arguments: argparse.Namespace, log: Log | None = None) -> int:
 def adapt(arguments: argparse.Namespace) -> int:
     """Go on from a trained model."""
     out, planned = arguments.out, adaptation.plan(arguments)
-    if arguments.resume:
-        adaptation.check_resumable(planned)
-    else:
+    if not (arguments.resume and adaptation.has_begun(planned)):  # nothing of it is done: it begins
         check_free(out, arguments.replace)
     storage.make_directory(out)
     with runners.session(arguments.in_process) as runner:

@@ -246,7 +246,7 @@ def remember(
 ) -> Model:
     """Add to an adapted model what it learned from: counts, and bases with which new sounds are compared.
 
-    `config` gives the labels and the picture network; `facts` are `clips`, `clips_by_label`, `sources` and more.
+    `config` is the start's with the clips' picture network; `facts` are `clips`, `clips_by_label`, `sources` and more.
     """
     said = model.config.training
     added: dict[str, Any] = {}
@@ -263,5 +263,4 @@ def remember(
         records = itertools.islice(steps.training_records(files, config, without), _COMPARED_CLIPS)
         factors = ((torch.from_numpy(W), torch.from_numpy(H)) for W, H in (r.factors() for r in records))
         model = replace(model, familiarity=model.familiarity.with_clips(factors))
-    config = replace(model.config, labels=config.labels, labeller=config.labeller, training=dict(said) | added)
-    return replace(model, config=config)
+    return replace(model, config=replace(config, training=dict(said) | added))

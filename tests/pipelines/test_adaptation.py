@@ -72,8 +72,25 @@ def test_clips_that_teach_nothing_keep_the_start(noises: str, tmp_path: Path, ca
 
 def test_few_clips_keep_the_start(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     assert adapt(extracted(tmp_path, 3), tmp_path / "run") == 0
-    assert "3 clips with labels can't show" in capfd.readouterr().out
+    assert "too few of 3 clips have labels to show" in capfd.readouterr().out
     assert same_network(starter.PATH, tmp_path / "run" / "model")
+
+
+def test_a_start_that_would_be_deleted_is_refused(noises: str, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    out = tmp_path / "run"
+    kept = out / "previous" / "model"
+    shutil.copytree(starter.PATH, kept)
+    assert adapt(noises, out, "--replace", start=str(kept)) == 2
+    assert f"would delete --start {kept}" in capfd.readouterr().err and (kept / "config.json").exists()
+
+
+def test_a_half_of_other_clips_is_no_part_of_it(noises: str, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    assert adapt(noises, tmp_path / "run", "--epochs", "1") == 0
+    (tmp_path / "run" / "adapting-1.json").unlink()
+    assert adapt(extracted(tmp_path, 11), tmp_path / "run", "--epochs", "1", "--resume") == 2
+    assert "adapting-2.json is of other clips" in capfd.readouterr().err
+    assert adapt(noises, tmp_path / "run", "--epochs", "1", "--resume") == 0  # the other half alone is done again
+    assert capfd.readouterr().out.count("has judged what the other one taught") == 1
 
 
 def altered(folder: Path, **changes: object) -> str:
