@@ -84,6 +84,7 @@ def test_a_start_that_would_be_deleted_is_refused(noises: str, tmp_path: Path, c
     assert f"would delete --start {kept}" in capfd.readouterr().err and (kept / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_half_of_other_clips_is_no_part_of_it(noises: str, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     assert adapt(noises, tmp_path / "run", "--epochs", "1") == 0
     (tmp_path / "run" / "adapting-1.json").unlink()
