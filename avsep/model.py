@@ -69,7 +69,7 @@ _RANGES: dict[str, tuple[float, float]] = {  # of the configuration's numbers: b
     "separation.noise_weight": (1e-6, 1e6),
     "separation.silent_share": _SHARE,
     "separation.least_share": _SHARE,
-    "separation.most_rest": _SHARE,
+    "separation.most_rest": (0.0, 1000.0),
     "separation.least_confidence": _SHARE,
     "separation.window_s": (0.0, 3600.0),
     "separation.overlap_s": (0.0, 3600.0),

@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     check_vocabularies(f"--clips {arguments.clips}", clips.vocabulary, "the model", model.config.vocabulary)
     without, note = suspects.left_out(arguments.without, arguments.clips)
-    for line in filter(None, (f"{len(without):,} clips are left out, named by --without" * bool(without), note)):
+    for line in filter(None, (f"{len(without):,} of the clips are left out by --without" * bool(without), note)):
         say(f"collect: {line}")
     with (
         runners.session(arguments.in_process) as runner,

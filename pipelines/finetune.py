@@ -1,8 +1,8 @@
 """Fine-tune the picture network on the clips at hand with Ray Train: OUT/labeller.safetensors, and the model's.
 
 It learns from given labels, from the agreement of pictures and sound, or from both. It starts from --weights, else from
-the network that the model or the clips carry, else from scratch. What
-is written is the epoch that is best on split val; where none is better than the start, nothing.
+the network that the model or the clips carry, else from scratch.
+What is written is the epoch that is best on split val; where none is better than the start, nothing.
 """
 
 from __future__ import annotations

@@ -169,7 +169,8 @@ class Separator:
         if self.config.bases != "own":
             assert self.model.dictionary is not None
             names = [self.model.config.objects[i] for i in objects]
-            shares = self.shares(window, objects)  # whose each basis is; bounds would leave the rest none
+            if bounds is not None:
+                shares = self._votes(window, objects)  # bounds would leave the rest no basis of its own
             known = [self.model.dictionary.bases.get(n, W[:, s > 0.5]) for n, s in zip(names, shares[:-1], strict=True)]
             learned = self._refit(self.stft(waveform).abs(), [*known, W[:, shares[-1] > 0.5]])
             learned = ratio_masks(learned, self.config.mask_power)

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
@@ -252,7 +254,7 @@ def test_a_training_leaves_out_what_lists_name(extraction: Path, capfd: pytest.C
     capfd.readouterr()
     command = ["--model", str(out / "model"), "--clips", str(extraction / "clips"), "--in-process"]
     assert collect.main([*command, *lists(extraction, "again")]) in (0, 1)  # perhaps no sure basis
-    assert "collect: 2 clips are left out, named by --without" in capfd.readouterr().out
+    assert "collect: 2 of the clips are left out by --without" in capfd.readouterr().out
 
 
 def test_lists_of_other_clips_are_refused_and_strangers_told(
@@ -281,3 +283,9 @@ def test_a_model_of_other_factors_is_refused(extraction: Path, capfd: pytest.Cap
     arguments = ["--clips", str(extraction / "clips"), "--out", str(extraction / "x")]
     assert audit.main([*arguments, "--model", str(extraction / "other")]) == 2
     assert "7 bases, the clips have" in capfd.readouterr().err
+
+
+def test_an_id_may_be_a_number(tmp_path: Path) -> None:
+    path = str(tmp_path / "ids.parquet")
+    pq.write_table(pa.table({"segment_id": [0, 17]}), path)
+    assert suspects.read_ids([path]) == {"0", "17"}

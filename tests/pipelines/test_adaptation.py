@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from avsep import starter
+from avsep.factors import DataConfig
 from avsep.learning.adapting import agreements
 from avsep.learning.bags import load_bags
-from avsep.model import CONFIG_FILE, Model, ModelConfig, NetworkConfig
+from avsep.model import CONFIG_FILE, Labelling, Model, ModelConfig, NetworkConfig
 from avsep.shards import clip_files
 from pipelines import extract, train
+from pipelines.adaptation import seen_by
 from tests.support import sounds
 from tests.support.scenes import table_of
 
@@ -147,3 +149,17 @@ def test_the_starter_hears_rendered_clips_better_afterwards(rendered: Path, tmp_
     held = [load_bags(clip_files(clips), model.config.labelling, split) for split in ("val", "test")]
     gains = [float((agreements(model.network, b) - agreements(start.network, b)).mean()) for b in held if b is not None]
     assert min(gains) > 0 and max(gains) > 0.1, gains
+
+
+def test_clips_that_were_looked_at_otherwise_bring_their_own_way() -> None:
+    """The start's knowledge of its picture network's scores holds for that network and way alone."""
+    start = ModelConfig.read(starter.PATH)
+    made_with = DataConfig(start.extraction, start.vocabulary, "efficientnet_lite2", "0" * 64)
+    assert seen_by(made_with, start).evidence == start.evidence
+    for changed in (
+        replace(made_with, labeller="resnet152"),
+        replace(made_with, extraction=replace(start.extraction, looks="centre", image_size=224)),
+    ):
+        config = seen_by(changed, start)
+        assert config.evidence == replace(start.evidence, picture_slope=0.0, picture_offset=0.0)
+        assert config.extraction == changed.extraction and config.labelling == Labelling.of(changed)
