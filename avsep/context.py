@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 N_PAIR_FEATURES = 9
 _N_BANDS, _N_CEPSTRAL = 96, 11
+_SETTLED = 8  # mean-field updates after which the votes hardly change
 TOP_SHARE = 2 / 3  # of the bins that are looked at, from the lowest: 16 kHz at the default STFT
 
 
@@ -23,7 +24,7 @@ class BasisContext(nn.Module):
 
     Args:
         hidden: width of phi's two layers.
-        n_iter: mean-field updates.
+        n_iter: mean-field updates in training. Afterwards there are eight, and the votes have settled.
     """
 
     mean: Tensor
@@ -59,7 +60,7 @@ class BasisContext(nn.Module):
         phi = self.phi(x).squeeze(-1) * (1 - torch.eye(pairs.shape[1], device=pairs.device))
         uniform = 1 / there.sum(1, keepdim=True)
         q = z
-        for _ in range(self.n_iter):
+        for _ in range(self.n_iter if self.training else _SETTLED):
             p = q.masked_fill(~there, -torch.inf).softmax(1)
             q = self.scale * z + ((p - uniform) * there) @ phi.mT
         return q.masked_fill(~there, -torch.inf).log_softmax(1)

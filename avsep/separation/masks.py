@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from avsep.model import SeparationConfig
 from avsep.stft import STFT
 
 _LIFTS = 50  # at most, of shares that are too small; a few do
+_LEVELLINGS, _STEP, _LONGEST = 6, 0.7, 1.5  # rounds at most; what part of the way each goes, and at most, as logarithm
 
 
 def ratio_masks(magnitudes: Tensor, power: float = 1.0) -> Tensor:
@@ -93,6 +94,46 @@ def rest_at_most(shares: Tensor, basis_energy: Tensor, most: float) -> Tensor:
         return shares
     rest, own = shares[-1:] * (most / has), shares[:-1].clamp_min(1e-12)
     return torch.cat([own / own.sum(0) * (shares.sum(0) - rest), rest])
+
+
+def levelled(votes: Callable[[Tensor], Tensor], basis_energy: Tensor, n_objects: int, pull: float) -> Tensor:
+    """Weigh objects' claims until their parts of the sound are more alike: the shares `(J + 1, M)`.
+
+    An object that a model hardly knows claims too little of everything. So its claims are raised before the bases
+    vote, until each part of the objects' energy is in proportion to `p ** (1 - pull)`, `p` being what it is at first.
+
+    Args:
+        votes: gives the shares when log weights `(J,)` are added to the objects' claims.
+        basis_energy: `(M,)`.
+        n_objects: J.
+        pull: 0 leaves the parts as they are; 1 makes them equal.
+
+    >>> def votes(log_weights):  # on one basis, of which the rest gets nothing
+    ...     own = (torch.tensor([0.9, 0.1]).log() + log_weights).softmax(0)
+    ...     return torch.cat([own, torch.zeros(1)]).unsqueeze(1)
+    >>> [round(x, 2) for x in levelled(votes, torch.ones(1), 2, pull=0.5).flatten().tolist()]
+    [0.75, 0.25, 0.0]
+    """
+    weights = torch.zeros(n_objects)
+    shares = votes(weights)
+    parts = _parts(shares, basis_energy)
+    wanted = parts.clamp_min(1e-3) ** (1 - pull)
+    wanted = wanted / wanted.sum()
+    for _ in range(_LEVELLINGS):
+        short = (wanted / parts.clamp_min(1e-4)).log()
+        if (short.abs() < 0.01).all():
+            break
+        step = (_STEP * short).clamp(-_LONGEST, _LONGEST)
+        weights = weights + step - step.mean()
+        shares = votes(weights)
+        parts = _parts(shares, basis_energy)
+    return shares
+
+
+def _parts(shares: Tensor, basis_energy: Tensor) -> Tensor:
+    """Return each object's part of what all of them have, `(J + 1, M)` → `(J,)`."""
+    had = shares[:-1] @ basis_energy
+    return had / had.sum().clamp_min(1e-30)
 
 
 def at_least(shares: Tensor, basis_energy: Tensor, least: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from avsep.model import Model, SeparationConfig
 from avsep.objects import Vocabulary
 from avsep.separation import windows
 from avsep.separation.assigned import Assigned, AssignedWindow, Making, finely
-from avsep.separation.masks import at_least, basis_shares, ratio_masks, rest_at_most, separate
+from avsep.separation.masks import at_least, basis_shares, levelled, ratio_masks, rest_at_most, separate
 from avsep.separation.separates import Separation
 from avsep.separation.windows import Explanation, Window, WindowStore
 from avsep.stft import STFT
@@ -128,29 +128,48 @@ class Separator:
 
         Where the model has learned how a clip's bases belong together, they vote among the
         objects that are there and the rest; else each is taken by itself (`basis_shares`).
-        `bounds` are kept whatever the votes say.
+        With `bounds` the model isn't sure: its claims are levelled first, and the bounds kept whatever the votes say.
         """
-        shares, energy = self._votes(window, objects), window.factors.basis_energy
         if bounds is None:
-            return shares
+            return self._votes(window, objects)
+        energy = window.factors.basis_energy
+        if self.config.assignment == "soft":
+            votes = functools.partial(self._votes, window, objects, pairs=self._pairs(window))
+            shares = levelled(votes, energy, len(objects), self.config.levelling)
+        else:
+            shares = self._votes(window, objects)
         shares = rest_at_most(shares, energy, bounds.most_rest)
         return shares if bounds.least is None else at_least(shares, energy, bounds.least)
 
-    def _votes(self, window: Window, objects: Sequence[int]) -> Tensor:
-        context = self.model.context
-        if context is None or self.config.assignment == "threshold" or not len(objects):
-            return basis_shares(window.relation, objects, self.config)
-        index, n_runs = list(objects), window.factors.W.shape[1] // self.extraction.n_bases
+    def _votes(
+        self,
+        window: Window,
+        objects: Sequence[int],
+        log_weights: Tensor | None = None,
+        pairs: Tensor | None = None,
+    ) -> Tensor:
+        """Return the shares by votes, `(J + 1, M)`, after log weights `(J,)` were added to the objects' scores."""
+        context, index, relation = self.model.context, list(objects), window.relation
+        if log_weights is not None:
+            relation = relation.index_add(0, torch.tensor(index), log_weights[:, None].expand(-1, relation.shape[1]))
+        if context is None or self.config.assignment == "threshold" or not index:
+            return basis_shares(relation, index, self.config)
+        pairs = self._pairs(window) if pairs is None else pairs
+        n_runs = len(pairs)
         present = torch.zeros(n_runs, len(self.model.config.objects), dtype=torch.bool)
         present[:, index] = True
-        W, H = (torch.stack(x.chunk(n_runs)) for x in (window.factors.W.T, window.factors.H))  # only those of
-        energy = torch.stack(window.factors.basis_energy.chunk(n_runs))  # one factorisation vote on each other
-        pairs = pair_features(W, H, energy / energy.sum(1, keepdim=True).clamp_min(1e-12))
-        posteriors = basis_posteriors(window.relation[None])[0]
+        posteriors = basis_posteriors(relation[None])[0]
         posteriors = torch.cat([posteriors[:-1], self.config.noise_weight * posteriors[-1:]])
         posteriors = torch.stack((posteriors / posteriors.sum(0)).chunk(n_runs, 1))
         refined = torch.cat(list(context(posteriors, pairs, present).exp()), 1)
         return refined[[*index, -1]] ** self.config.posterior_power
+
+    def _pairs(self, window: Window) -> Tensor:
+        """Describe how each two bases of one factorisation relate: only those vote on each other."""
+        n_runs = window.factors.W.shape[1] // self.extraction.n_bases
+        W, H = (torch.stack(x.chunk(n_runs)) for x in (window.factors.W.T, window.factors.H))
+        energy = torch.stack(window.factors.basis_energy.chunk(n_runs))
+        return pair_features(W, H, energy / energy.sum(1, keepdim=True).clamp_min(1e-12))
 
     @torch.inference_mode()
     def masks(self, waveform: Tensor, window: Window, objects: Sequence[int], bounds: Bounds | None = None) -> Tensor:

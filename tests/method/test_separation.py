@@ -28,7 +28,8 @@ from avsep.model import (
 from avsep.objects import OBJECT_NAMES
 from avsep.records import ClipError
 from avsep.separation import Separator, at_least, basis_shares, ratio_masks, separate
-from avsep.separation.masks import rest_at_most
+from avsep.separation.masks import levelled, rest_at_most
+from avsep.separation.trained import Bounds
 from avsep.stft import STFT
 from tests.support.tones import DOG, PITCH, RATE, SMALL, VIOLIN, model, tone
 
@@ -238,6 +239,37 @@ def test_shares_are_raised_to_the_least_and_no_further() -> None:
     assert float(raised[1] @ energy) == pytest.approx(0.3, abs=2e-3)
     assert float(raised[1, 1]) > float(raised[1, 0]) > float(raised[1, 2])  # where it was likeliest
     assert torch.equal(at_least(shares, energy, torch.tensor([0.05, 0.05])), shares)
+
+
+@pytest.mark.parametrize("pull", [0.0, 0.5, 1.0])
+def test_doubted_objects_claims_are_levelled_before_the_bases_vote(pull: float) -> None:
+    """Parts go with `p ** (1 - pull)`, and each basis stays whose it was likeliest."""
+    claims = torch.tensor([[3.0, 2.0, 1.0, 2.5], [0.5, -1.0, 0.0, -2.0]])  # of two objects on four bases, as logs
+    rest, energy = torch.full((1, 4), 0.2), torch.tensor([0.4, 0.3, 0.2, 0.1])
+
+    def votes(log_weights: torch.Tensor) -> torch.Tensor:
+        return torch.cat([0.8 * (claims + log_weights[:, None]).softmax(0), rest])
+
+    before, after = votes(torch.zeros(2)), levelled(votes, energy, 2, pull)
+    odds = [float((s[0] @ energy) / (s[1] @ energy)) for s in (before, after)]
+    assert odds[0] > 5
+    assert odds[1] == pytest.approx(odds[0] ** (1 - pull), rel=0.03)
+    assert torch.allclose(after.sum(0), torch.ones(4))
+    assert (after[1] / after[0]).argsort().tolist() == (before[1] / before[0]).argsort().tolist()
+
+
+def test_only_a_model_that_is_not_sure_levels() -> None:
+    trained = model()
+    window = Separator(trained).analyse(tone(DOG, 3.0) + tone(VIOLIN, 3.0, 0.3))
+    energy, index = window.factors.basis_energy, [trained.config.objects.index(n) for n in ("dog", "violin")]
+
+    def parts(levelling: float, bounds: Bounds | None) -> list[float]:
+        config = replace(trained.config.separation, levelling=levelling)
+        return (Separator(trained, config).shares(window, index, bounds) @ energy).tolist()
+
+    sure, doubted = parts(0.5, None), parts(0.5, Bounds(None, 1.0))
+    assert sure == parts(0.0, None) == pytest.approx(parts(0.0, Bounds(None, 1.0)), abs=1e-6)
+    assert sure[0] > doubted[0] > doubted[1] > sure[1]
 
 
 def test_the_rest_is_bounded_and_columns_keep_their_sums() -> None:
@@ -476,6 +508,7 @@ def test_each_setting_of_a_model_must_be_there_and_make_sense(tmp_path: Path) ->
                 "picture_slope",
                 "picture_offset",
                 "most_rest",
+                "levelling",
                 "noise_weight",
             ):
                 continue  # came later
