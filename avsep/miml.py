@@ -11,6 +11,7 @@ from torch import Tensor, nn
 _N_LOG_BANDS = 192
 _LOG_BANDS_BINS = (4.0, 1600.0)  # centres of the lowest and highest; 40 Hz and 16 kHz at the default STFT
 _LOG_HIDDEN = 384
+_PITCH = 1.06  # from one of `relate_at_pitches` to the next
 N_STATISTICS = 15
 _STATISTICS_HIDDEN, _STATISTICS_NOISE = 64, 0.1
 
@@ -235,6 +236,39 @@ def basis_posteriors(relation: Tensor) -> Tensor:
     tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
     return torch.cat([relation, torch.zeros_like(relation[:, :1])], 1).softmax(1)
+
+
+def warp_frequencies(bases: Tensor, factors: Tensor) -> Tensor:
+    """Stretch bases `(n, F)` along frequency, each by its factor `(n,)`, or all by one `(1,)`.
+
+    Bin f gets what was at f / factor.
+    """
+    n_bins = bases.shape[-1]
+    position = torch.arange(n_bins, device=bases.device) / factors.unsqueeze(1)
+    low = position.floor().clamp(0, n_bins - 1).long()
+    high = (low + 1).clamp(max=n_bins - 1)
+    blend = (position - low).clamp(0, 1)
+    if len(factors) == 1:
+        below, above = bases[:, low[0]], bases[:, high[0]]
+    else:
+        below, above = bases.gather(1, low), bases.gather(1, high)
+    return (below * (1 - blend) + above * blend) * (position <= n_bins - 1)
+
+
+def relate_at_pitches(network: AnyMIML, W: Tensor, H: Tensor, n_pitches: int) -> Tensor:
+    """Relate one clip's factors as `network.relate`, in the mean over bases stretched along frequency: `(L, M)`.
+
+    Another player's bases lie between those of the training. Of the stretched ones some are more like them.
+
+    Args:
+        network: takes bases `(F, M)` and activations `(M, N)`.
+        W, H: `(F, M)`, `(M, N)`.
+        n_pitches: how many, 6 % apart; an even number counts as the next odd one, as the bases lie in the middle.
+    """
+    reach = n_pitches // 2
+    pitches = [_PITCH**k for k in range(-reach, reach + 1)]
+    bases = torch.stack([warp_frequencies(W.T, torch.tensor([p])) for p in pitches])
+    return network.relation(bases, statistics=activation_statistics(H[None]).expand(len(bases), -1, -1)).mean(0)
 
 
 def partial_label_loss(

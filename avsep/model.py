@@ -43,6 +43,7 @@ _LATER = (
     "separation.most_rest",
     "separation.noise_weight",
     "separation.levelling",
+    "separation.n_pitches",
     "evidence.picture_slope",
     "evidence.picture_offset",
 )  # settings that a model of this format may lack: it gets their defaults
@@ -72,6 +73,7 @@ _RANGES: dict[str, tuple[float, float]] = {  # of the configuration's numbers: b
     "separation.least_share": _SHARE,
     "separation.most_rest": (0.0, 1000.0),
     "separation.levelling": _SHARE,
+    "separation.n_pitches": (1, 99),
     "separation.least_confidence": _SHARE,
     "separation.window_s": (0.0, 3600.0),
     "separation.overlap_s": (0.0, 3600.0),
@@ -114,6 +116,7 @@ class SeparationConfig:
     n_iter: int = 100  # updates of the activations of learned bases
     noise_weight: float = 1.0  # of a basis's being noise, beside what it is by the network
     silent_share: float = 0.02  # below this share of the sound a named object is hardly heard, a single one silent
+    n_pitches: int = 5  # at which a basis is related to the objects; the mean counts
     levelling: float = 0.5  # how far parts of the sound that objects claim are made alike, where the model isn't sure
     least_share: float = 0.3  # of an equal part of the sound: what each object that was named gets at least
     most_rest: float = 1.0  # of an equal part, too: the rest's at most, beside several objects that are doubted

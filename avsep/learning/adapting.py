@@ -21,7 +21,15 @@ from torch import Tensor, nn
 from avsep import evidence
 from avsep.learning import practice, steps, training
 from avsep.learning.bags import Bags, bags_from_file, load_bags, shuffled_batches
-from avsep.miml import MIML, AnyMIML, MeanMIML, basis_posteriors, partial_label_loss, target_loss
+from avsep.miml import (
+    MIML,
+    AnyMIML,
+    MeanMIML,
+    basis_posteriors,
+    partial_label_loss,
+    target_loss,
+    warp_frequencies,
+)
 from avsep.model import Labelling, Model, ModelConfig
 
 LEAST_CLIPS = 10  # with labels; fewer say nothing about whether an adaptation helps
@@ -96,7 +104,7 @@ def invent_bases(clips: Bags, n: int, seed: int = 0) -> tuple[Tensor, Tensor | N
     own = clips.bases.reshape(-1, n_bins)[clips.valid.flatten()]
     some = torch.randint(len(own), (n,), generator=g)
     stretch = torch.exp((2 * torch.rand(n, generator=g) - 1) * 0.9)
-    made = torch.where(kind > 0.8, training.warp_frequencies(own[some].float(), stretch), made)
+    made = torch.where(kind > 0.8, warp_frequencies(own[some].float(), stretch), made)
     octaves = torch.log2((bins / scale + 2) / 2)
     level = (6 * torch.randn(n, _ENVELOPE_POINTS, generator=g)).cumsum(1)
     place = (octaves / octaves[-1] * (_ENVELOPE_POINTS - 1)).clamp(max=_ENVELOPE_POINTS - 1 - 1e-3)
@@ -175,7 +183,7 @@ def _answers(network: MIML, bases: Tensor, moves: Tensor | None) -> Tensor:
 def _warped(bases: Tensor, warp: float) -> Tensor:
     n_clips, n_bases, n_bins = bases.shape
     factors = 1 + warp * (2 * torch.rand(n_clips * n_bases) - 1)
-    return training.warp_frequencies(bases.reshape(-1, n_bins), factors).reshape(bases.shape)
+    return warp_frequencies(bases.reshape(-1, n_bins), factors).reshape(bases.shape)
 
 
 # -------------------------------------------------------------------------------------- judging

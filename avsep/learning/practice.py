@@ -16,8 +16,7 @@ from avsep.context import TOP_SHARE, BasisContext, pair_features
 from avsep.evidence import LabelQuality
 from avsep.factors import DEFAULT_FACTORIZER, get_factorizer
 from avsep.learning.bags import Bags
-from avsep.learning.training import warp_frequencies
-from avsep.miml import AnyMIML, activation_statistics, basis_posteriors, energy_shares
+from avsep.miml import AnyMIML, activation_statistics, basis_posteriors, energy_shares, warp_frequencies
 from avsep.records import ClipRecord
 
 _NOISE = 0.1  # how likely noise is, beside a visible object

@@ -23,6 +23,7 @@ from avsep.miml import (
     multilabel_margin,
     partial_label_loss,
     target_loss,
+    warp_frequencies,
 )
 
 
@@ -76,17 +77,6 @@ def batch_size_for(n_clips: int, config: TrainingConfig) -> int:
     """
     wanted = config.batch_size or (256 if n_clips >= 5000 else max(8, min(64, n_clips // 8)))
     return max(1, min(wanted, n_clips))
-
-
-def warp_frequencies(bases: Tensor, factors: Tensor) -> Tensor:
-    """Stretch each basis along frequency, `(n, F)` by `(n,)`: bin f gets what was at f / factor."""
-    n_bins = bases.shape[-1]
-    position = torch.arange(n_bins, device=bases.device) / factors.unsqueeze(1)
-    low = position.floor().clamp(0, n_bins - 1).long()
-    high = (low + 1).clamp(max=n_bins - 1)
-    blend = (position - low).clamp(0, 1)
-    warped = bases.gather(1, low) * (1 - blend) + bases.gather(1, high) * blend
-    return warped * (position <= n_bins - 1)
 
 
 def train_epoch(

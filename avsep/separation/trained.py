@@ -17,7 +17,7 @@ from avsep.context import pair_features
 from avsep.factors import Factorize, Factors, factorize, get_factorizer
 from avsep.familiarity import deserved, familiarity
 from avsep.limits import LOUDEST
-from avsep.miml import basis_posteriors, energy_shares
+from avsep.miml import basis_posteriors, energy_shares, relate_at_pitches
 from avsep.model import Model, SeparationConfig
 from avsep.objects import Vocabulary
 from avsep.separation import windows
@@ -111,6 +111,7 @@ class Separator:
         energy = factors.basis_energy
         if self.config.assignment == "soft":
             posteriors = basis_posteriors(relation.unsqueeze(0))
+            relation = relate_at_pitches(self.model.network, factors.W, factors.H, self.config.n_pitches)
         else:  # the published network's scores: no noise class, the clip's best basis counts
             posteriors = torch.cat([relation.softmax(0), torch.zeros_like(relation[:1])]).unsqueeze(0)
         scores = energy_shares(posteriors, energy.unsqueeze(0))[0]

@@ -12,8 +12,8 @@ from avsep.familiarity import Familiarity
 from avsep.learning import adapting
 from avsep.learning.adapting import AdaptingConfig, Judgement, agreements, halves, invent_bases, judge_half, learn
 from avsep.learning.bags import Bags, shuffled_batches
-from avsep.learning.training import TrainingConfig, optimiser_for, train_epoch, warp_frequencies
-from avsep.miml import MIML, MeanMIML, basis_posteriors
+from avsep.learning.training import TrainingConfig, optimiser_for, train_epoch
+from avsep.miml import MIML, MeanMIML, basis_posteriors, warp_frequencies
 from avsep.model import Model, ModelConfig
 from avsep.objects import Vocabulary
 from avsep.synthetic import planted_bases

@@ -13,7 +13,9 @@ from avsep.miml import (
     energy_shares,
     multilabel_margin,
     partial_label_loss,
+    relate_at_pitches,
     target_loss,
+    warp_frequencies,
 )
 
 
@@ -220,3 +222,16 @@ def test_target_loss_is_the_cross_entropy_of_known_shares() -> None:
     padded = torch.cat([targets, torch.zeros(1, 3, 1)], 2)
     wider = torch.cat([relation, torch.zeros(1, 2, 1)], 2)
     assert float(target_loss(wider, padded, torch.tensor([[1.0, 3.0, 0.0]]))) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+def test_bases_are_related_at_several_pitches_around_their_own(statistics: bool) -> None:
+    """In the mean, each as if it were the clip's; one pitch is `relate`."""
+    networks = [MIML(20, 5, 3, 16, statistics=statistics).eval() for _ in range(2)]
+    W, H = seeded(20, 4).abs(), seeded(4, 30).abs()
+    for network in (networks[0], MeanMIML(networks).eval()):
+        torch.testing.assert_close(relate_at_pitches(network, W, H, 1), network.relate(W, H))
+        pitches = [1 / 1.06, 1.0, 1.06]
+        one_by_one = [network.relate(warp_frequencies(W.T, torch.full((4,), p)).T, H) for p in pitches]
+        torch.testing.assert_close(relate_at_pitches(network, W, H, 3), torch.stack(one_by_one).mean(0))
+        assert not torch.equal(one_by_one[0], one_by_one[1])

@@ -509,6 +509,7 @@ def test_each_setting_of_a_model_must_be_there_and_make_sense(tmp_path: Path) ->
                 "picture_offset",
                 "most_rest",
                 "levelling",
+                "n_pitches",
                 "noise_weight",
             ):
                 continue  # came later

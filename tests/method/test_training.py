@@ -22,10 +22,9 @@ from avsep.learning.training import (
     optimiser_for,
     train_epoch,
     validate,
-    warp_frequencies,
 )
 from avsep.metrics import mean_average_precision
-from avsep.miml import MIML, partial_label_loss
+from avsep.miml import MIML, partial_label_loss, warp_frequencies
 from avsep.model import LabelConfig, Labelling
 from avsep.objects import AUDIOSET_23, multi_hot, object_index
 from avsep.records import ClipRecord
