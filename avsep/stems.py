@@ -57,7 +57,8 @@ class _Stream:
             block = next(self._blocks, None)
             self.ended = block is None
             more += [] if block is None else [block]
-        self._held = np.concatenate([self._held, *more], 1)
+        if more:
+            self._held = np.concatenate([self._held, *more], 1)
         first, last = max(start, 0), max(0, min(stop, self.end))
         part = self._held[:, first - self._start : max(first, last) - self._start]
         return np.pad(part, ((0, 0), (first - start, stop - max(first, last))))
