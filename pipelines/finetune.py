@@ -159,7 +159,11 @@ def run(arguments: argparse.Namespace) -> int:
     vocabulary = read_vocabulary(arguments.segments, model.config.vocabulary if model else AUDIOSET_23)
     if model is not None:
         check_vocabularies("--segments", vocabulary, "--model", model.config.vocabulary)
-    by_split = read_splits(arguments, vocabulary)
+    by_split: dict[str, list[Segment]] = {"train": [], "val": []}
+    for s in read_segments(arguments.segments, say, vocabulary):
+        by_split.get(s.split, []).append(s)
+    if not by_split["train"] or not by_split["val"]:
+        fail(f"{arguments.segments} needs segments of split train, to learn from, and val, to choose by")
     without = listed(arguments, by_split)
     made = f"--out {arguments.out} holds a fine-tuned picture network; another --out leaves it alone"
     console.check_free(arguments.out, [LABELLER_FILE], made, arguments.replace)
@@ -175,16 +179,6 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             train_workers(fit, tuning, tuning.out, runner)
         return conclude(runner, arguments, model, tuning, by_split["val"], known)
-
-
-def read_splits(arguments: argparse.Namespace, vocabulary: Vocabulary) -> dict[str, list[Segment]]:
-    """Read the segments to learn from, and to choose by."""
-    by_split: dict[str, list[Segment]] = {"train": [], "val": []}
-    for s in read_segments(arguments.segments, say, vocabulary):
-        by_split.get(s.split, []).append(s)
-    if not by_split["train"] or not by_split["val"]:
-        fail(f"{arguments.segments} needs segments of split train, to learn from, and val, to choose by")
-    return by_split
 
 
 def listed(arguments: argparse.Namespace, by_split: dict[str, list[Segment]]) -> frozenset[str]:
@@ -229,17 +223,9 @@ def plan(
         config = replace(config, learning_rate=_SCRATCH_RATE)
     threads = min(2, os.cpu_count() or 1)
     tuning = FinetuningRun(
-        arguments.out,
-        files["train"],
-        files["val"],
-        labels,
-        truth,
-        before["selection"],
-        thresholds,
-        config,
-        vocabulary,
-        threads,
-    )
+        arguments.out, files["train"], files["val"], labels, truth, before["selection"], thresholds, config,
+        vocabulary, threads,
+    )  # fmt: skip
     return tuning, known
 
 
