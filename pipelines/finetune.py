@@ -125,10 +125,8 @@ def start(arguments: argparse.Namespace, vocabulary: Vocabulary) -> tuple[ImageL
 
 def tell_epoch(row: dict[str, float], epochs: int) -> None:
     """Say how an epoch went."""
-    say(
-        f"finetune: epoch {row['epoch'] + 1}/{epochs}, loss {row['train_loss']:.3f}; validation {describe(row)}; "
-        f"{row['seconds']:.1f} s"
-    )
+    how = f"loss {row['train_loss']:.3f}; validation {describe(row)}; {row['seconds']:.1f} s"
+    say(f"finetune: epoch {row['epoch'] + 1}/{epochs}, {how}")
 
 
 def fit(run: FinetuningRun, device: str) -> None:
@@ -187,8 +185,8 @@ def listed(arguments: argparse.Namespace, by_split: dict[str, list[Segment]]) ->
     without, note = suspects.left_out_of(arguments.without, ids["train"] + ids["val"], arguments.segments)
     for line in filter(None, (f"{len(without):,} of the clips are left out by --without" * bool(without), note)):
         say(f"finetune: {line}")
-    if whole := [split for split, of in ids.items() if without.issuperset(of)]:
-        fail(f"--without leaves nothing of split {whole[0]} in {arguments.segments}; leave less out")
+    for split in (split for split, of in ids.items() if without.issuperset(of)):
+        fail(f"--without leaves nothing of split {split} in {arguments.segments}; leave less out")
     return without
 
 
@@ -218,13 +216,11 @@ def plan(
     thresholds = LabelConfig()  # of one look at the middle
     before = measure(known, truth, thresholds)
     say(f"finetune: {len(labels)} clips to learn from, {len(truth)} for validation; before: {describe(before)}")
-    config = FinetuningConfig(epochs=arguments.epochs)
-    if not learned:
-        config = replace(config, learning_rate=_SCRATCH_RATE)
-    threads = min(2, os.cpu_count() or 1)
+    rate = FinetuningConfig.learning_rate if learned else _SCRATCH_RATE
+    config = FinetuningConfig(epochs=arguments.epochs, learning_rate=rate)
     tuning = FinetuningRun(
         arguments.out, files["train"], files["val"], labels, truth, before["selection"], thresholds, config,
-        vocabulary, threads,
+        vocabulary, min(2, os.cpu_count() or 1),
     )  # fmt: skip
     return tuning, known
 
