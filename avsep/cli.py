@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -166,6 +167,31 @@ def _mistake(arguments: dict[str, Any]) -> str:
             return f"{file} doesn't exist; check the path"
         if len(named) == 1 and os.path.isfile(file) and not os.path.getsize(file):
             return f"{file} is empty: it has no bytes; give another file, or copy it again"
+    return _misnamed(arguments) if arguments["command"] == "separate" else ""
+
+
+def _misnamed(arguments: dict[str, Any]) -> str:
+    """Say which object isn't one of the model's, or what is wrong with edits; "" for nothing, or not to be told yet."""
+    from avsep.edits import Edits
+    from avsep.objects import Vocabulary
+    from avsep.starter import PATH  # none of them loads torch
+
+    named = [arguments["two_stems"], *(arguments["objects"] or "").split(",")]
+    try:
+        with open(os.path.join(arguments["model"] or PATH, "config.json"), "rb") as file:
+            vocabulary = Vocabulary.from_list(json.load(file)["vocabulary"])
+    except (OSError, ValueError, LookupError, TypeError):  # elsewhere, or no such file: who loads it says so
+        return ""
+    try:
+        for name in filter(None, (n and n.strip() for n in named)):
+            vocabulary.find(name)
+        if arguments["edit"] and _is_local(arguments["edit"]):
+            with open(arguments["edit"], "rb") as file:
+                Edits.from_json(file.read()).named(vocabulary.find)
+    except OSError:
+        return ""
+    except ValueError as error:
+        return str(error)
     return ""
 
 

@@ -131,24 +131,31 @@ class Lock:
         self._me = myself()
         self._place = conditional.place(path)
         self._lost = ""
+        self._renewed = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
 
     def __enter__(self) -> Lock:
         self._acquire()
+        self._renewed = time.monotonic()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join()
+        self._thread.join(self._beat_s)  # it may wait for an answer for minutes
+        if self._lost:
+            return
         with suppress(OSError):
             holder, version = self._read()
             if self._is_mine(holder) and version is not None:
                 self._place.delete(version)
 
     def check(self) -> None:
-        """Raise Held when the lock isn't ours any more."""
+        """Raise Held when the lock isn't ours any more, or wasn't renewed for so long that others may take it."""
+        if not self._lost and time.monotonic() - self._renewed > self._stale_s:
+            silent = f"{self.path} wasn't renewed for {self._stale_s:g} s, as its storage doesn't answer"
+            self._lost = f"{silent}; this run stops, since others may take it for dead"
         if self._lost:
             raise Held(self._lost)
 
@@ -203,14 +210,14 @@ class Lock:
         return self._place.write(self._data, version)
 
     def _beat(self) -> None:
-        renewed = time.monotonic()
         while not self._stop.wait(self._beat_s):
+            begun = time.monotonic()
             try:
                 if not self._renew():
                     return
-                renewed = time.monotonic()
+                self._renewed = begun  # what was asked may have been done long before it was answered
             except OSError as error:
-                if time.monotonic() - renewed > self._stale_s:
+                if time.monotonic() - self._renewed > self._stale_s:
                     self._lost = f"{self.path} can't be renewed ({error}); this run stops"
                     return
 

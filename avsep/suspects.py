@@ -208,13 +208,17 @@ def left_out(uris: Sequence[str], clips: str) -> tuple[frozenset[str], str]:
 
     Raises ValueError where they name something, and none of the clips.
     """
+    return left_out_of(uris, shards.read_ids(clips)[0] if uris else (), clips)
+
+
+def left_out_of(uris: Sequence[str], ids: Iterable[str], place: str) -> tuple[frozenset[str], str]:
+    """Return which of the ids in `place` some lists name, as `left_out`."""
     listed = read_ids(uris)
-    ids = shards.read_ids(clips)[0] if listed else ()
     named = frozenset(i for i in ids if i in listed or i.strip() in listed)  # tables' cells are stripped
     if listed and not named:
-        raise ValueError(f"{', '.join(uris)}: none of the {len(listed):,} ids is a clip in {clips}; give its own lists")
+        raise ValueError(f"{', '.join(uris)}: none of the {len(listed):,} ids is a clip in {place}; give its own lists")
     n_others = len(listed) - len(named)
-    return named, f"{n_others:,} of the {len(listed):,} ids of --without are no clips in {clips}" if n_others else ""
+    return named, f"{n_others:,} of the {len(listed):,} ids of --without are no clips in {place}" if n_others else ""
 
 
 def read_ids(uris: Iterable[str]) -> frozenset[str]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pipelines import arguments_of, begin
+from pipelines import WITHOUT, arguments_of, begin
 
 _SMALL = "shufflenet_v2_x0_5"  # what is trained from scratch when no other is asked for
 EXAMPLES = """examples:
@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--targets", choices=("labels", "agreement", "both"), default="both", help="what is learned from")
     p.add_argument("--weights", help="where to start: a .pth of ImageNet weights, or a .safetensors file")
     p.add_argument("--architecture", help=f"any torchvision classifier; resnet152 with a .pth, else {_SMALL}")
+    p.add_argument("--without", nargs="+", action="extend", default=[], metavar="LIST", help=WITHOUT)
     p.add_argument("--epochs", type=int, default=8, help="%(default)s unless said")
     p.add_argument("--media", metavar="URI", help="where pipelines.extract keeps downloads")
     p.add_argument("--replace", action="store_true", help="train anew; OUT's last network is kept in OUT/previous")
@@ -47,7 +48,7 @@ if __name__ == "__main__":
 
 from torch import Tensor
 
-from avsep import fetching, shards, storage
+from avsep import fetching, shards, storage, suspects
 from avsep.learning import albums, finetuning
 from avsep.learning.finetuning import (
     CHECKPOINT_FILE,
@@ -124,10 +125,8 @@ def start(arguments: argparse.Namespace, vocabulary: Vocabulary) -> tuple[ImageL
 
 def tell_epoch(row: dict[str, float], epochs: int) -> None:
     """Say how an epoch went."""
-    say(
-        f"finetune: epoch {row['epoch'] + 1}/{epochs}, loss {row['train_loss']:.3f}; validation {describe(row)}; "
-        f"{row['seconds']:.1f} s"
-    )
+    how = f"loss {row['train_loss']:.3f}; validation {describe(row)}; {row['seconds']:.1f} s"
+    say(f"finetune: epoch {row['epoch'] + 1}/{epochs}, {how}")
 
 
 def fit(run: FinetuningRun, device: str) -> None:
@@ -163,19 +162,32 @@ def run(arguments: argparse.Namespace) -> int:
         by_split.get(s.split, []).append(s)
     if not by_split["train"] or not by_split["val"]:
         fail(f"{arguments.segments} needs segments of split train, to learn from, and val, to choose by")
+    without = listed(arguments, by_split)
     made = f"--out {arguments.out} holds a fine-tuned picture network; another --out leaves it alone"
     console.check_free(arguments.out, [LABELLER_FILE], made, arguments.replace)
     labeller, learned = start(arguments, vocabulary)
     finetuning.save(labeller, storage.join(arguments.out, START_FILE))
     with runners.session(arguments.in_process) as runner:
         console.put_aside(arguments.out, [LABELLER_FILE, HISTORY_FILE, CHECKPOINT_FILE])
-        files = album_files(runner, arguments, by_split, labeller.looking("centre"))
+        files = album_files(runner, arguments, by_split, labeller.looking("centre"))  # of all: other lists may come
+        by_split = {split: [s for s in group if s.segment_id not in without] for split, group in by_split.items()}
         tuning, known = plan(runner, arguments, model, by_split, files, learned, vocabulary)
         if isinstance(runner, runners.InProcess):
             finetuning.fit(tuning, report=lambda row: tell_epoch(row, tuning.config.epochs))
         else:
             train_workers(fit, tuning, tuning.out, runner)
         return conclude(runner, arguments, model, tuning, by_split["val"], known)
+
+
+def listed(arguments: argparse.Namespace, by_split: dict[str, list[Segment]]) -> frozenset[str]:
+    """Return the ids that --without names, and say how many there are."""
+    ids = {split: [s.segment_id for s in group] for split, group in by_split.items()}
+    without, note = suspects.left_out_of(arguments.without, ids["train"] + ids["val"], arguments.segments)
+    for line in filter(None, (f"{len(without):,} of the clips are left out by --without" * bool(without), note)):
+        say(f"finetune: {line}")
+    for split in (split for split, of in ids.items() if without.issuperset(of)):
+        fail(f"--without leaves nothing of split {split} in {arguments.segments}; leave less out")
+    return without
 
 
 def plan(
@@ -204,22 +216,12 @@ def plan(
     thresholds = LabelConfig()  # of one look at the middle
     before = measure(known, truth, thresholds)
     say(f"finetune: {len(labels)} clips to learn from, {len(truth)} for validation; before: {describe(before)}")
-    config = FinetuningConfig(epochs=arguments.epochs)
-    if not learned:
-        config = replace(config, learning_rate=_SCRATCH_RATE)
-    threads = min(2, os.cpu_count() or 1)
+    rate = FinetuningConfig.learning_rate if learned else _SCRATCH_RATE
+    config = FinetuningConfig(epochs=arguments.epochs, learning_rate=rate)
     tuning = FinetuningRun(
-        arguments.out,
-        files["train"],
-        files["val"],
-        labels,
-        truth,
-        before["selection"],
-        thresholds,
-        config,
-        vocabulary,
-        threads,
-    )
+        arguments.out, files["train"], files["val"], labels, truth, before["selection"], thresholds, config,
+        vocabulary, min(2, os.cpu_count() or 1),
+    )  # fmt: skip
     return tuning, known
 
 

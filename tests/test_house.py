@@ -55,8 +55,8 @@ FLAGS = {
         "--tensorboard", "--in-process",
     },
     "finetune": {
-        "--segments", "--clips", "--model", "--out", "--targets", "--weights", "--architecture", "--epochs",
-        "--media", "--replace", "--in-process",
+        "--segments", "--clips", "--model", "--out", "--targets", "--weights", "--architecture", "--without",
+        "--epochs", "--media", "--replace", "--in-process",
     },
     "collect": {"--model", "--clips", "--without", "--replace", "--in-process"},
     "evaluate": {

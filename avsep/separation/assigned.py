@@ -49,26 +49,30 @@ class Making:
         """Read what `as_dict` gave."""
         return cls(**{**raw, "stft": STFT(**raw["stft"]), "mask_stft": STFT(**raw["mask_stft"])})
 
-    def render(self, sound: NDArray[np.float32], factors: Factors, pieces: Sequence[Piece]) -> NDArray[np.float32]:
+    def render(
+        self, sound: NDArray[np.float32], window: AssignedWindow, pieces: Sequence[Piece]
+    ) -> NDArray[np.float32]:
         """Render one window, `(S,)` → `(J + 1, S)`; the estimates add up to it."""
         waveform = windows.padded(sound, self.stft)
-        masks = self.masks(waveform, factors, pieces)
+        masks = self.masks(*window.fine(waveform, self), pieces)
         parts = separate(waveform, masks[:-1], self.mask_stft).numpy()[:, : len(sound)]
         return np.concatenate([parts, (sound - parts.sum(0))[None]])
 
-    def masks(self, waveform: Tensor, factors: Factors, pieces: Sequence[Piece]) -> Tensor:
-        """Return the objects' masks and, last, the rest's, `(J + 1, F, N)` of `mask_stft`, summing to one."""
-        W, H = factors.W, factors.H
-        if self.mask_stft != self.stft:
-            W, H = finely(waveform, factors, self)
+    def masks(self, W: Tensor, H: Tensor, pieces: Sequence[Piece]) -> Tensor:
+        """Return the objects' masks and, last, the rest's, `(J + 1, F, N)` of `mask_stft`, summing to one.
+
+        The factors are of `mask_stft`, as `finely` gives them.
+        """
         hop = self.mask_stft.hop_length
-        parts = [(W * p.shares[:, None]) @ H[:, p.frames(H.shape[1], hop)] for p in pieces]
-        return ratio_masks(torch.cat(parts, 2), self.mask_power)
+        parts = [H[:, p.frames(H.shape[1], hop)].T @ (W.T * p.shares[:, :, None]) for p in pieces]  # (J + 1, N, F)
+        return ratio_masks(torch.cat(parts, 1), self.mask_power).mT  # frame by frame in memory, as spectrograms are
 
 
 def finely(waveform: Tensor, factors: Factors, how: Making) -> tuple[Tensor, Tensor]:
     """Carry factors over to `mask_stft`, `(F, M), (M, N)` → `(F', M), (M, N')`, and fit their bases anew."""
     fine, coarse = how.mask_stft, how.stft
+    if fine == coarse:
+        return factors.W, factors.H
     V = fine(waveform).abs().T  # (N', F'): the activations are held fixed, as bases of the frames
     H = windows.resample(factors.H, V.shape[0], fine.hop_length / coarse.hop_length)
     bins = windows.resample(factors.W.T, V.shape[1], coarse.n_fft / fine.n_fft).clamp_min(1e-6)
@@ -101,6 +105,13 @@ class AssignedWindow:
     factors: Factors
     relation: Tensor
     shares: Tensor  # (J + 1, M): of objects that are silent here zero; the rest last
+    _fine: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False, compare=False)
+
+    def fine(self, waveform: Tensor, how: Making) -> tuple[Tensor, Tensor]:
+        """Return the factors at the masks' resolution: fitted to its sound once, however often it is rendered."""
+        if not self._fine:
+            self._fine.append(finely(waveform, self.factors, how))
+        return self._fine[0]
 
     def energy(self, how: Making, piece: Piece) -> Tensor:
         """Return each basis's energy in a piece, `(M,)`."""
@@ -207,6 +218,10 @@ class Assigned:
             about |= {"familiarity": dict(self.familiarity), "n_samples": self.n_samples}
             about |= {"how": self.how.as_dict(), "windows": spans}
             archive.writestr(_ABOUT, json.dumps(about))
+
+    def held(self) -> Assigned:
+        """Return it with its windows in memory, 2 MB for ten seconds: rendered again, it takes half the time."""
+        return replace(self, windows=tuple(self.windows))
 
     @classmethod
     def read(cls, path: Path) -> Assigned:
@@ -348,8 +363,7 @@ class EditedPlan:
         cut = windows.cut(blocks, assigned.how.length, assigned.how.overlap)
         numbered = enumerate(zip(cut, assigned.windows, strict=True))
         parts = (
-            (assigned.how.render(x, w.factors, assigned.pieces(k, w, self.edits)), last)
-            for k, ((x, _, last), w) in numbered
+            (assigned.how.render(x, w, assigned.pieces(k, w, self.edits)), last) for k, ((x, _, last), w) in numbered
         )
         yield from windows.join(parts, assigned.how.overlap)
 

@@ -21,7 +21,7 @@ from avsep.miml import basis_posteriors, energy_shares, relate_at_pitches
 from avsep.model import Model, SeparationConfig
 from avsep.objects import Vocabulary
 from avsep.separation import windows
-from avsep.separation.assigned import Assigned, AssignedWindow, Making, finely
+from avsep.separation.assigned import Assigned, AssignedWindow, Making, Piece, finely
 from avsep.separation.masks import at_least, basis_shares, levelled, ratio_masks, rest_at_most, separate
 from avsep.separation.separates import Separation
 from avsep.separation.windows import Explanation, Window, WindowStore
@@ -175,17 +175,16 @@ class Separator:
     @torch.inference_mode()
     def masks(self, waveform: Tensor, window: Window, objects: Sequence[int], bounds: Bounds | None = None) -> Tensor:
         """Return the objects' masks and, last, the rest's, `(J + 1, F, N)` of `mask_stft`, summing to one."""
-        W, H = window.factors.W, window.factors.H
+        W = window.factors.W
         shares = self.shares(window, objects, bounds)
         own = learned = None
         if self.config.bases != "learned":
             if self.config.assignment == "threshold":
                 own = self._refit(self.stft(waveform).abs(), [W[:, s > 0] for s in shares])
+                own = ratio_masks(own, self.config.mask_power)
             else:
-                if self.mask_stft != self.stft:
-                    W, H = finely(waveform, window.factors, self.making)
-                own = (W * shares[:, None]) @ H
-            own = ratio_masks(own, self.config.mask_power)
+                fine = finely(waveform, window.factors, self.making)
+                own = self.making.masks(*fine, [Piece(0, len(waveform), shares, last=True)])
         if self.config.bases != "own":
             assert self.model.dictionary is not None
             names = [self.model.config.objects[i] for i in objects]

@@ -12,7 +12,7 @@ from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEAD_S = 20.0  # from a connection's start, or the last answer's end, to the end of a request's headers
-HEAD_BYTES = 1 << 16
+HEAD_BYTES = 1 << 16  # that a request's head may have
 STALLED_S = 120.0  # without taking any of an answer that waits for it
 MAX_CONNECTIONS = 1000
 
@@ -43,12 +43,15 @@ class BoundedHttp(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Read, in pieces: a head that came in one would be complete before it is counted."""
-        piece = HEAD_BYTES // 4
-        for at in range(0, len(data), piece):
-            self._read(data[at : at + piece])
-            if self.transport.is_closing():
-                return
+        """Read, in pieces that end where a head would be too large: how it arrives doesn't matter.
+
+        A head that comes behind another request counts from where its piece begins, at most 16 kB earlier.
+        """
+        at = 0
+        while at < len(data) and not self.transport.is_closing():
+            end = at + (HEAD_BYTES // 4 if self._head is None else HEAD_BYTES - self._head)
+            self._read(data[at:end])
+            at = end
 
     def _read(self, data: bytes) -> None:
         if self._chunk is not None:
@@ -58,7 +61,7 @@ class BoundedHttp(HttpToolsProtocol):
             self._close()
         if self._head is not None:
             self._head += len(data)
-            if self._head > HEAD_BYTES:
+            if self._head >= HEAD_BYTES:  # and isn't complete
                 self._refuse(b"431 Request Header Fields Too Large")
 
     def on_message_begin(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import secrets
 import shutil
@@ -28,6 +29,7 @@ _BLOCK = 1 << 20  # samples
 _WINDOW_HEADS = 2048  # bytes of kept bases beside the numbers: of each window, of all, of each of a model's objects
 _ABOUT_BYTES, _OBJECT_BYTES = 4096, 256
 _SLACK_S = 0.1  # by which a sound may be longer than its header says
+_HELD_WINDOWS = 8  # of ten seconds and 2 MB each
 _BESIDE_BYTES = 1 << 20  # of edited sounds: the relation map's window
 
 
@@ -66,7 +68,7 @@ def edit(store: ResultStore, job_id: str, edits: Edits, find: Callable[[str], st
     """
     folder, job = store.path(job_id), store.job(job_id)
     assert job.result is not None
-    assigned = Assigned.read(folder / _BASES)
+    assigned = _assigned(folder / _BASES)
     edits = edits.named(lambda name: name if name in assigned.known else find(name))
     plan = assigned.edited(edits)
     if (one := job.options.two_stems) and one not in plan.objects:
@@ -88,6 +90,13 @@ def edit(store: ResultStore, job_id: str, edits: Edits, find: Callable[[str], st
         if other.name not in (name, job.result.edited):
             shutil.rmtree(other, ignore_errors=True)
     return state
+
+
+@functools.lru_cache(maxsize=4)  # who edits a sound does so often, and one at a time
+def _assigned(bases: Path) -> Assigned:
+    """Read a job's bases, which never change; those of shorter sounds stay in memory."""
+    assigned = Assigned.read(bases)
+    return assigned.held() if len(assigned.windows) <= _HELD_WINDOWS else assigned
 
 
 def _render(plan: EditedPlan, output: Output, folder: Path, part: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from avsep import lock, storage
+from avsep import filesystems, lock, storage
 from avsep.lock import Held, Lock
 from tests.support.loopback import Google, Store
 
@@ -240,6 +240,23 @@ def test_a_lock_whose_answer_was_lost_is_had(store: Store, store_folder: str) ->
         mine.check()
     assert store.faults["lost"] == 2 and not storage.exists(path)
     assert not isinstance(store, Google) or store.unauthorised == 0
+
+
+def test_a_holder_whose_store_does_not_answer_stops_when_others_may_take_over(store, store_folder, monkeypatch) -> None:
+    monkeypatch.setattr(filesystems, "SILENCE_S", 5.0)  # for which a renewal waits, and others don't
+    storage.forget_connections()
+    answered = threading.Event()
+    with Lock(f"{store_folder}/x.lock", "x", beat_s=0.1, stale_s=1.0) as mine:
+        store.fault = lambda method, path: answered.wait(20) and None
+        begun = time.monotonic()
+        with pytest.raises(Held, match=r"wasn't renewed for 1 s, .*this run stops"):
+            while time.monotonic() < begun + 10:
+                mine.check()
+                time.sleep(0.05)
+        assert 0.8 < time.monotonic() - begun < 4
+    assert time.monotonic() - begun < 4.5  # and waits no longer for what it asked
+    answered.set()
+    storage.forget_connections()
 
 
 def test_a_renewal_does_not_replace_whoever_took_over_meanwhile(store: Store, store_folder: str) -> None:

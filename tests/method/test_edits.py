@@ -60,6 +60,15 @@ def test_no_edits_change_nothing_and_a_file_holds_all(assigned: Assigned, sound:
     assert (tmp_path / "again.zip").stat().st_size < 100_000
 
 
+def test_what_is_held_in_memory_renders_every_edit_bit_for_bit(assigned: Assigned, sound: np.ndarray) -> None:
+    held = assigned.held()
+    for edits in (Edits(), everywhere(assigned, "cat"), Edits((Move(0, 1, REST), Move(2, 0, "dog"))), Edits()):
+        fresh = rendered(assigned, sound, edits)
+        again = rendered(held, sound, edits)
+        assert list(fresh) == list(again) and all((fresh[n] == again[n]).all() for n in fresh)
+    assert all(window.fine(torch.empty(0), held.how)[0].any() for window in held.windows)  # kept: not fitted to this
+
+
 @pytest.mark.parametrize("to", ["violin", "cat", REST])
 def test_moving_all_bases_moves_all_sound(assigned: Assigned, sound: np.ndarray, to: str) -> None:
     edits = everywhere(assigned, to)

@@ -205,3 +205,26 @@ def test_mistakes_get_one_line_and_status_2(rendered: Path, tmp_path: Path, capf
     (message,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("pipelines.finetune:")]
     for word in words:
         assert word in message
+
+
+def test_clips_that_lists_name_are_left_out_of_learning_and_choosing(rendered: Path, tmp_path: Path, capfd) -> None:
+    video = min((rendered / "clips").iterdir())
+    rows = [f"{i},{video},0,1,{'train' if i < 'n' else 'val'},drum" for i in ("a", "b", "c", "v", "w")]
+    (tmp_path / "clips.csv").write_text("\n".join(["segment_id,source,start_s,end_s,split,labels", *rows, ""]))
+    command = ["--segments", str(tmp_path / "clips.csv"), "--targets", "labels", "--architecture", "squeezenet1_1"]
+
+    def finetuned(out: str, *without: str) -> tuple[int, str]:
+        (tmp_path / "list.csv").write_text("\n".join(["segment_id", *without, ""]))
+        lists = ["--without", str(tmp_path / "list.csv"), "--epochs", "1", "--in-process"]
+        status = finetune.main([*command, "--out", str(tmp_path / out), *lists])
+        told = capfd.readouterr()
+        return status, told.out + told.err
+
+    status, told = finetuned("some", "b", "w", "nobody")
+    assert status in (0, 1) and "2 clips to learn from, 1 for validation" in told, told
+    assert "finetune: 2 of the clips are left out by --without" in told
+    assert "1 of the 3 ids of --without are no clips" in told
+    status, told = finetuned("others", "nobody")
+    assert status == 2 and "none of the 1 ids is a clip" in told
+    status, told = finetuned("nothing", "v", "w")
+    assert status == 2 and "--without leaves nothing of split val" in told

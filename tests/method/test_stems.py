@@ -85,6 +85,51 @@ def test_channels_are_divided_no_worse_than_their_mix(model_dir: str, tmp_path: 
         assert apart > min(25, sdr(mixed[:length], mono[:length]) - 1)
 
 
+def leaky(own: list[NDArray], stft: STFT) -> NDArray:
+    """Estimates of two sounds' mix by masks that leave each a tenth of the other, and a rest of nothing, `(3, S)`."""
+    power = [stft(torch.from_numpy(x).float()).abs().square() for x in own]
+    mix = torch.from_numpy(sum(own)).float()
+    first = 0.1 + 0.8 * power[0] / sum(power).clamp_min(1e-9)
+    parts = [stft.inverse(mask * stft(mix), len(mix)) for mask in (first, 1 - first, 0 * first)]
+    return torch.stack(parts).numpy()
+
+
+@pytest.mark.parametrize(
+    ("pans", "at_least"),  # dB; the masks' own sounds have 6.7 and 6.9, in the middle
+    [
+        ([(1.0, 0.0), (0.0, 1.0)], 20),
+        ([(0.8, 0.2), (0.2, 0.8)], 20),
+        ([(0.6, 0.4), (0.4, 0.6)], 20),
+        ([(0.5, 0.5), (0.5, 0.5)], 5.5),  # nothing tells them apart
+        ([(0.7, -0.3), (0.3, 0.7)], 9),  # partly in opposite phase: the mix has little of one
+    ],
+)
+def test_panned_sounds_are_told_apart_by_where_they_are(pans: list[tuple[float, float]], at_least: float) -> None:
+    """Two noises that are everywhere in the spectrum, now and then alone."""
+    rng, stft, t = np.random.default_rng(0), STFT(8000, 1200, 300), np.arange(40_000) / 8000
+    own = [rng.standard_normal(len(t)) * (np.sin(2 * np.pi * f * t) > -0.3) for f in (0.5, 0.7)]
+    whole = sum(np.outer(pan, x) for pan, x in zip(pans, own, strict=True)).astype(np.float32)
+    estimates = leaky([sum(pan) * x / 2 for pan, x in zip(pans, own, strict=True)], stft)
+    parts = np.concatenate(list(stems.carry_over([estimates], [whole], stft.sample_rate, stft)), 2)
+    assert np.abs(parts.sum(0) - whole).max() < 1e-5
+    assert min(sdr(np.outer(pan, x), part) for pan, x, part in zip(pans, own, parts, strict=False)) > at_least
+
+
+def test_places_have_their_closed_forms() -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((3, 4, 500)) + 1j * rng.standard_normal((3, 4, 500))
+    pans = np.array([[1.0, 0.0], [0.6, 0.8], [0.8, -0.6]])  # of length one
+    values = (pans.T[:, :, None] * noise[:, 0]).reshape(2, -1)
+    values = np.concatenate([values, noise[:2, 3]], 1)  # the rest is everywhere
+    gains = np.repeat(np.eye(4), 500, 1)
+    found = stems.places(torch.tensor(values, dtype=torch.complex64), torch.tensor(gains, dtype=torch.float32))
+    expected = [*(np.outer(p, p) for p in pans), np.eye(2) / 2]
+    assert np.abs(found[:3].numpy() - np.stack(expected[:3])).max() < 1e-3
+    assert np.abs(found[3].numpy() - expected[3]).max() < 0.2  # by few bins
+    silent = stems.places(torch.zeros(2, 10, dtype=torch.complex64), torch.zeros(4, 10))
+    assert silent.isfinite().all()
+
+
 def test_a_mono_file_at_the_models_rate_is_separated_as_ever(model_dir: str, tmp_path: Path) -> None:
     mixture = sum(sounds(RATE).values()).astype(np.float32)
     file, out = write(tmp_path / "duet.wav", mixture[None], RATE), tmp_path / "out"

@@ -302,6 +302,9 @@ def test_what_edits_do_not_change_is_told_again(model_dir, sound, tmp_path) -> N
         ["separate", "SOUND", "--model", "SOUND"],
         ["separate", "SOUND", "--model", "MODEL", "--weights", "nosuch.pth"],
         ["separate", "SOUND", "--model", "MODEL", "--out", ""],
+        ["separate", "SOUND", "--model", "MODEL", "--objects", "dog, unicorn"],
+        ["separate", "SOUND", "--two-stems", "unicorn"],
+        ["separate", "SOUND", "--model", "MODEL", "--edit", "SOUND"],
         ["inspect", "nosuch"],
         ["label", "nosuch.mp4"],
         ["label", "EMPTY"],
@@ -309,7 +312,7 @@ def test_what_edits_do_not_change_is_told_again(model_dir, sound, tmp_path) -> N
         ["--version"],
     ],
 )
-def test_wrong_paths_are_told_before_anything_heavy_is_imported(model_dir, sound, arguments) -> None:
+def test_wrong_paths_and_names_are_told_before_anything_heavy_is_imported(model_dir, sound, arguments) -> None:
     (sound.parent / "empty.wav").touch()
     known = {"MODEL": model_dir, "SOUND": str(sound), "EMPTY": str(sound.parent / "empty.wav")}
     words = [known.get(a, a) for a in arguments]

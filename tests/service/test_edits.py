@@ -91,6 +91,12 @@ def test_moving_all_bases_of_an_object_moves_all_its_sound(server, job):
     assert np.array_equal(heard(server, again.json(), "dog"), dog)
 
 
+def test_an_edit_sounds_alike_after_others_bit_for_bit(server, job):
+    moves = ([{"basis": 0, "to": "violin"}], [{"basis": 1, "to": "dog"}, {"basis": 2, "to": "cat"}])
+    first, other, again = (heard(server, patch(server, job, moves=m).json(), "dog") for m in (*moves, moves[0]))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
 def test_edited_sounds_add_up_and_come_in_every_format(server, job):
     first = server.client.get(job["result"]["objects"][0]["audio"]["flac"]).content
     spans = [{"start_s": 1, "end_s": 3, "object": "dog", "present": False}]

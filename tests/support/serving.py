@@ -20,13 +20,13 @@ import httpx
 import numpy as np
 import soundfile
 import torch
-import uvicorn
 from numpy.typing import NDArray
 
 from avsep import media
 from avsep.factors import ExtractionConfig
 from avsep.model import Model, ModelConfig, NetworkConfig, SeparationConfig
 from avsep.objects import object_index
+from avsep.service import connections
 from avsep.service.api import make_app
 from avsep.service.config import ServiceConfig
 from avsep.service.hotmodel import Load
@@ -149,12 +149,12 @@ class Server:
         self._threads = Threads(working)
         self.service = Service(config, self._threads, working[0].model.card if load else None)
         self.app = make_app(self.service)
-        settings = uvicorn.Config(self.app, "127.0.0.1", 0, log_level="critical", lifespan="on")
-        self._server = uvicorn.Server(settings)
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._server = connections.server(self.app)
+        listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self._thread = threading.Thread(target=self._server.run, args=([listener],), daemon=True)
         self._thread.start()
         wait(lambda: self._server.started)
-        self.port: int = self._server.servers[0].sockets[0].getsockname()[1]
+        self.port: int = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = httpx.Client(base_url=self.url, timeout=60)
 
