@@ -20,7 +20,10 @@ from pipelines.console import fail, say
 _SIOCGIFADDR = 0x8915  # Linux's number for "the interface's address"
 _STARTS = 3  # of Ray on this machine, before giving up
 HEAD_S = 10.0  # in which a cluster's head answers
-_THREADS = {"OMP_NUM_THREADS": "1"}  # of Ray's workers
+_WORKERS = {  # of workers; threads that wait sleep, and leave the CPUs to others
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
 _SOCKET_BYTES = 107  # Linux's limit to a socket's path
 
 
@@ -81,7 +84,7 @@ def join_ray(address: str) -> None:
                 if time.monotonic() > until:
                     raise
                 time.sleep(1.0)
-        init_ray(address, runtime_env={"env_vars": _THREADS})
+        init_ray(address, runtime_env={"env_vars": _WORKERS})
     except Exception as error:  # of many kinds
         why = str(error).strip().splitlines()[0].rstrip(".")
         fail(f"RAY_ADDRESS={address}: {why}; give HEAD:6379 of a cluster, or unset it to run on this machine")
@@ -96,7 +99,7 @@ def start_ray(settings: dict[str, Any]) -> None:
     for left in reversed(range(_STARTS)):
         before = children()
         try:
-            with _with_environment(_THREADS):  # a job's own variables would start each of its workers twice
+            with _with_environment(_WORKERS):  # a job's own variables would start each of its workers twice
                 return init_ray("local", _temp_dir=folder, **settings)
         except (OSError, ValueError):
             raise
