@@ -11,6 +11,9 @@ from typing import Any, NoReturn
 
 from avsep import console, storage
 
+# Before torch is loaded. Threads that wait for work spin otherwise, which costs a busy machine half its time.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 EXAMPLES = """examples:
   avsep separate duet.mp4
   avsep separate duet.mp4 --objects violin,dog --out out/duet

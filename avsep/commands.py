@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import soundfile
 from tqdm import tqdm
 
@@ -264,6 +263,8 @@ def _place(file: Path, target: str) -> None:
     if not storage.is_uri(target):
         file.replace(target)
         return
+    import pyarrow as pa
+
     with pa.memory_map(str(file)) as f:
         storage.write_bytes(target, f.read_buffer())
 
@@ -340,6 +341,7 @@ def inspect(path: str) -> int:
         raise FileNotFoundError(f"{path} doesn't exist; give a .parquet file, an extraction's folder or a model")
     if path.endswith(".parquet"):
         with storage.open_input(path) as f:
+            import pyarrow as pa
             import pyarrow.parquet as pq
 
             try:

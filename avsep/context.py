@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import scipy.fft
 import torch
 from torch import Tensor, nn
 
@@ -121,5 +120,6 @@ def _cepstral_maps(n_bins: int) -> tuple[Tensor, Tensor]:
     centres = torch.linspace(np.log(4.0 * n_bins / 1601), np.log(n_bins - 1.0), _N_BANDS).exp()
     width = (centres * (centres[1] / centres[0] - 1)).clamp_min(1.0)
     weights = (1 - (torch.arange(n_bins).unsqueeze(1) - centres).abs() / width).clamp_min(0)
-    dct = scipy.fft.dct(np.eye(_N_BANDS), axis=0, norm="ortho")[1 : _N_CEPSTRAL + 1]
-    return weights / weights.sum(0).clamp_min(1e-6), torch.from_numpy(dct.T.astype(np.float32))
+    angles = np.outer(np.arange(_N_BANDS) + 0.5, np.arange(1, _N_CEPSTRAL + 1)) * np.pi / _N_BANDS
+    dct = np.sqrt(2 / _N_BANDS) * np.cos(angles)  # DCT-II, orthonormal, without its constant row
+    return weights / weights.sum(0).clamp_min(1e-6), torch.from_numpy(dct.astype(np.float32))

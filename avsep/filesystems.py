@@ -55,13 +55,14 @@ def filesystem(path: AnyPath) -> tuple[pafs.FileSystem, str]:
     Raises ValueError for a scheme that nobody knows, and for credentials in a URI; PermissionError without Google's
     credentials.
     """
-    import fsspec
-    import pyarrow as pa
     import pyarrow.fs as pafs
 
     path = given(path)
     if not is_uri(path):
         return pafs.LocalFileSystem(), _utf8(os.path.abspath(path))
+    import fsspec
+    import pyarrow as pa
+
     check_uri(path)
     if is_opaque(path):
         raise ValueError(f"{path} is no path; write ./{path} for a file or folder of this name")

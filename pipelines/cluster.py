@@ -12,6 +12,7 @@ import signal
 import socket
 import struct
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipelines.console import fail, say
@@ -19,6 +20,10 @@ from pipelines.console import fail, say
 _SIOCGIFADDR = 0x8915  # Linux's number for "the interface's address"
 _STARTS = 3  # of Ray on this machine, before giving up
 HEAD_S = 10.0  # in which a cluster's head answers
+_WORKERS = {  # of workers; threads that wait sleep, and leave the CPUs to others
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
 _SOCKET_BYTES = 107  # Linux's limit to a socket's path
 
 
@@ -46,15 +51,24 @@ def init_ray(address: str, **settings: Any) -> None:
     import ray
 
     try:
-        ray.init(
-            address=address,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
-            **settings,
-        )
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **settings)
     except SystemExit:  # Ray's answer to SIGTERM meanwhile
         raise KeyboardInterrupt from None
+
+
+@contextlib.contextmanager
+def _with_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for the processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def join_ray(address: str) -> None:
@@ -70,7 +84,7 @@ def join_ray(address: str) -> None:
                 if time.monotonic() > until:
                     raise
                 time.sleep(1.0)
-        init_ray(address)
+        init_ray(address, runtime_env={"env_vars": _WORKERS})
     except Exception as error:  # of many kinds
         why = str(error).strip().splitlines()[0].rstrip(".")
         fail(f"RAY_ADDRESS={address}: {why}; give HEAD:6379 of a cluster, or unset it to run on this machine")
@@ -85,7 +99,8 @@ def start_ray(settings: dict[str, Any]) -> None:
     for left in reversed(range(_STARTS)):
         before = children()
         try:
-            return init_ray("local", _temp_dir=folder, **settings)
+            with _with_environment(_WORKERS):  # a job's own variables would start each of its workers twice
+                return init_ray("local", _temp_dir=folder, **settings)
         except (OSError, ValueError):
             raise
         except Exception as error:  # of no kind of its own

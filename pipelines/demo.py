@@ -40,8 +40,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from avsep import cli, evaluation, plots, results_report, stages, storage, synthetic
-from avsep.model import LABELLER_FILE, add_training_facts, describe_training
+from avsep import cli, evaluation, plots, results_report, stages, starter, storage, synthetic
+from avsep.model import LABELLER_FILE, ModelConfig, add_training_facts, describe_training
 from avsep.objects import OBJECTS
 from avsep.records import Segment, read_segments
 from avsep.report import Report
@@ -146,25 +146,26 @@ def step(title: str, main: Callable[[Sequence[str]], int], *arguments: str) -> N
         fail(f"{title} failed; its message is above")
 
 
-def write_report(out: Path, seconds: float, labeller_accuracy: float) -> Path:
+def write_report(runner: runners.Runner, out: Path, started: float, labeller_accuracy: float) -> Path:
     """Put the run on one page."""
     results = json.loads((out / "results" / "results.json").read_text())
-    report = Report("avsep demo: what do objects sound like?")
-    report.paragraph(summary(results, seconds))
-    separator = Separator.load(str(out / "model"))
     segments = [s for s in read_segments(str(out / "manifest")) if s.split == "test"]
+    model, references = str(out / "model"), str(out / "clips" / "references")
+    shown: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [(draw_overview, (model, segments[0], references))]
+    shown += [(show_clip, (model, s, references)) for s in segments[:_SHOWN]]
+    shown += [(show_clip, (starter.PATH, segments[0], references))]
+    overview, *sections, of_starter = runners.map_in_order(runner, _call, shown)
+    (out / "overview.png").write_bytes(overview)
+    report = Report("avsep demo: what do objects sound like?")
+    report.paragraph(summary(results, time.monotonic() - started))
     report.heading("Listen")
-    report.image(draw_overview(separator, segments[0], out), "A frame, its sound, and the sounds separated from it")
-    references = str(out / "clips" / "references")
-    for segment in segments[:_SHOWN]:
-        case = evaluation.Case.load(segment, references, separator.sample_rate, separator.vocabulary)
-        report.append(results_report.clip_section([segment], case, separator))
+    report.image(overview, "A frame, its sound, and the sounds separated from it")
+    for section in sections:
+        report.append(section)
     report.heading("The starter model on the same clip")
     report.paragraph(_CANT_KNOW)
-    ready = Separator.load()
-    report.paragraph(f"Of the starter model: {describe_training(ready.model.config)}.")
-    case = evaluation.Case.load(segments[0], references, ready.sample_rate, ready.vocabulary)
-    report.append(results_report.clip_section([segments[0]], case, ready))
+    report.paragraph(f"Of the starter model: {describe_training(ModelConfig.read(starter.PATH))}.")
+    report.append(of_starter)
     report.heading("How good it is")
     results_report.add_results(report, results, "objects")
     report.heading("How it was learned")
@@ -195,15 +196,23 @@ def summary(results: dict[str, Any], seconds: float) -> str:
     )
 
 
-def draw_overview(separator: Separator, segment: Segment, out: Path) -> bytes:
-    """Draw one test clip's frame, mixture and separated sounds, and keep the figure in overview.png."""
-    case = evaluation.Case.load(segment, str(out / "clips" / "references"), separator.sample_rate, separator.vocabulary)
+def show_clip(model: str, segment: Segment, references: str) -> Report:
+    """Show one test clip as a model separates it."""
+    cluster.one_thread()
+    separator = Separator.load(model)
+    case = evaluation.Case.load(segment, references, separator.sample_rate, separator.vocabulary)
+    return results_report.clip_section([segment], case, separator)
+
+
+def draw_overview(model: str, segment: Segment, references: str) -> bytes:
+    """Draw one test clip's frame, mixture and separated sounds."""
+    cluster.one_thread()
+    separator = Separator.load(model)
+    case = evaluation.Case.load(segment, references, separator.sample_rate, separator.vocabulary)
     separation = separator(case.mixture, case.names)
     sounds = [("mixture", case.mixture.numpy()), *zip(separation.objects, separation.estimates.numpy(), strict=True)]
     image = stages.middle_image(segment.source, segment.start_s, segment.end_s)
-    figure = plots.overview(image if image is not None else np.zeros((1, 1, 3), np.uint8), sounds, separator.stft)
-    (out / "overview.png").write_bytes(figure)
-    return figure
+    return plots.overview(image if image is not None else np.zeros((1, 1, 3), np.uint8), sounds, separator.stft)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -223,7 +232,7 @@ def run(arguments: argparse.Namespace) -> int:
         accuracy = prepare(runner, out / "clips", arguments.clips, out / LABELLER_FILE)
         say(f"the picture network names {accuracy:.0%} of held-out drawings ({time.monotonic() - began:.0f} s)")
         run_steps(out, ["--in-process"] if arguments.in_process else [])
-    report = write_report(out, time.monotonic() - started, accuracy)
+        report = write_report(runner, out, started, accuracy)
     say(f"\n{(time.monotonic() - started) / 60:.1f} minutes. The report: {report}")
     return console.DONE
 
@@ -260,7 +269,7 @@ def run_steps(out: Path, how: Sequence[str]) -> None:
     step("python -m pipelines.collect", collect.main, "--model", model, "--clips", shards, *how)
     step(
         "python -m pipelines.train", train.main,
-        "--clips", shards, "--out", paper, "--recipe", "paper", "--epochs", str(_PAPER_EPOCHS), "--in-process",
+        "--clips", shards, "--out", paper, "--recipe", "paper", "--epochs", str(_PAPER_EPOCHS), *how,
     )  # fmt: skip
     first = next(s for s in read_segments(segments) if s.split == "test")
     step(

@@ -1,4 +1,4 @@
-"""Ray Train's workers: one a GPU, else one a node."""
+"""Ray Train's workers: one per GPU, else one per node."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def train_workers(fit: Callable[[Run, str], None], run: Run, out: str, runner: O
     """Have each of Ray Train's workers do `fit(run, device)`.
 
     When one dies, they are all started again on what is there once the cluster has noticed, twice at most.
+    A single worker without a GPU is a task like others: a group of workers starts seven processes of Ray's own.
     """
     from ray.train import RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -37,6 +38,9 @@ def train_workers(fit: Callable[[Run, str], None], run: Run, out: str, runner: O
 
     def train_once() -> None:
         n_gpus = runner.n_gpus
+        if not n_gpus and runner.n_nodes == 1:
+            list(runner.map(train_alone, [(fit, run)]))
+            return
         trainer = TorchTrainer(
             lambda config: fit(config["run"], config["device"]),
             train_loop_config={"run": run, "device": "cuda" if n_gpus else "cpu"},  # Ray hides GPUs from nobody
@@ -60,3 +64,11 @@ def train_workers(fit: Callable[[Run, str], None], run: Run, out: str, runner: O
             return train_once()
         time.sleep(_NOTICED_S)  # Ray's own restart would wait for a lost node, for ever
     train_once()
+
+
+def train_alone(fit: Callable[[Run, str], None], run: Run) -> None:
+    """Do a single worker's part in this process, as Ray Train does without a group: the body of a Ray task."""
+    from ray.train import ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    TorchTrainer(lambda: fit(run, "cpu"), scaling_config=ScalingConfig(num_workers=0)).fit()

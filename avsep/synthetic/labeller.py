@@ -36,13 +36,13 @@ def train_small_labeller(
     optimiser = torch.optim.AdamW(network.parameters(), 3e-3, weight_decay=1e-2)
     steps = epochs * -(-len(images) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 6e-3, total_steps=steps)
-    pixels, labels, prepare = torch.as_tensor(images), torch.as_tensor(targets), preprocessing_of(architecture)
+    shown, labels = preprocessing_of(architecture)(torch.as_tensor(images)), torch.as_tensor(targets)
     for _ in range(epochs):
-        for rows in torch.randperm(len(pixels)).split(batch_size):
+        for rows in torch.randperm(len(shown)).split(batch_size):
             if len(rows) < 2:  # batch norm needs two
                 schedule.step()
                 continue
-            batch = prepare(pixels[rows])
+            batch = shown[rows]
             if torch.rand(()) < 0.5:
                 batch = batch.flip(-1)
             loss = nn.functional.cross_entropy(network(batch), labels[rows], label_smoothing=0.05)

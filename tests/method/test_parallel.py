@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ from avsep.objects import AUDIOSET_23
 from avsep.records import ClipRecord
 from avsep.stft import STFT
 from avsep.synthetic import planted_bases
-from pipelines import extract, recipes
+from pipelines import extract, recipes, runners
 from pipelines import train as training_program
 from pipelines.train import main
 from tests.support.cluster import ENVIRONMENT
@@ -302,10 +303,40 @@ def test_training_goes_on_without_a_node_that_is_gone_for_good(tmp_path, monkeyp
     assert [r["train_loss"] for r in there] == pytest.approx([r["train_loss"] for r in here], rel=1e-3)
 
 
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+def test_training_goes_on_where_its_only_worker_was_killed(tmp_path):
+    """Ray does the task again, from the checkpoint: each epoch of both passes once, the losses of one left alone."""
+    write_clips(tmp_path / "clips", 60, 12, objects_a_clip=1)
+    command = ["--clips", str(tmp_path / "clips"), "--epochs", "12"]
+    assert main([*command, "--out", str(tmp_path / "here"), "--in-process"]) == 0
+    program = [sys.executable, "-m", "pipelines.train", *command, "--out", str(tmp_path / "there")]
+    environment = os.environ | {"RAY_worker_niceness": "0"}
+    with subprocess.Popen(program, cwd=Path(__file__).parents[2], env=environment) as process:
+        killed = []
+        for epochs in (3, 15):  # one in each pass
+            while len(rows_of(tmp_path / "there")) < epochs:
+                assert process.poll() is None
+                time.sleep(0.05)
+            titles = descendants(process.pid)
+            assert not any("RayTrainWorker" in title for title in titles.values())
+            killed += [pid for pid, title in titles.items() if "train_alone" in title]
+            os.kill(killed[-1], signal.SIGKILL)
+        assert process.wait(timeout=400) == 0
+    assert len(killed) == len(set(killed)) == 2
+    here, there = rows_of(tmp_path / "here"), rows_of(tmp_path / "there")
+    assert [(r["pass"], r["epoch"]) for r in there] == [(n, e) for n in (1, 2) for e in range(12)]
+    assert [r["train_loss"] for r in there] == pytest.approx([r["train_loss"] for r in here], rel=1e-3)
+
+
 @pytest.mark.slow
-def test_training_on_ray_keeps_its_record_in_googles_store(rendered, gs: Google, gs_folder):
-    """Ray Train writes to the store itself, through the file system that it is given."""
+def test_training_on_ray_keeps_its_record_in_googles_store(rendered, gs: Google, gs_folder, monkeypatch):
+    """Ray Train's two workers write to the store itself, through the file system that they are given."""
+    monkeypatch.setattr(runners.OnRay, "n_nodes", 2)
+    monkeypatch.setenv("AVSEP_CPUS", "2")
     clips, out = f"{gs_folder}/clips", f"{gs_folder}/run"
     assert extract.main(["--segments", str(rendered / "segments.csv"), "--out", clips, "--in-process"]) == 0
     assert main(["--clips", clips, "--out", out, "--epochs", "1"]) == 0
-    assert {"model/miml.safetensors", "history.json"} <= everything(out).keys() and gs.unauthorised == 0
+    kept = everything(out).keys()
+    assert {"model/miml.safetensors", "history.json"} <= kept and any(k.startswith("ray/") for k in kept)
+    assert gs.unauthorised == 0

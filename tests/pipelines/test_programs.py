@@ -213,6 +213,20 @@ def test_the_demo_leaves_files_alone_that_it_did_not_make_and_replaces_its_own(t
 # -------------------------------------------------------------------------------------- Ray's start
 
 
+def test_rays_workers_have_one_thread_and_the_program_its_own_variables(monkeypatch):
+    """What Ray starts inherits the variables: as a job's, they would have each worker started twice."""
+    import ray
+
+    given: dict[str, object] = {}
+    monkeypatch.setattr(ray, "init", lambda **settings: given.update(settings, environment=dict(os.environ)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    cluster.start_ray({"num_cpus": 2})
+    assert {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}.items() <= given["environment"].items()
+    assert "runtime_env" not in given and given["num_cpus"] == 2
+    assert os.environ["OMP_NUM_THREADS"] == "7" and os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
 def test_rays_files_go_where_its_sockets_can_be(tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.delenv("TMPDIR", raising=False)
