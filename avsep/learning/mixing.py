@@ -58,7 +58,7 @@ class Classifier(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for before, after in zip((1, *widths), widths, strict=False):
-            layers += [nn.Conv2d(before, after, 4, 2, 1), nn.BatchNorm2d(after), nn.LeakyReLU(0.2)]
+            layers += [nn.Conv2d(before, after, 4, 2, 1), nn.GroupNorm(4, after), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers)
         self.last = nn.Linear(widths[-1], n_objects)
 
@@ -155,11 +155,26 @@ def loss(masks: Tensor, classifier: Classifier, mixtures: Mixtures) -> tuple[Ten
     weight = weight / weight.sum((1, 2), keepdim=True).clamp_min(1e-20)
     surprise = -(mixtures.parts * own.clamp_min(1e-4).log()).sum(1)
     separated = (surprise * weight).sum((1, 2)).mean()
+    return separated, consistency(masks, classifier, mixtures)
+
+
+def consistency(masks: Tensor, classifier: Classifier, mixtures: Mixtures) -> Tensor:
+    """Return how badly each object is recognised in what is separated for it, and in clips of one label.
+
+    The classifier learns from these clips alone. Learning from what is separated, as published, it would soon know
+    each object by a mark that the masks leave.
+    """
+    alone = mixtures.members[:, :-1].sum(2) == 1
+    part, clip = alone.nonzero(as_tuple=True)
     where, which = mixtures.members[:, :-1, :-1].sum(1).nonzero(as_tuple=True)
-    if not len(where):
-        return separated, separated.new_zeros(())
-    heard = masks[where, which].square() * mixtures.power[where]
-    return separated, functional.cross_entropy(classifier(heard), which)
+    if not len(part):
+        return masks.new_zeros(())
+    learned = functional.cross_entropy(
+        classifier(mixtures.parts[part, clip] * mixtures.power[part]), mixtures.members[part, clip].argmax(1)
+    )
+    fixed = {name: weight.detach() for name, weight in classifier.named_parameters()}
+    heard = masks[where, which] * mixtures.power[where]
+    return learned + functional.cross_entropy(torch.func.functional_call(classifier, fixed, heard), which)
 
 
 def train(
