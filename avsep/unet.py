@@ -48,7 +48,7 @@ class UNetConfig:
 
     objects: tuple[str, ...]  # those that it learned, L of them
     vocabulary: Vocabulary = AUDIOSET_23  # where they come from
-    stft: STFT = STFT(48_000, 4096, 2048)
+    stft: STFT = field(default_factory=lambda: STFT(48_000, 4096, 2048))
     knee_hz: float = 1150.0  # bands are bins far below it, and parts of an octave far above
     top_hz: float = 5500.0  # what is above isn't looked at, and follows the last band
     widths: tuple[int, ...] = (24, 48, 96, 192, 192)  # channels of each halving
@@ -56,7 +56,7 @@ class UNetConfig:
     kind: str = KIND
 
     def bands(self, stft: STFT | None = None) -> Bands:
-        """Return the bands of an STFT, its own unless given; of the same window and hop in seconds they are the same."""
+        """Return the bands of an STFT, its own unless given: the same bands where the windows last as long."""
         return Bands(stft or self.stft, self.knee_hz, self.top_hz)
 
     def as_dict(self) -> dict[str, Any]:
@@ -131,6 +131,7 @@ class UNet(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, power: Tensor, told: Tensor) -> Tensor:
+        """Give the masks."""
         n_bands, n_frames = power.shape[1:]
         level = 0.1 * (power / power.mean((1, 2), keepdim=True).clamp_min(1e-30) + _FLOOR).log()
         height = torch.linspace(-1, 1, n_bands)[:, None].expand_as(level)
@@ -230,4 +231,3 @@ class UNetSeparator:
         except (ValueError, RuntimeError, safetensors.SafetensorError) as error:
             raise ValueError(f"{directory} is no {KIND}: {' '.join(str(error).split())[:200]}") from None
         return cls(config, network.eval())
-

@@ -63,6 +63,7 @@ class Classifier(nn.Module):
         self.last = nn.Linear(widths[-1], n_objects)
 
     def forward(self, power: Tensor) -> Tensor:
+        """Give each object's logit."""
         level = 0.1 * (power / power.mean((1, 2), keepdim=True).clamp_min(1e-30) + 1e-6).log()
         with torch.autocast(power.device.type, torch.bfloat16):
             x = self.layers(level.unsqueeze(1))
@@ -215,5 +216,5 @@ def halved(stft: STFT) -> STFT:
 
 
 def learning_rate_at(share: float) -> float:
-    """Return the learning rate's part of its largest value: up within a tenth of the training, then down as a cosine."""
+    """Return the learning rate's part of its largest value: up in a tenth of the training, then down as a cosine."""
     return max(share, 1e-3) / 0.1 if share < 0.1 else 0.5 * (1 + math.cos(math.pi * (share - 0.1) / 0.9))

@@ -35,7 +35,8 @@ def main() -> None:
     arguments = p.parse_args()
     began = time.monotonic()
     vocabulary = read_vocabulary(arguments.segments)
-    segments = [s for s in read_segments(arguments.segments, print, vocabulary) if s.split == "train" and s.labels is not None]
+    segments = [s for s in read_segments(arguments.segments, print, vocabulary) if s.split == "train"]
+    segments = [s for s in segments if s.labels is not None]
     heard = {name for s in segments for name in s.labels or ()}
     config = UNetConfig(tuple(n for n in vocabulary.names if n in heard), vocabulary)
     rate = mixing.halved(config.stft).sample_rate

@@ -115,7 +115,7 @@ def test_a_mixture_s_parts_belong_to_those_who_are_told_of_them() -> None:
     rng = np.random.default_rng(0)
     bands = TINY.bands(mixing.halved(TINY.stft))
     labels = ([True, False], [False, True], [False, False])
-    sounds = [mixing.LabelledSound.of(note(rng, "dog", 1000, 1.0), list(l)) for l in labels]
+    sounds = [mixing.LabelledSound.of(note(rng, "dog", 1000), list(marks)) for marks in labels]
     for _ in range(4):
         m = mixing.Mixer(sounds, bands, rng)(8)
         sums = m.parts.sum(1)
@@ -136,7 +136,7 @@ def test_it_is_the_same_when_it_was_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no unet: "):
         UNetSeparator.load(tmp_path)
     (tmp_path / "unet.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="holds no unet.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"holds no unet\.safetensors"):
         UNetSeparator.load(tmp_path)
 
 
