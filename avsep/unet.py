@@ -126,9 +126,8 @@ class UNet(nn.Module):
         self.up = nn.ModuleList(nn.ConvTranspose2d(w, o, 4, 2, 1) for w, o in zip(wide, out, strict=True))
         self.up_norm = nn.ModuleList(nn.BatchNorm2d(o) for o in out[1:])
         self.told = nn.ModuleList(nn.Linear(len(config.objects), 2 * o) for o in out[1:])
-        for layer in self.told:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for parameter in self.told.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, power: Tensor, told: Tensor) -> Tensor:
         """Give the masks."""
