@@ -19,7 +19,7 @@ from torch.nn import functional
 from avsep.stft import STFT
 from avsep.unet import Bands, UNet, UNetConfig
 
-_BATCH, _FRAMES = 16, 96
+_FRAMES = 96  # of each excerpt
 _LEARNING_RATE = 2e-3
 _TRIOS = 0.35  # share of the batches that mix three clips
 _SOLO = 0.5  # how often a clip is drawn from those of one label alone
@@ -79,46 +79,45 @@ class Mixer:
     rng: np.random.Generator
 
     def __post_init__(self) -> None:
-        self._solos = [i for i, s in enumerate(self.sounds) if s.labels.sum() == 1]
+        self._labels = np.stack([s.labels for s in self.sounds])  # (clips, L)
+        self._alone = self._labels.sum(1) == 1
 
     def __call__(self, size: int) -> Mixtures:
         """Draw `size` mixtures of as many clips each."""
         count = 3 if self.rng.random() < _TRIOS else 2
         drawn = [self._clips(count) for _ in range(size)]
-        sounds = torch.stack([torch.stack([self._perform(self.sounds[i]) for i in clips]) for clips in drawn])
+        sounds = torch.stack([torch.stack([self._perform(s) for s in clips]) for clips in drawn])
         X = self.bands.stft(sounds)[:, :, : self.bands.n_seen] * self._colours(size, count)  # (B, G, F', N)
         mixture = X.sum(1)
         power = self.bands.average(mixture.abs().square())
         parts = self.bands.average((X * mixture.conj().unsqueeze(1)).real).clamp_min(0)
         parts = parts / parts.sum(1, keepdim=True).clamp_min(1e-20)
-        labels = torch.from_numpy(np.stack([[self.sounds[i].labels for i in clips] for clips in drawn]))
+        labels = torch.from_numpy(np.stack([[s.labels for s in clips] for clips in drawn]))
         return self._tell(power, parts, labels)
 
-    def _clips(self, count: int) -> list[int]:
-        """Choose clips without a label in common."""
-        chosen: list[int] = []
-        taken = np.zeros_like(self.sounds[0].labels)
+    def _clips(self, count: int) -> list[LabelledSound]:
+        """Choose clips without a label in common; where there are no more of them, silence."""
+        chosen: list[LabelledSound] = []
+        taken = np.zeros_like(self._labels[0])
         while len(chosen) < count:
-            pool = self._solos if self._solos and self.rng.random() < _SOLO else range(len(self.sounds))
-            i = int(self.rng.choice(len(pool)))
-            labels = self.sounds[pool[i]].labels
-            if not (labels & taken).any():
-                chosen.append(pool[i])
-                taken = taken | labels
-            elif self.rng.random() < 0.05:  # too much is taken already: begin again
-                chosen, taken = [], np.zeros_like(taken)
+            free = ~(self._labels & taken).any(1)
+            if self.rng.random() < _SOLO and (free & self._alone).any():
+                free &= self._alone
+            which = np.flatnonzero(free)
+            silence = LabelledSound(np.zeros(1, np.int16), np.zeros_like(taken))
+            chosen.append(self.sounds[self.rng.choice(which)] if len(which) else silence)
+            taken = taken | chosen[-1].labels
         return chosen
 
     def _perform(self, sound: LabelledSound) -> Tensor:
         """Return an excerpt of a clip, at another speed and level; a clip that is too short is repeated."""
         length = (_FRAMES - 1) * self.bands.stft.hop_length
         long = int(length * np.exp(self.rng.uniform(-_SPEED, _SPEED)))
-        samples = np.resize(sound.samples, max(len(sound.samples), long))
+        samples = sound.samples if len(sound.samples) >= long else np.resize(sound.samples, long)
         start = int(self.rng.integers(len(samples) - long + 1))
         x = torch.from_numpy(samples[start : start + long].astype(np.float32) / 32768)
-        x = functional.interpolate(x[None, None], length, mode="linear")[0, 0]
         gain = 10 ** (self.rng.uniform(-_GAIN_DB, _GAIN_DB) / 20)
-        return x * gain
+        return gain * functional.interpolate(x[None, None], length, mode="linear")[0, 0]
 
     def _colours(self, size: int, count: int) -> Tensor:
         """Return smooth gains over frequency, `(B, G, F', 1)`."""
@@ -134,15 +133,15 @@ class Mixer:
         for b in range(size):
             if self.rng.random() < _HIDDEN:
                 hidden[b, int(self.rng.integers(count))] = True
-        labels = labels & ~hidden.unsqueeze(2)
+        there, labels = labels.any(1), labels & ~hidden.unsqueeze(2)
         members = torch.zeros(size, count + 1, n_objects + 1)
         members[:, :-1, :-1] = labels.float()
         members[:, -1, -1] = 1
         rest = (parts * hidden[:, :, None, None]).sum(1, keepdim=True)
         told = labels.any(1)
         for b in range(size):
-            if self.rng.random() < _SILENT:
-                told[b, int(self.rng.integers(n_objects))] = True
+            extra = int(self.rng.integers(n_objects))
+            told[b, extra] |= bool(self.rng.random() < _SILENT) and not bool(there[b, extra])
         return Mixtures(power, torch.cat([parts * ~hidden[:, :, None, None], rest], 1), members, told)
 
 
@@ -183,14 +182,17 @@ def train(
     config: UNetConfig,
     done: Callable[[int], float],
     *,
+    batch: int = 16,
     seed: int = 0,
     report: Callable[[int, float, float], None] = lambda step, separated, consistent: None,
 ) -> UNet:
-    """Train a U-Net on clips, sampled at `rate_of(config)`.
+    """Train a U-Net on clips of the rate of `halved(config.stft)`, on batches of so many mixtures.
 
     `done` says after each number of batches which share of the training that is; it ends at one. `report` is told
-    both losses of each batch.
+    both losses of each batch. Raises ValueError where no clip has a label.
     """
+    if not any(s.labels.any() for s in sounds):
+        raise ValueError(f"none of {len(sounds)} clips has a label to learn from")
     torch.manual_seed(seed)
     network, classifier = UNet(config), Classifier(len(config.objects))
     mixer = Mixer(sounds, config.bands(halved(config.stft)), np.random.default_rng(seed))
@@ -199,7 +201,7 @@ def train(
     step = 0
     while (share := done(step)) < 1:
         optimiser.param_groups[0]["lr"] = _LEARNING_RATE * learning_rate_at(share)
-        mixtures = mixer(_BATCH)
+        mixtures = mixer(batch)
         separated, consistent = loss(network(mixtures.power, mixtures.told), classifier, mixtures)
         optimiser.zero_grad()
         (separated + _CONSISTENCY * consistent).backward()

@@ -48,7 +48,9 @@ def trained() -> UNetSeparator:
         clips.append((sum(note(rng, n, rate) for n in played), [n in played for n in TINY.objects]))
     sounds = [mixing.LabelledSound.of(sound, labels) for sound, labels in clips]
     losses: list[float] = []
-    network = mixing.train(sounds, TINY, lambda step: step / 40, report=lambda _, loss, __: losses.append(loss))
+    network = mixing.train(
+        sounds, TINY, lambda step: step / 40, batch=8, report=lambda _, loss, __: losses.append(loss)
+    )
     assert len(losses) == 40 and np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
     return UNetSeparator(TINY, network)
 
@@ -124,6 +126,17 @@ def test_a_mixture_s_parts_belong_to_those_who_are_told_of_them() -> None:
         assert (m.told | (m.members[:, :, :-1].sum(1) == 0)).all()
         nobody_s = m.members.sum(2) == 0
         assert nobody_s.any() and not m.parts[nobody_s].any()
+
+
+def test_clips_of_the_same_object_alone_are_mixed_with_silence() -> None:
+    """Clips are never mixed with others of the same label; without a label there is nothing to learn."""
+    rng = np.random.default_rng(0)
+    dogs = [mixing.LabelledSound.of(note(rng, "dog", 1000), [True, False]) for _ in range(3)]
+    m = mixing.Mixer(dogs, TINY.bands(mixing.halved(TINY.stft)), rng)(8)
+    assert (m.members[:, :, 0].sum(1) <= 1).all() and not m.parts[:, 1:-1].any()
+    nobody_s = [mixing.LabelledSound(dogs[0].samples, np.zeros(2, bool))]
+    with pytest.raises(ValueError, match="none of 1 clips has a label"):
+        mixing.train(nobody_s, TINY, float)
 
 
 def test_it_is_the_same_when_it_was_saved(tmp_path: Path) -> None:
