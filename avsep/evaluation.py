@@ -27,6 +27,7 @@ from avsep.objects import Vocabulary
 from avsep.records import Segment
 from avsep.separation import REST, Planned, Separates, Separator, Whole, Window, render_whole
 from avsep.stft import STFT
+from avsep.unet import UNetSeparator, is_unet
 
 FIGURES = ("sdr", "sir", "sar", "si_sdr", "si_sar")
 GAINS = tuple(f"{f}_improvement" for f in FIGURES)
@@ -349,13 +350,24 @@ def once(factorize: Callable[[NDArray[np.float32], int], factors.Factors]) -> fa
     return factorize_once
 
 
-def together(models: Mapping[str, Separator]) -> dict[str, Separator]:
-    """Return the same separators, those of one extraction factorising each window once between them."""
-    kept = {
-        extraction: once(functools.partial(factors.factorize, config=extraction))
-        for extraction in {s.extraction for s in models.values()}
-    }
-    return {n: Separator(s.model, s.config, kept[s.extraction]) for n, s in models.items()}
+def load(directory: storage.AnyPath) -> Separator | UNetSeparator:
+    """Load a model directory, or a U-Net's, by what its `config.json` says it is; raises as their own `load` do."""
+    return UNetSeparator.load(directory) if is_unet(directory) else Separator.load(directory)
+
+
+def together(models: Mapping[str, Separator | UNetSeparator]) -> dict[str, Separator | UNetSeparator]:
+    """Return the same separators, trained models of one extraction factorising each window once between them."""
+    kept: dict[factors.ExtractionConfig, factors.Factorize] = {}
+
+    def one(model: Separator | UNetSeparator) -> Separator | UNetSeparator:
+        if isinstance(model, UNetSeparator):
+            return model
+        extraction = model.extraction
+        if extraction not in kept:
+            kept[extraction] = once(functools.partial(factors.factorize, config=extraction))
+        return Separator(model.model, model.config, kept[extraction])
+
+    return {name: one(model) for name, model in models.items()}
 
 
 def bounded(values: ArrayLike) -> NDArray[np.float64]:

@@ -34,6 +34,7 @@ CONFIG_FILE, NETWORK_FILE, DICTIONARY_FILE, LABELLER_FILE, FAMILIARITY_FILE = (
     "labeller.safetensors",
     "familiarity.safetensors",
 )
+UNET_FILE = "unet.safetensors"  # of `unet`, whose folders may stand beside models in a comparison
 MODEL_FILES = (CONFIG_FILE, NETWORK_FILE, DICTIONARY_FILE, LABELLER_FILE, FAMILIARITY_FILE)
 _COUNTED = 8  # objects whose clips are told one by one
 _LATER = (
@@ -365,7 +366,7 @@ class Model:
 
 def fingerprint(directory: storage.AnyPath) -> str:
     """Return the SHA-256 of a model directory's files, but for its card."""
-    files = [storage.join(directory, f) for f in MODEL_FILES]
+    files = [storage.join(directory, f) for f in (*MODEL_FILES, UNET_FILE)]
     return hashlib.sha256(b"".join(storage.read_bytes(f) for f in files if storage.exists(f))).hexdigest()
 
 

@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", required=True, help="the model folder")
     p.add_argument("--paper-model", help="a model trained with --recipe paper, as a row beside it")
     p.add_argument(
-        "--compare", action="append", default=[], metavar="NAME=DIR", help="another model, a row by that name"
+        "--compare", action="append", default=[], metavar="NAME=DIR", help="another model or U-Net, a row by that name"
     )
     p.add_argument("--segments", required=True, help="a table, or a manifest's folder")
     p.add_argument(
@@ -72,12 +72,13 @@ if __name__ == "__main__":
 import numpy as np
 
 from avsep import protocols, results, results_report, storage
-from avsep.evaluation import BESIDE, Case, Cases, ClipResult, alone, bounded, build_case, measure, together
+from avsep.evaluation import BESIDE, Case, Cases, ClipResult, alone, bounded, build_case, load, measure, together
 from avsep.model import ModelConfig, fingerprint
 from avsep.objects import Vocabulary
 from avsep.records import ClipError, Segment, check_vocabularies, read_segments, read_vocabulary
 from avsep.report import Report
 from avsep.separation import Separator
+from avsep.unet import UNetSeparator
 from pipelines import cluster, console, runners
 from pipelines.console import fail, say
 from pipelines.progress import Progress
@@ -128,9 +129,9 @@ def choose(
 
 
 @functools.lru_cache(maxsize=1)
-def separators(models: tuple[Entry, ...]) -> dict[str, Separator]:
+def separators(models: tuple[Entry, ...]) -> dict[str, Separator | UNetSeparator]:
     """Load the models, once in each worker."""
-    return together({m.name: Separator.load(m.directory) for m in models})
+    return together({m.name: load(m.directory) for m in models})
 
 
 def case_of(setup: Setup, segments: Sequence[Segment]) -> Case:

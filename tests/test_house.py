@@ -22,7 +22,7 @@ FLOORS = (
     "stft nmf objects metrics miml context evidence lite looks locating limits sites filesystems console starter edits",
     "storage conditional tables records lock factors dictionary familiarity",
     "media",
-    "model separation baselines plots report",
+    "model separation baselines unet plots report",
     "fetching vision shards work labelled manifest audioset datasets synthetic",
     "stages extraction learning",
     "files videos outputs inputs stems separated evaluation protocols results results_report duplicates suspects "

@@ -1,8 +1,8 @@
 """From clip shards to a trained network.
 
 From the ground up: `parallel`, `bags`, `training`, `practice`, `albums`, `finetuning`, `run`, `steps`,
-`adapting`; apart from them `clips`, for networks of one's own. Import the files themselves: what one step needs loads
-no other's libraries. `ClipDataset` and `GroupSampler` are here, too.
+`adapting`; apart from them `mixing`, for the U-Net, and `clips`, for networks of one's own. Import the files
+themselves: what one step needs loads no other's libraries. `ClipDataset` and `GroupSampler` are here, too.
 """
 
 from typing import TYPE_CHECKING, Any
