@@ -262,7 +262,7 @@ def extract_round(
                     theirs = lock.Lock(path, f"media store {arguments.media}", tell=say)
                     locks.append(stack.enter_context(theirs))
                 store.budget = budget = open_budget(arguments, store, runner)
-                outlook = Outlook(store, budget)
+                outlook = stack.enter_context(Outlook(store, budget, progress))
             except lock.Held:
                 if extraction.fetch_only:
                     raise
