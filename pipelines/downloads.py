@@ -155,7 +155,7 @@ class Outlook:
             for name in paused.keys() - self._paused:
                 seconds = paused[name].paused_s
                 say(
-                    f"{name} pauses for {duration(seconds)}: it was blocked or rate-limited, or it is a proxy that fails",
+                    f"{name} pauses for {duration(seconds)}: blocked, rate-limited, or a proxy that fails",
                     event="identity_paused",
                     identity=name,
                     seconds=round(seconds),
