@@ -24,7 +24,7 @@ from pipelines.progress import Progress
 
 FETCH_LOCK = "fetch.lock"  # in a media store, and in --out, while a run downloads
 EGRESS_FILE = "egress.json"  # in a media store: what each identity has spent
-_ASK_EVERY_S = 30.0
+ASK_EVERY_S = 30.0  # between looks at how the downloads stand
 _SAVE_EVERY_S = 5.0
 _JOIN_S = 5.0
 FOLLOW_S = 20.0  # between looks at what another run has downloaded
@@ -138,7 +138,7 @@ class Outlook:
         """Take note that these segments are done with."""
         missing = self.store.missing
         missing -= {s.segment_id for s in segments}
-        if not missing or time.monotonic() - self._asked >= _ASK_EVERY_S:
+        if not missing or time.monotonic() - self._asked >= ASK_EVERY_S:
             self.look()
 
     def look(self) -> None:
@@ -167,7 +167,7 @@ class Outlook:
                 self.progress.note = f"{n_missing} to fetch, {duration(left_s)} at this rate{resting}"
 
     def _watch(self) -> None:
-        while not self._ended.wait(_ASK_EVERY_S):
+        while not self._ended.wait(ASK_EVERY_S):
             with contextlib.suppress(Exception):  # the budget's holder is gone: the tasks, which need it, say so
                 self.look()
                 self.progress.write_status()

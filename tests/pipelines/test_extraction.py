@@ -115,7 +115,7 @@ def test_a_shared_budget_keeps_what_was_spent(tmp_path):
 
 def test_a_pause_is_told_while_no_shard_ends(tmp_path, capsys, monkeypatch):
     """Once, and the status file says it, too: else a run whose proxies all fail says nothing for hours."""
-    monkeypatch.setattr(downloads, "_ASK_EVERY_S", 0.02)
+    monkeypatch.setattr(downloads, "ASK_EVERY_S", 0.02)
     make = functools.partial(downloads.BudgetKeeper, ["http://u:secret@h:9"], [], 3600.0, str(tmp_path))
     budget = downloads.SharedBudget(runners.InProcess().actors(make, 1, gpus=0)[0])
     store = fetching.MediaStore(str(tmp_path), {}, {"s"}, {})
