@@ -69,7 +69,7 @@ def read_rates(clips: str | None) -> dict[str, float]:
         commits = [c for c in shards.read_commits(clips) if c.clip_ids]
         done = sum(len(c.clip_ids) for c in commits)
         if not done:
-            raise SystemExit(f"cost.py: {clips} holds no committed clips; give the --out of a finished extraction")
+            raise SystemExit(f"cost.py: {clips} holds no clips yet; give an extraction's --out, with a shard done")
         for stage in {stage for c in commits for stage in c.timings_s} & rates.keys():
             rates[stage] = sum(c.timings_s.get(stage, 0.0) for c in commits) / done
     return rates

@@ -258,7 +258,7 @@ def say_card(card: dict[str, Any], out: str) -> int:
         n, unknown = sum(one["clips"].values()), sum(one["unknown"].values())
         if n or unknown:
             said = f"; of {unknown:,} that can't be told" * bool(unknown)
-            say(f"{n:,} clips in {suspects.list_file(kind)}: {suspects.KINDS[kind]}{said}")
+            say(f"{n:,} clip{'s' * (n != 1)} in {suspects.list_file(kind)}: {suspects.KINDS[kind]}{said}")
     for finding in card["damage"]:
         say(f"damaged: {finding['path']}: {finding['detail']}")
     say(f"written: {storage.join(out, 'card.md')}, card.json")

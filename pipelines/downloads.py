@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import math
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -23,8 +24,9 @@ from pipelines.progress import Progress
 
 FETCH_LOCK = "fetch.lock"  # in a media store, and in --out, while a run downloads
 EGRESS_FILE = "egress.json"  # in a media store: what each identity has spent
-_ASK_EVERY_S = 30.0
+ASK_EVERY_S = 30.0  # between looks at how the downloads stand
 _SAVE_EVERY_S = 5.0
+_JOIN_S = 5.0
 FOLLOW_S = 20.0  # between looks at what another run has downloaded
 
 
@@ -112,30 +114,63 @@ class EgressMetrics:
 
 
 class Outlook:
-    """Shows now and then how the downloads of a run go."""
+    """Shows how the downloads of a run go: now and then in its progress, and a pause of an identity when it begins.
 
-    def __init__(self, store: MediaStore, budget: SharedBudget) -> None:
-        self.store, self.budget = store, budget
+    As a context it looks by itself, too: where every identity is paused, no shard ends that would let it look.
+    """
+
+    def __init__(self, store: MediaStore, budget: SharedBudget, progress: Progress) -> None:
+        self.store, self.budget, self.progress = store, budget, progress
         self._asked = -math.inf
+        self._paused: set[str] = set()  # identities whose pause was told
+        self._looking, self._ended = threading.Lock(), threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
 
-    def settle(self, segments: Sequence[Segment], progress: Progress) -> None:
+    def __enter__(self) -> Outlook:
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._watcher.join(_JOIN_S)
+
+    def settle(self, segments: Sequence[Segment]) -> None:
         """Take note that these segments are done with."""
         missing = self.store.missing
         missing -= {s.segment_id for s in segments}
-        if missing and time.monotonic() - self._asked < _ASK_EVERY_S:
-            return
-        self._asked = time.monotonic()
-        left_s, accounts = self.budget.outlook(len(missing))
-        progress.details["egress"] = {
-            "to_fetch": len(missing),
-            "seconds_left": round(left_s) if math.isfinite(left_s) else None,
-            "identities": [asdict(a) for a in accounts],
-        }
-        progress.note = ""
-        if missing:
-            paused = sum(a.paused_s > 0 for a in accounts)
-            resting = f", {paused} of {len(accounts)} identities paused" if paused else ""
-            progress.note = f"{len(missing)} to fetch, {duration(left_s)} at this rate{resting}"
+        if not missing or time.monotonic() - self._asked >= ASK_EVERY_S:
+            self.look()
+
+    def look(self) -> None:
+        """Ask the budget where it stands, and put that into the progress."""
+        with self._looking:
+            self._asked, n_missing = time.monotonic(), len(self.store.missing)
+            left_s, accounts = self.budget.outlook(n_missing)
+            self.progress.details["egress"] = {
+                "to_fetch": n_missing,
+                "seconds_left": round(left_s) if math.isfinite(left_s) else None,
+                "identities": [asdict(a) for a in accounts],
+            }
+            paused = {a.name: a for a in accounts if a.paused_s > 0}
+            for name in paused.keys() - self._paused:
+                seconds = paused[name].paused_s
+                say(
+                    f"{name} pauses for {duration(seconds)}: blocked, rate-limited, or a proxy that fails",
+                    event="identity_paused",
+                    identity=name,
+                    seconds=round(seconds),
+                )
+            self._paused = set(paused)
+            self.progress.note = ""
+            if n_missing:
+                resting = f", {len(paused)} of {len(accounts)} identities paused" if paused else ""
+                self.progress.note = f"{n_missing} to fetch, {duration(left_s)} at this rate{resting}"
+
+    def _watch(self) -> None:
+        while not self._ended.wait(ASK_EVERY_S):
+            with contextlib.suppress(Exception):  # the budget's holder is gone: the tasks, which need it, say so
+                self.look()
+                self.progress.write_status()
 
 
 def open_budget(arguments: argparse.Namespace, store: MediaStore, runner: runners.Runner) -> SharedBudget:

@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--until", choices=["fetch"], help="only fill --media; extraction can follow")
     p.add_argument("--rate", type=float, default=250.0, help="downloads an hour and egress identity (default 250)")
     p.add_argument("--proxies", nargs="+", default=[], metavar="URL", help="an egress identity each")
-    p.add_argument("--cookies", nargs="+", default=[], metavar="FILE", help="an egress identity each")
+    p.add_argument("--cookies", nargs="+", default=[], metavar="FILE", help="likewise; with --proxies, a file each")
     p.add_argument(
         "--retry-rejected",
         nargs="*",
@@ -262,7 +262,7 @@ def extract_round(
                     theirs = lock.Lock(path, f"media store {arguments.media}", tell=say)
                     locks.append(stack.enter_context(theirs))
                 store.budget = budget = open_budget(arguments, store, runner)
-                outlook = Outlook(store, budget)
+                outlook = stack.enter_context(Outlook(store, budget, progress))
             except lock.Held:
                 if extraction.fetch_only:
                     raise

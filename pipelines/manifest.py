@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, console.UsageError) as error:
         complain(f"manifest: {one_line(error)}")
         return 2
-    say(f"reading {', '.join(map(storage.name, uris))} in {len(plan.blocks)} blocks")
+    say(f"reading {', '.join(map(storage.name, uris))}")
     try:
         build(
             pipeline,

@@ -85,7 +85,7 @@ def extract_shards(
         del in_flight[work.shard]
         progress.in_flight = sum(in_flight.values())
         if outlook:
-            outlook.settle(work.segments, progress)
+            outlook.settle(work.segments)
         progress.add(work.n_segments + len(work.culprits), rejected=done.rejected, seconds=done.seconds)
 
 

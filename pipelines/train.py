@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--epochs", type=int, help="instead of the recipe's, or an adaptation's 8")
     p.add_argument("--resume", action="store_true", help="go on from OUT's checkpoint")
     p.add_argument("--replace", action="store_true", help="train anew; OUT's last model is kept in OUT/previous")
-    board = "folder or URI: the epochs' figures for TensorBoard (default: what AVSEP_TENSORBOARD names, if anything)"
+    board = "folder or URI: figures for TensorBoard, not with --start (default: what AVSEP_TENSORBOARD names)"
     p.add_argument("--tensorboard", metavar="DIR", help=board)
     p.add_argument("--in-process", action="store_true", help="a plain loop without Ray")
     return p

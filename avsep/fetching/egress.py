@@ -17,6 +17,7 @@ from avsep.records import Reason
 
 _PROXY = re.compile(r"(https?|socks4a?|socks5h?)://(?:[^@/\s]*@)?(\[[0-9A-Fa-f:.]+\]|[^:/@\s]+)(:\d+)?/?")
 _UNANSWERED = (Reason.EGRESS_BLOCKED, Reason.TRANSIENT, Reason.TIMEOUT)  # the download comes again
+_MACHINE = "machine"  # how identities are called that are machines
 _TRIAL_POLL_S = 5.0
 _SOURCE_POLL_S = 2.0
 _WINDOW_S = 3600.0  # the present rate is that of the last hour …
@@ -180,6 +181,7 @@ class EgressBudget:
         self._began: float | None = None
         self._by_machine = not identities
         self._accounts: dict[str, _Account] = {}
+        self._absent: dict[str, _Account] = {}  # of earlier runs' identities, which may return
         for identity in identities:
             self._open(identity)
         self._busy: dict[str, float] = {}  # source → until when it surely is
@@ -199,7 +201,7 @@ class EgressBudget:
                 return Wait(_SOURCE_POLL_S)
             accounts = list(self._accounts.values())
             if self._by_machine:
-                name = f"machine {machine}".strip()
+                name = f"{_MACHINE} {machine}".strip()
                 accounts = [self._accounts.get(name) or self._open(EgressIdentity(name))]
             now = self._clock()
             if self._began is None:
@@ -278,12 +280,15 @@ class EgressBudget:
             ]
 
     def state(self) -> dict[str, Any]:
-        """Return what a restarted program must know, for JSON: tokens, pauses, strikes, by identity."""
+        """Return what a restarted program must know, for JSON: tokens, pauses, strikes, by identity.
+
+        Identities of earlier runs, which this one was not given, stay in it.
+        """
         with self._lock:
             now = self._clock()
             accounts = {
                 name: {"tokens": a.bucket.level, "paused_s": a.paused_s(now), "strikes": a.strikes}
-                for name, a in self._accounts.items()
+                for name, a in (self._absent | self._accounts).items()
             }
             return {"at": self._wall(), "identities": accounts}
 
@@ -293,12 +298,16 @@ class EgressBudget:
             past_s = max(0.0, self._wall() - state["at"])
             for name, spent in state["identities"].items():
                 account = self._accounts.get(name)
-                if account is None and self._by_machine:
-                    account = self._open(EgressIdentity(name))
-                if account is not None:
-                    account.bucket.restore(spent["tokens"], past_s)
-                    account.paused_until = self._clock() + max(0.0, spent["paused_s"] - past_s)
-                    account.strikes = spent["strikes"]
+                if account is None:
+                    ours = self._by_machine and name.startswith(_MACHINE)
+                    account = self._open(EgressIdentity(name)) if ours else self._remember(name)
+                account.bucket.restore(spent["tokens"], past_s)
+                account.paused_until = self._clock() + max(0.0, spent["paused_s"] - past_s)
+                account.strikes = spent["strikes"]
+
+    def _remember(self, name: str) -> _Account:
+        bucket = TokenBucket(self._per_hour, self._burst, clock=self._clock)
+        return self._absent.setdefault(name, _Account(EgressIdentity(name), bucket))
 
     def _open(self, identity: EgressIdentity) -> _Account:
         if identity.name in self._accounts:

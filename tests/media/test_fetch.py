@@ -962,6 +962,30 @@ def test_machines_restarted_budget_knows_them() -> None:
     assert isinstance(second.acquire("x"), Wait) and isinstance(second.acquire("y"), Lease)
 
 
+def test_an_identity_that_rests_for_a_run_is_still_paused_when_it_returns() -> None:
+    """Egress is moved to another proxy and back again; a run without proxies doesn't take them for its own."""
+    wall = Clock()
+
+    def open_budget(*names: str) -> EgressBudget:
+        made = [EgressIdentity(name) for name in names]
+        return EgressBudget(made, per_hour=360, clock=Clock(), wall=wall, jitter=lambda: 0.0)
+
+    first = open_budget("http://a:1")
+    first.report(of(first.acquire()), Reason.EGRESS_BLOCKED)
+    kept = first.state()
+    for names in (("http://b:1",), ()):
+        wall.now += 100
+        between = open_budget(*names)
+        between.restore(kept)
+        of(between.acquire("x"))
+        assert all(s.paused_s == 0 for s in between.status())
+        kept = json.loads(json.dumps(between.state()))
+    last = open_budget("http://a:1")
+    last.restore(kept)
+    (status,) = last.status()
+    assert status.paused_s == 400 and status.strikes == 1
+
+
 def test_a_source_is_downloaded_by_one_at_a_time() -> None:
     clock = Clock()
     shared = EgressBudget([EgressIdentity("a")], per_hour=36_000, burst=10, clock=clock, trial_s=60)

@@ -23,7 +23,7 @@ from avsep.audit import check_commits
 from avsep.extraction import Extraction
 from avsep.factors import DataConfig, ExtractionConfig
 from avsep.objects import AUDIOSET_23
-from avsep.records import ClipRecord, Rejection, Segment
+from avsep.records import ClipRecord, Reason, Rejection, Segment
 from pipelines import console, downloads, extract, runners, shardtasks
 from pipelines.progress import Progress
 from tests.benchmarks import extraction_driver as simulation
@@ -111,6 +111,24 @@ def test_a_shared_budget_keeps_what_was_spent(tmp_path):
     left_s, (status,) = budget.outlook(10)
     assert left_s > 0 and status.outcomes == {"ok": 1}
     assert "machine m" in json.loads((tmp_path / downloads.EGRESS_FILE).read_text())["identities"]
+
+
+def test_a_pause_is_told_while_no_shard_ends(tmp_path, capsys, monkeypatch):
+    """Once, and the status file says it, too: else a run whose proxies all fail says nothing for hours."""
+    monkeypatch.setattr(downloads, "ASK_EVERY_S", 0.02)
+    make = functools.partial(downloads.BudgetKeeper, ["http://u:secret@h:9"], [], 3600.0, str(tmp_path))
+    budget = downloads.SharedBudget(runners.InProcess().actors(make, 1, gpus=0)[0])
+    store = fetching.MediaStore(str(tmp_path), {}, {"s"}, {})
+    status = tmp_path / "status.json"
+    budget.report(budget.acquire("m", "youtube:x"), Reason.EGRESS_BLOCKED)
+    with downloads.Outlook(store, budget, Progress("x", 1, "s", status=str(status))):
+        deadline = time.monotonic() + 20
+        while not status.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)
+    assert len(re.findall(r"^http://h:9 pauses for 1\d min", capsys.readouterr().out, re.M)) == 1
+    (identity,) = json.loads(status.read_text())["egress"]["identities"]
+    assert identity["paused_s"] > 500
 
 
 def test_a_second_driver_on_the_same_output_refuses(sounds, tmp_path, capfd):
