@@ -320,7 +320,7 @@ def _tell(out: str, report: Mapping[str, Any]) -> None:
         say(f"pictures: {report['labeller']}")
     if report["note"]:
         say(f"note: {report['note']}")
-    claims = "" if "edits" in report else "claims "  # what is doubted is given out, too; edits say what each gets
+    claims = "" if "edits" in report else "claims "  # its file may hold more: doubted sound is given out, too
     for entry in report["objects"]:
         state = "silent" if entry["silent"] else f"{claims}{entry['sound_score']:.0%} of the sound"
         sure = 1 - entry["confidence"] if entry["silent"] else entry["confidence"]
