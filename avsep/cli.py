@@ -73,7 +73,9 @@ def parser() -> argparse.ArgumentParser:
         '["cat"], "spans": [{"start_s": 2, "end_s": 4.5, "object": "violin", "present": false}]}; the bases of each '
         'window are in separation.json; "to": "_rest" gives one to the rest',
     )
-    i = commands.add_parser("inspect", help="what is in a shard, an extraction's folder or a model", **_examples("inspect"))
+    i = commands.add_parser(
+        "inspect", help="what is in a shard, an extraction's folder or a model", **_examples("inspect")
+    )
     i.add_argument("path", help="a .parquet file or a folder")
     la = commands.add_parser(
         "label",
@@ -110,8 +112,12 @@ def separation_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", help="a folder that pipelines.train wrote (default: the starter model)")
     p.add_argument("--objects", help="names of what sounds, separated by commas; without it pictures and sound decide")
     p.add_argument("--weights", help="weights of the picture network, in place of the model's own or torchvision's")
-    p.add_argument("--two-stems", metavar="OBJECT", help="write only two sounds: OBJECT, and no_OBJECT with all the rest")
-    p.add_argument("--format", default="wav", choices=("wav", "flac", "mp3"), help="format of the sounds (default: wav)")
+    p.add_argument(
+        "--two-stems", metavar="OBJECT", help="write only two sounds: OBJECT, and no_OBJECT with all the rest"
+    )
+    p.add_argument(
+        "--format", default="wav", choices=("wav", "flac", "mp3"), help="format of the sounds (default: wav)"
+    )
     p.add_argument("--mono", action="store_true", help="one channel at the model's sample rate, not as the file is")
     p.add_argument(
         "--video", dest="with_video", action="store_true", help="also write a video per object: the pictures, its sound"
