@@ -56,8 +56,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--version", action=_Version, help="show the version and end")
     commands = p.add_subparsers(dest="command", required=True)
     commands.type = str  # what follows a command is checked by its own parser
-    shown: dict[str, Any] = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    s = commands.add_parser("separate", help="one sound per object, and the rest", **shown)
+    s = commands.add_parser("separate", help="one sound per object, and the rest", **_examples("separate"))
     s.add_argument(
         "files",
         nargs="+",
@@ -66,8 +65,8 @@ def parser() -> argparse.ArgumentParser:
     )
     s.add_argument(
         "--out",
-        help="folder for the sounds and separation.json (default: separated/NAME); of several files, a folder, or a "
-        "pattern, for one folder per file",
+        help="folder for the sounds and separation.json (default: separated/NAME); several files, a folder or a "
+        "pattern get one folder per file in it",
     )
     separation_options(s)
     s.add_argument(
@@ -77,14 +76,16 @@ def parser() -> argparse.ArgumentParser:
         '["cat"], "spans": [{"start_s": 2, "end_s": 4.5, "object": "violin", "present": false}]}; the bases of each '
         'window are in separation.json; "to": "_rest" gives one to the rest',
     )
-    i = commands.add_parser("inspect", help="what is in a shard, an extraction's folder or a model", **shown)
+    i = commands.add_parser(
+        "inspect", help="what is in a shard, an extraction's folder or a model", **_examples("inspect")
+    )
     i.add_argument("path", help="a .parquet file or a folder")
     la = commands.add_parser(
         "label",
         help="what the pictures show, and where",
         description="Say what a video's pictures show. Each label has its place in the picture that shows it best: "
         "[left, top, right, bottom] as fractions of width and height. Two of the same object share a place.",
-        **shown,
+        **_examples("label"),
     )
     la.add_argument("files", nargs="+", metavar="FILE", help="a video; a folder, whose videos are meant; or a pattern")
     la.add_argument(
@@ -103,16 +104,26 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def _examples(command: str) -> dict[str, Any]:
+    """Have a command's help end with its own examples."""
+    own = [line for line in EXAMPLES.splitlines() if f"avsep {command} " in line]
+    return {"epilog": "\n".join(["examples:", *own]), "formatter_class": argparse.RawDescriptionHelpFormatter}
+
+
 def separation_options(p: argparse.ArgumentParser) -> None:
     """Add what one file and many have in common: how they are separated, and what is written."""
     p.add_argument("--model", help="a folder that pipelines.train wrote (default: the starter model)")
-    p.add_argument("--objects", help="comma-separated names; without it the pictures decide, or the sound")
+    p.add_argument("--objects", help="names of what sounds, separated by commas; without it pictures and sound decide")
     p.add_argument("--weights", help="weights of the picture network, in place of the model's own or torchvision's")
-    p.add_argument("--two-stems", metavar="OBJECT", help="write OBJECT and no_OBJECT, all the rest, alone")
-    p.add_argument("--format", default="wav", choices=("wav", "flac", "mp3"), help="of the sounds (default: wav)")
+    p.add_argument(
+        "--two-stems", metavar="OBJECT", help="write only two sounds: OBJECT, and no_OBJECT with all the rest"
+    )
+    p.add_argument(
+        "--format", default="wav", choices=("wav", "flac", "mp3"), help="format of the sounds (default: wav)"
+    )
     p.add_argument("--mono", action="store_true", help="one channel at the model's sample rate, not as the file is")
     p.add_argument(
-        "--video", dest="with_video", action="store_true", help="the pictures, too, with each object's sound"
+        "--video", dest="with_video", action="store_true", help="also write a video per object: the pictures, its sound"
     )
     p.add_argument("--track", type=int, default=1, help="which of several audio tracks, counted from 1")
 
@@ -194,7 +205,8 @@ def _misnamed(arguments: dict[str, Any]) -> str:
     except OSError:
         return ""
     except ValueError as error:
-        return str(error)
+        several = "the objects are" in str(error) and set(arguments["objects"] or "") & set("; ")
+        return f"{error}{'; separate several names by commas' if several else ''}"
     return ""
 
 

@@ -321,8 +321,9 @@ def _tell(out: str, report: Mapping[str, Any]) -> None:
         say(f"pictures: {report['labeller']}")
     if report["note"]:
         say(f"note: {report['note']}")
+    claims = "" if "edits" in report else "claims "  # its file may hold more: doubted sound is given out, too
     for entry in report["objects"]:
-        state = "silent" if entry["silent"] else f"{entry['sound_score']:.0%} of the sound"
+        state = "silent" if entry["silent"] else f"{claims}{entry['sound_score']:.0%} of the sound"
         sure = 1 - entry["confidence"] if entry["silent"] else entry["confidence"]
         how = "" if entry["from"] == "given" else f", {sure:.0%} sure"
         how += f"; {entry['doubt']}" if entry["doubt"] else ""
@@ -331,7 +332,8 @@ def _tell(out: str, report: Mapping[str, Any]) -> None:
         say(f"{where}: {state}, {origin}{how}")
     sounds = {report["rest"], *(entry["file"] for entry in report["objects"])}
     videos = [name for name in report["files"] if name not in sounds]
-    for name in (report["rest"], *videos, _REPORT):
+    say(f"{storage.join(out, report['rest'])}: everything else")
+    for name in (*videos, _REPORT):
         say(storage.join(out, name))
 
 

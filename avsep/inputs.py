@@ -150,4 +150,6 @@ def check_pictures(path: Path) -> None:
 
 def remedy(error: ClipError) -> str:
     """Say what to do about a file that can't be used."""
+    if error.reason is Reason.NO_AUDIO and "audio track" in str(error):
+        return "give another --track"
     return _REMEDIES.get(error.reason, "give another file, or copy it again")

@@ -64,7 +64,7 @@ def check_header(request: Request, header: Header, track: int, sound: bool, imag
     """Raise the ClipError of a file whose header says that it can't be used."""
     info = header.info
     if sound and track > len(header.tracks):
-        there = f"no audio track {track}; there are {len(header.tracks)}" if header.tracks else "no audio stream"
+        there = f"no audio track {track}; the file has {len(header.tracks)}" if header.tracks else "no audio stream"
         raise ClipError(Reason.NO_AUDIO, there)
     if images and not sound and not info.has_video:
         raise ClipError(Reason.NO_VIDEO, "no video stream")

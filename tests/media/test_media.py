@@ -817,7 +817,7 @@ def test_a_silent_track_before_another(make: Make) -> None:
     heard = decode(path, track=2)
     assert tone(heard.waveform) == 440 and not heard.notes and len(heard.images) == 2
     assert not media.listen(path, track=2)[1]
-    with pytest.raises(ClipError, match="no_audio: no audio track 3; there are 2"):
+    with pytest.raises(ClipError, match="no_audio: no audio track 3; the file has 2"):
         decode(path, track=3)
     with pytest.raises(ValueError, match="counted from 1"):
         decode(path, track=0)
