@@ -38,9 +38,7 @@ def parser() -> argparse.ArgumentParser:
     """Describe the command."""
     p = arguments_of("serve", __doc__, EXAMPLES)
     p.add_argument("--model", default=starter.PATH, help="what pipelines.train wrote (default: the starter model)")
-    p.add_argument(
-        "--port", type=int, default=8000, help="on AVSEP_SERVE_HOST, else on this machine alone (default 8000)"
-    )
+    p.add_argument("--port", type=int, default=8000, help="8000 unless said; on AVSEP_SERVE_HOST, else here alone")
     p.add_argument("--in-process", action="store_true", help="all in one process without Ray")
     return p
 
