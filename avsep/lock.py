@@ -143,18 +143,12 @@ class Lock:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join(self._beat_s)  # it may wait for an answer for minutes
-        if self._lost:
-            return
-        with suppress(OSError):
-            holder, version = self._read()
-            if self._is_mine(holder) and version is not None:
-                self._place.delete(version)
+        self._thread.join(self._beat_s)  # it lets go of the lock; where it waits for an answer, when that comes
 
     def check(self) -> None:
         """Raise Held when the lock isn't ours any more, or wasn't renewed for so long that others may take it."""
         if not self._lost and time.monotonic() - self._renewed > self._stale_s:
-            silent = f"{self.path} wasn't renewed for {self._stale_s:g} s, as its storage doesn't answer"
+            silent = f"{self.path} wasn't renewed for {self._stale_s:g} s"
             self._lost = f"{silent}; this run stops, since others may take it for dead"
         if self._lost:
             raise Held(self._lost)
@@ -210,6 +204,14 @@ class Lock:
         return self._place.write(self._data, version)
 
     def _beat(self) -> None:
+        """Renew the lock until it is lost or not needed, then let go of it: in one thread, so that no write is late."""
+        self._renew_often()
+        with suppress(OSError):
+            holder, version = self._read()
+            if self._is_mine(holder) and version is not None:
+                self._place.delete(version)
+
+    def _renew_often(self) -> None:
         while not self._stop.wait(self._beat_s):
             begun = time.monotonic()
             try:
@@ -227,6 +229,8 @@ class Lock:
             holder, version = self._read()
             if holder is not None and not self._is_mine(holder):
                 self._lost = f"{self.what} was taken over by {holder}, for which this run seemed dead; it stops"
+                return False
+            if self._stop.is_set():
                 return False
             self._me = replace(self._me, beat=self._me.beat + 1)
             if self._write(version) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,7 +13,7 @@ from avsep.model import SeparationConfig
 from avsep.stft import STFT
 
 _LIFTS = 50  # at most, of shares that are too small; a few do
-_LEVELLINGS, _STEP, _LONGEST = 6, 0.7, 1.5  # rounds at most; what part of the way each goes, and at most, as logarithm
+_LEVELLINGS, _STEP, _LONGEST, _NEAR = 7, 0.7, 1.5, 0.01  # rounds; what part of the way each goes, and at most, as logs
 
 
 def ratio_masks(magnitudes: Tensor, power: float = 1.0) -> Tensor:
@@ -100,7 +101,7 @@ def levelled(votes: Callable[[Tensor], Tensor], basis_energy: Tensor, n_objects:
     """Weigh objects' claims until their parts of the sound are more alike: the shares `(J + 1, M)`.
 
     An object that a model hardly knows claims too little of everything. So its claims are raised before the bases
-    vote, until each part of the objects' energy is in proportion to `p ** (1 - pull)`, `p` being what it is at first.
+    vote, towards parts of the objects' energy in proportion to `p ** (1 - pull)`, `p` being what it is at first.
 
     Args:
         votes: gives the shares when log weights `(J,)` are added to the objects' claims.
@@ -114,20 +115,25 @@ def levelled(votes: Callable[[Tensor], Tensor], basis_energy: Tensor, n_objects:
     >>> [round(x, 2) for x in levelled(votes, torch.ones(1), 2, pull=0.5).flatten().tolist()]
     [0.75, 0.25, 0.0]
     """
-    weights = torch.zeros(n_objects)
-    shares = votes(weights)
+    weights, step = torch.zeros(n_objects), _STEP
+    shares = best = votes(weights)
     parts = _parts(shares, basis_energy)
     wanted = parts.clamp_min(1e-3) ** (1 - pull)
     wanted = wanted / wanted.sum()
+    nearest = math.inf
     for _ in range(_LEVELLINGS):
         short = (wanted / parts.clamp_min(1e-4)).log()
-        if (short.abs() < 0.01).all():
+        if (off := float(short.abs().max())) < nearest:
+            nearest, best = off, shares
+        else:
+            step /= 2  # votes may tip over, and back
+        if nearest < _NEAR:
             break
-        step = (_STEP * short).clamp(-_LONGEST, _LONGEST)
-        weights = weights + step - step.mean()
+        change = (step * short).clamp(-_LONGEST, _LONGEST)
+        weights = weights + change - change.mean()
         shares = votes(weights)
         parts = _parts(shares, basis_energy)
-    return shares
+    return best
 
 
 def _parts(shares: Tensor, basis_energy: Tensor) -> Tensor:

@@ -135,7 +135,8 @@ class Separator:
             return self._votes(window, objects)
         energy = window.factors.basis_energy
         if self.config.assignment == "soft":
-            votes = functools.partial(self._votes, window, objects, pairs=self._pairs(window))
+            pairs = None if self.model.context is None else self._pairs(window)
+            votes = functools.partial(self._votes, window, objects, pairs=pairs)
             shares = levelled(votes, energy, len(objects), self.config.levelling)
         else:
             shares = self._votes(window, objects)
