@@ -205,8 +205,10 @@ def _misnamed(arguments: dict[str, Any]) -> str:
     except OSError:
         return ""
     except ValueError as error:
-        several = "the objects are" in str(error) and set(arguments["objects"] or "") & set("; ")
-        return f"{error}{'; separate several names by commas' if several else ''}"
+        parts = (arguments["objects"] or "").replace(";", " ").split()
+        names = {name for known in vocabulary for name in (known.name, *known.aliases)}
+        several = len(parts) > 1 and all(part in names for part in parts)
+        return f"{error}{' Separate several names by commas.' if several else ''}"
     return ""
 
 

@@ -182,6 +182,8 @@ def check_models(models: Sequence[Entry]) -> None:
         if rates[m.name] != rates["default"]:
             flag = f"--paper-model {m.directory}" if m.name == "paper" else f"--compare {m.name}={m.directory}"
             fail(f"{flag} works at {rates[m.name]} Hz and --model at {rates['default']} Hz; give two of one rate")
+        if lacking := [name for name in loaded["default"].objects if name not in loaded[m.name].objects]:
+            say(f"evaluate: {m.name} knows no {', '.join(lacking)}: clips of them are measured for no separator")
 
 
 def chosen_segments(arguments: argparse.Namespace, vocabulary: Vocabulary) -> list[Segment]:

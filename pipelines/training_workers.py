@@ -60,7 +60,7 @@ def train_workers(fit: Callable[[Run, str], None], run: Run, out: str, runner: O
         trainer.fit()
 
     for _ in range(2):
-        with contextlib.suppress(TrainingFailedError):
+        with contextlib.suppress(TrainingFailedError, OSError):  # a store's, which may pass
             return train_once()
         time.sleep(_NOTICED_S)  # Ray's own restart would wait for a lost node, for ever
     train_once()

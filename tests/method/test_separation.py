@@ -258,6 +258,19 @@ def test_doubted_objects_claims_are_levelled_before_the_bases_vote(pull: float) 
     assert (after[1] / after[0]).argsort().tolist() == (before[1] / before[0]).argsort().tolist()
 
 
+def test_votes_that_tip_over_leave_the_nearest_round() -> None:
+    """However far a weight goes, one of two objects gets nearly all."""
+    asked: list[float] = []
+
+    def votes(log_weights: torch.Tensor) -> torch.Tensor:
+        asked.append(0.8 if float(log_weights[1] - log_weights[0]) < 0.6 else 0.1)
+        return torch.tensor([[asked[-1]], [1 - asked[-1]], [0.0]])
+
+    first = levelled(votes, torch.ones(1), 2, 0.5)[0]
+    assert float(first) == pytest.approx(0.8)  # of .8 and .1 it is nearer to two thirds
+    assert 0.1 in asked
+
+
 def test_only_a_model_that_is_not_sure_levels() -> None:
     trained = model()
     window = Separator(trained).analyse(tone(DOG, 3.0) + tone(VIOLIN, 3.0, 0.3))
