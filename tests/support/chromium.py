@@ -24,6 +24,14 @@ _FLAGS = (
 )
 
 
+# an element's middle after the next picture is drawn, and whether a click there meets the element
+_PLACE = """new Promise((done) => requestAnimationFrame(() => {
+  const element = document.querySelector(%s), { x, y, width, height } = element.getBoundingClientRect();
+  const place = [x + width / 2, y + height / 2];
+  done([...place, element.contains(document.elementFromPoint(...place))]);
+}))"""
+
+
 class Page:
     """One tab of a headless Chromium of its own."""
 
@@ -87,7 +95,8 @@ class Page:
         deadline = time.monotonic() + timeout_s
         while not (condition() if callable(condition) else self.run(condition)):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{condition} isn't true after {timeout_s} s; the page said {self.errors}")
+                seen = self.run("document.body.innerText") if self._number else ""
+                raise TimeoutError(f"{condition} isn't true after {timeout_s} s: {self.errors}\n{seen}")
             time.sleep(0.05)
 
     def choose_file(self, selector: str, path: Path) -> None:
@@ -96,14 +105,17 @@ class Page:
         self.call("DOM.setFileInputFiles", files=[str(path)], nodeId=node)
 
     def click(self, selector: str) -> None:
-        """Click with the mouse in an element's middle."""
+        """Click with the mouse in an element's middle, once it keeps its place and nothing lies over it."""
+        place: list = []
+
+        def still() -> bool:
+            last, place[:] = place[:], self.run(_PLACE % json.dumps(selector))
+            return place == last and place[2]
+
         self.run(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
-        box = self.run(
-            f"(b => [b.x + b.width / 2, b.y + b.height / 2])"
-            f"(document.querySelector({json.dumps(selector)}).getBoundingClientRect())"
-        )
+        self.wait(still)
         for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
+            self.call("Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button="left", clickCount=1)
 
     def key(self, name: str) -> None:
         code = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
