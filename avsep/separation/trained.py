@@ -274,7 +274,7 @@ class Separator:
 
         The objects are those of any window that isn't faint beside the loudest; each is silent where it isn't heard.
         One that was named and is heard nowhere is taken to be there throughout: the model doesn't know its sound.
-        Confidences are no higher than the model's training allows (`familiarity.deserved`).
+        Confidences are no higher than the training allows (`Evidence.claim`, `familiarity.deserved`).
         """
         named, shown = self._indices(objects), self._indices(seen)
         heard = _listen(self, blocks)
@@ -282,8 +282,9 @@ class Separator:
         names, config = self.objects, self.config
         marks = None if shown is None else torch.isin(torch.arange(len(names)), torch.tensor(shown, dtype=torch.long))
         looks = torch.tensor([scores.get(name, 0.0) for name in names]) if scores else None
-        believe = functools.partial(self.model.config.evidence.confidence, shown=marks, scores=looks)
-        sure = believe(peaks)
+        evidence = self.model.config.evidence
+        believe = functools.partial(evidence.confidence, shown=marks, scores=looks)
+        sure, claimed = believe(peaks), evidence.claim(peaks, marks, looks)
         if named is None:
             indices = self.fuse(shown, sure) if shares.any() or shown else []
         else:
@@ -296,7 +297,7 @@ class Separator:
             ((w.factors.W, w.factors.H, basis_posteriors(w.relation[None])[0]) for w in heard.windows),
             len(names),
         )
-        claimed = deserved(sure, familiar, names, self.model.config.training.get("clips_by_label"))
+        claimed = deserved(claimed, familiar, names, self.model.config.training.get("clips_by_label"))
         return Plan(
             self,
             heard,

@@ -23,6 +23,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from avsep.evidence import ELSEWHERE
 from avsep.model import label_config
 from avsep.vision import NO_DOWNLOAD
 
@@ -30,11 +31,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 MOST_BYTES = 8_000_000
 RECIPE = "both_passes"  # a second pass alone learns the sources by heart
-# How an object's share of the sound becomes a confidence. Training fits this to mixtures of sounds that it has heard,
-# and then claims too much elsewhere. These were fitted, by evidence.fit_sound, to 1,639 other clips for a model of 860
-# clips and fewer sources; `shown` is what picture networks see of rendered clips. How surely pictures show an object
-# was fitted to 76 validation clips with photos. So claims are modest: what is seen and heard at .4 is there.
-EVIDENCE = {"slope": 1.44, "offset": 2.76, "shown_when_heard": 0.75, "shown_when_silent": 0.03}
+# How sure it may be of sounds from elsewhere. `shown` is what picture networks see of rendered clips. How surely pictures
+# show an object was fitted to 76 validation clips with photos. What is seen and heard at .4 is there.
+EVIDENCE = ELSEWHERE | {"shown_when_heard": 0.75, "shown_when_silent": 0.03}
 EVIDENCE |= {"picture_slope": 0.6, "picture_offset": 2.53}
 SEPARATION = {"least_confidence": 0.4, "noise_weight": 0.2}  # what it doesn't know is seldom noise
 FULL_PRECISION = ("running_mean", "running_var", "num_batches_tracked")  # batch norm's, which are few
