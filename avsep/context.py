@@ -44,13 +44,15 @@ class BasisContext(nn.Module):
         self.register_buffer("mean", torch.zeros(n_inputs))
         self.register_buffer("deviation", torch.ones(n_inputs))
 
-    def forward(self, posteriors: Tensor, pairs: Tensor, present: Tensor) -> Tensor:
+    def forward(self, posteriors: Tensor, pairs: Tensor, present: Tensor, settle: bool = True) -> Tensor:
         """Return log posteriors of the present objects and the rest, `(B, L + 1, M)`; absent ones get −inf.
 
         Args:
             posteriors: `(B, L + 1, M)` of the relation map, noise last (`miml.basis_posteriors`).
             pairs: `(B, M, M, features)` from `pair_features`.
             present: boolean `(B, L)`.
+            settle: whether votes are counted until they hardly change, outside training. They grow surer by it,
+                which is good for masks and bad for targets.
         """
         rest = _rest(posteriors, present).clamp_min(1e-4).log() * self.rest_scale + self.rest_bias
         z = torch.cat([posteriors[:, :-1].clamp_min(1e-9).log(), rest.unsqueeze(1)], 1)
@@ -59,7 +61,7 @@ class BasisContext(nn.Module):
         phi = self.phi(x).squeeze(-1) * (1 - torch.eye(pairs.shape[1], device=pairs.device))
         uniform = 1 / there.sum(1, keepdim=True)
         q = z
-        for _ in range(self.n_iter if self.training else _SETTLED):
+        for _ in range(_SETTLED if settle and not self.training else self.n_iter):
             p = q.masked_fill(~there, -torch.inf).softmax(1)
             q = self.scale * z + ((p - uniform) * there) @ phi.mT
         return q.masked_fill(~there, -torch.inf).log_softmax(1)

@@ -90,7 +90,7 @@ class Teacher:
         posteriors, shares = _informed(self.network, W, H, basis_energy, labels, self.quality)
         present = (labels | (shares > _HEARD)).unsqueeze(0)
         pairs = pair_features(W.T[None], H[None], basis_energy[None])
-        return self.context(posteriors[None], pairs, present)[0].exp()
+        return self.context(posteriors[None], pairs, present, settle=False)[0].exp()  # settled, it costs 2 dB
 
 
 def as_bags(practices: Sequence[Practice]) -> Bags:

@@ -153,6 +153,24 @@ def test_a_teacher_says_whose_bases_are_from_pictures_and_sound():
     assert not targets[2].any()
 
 
+def test_a_teacher_counts_votes_as_often_as_its_context_learned_to():
+    """Settled votes are surer: a second pass that learned from them was 2 dB worse on other collections."""
+    torch.manual_seed(0)
+    network, context = Told(lambda bases: bases[:, :L]), BasisContext()
+    torch.nn.init.normal_(context.phi[-1].weight)
+    W, H, energy, labels = (
+        torch.rand(F, 6),
+        torch.rand(6, N),
+        torch.full((6,), 1 / 6),
+        torch.tensor([True, True, False, False]),
+    )
+    targets = Teacher(network, context.train(), LabelQuality.good(L))(W, H, energy, labels)
+    torch.testing.assert_close(Teacher(network, context.eval(), LabelQuality.good(L))(W, H, energy, labels), targets)
+    pairs, posteriors = pair_features(W.T[None], H[None], energy[None]), torch.rand(1, L + 1, 6).softmax(1)
+    settled = context(posteriors, pairs, labels[None])
+    assert (settled - context(posteriors, pairs, labels[None], settle=False))[settled.isfinite()].abs().max() > 0.01
+
+
 def test_practice_mixtures_become_bags_with_targets(solos):
     mixtures = [mix_solos(solos, L, 90, 8, N, seed, n_iter=20) for seed in range(3)]
     bags = as_bags(mixtures)
