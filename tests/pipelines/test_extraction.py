@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -471,6 +472,33 @@ def test_the_rate_forgets_what_is_longer_ago_than_an_hour(monkeypatch):
         progress.add(60)
     assert progress.rate == pytest.approx(1.0, rel=0.03)
     assert progress.seconds_left == pytest.approx((10**6 - progress.count) / 1.0, rel=0.03)
+
+
+def test_the_last_status_stays_the_last(tmp_path, monkeypatch):
+    """A thread that is slow to write `running`, and one that comes later, leave what was written at the end."""
+    path, writing, go_on = tmp_path / "status.json", threading.Event(), threading.Event()
+    write = storage.write_text
+
+    def slow(to: str, text: str) -> None:
+        if '"in_flight": 7' in text:
+            writing.set()
+            go_on.wait(10)
+        write(to, text)
+
+    monkeypatch.setattr(storage, "write_text", slow)
+    with Progress("extract", 2, "segments", status=str(path)) as progress:
+        monkeypatch.setattr(time, "monotonic", lambda before=time.monotonic: before() + 60)  # time to write again
+        progress.in_flight = 7
+        watcher = threading.Thread(target=progress.write_status)
+        watcher.start()
+        assert writing.wait(10)
+        threading.Timer(0.1, go_on.set).start()
+    watcher.join(10)
+    assert json.loads(path.read_text())["state"] == "finished"
+    monkeypatch.setattr(time, "monotonic", lambda before=time.monotonic: before() + 60)
+    progress.write_status()
+    progress.add(1)
+    assert json.loads(path.read_text())["state"] == "finished"
 
 
 def test_a_dry_run_says_what_there_is_to_do_and_what_it_costs(sounds, tmp_path, capsys):
