@@ -516,6 +516,25 @@ def test_a_dry_run_says_what_there_is_to_do_and_what_it_costs(sounds, tmp_path, 
     assert not out.exists() and not (tmp_path / "media").exists()
 
 
+@pytest.mark.parametrize("labels", ["drum", ""])
+def test_a_dry_run_downloads_and_loads_no_picture_network(sounds, tmp_path, monkeypatch, capsys, labels):
+    """Where its weights are missing, too, which the run itself would need."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr("socket.create_connection", lambda *_, **__: pytest.fail("it tried to download"))
+    monkeypatch.setattr("avsep.vision.build_network", lambda *_: pytest.fail("it loaded a network"))
+    (tmp_path / "t.csv").write_text(f"segment_id,source,labels\na,{sounds.parent}/0.wav,{labels}\n")
+    arguments = ["--segments", str(tmp_path / "t.csv"), "--out", str(tmp_path / "out"), "--dry-run"]
+    assert extract.main(arguments) == 0
+    told = capsys.readouterr().out
+    assert "the weights of resnet152 come from their publisher; they aren't on this machine" in told
+    assert "pictures: resnet152, looks: tiles" in told and "1 segments: 0 done, 1 to do" in told
+    assert extract.main([*arguments, "--labeller", "efficientnet_lite0"]) == 0  # installed
+    told = capsys.readouterr().out
+    assert "pictures: efficientnet_lite0, looks: tiles" in told and "publisher" not in told
+    assert extract.main([*arguments, "--labeller", "nosuch"]) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["t.csv"]
+
+
 # ------------------------------------------------------------------------------- at full size
 
 
