@@ -59,8 +59,7 @@ def find_labeller(arguments: argparse.Namespace, default: str, needed: bool) -> 
     """Say what `load_labeller` would load, as far as that can be told without a download."""
     found = _taken(LabellerFile.find, arguments, default, needed)
     if found and found.sha256 is None:
-        where = arguments.weights or "their publisher; they aren't on this machine"
-        say(f"the weights of {found.architecture} come from {where}: the run itself checks what clips were made with")
+        say(f"the weights of {found.architecture} aren't on this machine; the run brings and checks them")
     return found
 
 

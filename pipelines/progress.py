@@ -125,7 +125,8 @@ class Progress:
             parts.append(f"{self.rejected.total()} rejected ({most})")
         if self.in_flight:
             parts.append(f"{self.in_flight} in flight")
-        if stages := self._throughput():
+        spent = self.seconds.total()  # a stage that took next to none of it, without pictures say, tells nothing
+        if stages := {stage: r for stage, r in self._throughput().items() if self.seconds[stage] > 1e-3 * spent}:
             parts.append("a worker: " + ", ".join(f"{stage} {rate:.2g}/s" for stage, rate in stages.items()))
         if self.note:
             parts.append(self.note)

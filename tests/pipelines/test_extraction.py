@@ -526,11 +526,11 @@ def test_a_dry_run_downloads_and_loads_no_picture_network(sounds, tmp_path, monk
     arguments = ["--segments", str(tmp_path / "t.csv"), "--out", str(tmp_path / "out"), "--dry-run"]
     assert extract.main(arguments) == 0
     told = capsys.readouterr().out
-    assert "the weights of resnet152 come from their publisher; they aren't on this machine" in told
+    assert "the weights of resnet152 aren't on this machine; the run brings and checks them" in told
     assert "pictures: resnet152, looks: tiles" in told and "1 segments: 0 done, 1 to do" in told
     assert extract.main([*arguments, "--labeller", "efficientnet_lite0"]) == 0  # installed
     told = capsys.readouterr().out
-    assert "pictures: efficientnet_lite0, looks: tiles" in told and "publisher" not in told
+    assert "pictures: efficientnet_lite0, looks: tiles" in told and "this machine" not in told
     assert extract.main([*arguments, "--labeller", "nosuch"]) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["t.csv"]
 
