@@ -26,6 +26,15 @@ EXAMPLES = """examples:
   avsep label duet.mp4 --model out/run/model
 """
 
+FIRST = """avsep separates a video's sound into its objects. Begin with:
+  avsep separate video.mp4
+
+  avsep separate    one sound per object, and the rest
+  avsep label       what the pictures show, and where
+  avsep inspect     what is in a shard, an extraction's folder or a model
+
+avsep --help shows examples, avsep COMMAND --help a command's options."""
+
 
 class Parser(argparse.ArgumentParser):
     """A parser that tells a mistake in one line, and takes no empty value: such is that of an unset variable."""
@@ -144,6 +153,9 @@ class _Version(argparse.Action):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; a user's mistake is one line and status 2, Ctrl-C one line and status 130."""
     console.prepare()
+    if not (sys.argv[1:] if argv is None else argv):
+        console.complain(FIRST)
+        return 2
     arguments = vars(parser().parse_args(argv))
     command = arguments["command"]
     for name in ("model", "out", "weights", "edit", "path"):  # a shell leaves --out=~/x as it is

@@ -22,7 +22,7 @@ from avsep.records import (
     describe_sources,
     segments_to_table,
 )
-from avsep.vision import ImageLabeller
+from avsep.vision import ImageLabeller, LabellerFile
 from avsep.work import Work
 
 _SECONDS_A_CLIP, _SECONDS_OF_IMAGES = 1.2, 2.2  # of one worker without GPU, until it is measured
@@ -141,7 +141,7 @@ def renewed(out: str, work: Work, locate: stages.Locate | None) -> tuple[list[Cl
     return list(records.values()), left
 
 
-def fit_looks(config: ExtractionConfig, labeller: ImageLabeller) -> ExtractionConfig:
+def fit_looks(config: ExtractionConfig, labeller: ImageLabeller | LabellerFile) -> ExtractionConfig:
     """Fit the way of looking to the picture network, and for one look at the middle the pictures' size, too.
 
     The middle is then cut out of pictures of the very size that the network takes it from.

@@ -433,22 +433,25 @@ def _parse(raw: Any) -> ModelConfig:
         "separation": SeparationConfig,
         "evidence": Evidence,
     }
-    _check_fields("it", ModelConfig, raw)
-    _check_fields("extraction", ExtractionConfig, raw["extraction"], without=("limits",))
-    _check_fields("extraction.stft", STFT, raw["extraction"]["stft"])
+    check_fields("it", ModelConfig, raw)
+    check_fields("extraction", ExtractionConfig, raw["extraction"], without=("limits",))
+    check_fields("extraction.stft", STFT, raw["extraction"]["stft"])
     for name, kind in nested.items():
-        _check_fields(name, kind, raw[name])
+        check_fields(name, kind, raw[name])
     values: dict[str, Any] = {k: kind(**raw[k]) for k, kind in nested.items()}
     values["extraction"] = ExtractionConfig.from_dict(raw["extraction"])
     values["vocabulary"] = Vocabulary.from_list(raw["vocabulary"])
     return ModelConfig(**raw | values)
 
 
-def _check_fields(name: str, kind: Any, raw: Any, without: Sequence[str] = ()) -> None:
-    """Raise ValueError unless `raw` holds a dataclass's fields, all of them and of their defaults' kinds."""
+def check_fields(name: str, kind: Any, raw: Any, without: Sequence[str] = ()) -> None:
+    """Raise ValueError unless `raw` holds a dataclass's fields, all of them and of their defaults' kinds.
+
+    Messages put `name` before the fields' names, unless it is "it".
+    """
     if not isinstance(raw, dict):
         raise ValueError(f"{name} is {raw!r}; it must be an object of fields")
-    prefix = "" if kind is ModelConfig else f"{name}."
+    prefix = "" if name == "it" else f"{name}."
     names = {f.name for f in fields(kind)} - set(without)
     for missing in sorted(names - set(raw)):
         if prefix + missing not in _LATER:
@@ -470,6 +473,8 @@ def _check_type(name: str, value: Any, of: Field[Any]) -> None:
         "int | None": (int, NoneType),
         "str | None": (str, NoneType),
         "Vocabulary": list,
+        "tuple[int, ...]": list,
+        "tuple[str, ...]": list,
     }
     kind = kinds.get(str(of.type), dict)  # annotations are text
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):

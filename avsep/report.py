@@ -32,6 +32,7 @@ _PAGE = """<!doctype html>
  .bars b { position: absolute; height: 100%; background: var(--bar) } .ours b { background: var(--ours) } .bound b { background: var(--bound) }
  img { max-width: 100%; height: auto; background: #fff } .sounds { display: flex; flex-wrap: wrap; gap: 1rem }
  figure { margin: 0; width: 16rem; max-width: 100% } figure img { width: 100% } audio { width: 100%; height: 2.2rem }
+ img.wide { max-width: max(100%, 44rem) } @media (max-width: 30rem) { figure { width: 100% } }
  figcaption { font-size: .85rem; color: var(--faint) }
  details { margin: .8rem 0 } summary { cursor: pointer; font-weight: 600 }
 </style></head><body><main>
@@ -49,6 +50,8 @@ _BARS = """<p class="caption">{{ caption }}</p><table class="bars"><tbody>
 <td><i aria-hidden="true"><b style="left: {{ left }}%; width: {{ width }}%"></b></i></td><td>{{ value }}</td></tr>
 {% endfor %}</tbody></table>"""
 _TERMS = """<dl>{% for term, sentence in terms %}<dt>{{ term }}</dt><dd>{{ sentence }}</dd>{% endfor %}</dl>"""
+_IMAGE = """{% if wide %}<div class="scroll" tabindex="0" role="region" aria-label="{{ alt }}"><img class="wide" alt="{{ alt }}" src="{{ src }}"></div>
+{% else %}<p><img alt="{{ alt }}" src="{{ src }}"></p>{% endif %}"""
 _SOUND = """<figure>{% if image %}<img alt="Spectrogram of {{ caption }}" src="{{ image }}">{% endif %}
 <audio controls preload="none" aria-label="{{ caption }}" src="{{ sound }}"></audio><figcaption>{{ caption }}</figcaption></figure>"""
 
@@ -58,6 +61,7 @@ _PLAYERS = """<div style="display: flex; flex-wrap: wrap; gap: 1rem">
 <audio style="width: 100%" controls preload="none" aria-label="{{ f.caption }}" src="{{ f.sound }}"></audio>
 <figcaption>{{ f.caption }}</figcaption></figure>{% endfor %}</div>"""
 
+_WIDE = 600  # pixels
 _MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)  # in Hz
 _templates = jinja2.Environment(autoescape=True)
 
@@ -101,8 +105,9 @@ class Report:
         self._blocks.append(Markup("<details><summary>{}</summary>{}</details>").format(summary, inside))
 
     def image(self, png: bytes, alt: str) -> None:
-        """Add a picture."""
-        self._blocks.append(Markup('<p><img alt="{}" src="{}"></p>').format(alt, _data("image/png", png)))
+        """Add a picture; on a narrow page a wide one is scrolled rather than made too small to read."""
+        wide = int.from_bytes(png[16:20]) > _WIDE  # as its header says
+        self._blocks.append(self._render(_IMAGE, alt=alt, src=_data("image/png", png), wide=wide))
 
     def sounds(self, sounds: list[tuple[str, NDArray[np.float32], bytes | None]], sample_rate: int) -> None:
         """Add players side by side: caption, waveform `(S,)`, and a PNG or None for each."""

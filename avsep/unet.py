@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from avsep import storage
-from avsep.model import CONFIG_FILE, UNET_FILE
+from avsep.model import CONFIG_FILE, UNET_FILE, check_fields
 from avsep.objects import AUDIOSET_23, Vocabulary
 from avsep.separation import Planned, Whole, separate
 from avsep.stft import STFT
@@ -28,6 +29,13 @@ from avsep.stft import STFT
 KIND = "unet"
 _FLOOR = 1e-8  # of a sound's mean power: what is fainter looks the same
 _WINDOW, _CONTEXT = 256, 32  # frames that are separated at once, and that are seen on either side
+_RANGES = {  # of the configuration's numbers
+    "stft.sample_rate": (1, 1_000_000),
+    "stft.n_fft": (2, 1 << 20),
+    "knee_hz": (1.0, 1e6),
+    "top_hz": (1.0, 1e6),
+}
+_MOST_WIDTHS, _MOST_CHANNELS = 12, 2048
 
 
 def is_unet(directory: storage.AnyPath) -> bool:
@@ -44,7 +52,7 @@ def is_unet(directory: storage.AnyPath) -> bool:
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """What a U-Net's `config.json` holds."""
+    """What a U-Net's `config.json` holds. Raises ValueError for a value that no network can work with."""
 
     objects: tuple[str, ...]  # those that it learned, L of them
     vocabulary: Vocabulary = AUDIOSET_23  # where they come from
@@ -54,6 +62,20 @@ class UNetConfig:
     widths: tuple[int, ...] = (24, 48, 96, 192, 192)  # channels of each halving
     training: dict[str, Any] = field(default_factory=dict)
     kind: str = KIND
+
+    def __post_init__(self) -> None:
+        for name, (least, most) in _RANGES.items():
+            value = operator.attrgetter(name)(self)
+            if not least <= value <= most:  # NaN fails, too
+                raise ValueError(f"{name} is {value}; it must lie in {least}…{most}")
+        if not 1 <= len(self.widths) <= _MOST_WIDTHS or not all(_is_width(w) for w in self.widths):
+            rule = f"it must be 1 to {_MOST_WIDTHS} whole numbers in 1…{_MOST_CHANNELS}"
+            raise ValueError(f"widths is {list(self.widths)}; {rule}")
+        known = self.vocabulary.names
+        if strange := [name for name in self.objects if name not in known]:
+            raise ValueError(f"objects names {strange[0]!r}; the vocabulary has {', '.join(known)}")
+        if not self.objects or len(set(self.objects)) < len(self.objects):
+            raise ValueError(f"objects is {list(self.objects)}; it must be one name or more, each once")
 
     def bands(self, stft: STFT | None = None) -> Bands:
         """Return the bands of an STFT, its own unless given: the same bands where the windows last as long."""
@@ -68,11 +90,14 @@ class UNetConfig:
         """Read the same again; raises ValueError for what isn't that."""
         if not isinstance(raw, dict) or raw.get("kind") != KIND:
             raise ValueError(f"it holds no {KIND}")
-        try:
-            values = raw | {"vocabulary": Vocabulary.from_list(raw["vocabulary"]), "stft": STFT(**raw["stft"])}
-            return cls(**values | {"objects": tuple(raw["objects"]), "widths": tuple(raw["widths"])})
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"it holds another {KIND}: {error}") from None
+        check_fields("it", cls, raw)
+        check_fields("stft", STFT, raw["stft"])
+        values = raw | {"vocabulary": Vocabulary.from_list(raw["vocabulary"]), "stft": STFT(**raw["stft"])}
+        return cls(**values | {"objects": tuple(raw["objects"]), "widths": tuple(raw["widths"])})
+
+
+def _is_width(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST_CHANNELS
 
 
 @dataclass(frozen=True)
@@ -227,6 +252,9 @@ class UNetSeparator:
             config = UNetConfig.from_dict(json.loads(storage.read_bytes(paths[0])))
             network = UNet(config)
             network.load_state_dict(safetensors.torch.load(storage.read_bytes(paths[1])))
-        except (ValueError, RuntimeError, safetensors.SafetensorError) as error:
-            raise ValueError(f"{directory} is no {KIND}: {' '.join(str(error).split())[:200]}") from None
+        except (ValueError, RuntimeError, RecursionError, safetensors.SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200].rstrip(".")
+            raise ValueError(
+                f"{directory} is no {KIND}: {reason}; copy the whole folder again, or train it again"
+            ) from None
         return cls(config, network.eval())

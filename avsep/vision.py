@@ -80,6 +80,59 @@ NETWORKS: dict[str, ImageNetwork] = {
 }
 
 
+@dataclass(frozen=True)
+class LabellerFile:
+    """What a picture network's weights say before they are loaded; see `ImageLabeller`.
+
+    `sha256` is None for weights that aren't on this machine: all that is known of them is their network's name.
+    """
+
+    architecture: str
+    sha256: str | None = None
+    classes: tuple[int, ...] | None = None
+    way: str | None = None
+
+    @classmethod
+    def find(cls, architecture: str = DEFAULT_ARCHITECTURE, weights: str | None = None) -> LabellerFile:
+        """Look for the weights that `ImageLabeller.load` would take, and download nothing.
+
+        Raises LabellerUnavailable for an unknown network, and a file that isn't there or is another than it says.
+        """
+        path = str(_published(architecture)) if weights is None else weights
+        if storage.is_uri(path) or (weights is None and not Path(path).exists()):
+            return cls(architecture)
+        try:
+            return cls.read(architecture, path, Path(path))
+        except (OSError, ValueError) as error:
+            raise LabellerUnavailable(f"weights {path} can't be read: {error}") from None
+
+    @classmethod
+    def read(cls, architecture: str, weights: str, path: Path) -> LabellerFile:
+        """Read a file's hash and what it says of itself; `weights` is its name, `path` where it lies."""
+        if not path.is_file():
+            raise LabellerUnavailable(f"weights {weights}: no such file; give a .pth or .safetensors file")
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        expected = _NAMED_HASH.search(storage.name(weights).rsplit(".", 1)[0])
+        if expected and not sha256.startswith(expected[1]):
+            raise LabellerUnavailable(
+                f"weights {weights}: its SHA-256 starts with {sha256[:8]}, its name says {expected[1]}; "
+                "download the file again"
+            )
+        if path.suffix != ".safetensors":
+            return cls(architecture, sha256)
+        try:
+            with safe_open(path, "pt") as f:
+                metadata = f.metadata() or {}
+            classes = tuple(json.loads(metadata["classes"])) if "classes" in metadata else None
+        except Exception:
+            raise _unfit(weights, architecture, "it is no weights file") from None
+        return cls(metadata.get("architecture", architecture), sha256, classes, metadata.get("looks"))
+
+    def looking(self, way: str) -> looks.Looking:
+        """Return how pictures are looked at for this network, `way` unless it was trained for another."""
+        return _looking(preprocessing_of(self.architecture), self.way or way)
+
+
 @dataclass
 class ImageLabeller:
     """Turn pictures into logits over ImageNet's 1000 classes.
@@ -124,35 +177,20 @@ class ImageLabeller:
 
     @classmethod
     def _load_file(cls, architecture: str, weights: str, path: Path, device: str) -> ImageLabeller:
-        if not path.is_file():
-            raise LabellerUnavailable(f"weights {weights}: no such file; give a .pth or .safetensors file")
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        expected = _NAMED_HASH.search(storage.name(weights).rsplit(".", 1)[0])
-        if expected and not sha256.startswith(expected[1]):
-            raise LabellerUnavailable(
-                f"weights {weights}: its SHA-256 starts with {sha256[:8]}, its name says {expected[1]}; "
-                "download the file again"
-            )
-        classes: tuple[int, ...] | None = None
-        way: str | None = None
+        file = LabellerFile.read(architecture, weights, path)
         try:
             if path.suffix == ".safetensors":
-                with safe_open(path, "pt") as f:
-                    metadata = f.metadata() or {}
-                architecture = metadata.get("architecture", architecture)
-                classes = tuple(json.loads(metadata["classes"])) if "classes" in metadata else None
-                way = metadata.get("looks")
                 state = safetensors.torch.load_file(path)
             else:
                 state = torch.load(path, map_location="cpu", weights_only=True)
-            network = build_network(architecture, len(classes) if classes else N_IMAGENET_CLASSES)
+            network = build_network(file.architecture, len(file.classes) if file.classes else N_IMAGENET_CLASSES)
             network.load_state_dict(state)
         except Exception as error:
             reason = "its layers are others" if isinstance(error, RuntimeError) else "it is no weights file"
-            raise LabellerUnavailable(f"weights {weights} doesn't fit {architecture}: {reason}") from None
+            raise _unfit(weights, file.architecture, reason) from None
         if not all(x.isfinite().all() for x in network.state_dict().values()):
             raise LabellerUnavailable(f"weights {weights} holds NaN or infinity; copy the file again")
-        return cls(architecture, network.eval().to(device), sha256, classes, device, way)
+        return cls(file.architecture, network.eval().to(device), file.sha256 or "", file.classes, device, file.way)
 
     @functools.cached_property
     def preprocessing(self) -> Preprocessing:
@@ -167,8 +205,7 @@ class ImageLabeller:
 
     def looking(self, way: str) -> looks.Looking:
         """Return how pictures are looked at for this network, `way` unless it was trained for another."""
-        look = self.preprocessing
-        return looks.Looking(self.way or way, look.size, look.crop, look.resampling)
+        return _looking(self.preprocessing, self.way or way)
 
     def evidence(self, images: NDArray[np.uint8], way: str) -> Tensor:
         """Look at a clip's pictures, `(n, height, width, 3)` → `(n, 1000)`, as `looks.Views.evidence` says."""
@@ -323,6 +360,10 @@ def preprocessing_of(architecture: str) -> Preprocessing:
     return network_of(architecture).preprocessing
 
 
+def _looking(look: Preprocessing, way: str) -> looks.Looking:
+    return looks.Looking(way, look.size, look.crop, look.resampling)
+
+
 def build_network(architecture: str, n_outputs: int) -> nn.Module:
     """Build an untrained classifier with `n_outputs` logits."""
     return network_of(architecture).build(n_outputs)
@@ -336,6 +377,10 @@ def published_weights(architecture: str) -> Any:
         raise _unknown(architecture) from None
 
 
+def _unfit(weights: str, architecture: str, reason: str) -> LabellerUnavailable:
+    return LabellerUnavailable(f"weights {weights} doesn't fit {architecture}: {reason}")
+
+
 def _unknown(architecture: str) -> LabellerUnavailable:
     known = [name for name, network in NETWORKS.items() if network.weights]
     return LabellerUnavailable(
@@ -344,13 +389,13 @@ def _unknown(architecture: str) -> LabellerUnavailable:
     )
 
 
-def _published_file(architecture: str) -> str:
-    """Return the path of an architecture's ImageNet weights, downloaded where they aren't installed or cached."""
+def _published(architecture: str) -> Path | str:
+    """Return where an architecture's ImageNet weights are, or will be once they are downloaded."""
     weights = network_of(architecture).weights
     if weights is None:
         raise _unknown(architecture)
     if isinstance(weights, str):
-        return _downloaded(architecture, weights)
+        return Path(torch.hub.get_dir(), "checkpoints", weights.rsplit("/", 1)[-1])
     try:
         return weights()
     except ImportError as error:
@@ -359,9 +404,14 @@ def _published_file(architecture: str) -> str:
         ) from None
 
 
-def _downloaded(architecture: str, url: str) -> str:
+def _published_file(architecture: str) -> str:
+    """Return the path of an architecture's ImageNet weights, downloaded where they aren't installed or cached."""
+    path, url = _published(architecture), network_of(architecture).weights
+    return _downloaded(architecture, url, Path(path)) if isinstance(url, str) else str(path)
+
+
+def _downloaded(architecture: str, url: str, cached: Path) -> str:
     """Return the path of a file in torch's cache, brought there first where need be."""
-    cached = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
     address = urllib.parse.urlsplit(url)
     port = address.port or (80 if address.scheme == "http" else 443)
     try:

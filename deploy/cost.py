@@ -61,7 +61,10 @@ SHAPES = (
 
 
 def read_rates(clips: str | None) -> dict[str, float]:
-    """Read CPU-seconds a clip by stage; those of an extraction in place of the recorded ones where they are given."""
+    """Read CPU-seconds a clip by stage; those of an extraction in place of the recorded ones where they are given.
+
+    Raises ValueError for an extraction without clips.
+    """
     rates: dict[str, float] = json.loads((HERE / "rates.json").read_text())["cpu_seconds_a_clip"]
     if clips:
         from avsep import shards
@@ -69,7 +72,7 @@ def read_rates(clips: str | None) -> dict[str, float]:
         commits = [c for c in shards.read_commits(clips) if c.clip_ids]
         done = sum(len(c.clip_ids) for c in commits)
         if not done:
-            raise SystemExit(f"cost.py: {clips} holds no clips yet; give an extraction's --out, with a shard done")
+            raise ValueError(f"--clips {clips} holds no clips yet; give an extraction's --out, with a shard done")
         for stage in {stage for c in commits for stage in c.timings_s} & rates.keys():
             rates[stage] = sum(c.timings_s.get(stage, 0.0) for c in commits) / done
     return rates
@@ -142,7 +145,10 @@ def main() -> None:
     p.add_argument("--clips", help="an extraction's --out, whose seconds count in place of the recorded ones")
     p.add_argument("--write", action="store_true", help="put the table into deploy/README.md")
     arguments = p.parse_args()
-    text = table(read_rates(arguments.clips))
+    try:
+        text = table(read_rates(arguments.clips))
+    except (OSError, ValueError) as error:
+        p.exit(2, f"{p.prog}: {error}\n")
     print(text, end="")
     if arguments.write:
         readme = HERE / "README.md"

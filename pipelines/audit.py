@@ -257,7 +257,7 @@ def say_card(card: dict[str, Any], out: str) -> int:
     for kind, one in card["suspects"].items():
         n, unknown = sum(one["clips"].values()), sum(one["unknown"].values())
         if n or unknown:
-            said = f"; of {unknown:,} that can't be told" * bool(unknown)
+            said = f"; of {unknown:,} others that can't be told" * bool(unknown)
             say(f"{n:,} clip{'s' * (n != 1)} in {suspects.list_file(kind)}: {suspects.KINDS[kind]}{said}")
     for finding in card["damage"]:
         say(f"damaged: {finding['path']}: {finding['detail']}")

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from avsep import factors, stages
-from avsep.vision import NO_DOWNLOAD, ImageLabeller, LabellerUnavailable
+from avsep.vision import NO_DOWNLOAD, ImageLabeller, LabellerFile, LabellerUnavailable
 from pipelines import runners
 from pipelines.console import fail, say
 
 Groups = Sequence[Sequence[int]] | None
+T = TypeVar("T")
 
 _ACTORS_A_GPU = 2  # one moves data while the other computes
 
@@ -51,8 +52,20 @@ class LabelHere:
 
 def load_labeller(arguments: argparse.Namespace, default: str, needed: bool) -> ImageLabeller | None:
     """Load the picture network asked for, or `default`; without weights go on where labels are given, else stop."""
+    return _taken(ImageLabeller.load, arguments, default, needed)
+
+
+def find_labeller(arguments: argparse.Namespace, default: str, needed: bool) -> LabellerFile | None:
+    """Say what `load_labeller` would load, as far as that can be told without a download."""
+    found = _taken(LabellerFile.find, arguments, default, needed)
+    if found and found.sha256 is None:
+        say(f"the weights of {found.architecture} aren't on this machine; the run brings and checks them")
+    return found
+
+
+def _taken(take: Callable[[str, str | None], T], arguments: argparse.Namespace, default: str, needed: bool) -> T | None:
     try:
-        return ImageLabeller.load(arguments.labeller or default, arguments.weights)
+        return take(arguments.labeller or default, arguments.weights)
     except LabellerUnavailable as error:
         if needed or arguments.weights or arguments.labeller:
             why = "; some segments have no given labels, so the pictures must decide them" if needed else ""

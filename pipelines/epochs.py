@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -30,7 +31,8 @@ def following(out: str, epochs: int, logs: Sequence[Log] = ()) -> Iterator[None]
             tell(standing, rows[said:])
             said = now
             row = rows[-1]
-            keys = [k for k in ("val_loss", "val_map", "val_agreement", "val_assignment") if k in row]
+            names = ("val_loss", "val_map", "val_agreement", "val_assignment")
+            keys = [k for k in names if not math.isnan(row.get(k, math.nan))]
             figures = ", ".join(f"{k.removeprefix('val_')} {row[k]:.3f}" for k in keys)
             seconds = sum(r["seconds"] for r in rows) / now
             tail = f"; validation {figures}" if figures else ""

@@ -65,15 +65,15 @@ from avsep.extraction import Extraction, Process, describe_computing, describe_d
 from avsep.factors import DataConfig
 from avsep.fetching import identities, open_store, several_of
 from avsep.model import LABELLER_FILE
-from avsep.records import Reason, Segment, check_vocabularies, read_segments, read_vocabulary
-from avsep.vision import ImageLabeller
+from avsep.records import Reason, Segment, read_segments, read_vocabulary
+from avsep.vision import ImageLabeller, LabellerFile
 from avsep.work import Changes, Work, find_changes, forget_media, plan_work
 from pipelines import console, downloads, recipes, runners
 from pipelines.console import fail, say
-from pipelines.devices import Devices, load_labeller, open_devices
+from pipelines.devices import Devices, find_labeller, load_labeller, open_devices
 from pipelines.downloads import FETCH_LOCK, Outlook, open_budget
 from pipelines.progress import Progress
-from pipelines.shardtasks import extract_shards
+from pipelines.shardtasks import check_digest, extract_shards
 
 
 def read_checked(arguments: argparse.Namespace) -> list[Segment]:
@@ -107,23 +107,10 @@ def tell_changes(extraction: Extraction, state: shards.State, segments: Sequence
     return changes
 
 
-def check_digest(state: shards.State, extraction: Extraction) -> None:
-    """Refuse to mix clips of two configurations."""
-    out, digest = extraction.out, shards.configuration_digest(extraction.made_with.as_dict())
-    if stale := {c.digest for c in state.commits if c.clips} - {digest}:
-        before, now = DataConfig.from_dict(shards.read_configuration(out)), extraction.made_with
-        check_vocabularies(out, before.vocabulary, "the segments", now.vocabulary)
-        fail(f"{out} was extracted with another configuration (digest {stale.pop()}, now {digest}); give another --out")
-
-
-def dry_run(
-    arguments: argparse.Namespace,
-    segments: Sequence[Segment],
-    state: shards.State,
-    extraction: Extraction,
-    with_images: bool,
-) -> None:
+def dry_run(arguments: argparse.Namespace, segments: Sequence[Segment], extraction: Extraction) -> None:
     """Say what there is to do and what it will cost."""
+    state = shards.read_state(extraction.out)
+    check_digest(state, extraction)
     works = plan_work(state, segments, arguments.retry_rejected, tell_changes(extraction, state, segments))
     for line in describe_work(segments, works, read_vocabulary(arguments.segments)):
         say(line)
@@ -138,8 +125,27 @@ def dry_run(
         say(describe_downloads(len(store.missing), arguments.rate, n_identities))
     if arguments.until:
         return
-    for line in describe_computing(works, state, extraction.config, with_images, download_s):
+    for line in describe_computing(
+        works, state, extraction.config, extraction.made_with.labeller is not None, download_s
+    ):
         say(line)
+
+
+def prepare(
+    arguments: argparse.Namespace,
+    segments: Sequence[Segment],
+    recipe: recipes.Recipe,
+    process: Process,
+    labeller: ImageLabeller | LabellerFile | None,
+) -> Extraction:
+    """Say what clips are made with, and how."""
+    config = recipe.extraction
+    if labeller:
+        config = fit_looks(config, labeller)
+        say(f"pictures: {labeller.architecture}, looks: {config.looks}")
+    network = (labeller.architecture, labeller.sha256) if labeller else ()
+    made_with = DataConfig(config, read_vocabulary(arguments.segments), *network)
+    return Extraction(arguments.out, made_with, process, bool(arguments.until), several_of(segments))
 
 
 def run(
@@ -153,20 +159,13 @@ def run(
     console.keep_apart(arguments, "segments", *([] if arguments.until else ["media"]))
     out, recipe = arguments.out, recipe or recipes.get(arguments.recipe)
     segments = read_checked(arguments)
-    labeller, config = None, recipe.extraction
-    if not arguments.until:
-        labeller = load_labeller(arguments, recipe.labeller, needed=any(s.labels is None for s in segments))
-    if labeller:
-        config = fit_looks(config, labeller)
-        say(f"pictures: {labeller.architecture}, looks: {config.looks}")
-    vocabulary = read_vocabulary(arguments.segments)
-    made_with = DataConfig(config, vocabulary, *((labeller.architecture, labeller.sha256) if labeller else ()))
-    extraction = Extraction(out, made_with, process, bool(arguments.until), several_of(segments))
+    needed = any(s.labels is None for s in segments)
     if arguments.dry_run:
-        state = shards.read_state(out)
-        check_digest(state, extraction)
-        dry_run(arguments, segments, state, extraction, labeller is not None)
+        found = None if arguments.until else find_labeller(arguments, recipe.labeller, needed)
+        dry_run(arguments, segments, prepare(arguments, segments, recipe, process, found))
         return console.DONE
+    labeller = None if arguments.until else load_labeller(arguments, recipe.labeller, needed)
+    extraction = prepare(arguments, segments, recipe, process, labeller)
     storage.make_directory(out)
     name = FETCH_LOCK if arguments.until else shards.LOCK_FILE  # extraction may follow a fetch to the same folder
     with lock.Lock(storage.join(out, name), f"--out {out}", tell=say) as mine:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import sys
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ class Progress:
 
     A bar with rate and time left on a terminal, a plain line now and then elsewhere. With `status` the
     same goes to a JSON file, and with `metrics` to Ray's metrics. The rate is that of the last hour.
+    The status file is written for the last time at the end of the context; threads may write it till then.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class Progress:
         self.in_flight = 0
         self.details: dict[str, Any] = {}  # more for the status file
         self.note = ""
-        self._status = status
+        self._status, self._writing, self._ended = status, threading.Lock(), False
         self.seconds: Counter[str] = Counter()  # by stage
         self._at_start, self._started, self._said = done, time.monotonic(), time.monotonic()
         self._began, self._written = time.time(), -math.inf
@@ -123,7 +125,8 @@ class Progress:
             parts.append(f"{self.rejected.total()} rejected ({most})")
         if self.in_flight:
             parts.append(f"{self.in_flight} in flight")
-        if stages := self._throughput():
+        spent = self.seconds.total()  # a stage that took next to none of it, without pictures say, tells nothing
+        if stages := {stage: r for stage, r in self._throughput().items() if self.seconds[stage] > 1e-3 * spent}:
             parts.append("a worker: " + ", ".join(f"{stage} {rate:.2g}/s" for stage, rate in stages.items()))
         if self.note:
             parts.append(self.note)
@@ -134,17 +137,24 @@ class Progress:
         return {stage: (self.count - self._at_start) / s for stage, s in self.seconds.items() if s > 0}
 
     def write_status(self, state: str = "running") -> None:
-        """Write the status file, at most every few seconds while the run lasts."""
-        now = time.monotonic()
-        if self._status is None or (state == "running" and now - self._written < _STATUS_EVERY_S):
-            return
-        self._written = now
+        """Write the status file, at most every few seconds while the run lasts; nothing follows another state."""
+        with self._writing:  # a slow write of a thread's ends before the last one begins
+            now = time.monotonic()
+            early = state == "running" and now - self._written < _STATUS_EVERY_S
+            if self._status is None or self._ended or early:
+                return
+            self._written, self._ended = now, state != "running"
+            with contextlib.suppress(OSError):  # a full disk stops the shards, with a better message
+                storage.write_text(self._status, json.dumps(self._as_dict(state), indent=1) + "\n")
+
+    def _as_dict(self, state: str) -> dict[str, Any]:
+        """Return what the status file holds."""
         left = self.seconds_left
         stages = {
             stage: {"worker_seconds": round(self.seconds[stage], 1), "per_worker_second": round(rate, 3)}
             for stage, rate in self._throughput().items()
         }
-        raw = {
+        return {
             "what": self.what,
             "state": state,
             "updated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -158,8 +168,6 @@ class Progress:
             "stages": stages,
             **self.details,
         }
-        with contextlib.suppress(OSError):  # a full disk stops the shards, with a better message
-            storage.write_text(self._status, json.dumps(raw, indent=1) + "\n")
 
     def __enter__(self) -> Progress:
         self.write_status()

@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from avsep import extraction, fetching, lock
+from avsep import extraction, fetching, lock, shards
 from avsep.extraction import Done
+from avsep.factors import DataConfig
 from avsep.fetching import MediaStore
-from avsep.records import Reason, Rejection
+from avsep.records import Reason, Rejection, check_vocabularies
 from avsep.work import Work
 from pipelines import cluster, console, runners
 from pipelines.console import fail, say
@@ -182,3 +183,17 @@ def log_events(done: Done) -> None:
             rejected=n_rejected,
             seconds={stage: round(s, 3) for stage, s in done.seconds.items()},
         )
+
+
+def check_digest(state: shards.State, made: extraction.Extraction) -> None:
+    """Refuse to mix clips of two configurations, where the picture network's weights are known.
+
+    They aren't in a dry run that would have to download them, and a fetch makes no clips.
+    """
+    if made.fetch_only or (made.made_with.labeller and not made.made_with.labeller_sha256):
+        return
+    out, digest = made.out, shards.configuration_digest(made.made_with.as_dict())
+    if stale := {c.digest for c in state.commits if c.clips} - {digest}:
+        before, now = DataConfig.from_dict(shards.read_configuration(out)), made.made_with
+        check_vocabularies(out, before.vocabulary, "the segments", now.vocabulary)
+        fail(f"{out} was extracted with another configuration (digest {stale.pop()}, now {digest}); give another --out")

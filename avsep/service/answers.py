@@ -117,7 +117,9 @@ class SeparatedObject(BaseModel):
     familiarity: float | None = _text(
         "how like the model's training its sound is, in [0, 1]; it bounds the confidence; null where nobody measures it"
     )
-    sound_score: float | None = _text("its share of the sound; null where the separator doesn't say")
+    sound_score: float | None = _text(
+        "its share of the sound by the model, or of the energy after edits; null where the separator doesn't say"
+    )
     picture_score: float | None = _text("how much it is seen; null where nobody looked")
     visible: bool | None = _text("whether it is seen; null where nobody looked")
     silent: bool = _text("here, but not heard: its sound is zero")

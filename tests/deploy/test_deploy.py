@@ -359,3 +359,15 @@ def test_numbers_in_the_environment_are_checked(monkeypatch: pytest.MonkeyPatch)
                 runners.session(),
             ):
                 pass
+
+
+def test_the_cost_of_an_extraction_without_clips_is_a_mistake(tmp_path: Path) -> None:
+    """Told as all programs tell theirs: one line, and status 2."""
+    (tmp_path / "commits").mkdir()
+    (tmp_path / "commits" / "a-g0.json").write_text("{")
+    for clips, told in ((tmp_path / "none", f"--clips {tmp_path}/none holds no clips yet"), (tmp_path, "is no commit")):
+        program = [sys.executable, str(ROOT / "deploy" / "cost.py"), "--clips", str(clips)]
+        done = subprocess.run(
+            program, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": ROOT}
+        )
+        assert done.returncode == 2 and told in done.stderr and done.stderr.count("\n") == 1, done.stderr

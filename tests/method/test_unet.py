@@ -153,6 +153,36 @@ def test_it_is_the_same_when_it_was_saved(tmp_path: Path) -> None:
         UNetSeparator.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"knee_hz": -1}, "knee_hz is -1; it must lie in 1.0…1000000.0"),
+        ({"top_hz": float("nan")}, "top_hz is nan; it must lie in"),
+        ({"top_hz": "high"}, "top_hz is 'high'; it must be of the type float"),
+        ({"widths": []}, "widths is []; it must be 1 to 12 whole numbers in 1…2048"),
+        ({"widths": [8, 0]}, "widths is [8, 0]; it must be 1 to 12 whole numbers"),
+        ({"widths": 8}, "widths is 8; it must be of the type"),
+        ({"objects": ["dog", "unicorn"]}, "objects names 'unicorn'; the vocabulary has "),
+        ({"objects": ["dog", 5]}, "objects names 5; the vocabulary has "),
+        ({"objects": []}, "objects is []; it must be one name or more, each once"),
+        ({"objects": ["dog", "dog"]}, "objects is ['dog', 'dog']; it must be one name or more, each once"),
+        ({"stft": {"sample_rate": 1000, "n_fft": 0, "hop_length": 1}}, "n_fft is 0; it must be"),
+        ({"stft": {"sample_rate": 10**9, "n_fft": 128, "hop_length": 64}}, "stft.sample_rate is 1000000000; it must"),
+        ({"stft": {"sample_rate": 1000}}, "stft.hop_length is missing"),
+        ({"stft": 5}, "stft is 5; it must be of the type STFT"),
+        ({"colour": "red"}, "colour is no setting of this version"),
+    ],
+)
+def test_a_damaged_configuration_is_told_with_value_rule_and_remedy(tmp_path: Path, change: dict, told: str) -> None:
+    untrained().save(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(ValueError, match="is no unet: ") as caught:
+        UNetSeparator.load(tmp_path)
+    line = str(caught.value)
+    assert told in line and "\n" not in line and line.endswith("; copy the whole folder again, or train it again")
+
+
 def test_evaluate_compares_it_with_a_model(tmp_path: Path) -> None:
     """As a row; in the place of the model it is refused."""
     model().save(tmp_path / "model")

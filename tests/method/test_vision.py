@@ -242,6 +242,23 @@ def test_weights_that_cannot_be_downloaded_are_one_line_with_the_remedy(
     assert one_line(caught.value) and "https://download.pytorch.org/models/resnet152-394f9c45.pth" in str(caught.value)
 
 
+def test_what_a_file_says_is_known_before_it_is_loaded(pth: Path, tmp_path: Path, monkeypatch) -> None:
+    """The same that is loaded then: its hash, network, classes and way of looking."""
+    own = tmp_path / "own.safetensors"
+    ImageLabeller(TINY, build_network(TINY, len(CLASSES)), "", CLASSES, way="centre").save(own)
+    lite0 = vision.LabellerFile.find("efficientnet_lite0")
+    files = [(vision.LabellerFile.find(TINY, str(pth)), TINY, pth), (lite0, "efficientnet_lite0", None)]
+    for found, name, path in [*files, (vision.LabellerFile.find(weights=str(own)), TINY, own)]:
+        loaded = ImageLabeller.load(name, path)
+        same = (loaded.architecture, loaded.sha256, loaded.classes, loaded.way)
+        assert (found.architecture, found.sha256, found.classes, found.way) == same
+        assert found.looking("tiles") == loaded.looking("tiles")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    assert vision.LabellerFile.find() == vision.LabellerFile("resnet152")  # not here, and not brought
+    with pytest.raises(LabellerUnavailable, match="no such file"):
+        vision.LabellerFile.find(TINY, str(tmp_path / "missing.pth"))
+
+
 def test_files_that_do_not_fit_are_one_line_each(pth: Path, tmp_path: Path) -> None:
     garbage = tmp_path / "garbage.pth"
     garbage.write_bytes(b"no weights")

@@ -294,6 +294,17 @@ def test_what_edits_do_not_change_is_told_again(model_dir, sound, tmp_path) -> N
 # ------------------------------------------------------------------------------------------- mistakes, told at once
 
 
+def test_without_arguments_it_says_how_to_begin(capfd, monkeypatch) -> None:
+    """Each of its commands, one to try, and where more is said, in a terminal's width; the status is a mistake's."""
+    monkeypatch.setattr(sys, "argv", ["avsep"])
+    assert cli.main() == cli.main([]) == 2
+    out, told = capfd.readouterr()
+    commands = re.findall(r"^\s{4}(\w+) {2,}", cli.parser().format_help(), re.M)
+    assert not out and len(commands) == 3 and all(f"\n  avsep {name}  " in told for name in commands)
+    assert "\n  avsep separate video.mp4\n" in told and "avsep --help" in told
+    assert max(map(len, told.splitlines())) <= 80
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -473,6 +474,33 @@ def test_the_rate_forgets_what_is_longer_ago_than_an_hour(monkeypatch):
     assert progress.seconds_left == pytest.approx((10**6 - progress.count) / 1.0, rel=0.03)
 
 
+def test_the_last_status_stays_the_last(tmp_path, monkeypatch):
+    """A thread that is slow to write `running`, and one that comes later, leave what was written at the end."""
+    path, writing, go_on = tmp_path / "status.json", threading.Event(), threading.Event()
+    write = storage.write_text
+
+    def slow(to: str, text: str) -> None:
+        if '"in_flight": 7' in text:
+            writing.set()
+            go_on.wait(10)
+        write(to, text)
+
+    monkeypatch.setattr(storage, "write_text", slow)
+    with Progress("extract", 2, "segments", status=str(path)) as progress:
+        monkeypatch.setattr(time, "monotonic", lambda before=time.monotonic: before() + 60)  # time to write again
+        progress.in_flight = 7
+        watcher = threading.Thread(target=progress.write_status)
+        watcher.start()
+        assert writing.wait(10)
+        threading.Timer(0.1, go_on.set).start()
+    watcher.join(10)
+    assert json.loads(path.read_text())["state"] == "finished"
+    monkeypatch.setattr(time, "monotonic", lambda before=time.monotonic: before() + 60)
+    progress.write_status()
+    progress.add(1)
+    assert json.loads(path.read_text())["state"] == "finished"
+
+
 def test_a_dry_run_says_what_there_is_to_do_and_what_it_costs(sounds, tmp_path, capsys):
     rows = [f"v{i},youtube:{'a' * 10}{i},0,10,drum" for i in range(5)]
     remote = tmp_path / "remote.csv"
@@ -486,6 +514,25 @@ def test_a_dry_run_says_what_there_is_to_do_and_what_it_costs(sounds, tmp_path, 
     assert "worker-seconds a segment (assumed)" in text and "GB of clips" in text
     assert "what takes longest: downloads" in text
     assert not out.exists() and not (tmp_path / "media").exists()
+
+
+@pytest.mark.parametrize("labels", ["drum", ""])
+def test_a_dry_run_downloads_and_loads_no_picture_network(sounds, tmp_path, monkeypatch, capsys, labels):
+    """Where its weights are missing, too, which the run itself would need."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr("socket.create_connection", lambda *_, **__: pytest.fail("it tried to download"))
+    monkeypatch.setattr("avsep.vision.build_network", lambda *_: pytest.fail("it loaded a network"))
+    (tmp_path / "t.csv").write_text(f"segment_id,source,labels\na,{sounds.parent}/0.wav,{labels}\n")
+    arguments = ["--segments", str(tmp_path / "t.csv"), "--out", str(tmp_path / "out"), "--dry-run"]
+    assert extract.main(arguments) == 0
+    told = capsys.readouterr().out
+    assert "the weights of resnet152 aren't on this machine; the run brings and checks them" in told
+    assert "pictures: resnet152, looks: tiles" in told and "1 segments: 0 done, 1 to do" in told
+    assert extract.main([*arguments, "--labeller", "efficientnet_lite0"]) == 0  # installed
+    told = capsys.readouterr().out
+    assert "pictures: efficientnet_lite0, looks: tiles" in told and "this machine" not in told
+    assert extract.main([*arguments, "--labeller", "nosuch"]) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["t.csv"]
 
 
 # ------------------------------------------------------------------------------- at full size

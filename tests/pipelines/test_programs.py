@@ -17,11 +17,12 @@ import pytest
 import torch
 
 import pipelines
-from avsep import evaluation, results, results_report, storage
+from avsep import evaluation, plots, results, results_report, storage
 from avsep.objects import AUDIOSET_23
 from avsep.records import Segment
 from avsep.report import Report
 from avsep.service import config, place
+from avsep.stft import STFT
 from pipelines import cluster, collect, console, demo, evaluate, runners, train
 from tests.support.serving import PITCH, free_port, wait, write_model, write_sound
 
@@ -416,3 +417,13 @@ def test_a_report_folds_scrolls_and_draws_bars():
     assert "<details><summary>More</summary>" in page and "&lt;x&gt;" in page
     assert '<div class="scroll" tabindex="0" role="region" aria-label="a table">' in page
     assert "prefers-color-scheme: dark" in page
+
+
+def test_wide_figures_scroll_on_a_narrow_page_and_small_ones_shrink():
+    sound = np.zeros(4800, np.float32)
+    for n_sounds, wide in ((3, True), (1, False)):
+        report = Report("figures")
+        figure = plots.overview(np.zeros((9, 16, 3), np.uint8), [("dog", sound)] * n_sounds, STFT())
+        report.image(figure, "A <figure>")
+        page = report.html()
+        assert ('aria-label="A &lt;figure&gt;"><img class="wide"' in page) == wide and page.count("<img") == 1

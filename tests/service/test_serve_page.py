@@ -532,7 +532,7 @@ def test_a_separator_without_bases_has_sounds_and_no_map(tmp_path, video):
         names = page.run("[...document.querySelectorAll('.track h3')].map(h => h.textContent)")
         assert sorted(names) == ["high", "low", "the rest"]  # the loudest first
         hints = page.run("[...document.querySelectorAll('.track .hint')].map(p => p.textContent)")
-        assert hints == ["50 % of the sound, over 99 % sure that it is heard"] * 2 + ["everything else"]
+        assert hints == ["claims 50 % of the sound, over 99 % sure that it is heard"] * 2 + ["everything else"]
         shown = "['#map', '#png'].map(id => document.querySelector(id).checkVisibility())"
         page.wait("document.querySelector('#zip').href.endsWith('archive.zip')")
         assert page.run(shown) == [False, False]

@@ -610,8 +610,9 @@ async function remove() {
 
 function describe(part) {
   if (part.name === REST) return "everything else";
+  const share = view.job.result.edited ? "has" : "claims"; // a sound may hold more than is claimed
   return [
-    part.sound_score !== null && `${Math.round(part.sound_score * 100)} % of the sound`,
+    part.sound_score !== null && `${share} ${Math.round(part.sound_score * 100)} % of the sound`,
     part.visible === true && "seen in the picture",
     part.visible === false && "not seen",
     part.found !== "given" && `${sure(part.confidence)} that it is heard`,
