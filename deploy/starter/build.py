@@ -4,7 +4,7 @@
     python deploy/starter/build.py --work out/starter --out avsep/starter
 
 Needs Debian 12, whose packages hold the recordings, and about 4 GB of disk. Each step is skipped where its result is
-there; delete it to have it made anew. Two cores take under three hours.
+there; delete it to have it made anew. Once the packages are fetched, two cores take half an hour.
 """
 
 from __future__ import annotations
