@@ -31,8 +31,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 MOST_BYTES = 8_000_000
 RECIPE = "both_passes"  # a second pass alone learns the sources by heart
-# How sure it may be of sounds from elsewhere. `shown` is what picture networks see of rendered clips. How surely pictures
-# show an object was fitted to 76 validation clips with photos. What is seen and heard at .4 is there.
+# How sure it may be of sounds from elsewhere. `shown` is what picture networks see of rendered clips. How surely
+# pictures show an object was fitted to 76 validation clips with photos. What is seen and heard at .4 is there.
 EVIDENCE = ELSEWHERE | {"shown_when_heard": 0.75, "shown_when_silent": 0.03}
 EVIDENCE |= {"picture_slope": 0.6, "picture_offset": 2.53}
 SEPARATION = {"least_confidence": 0.4, "noise_weight": 0.2}  # what it doesn't know is seldom noise
