@@ -57,7 +57,7 @@ CHUNK_BYTES = _PIPE_BYTES = 1 << 18
 _MAPPING = re.compile(rb"^\[info\] Stream mapping:", re.MULTILINE)  # follows the description of the input
 _NOT_RUN = (126, 127)  # setpriv's statuses when it can't run a program, and the loader's when it can't map one
 _NO_ROOM = re.compile(  # what they say of memory
-    r"cannot allocate memory|failed to map|cannot (map|create|change|apply|make) |out of memory", re.IGNORECASE
+    r"failed to map|cannot (allocate|map|create|change|apply|make) |out of memory", re.IGNORECASE
 )
 _NOISE = re.compile(
     "Error opening (in|out)put|Conversion failed|Terminating thread|Task finished|Nothing was written"

@@ -85,7 +85,7 @@ def test_costs_reckon_with_an_extractions_own_seconds(run, tmp_path):
     commits = shards.read_commits(str(run / "clips"))
     assert own["decode"] == pytest.approx(sum(c.timings_s["decode"] for c in commits) / 14)
     assert own["train"] == recorded["train"] and own.keys() == recorded.keys()
-    with pytest.raises(SystemExit, match="holds no clips yet"):
+    with pytest.raises(ValueError, match="holds no clips yet"):
         cost.read_rates(str(tmp_path))
 
 
