@@ -26,7 +26,9 @@ _FLAGS = (
 
 # an element's middle after the next picture is drawn, and whether a click there meets the element
 _PLACE = """new Promise((done) => requestAnimationFrame(() => {
-  const element = document.querySelector(%s), { x, y, width, height } = element.getBoundingClientRect();
+  const element = document.querySelector(%s);
+  element.scrollIntoView({ block: "center" });  // the page may have grown since
+  const { x, y, width, height } = element.getBoundingClientRect();
   const place = [x + width / 2, y + height / 2];
   done([...place, element.contains(document.elementFromPoint(...place))]);
 }))"""
@@ -112,7 +114,6 @@ class Page:
             last, place[:] = place[:], self.run(_PLACE % json.dumps(selector))
             return place == last and place[2]
 
-        self.run(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
         self.wait(still)
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button="left", clickCount=1)
