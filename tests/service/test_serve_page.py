@@ -211,8 +211,8 @@ def test_a_result_is_there_again_after_a_reload_until_it_is_deleted(page: Page, 
     page.open("about:blank#")
     page.open(url)
     page.wait("!document.querySelector('#result').hidden")
-    page.wait("document.querySelectorAll('#grid button').length > 0")
-    page.click("#delete")
+    page.wait("document.querySelectorAll('#grid button').length > 0 && !document.querySelector('#edit').hidden")
+    page.click("#delete")  # when nothing of it is asked for any more
     page.wait("!document.querySelector('#choose').hidden")
     assert server.client.get(f"/v1/separations/{url.split('#')[1]}").status_code == 404
 
