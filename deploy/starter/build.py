@@ -3,7 +3,7 @@
     pip install --no-deps tinysoundfont && apt-get update
     python deploy/starter/build.py --work out/starter --out avsep/starter
 
-Needs Debian 12, whose packages hold the recordings, and about 4 GB of disk. Each step is skipped where its result is
+Needs Debian 12, whose packages hold the recordings, and about 8 GB of disk. Each step is skipped where its result is
 there; delete it to have it made anew. Once the packages are fetched, two cores take half an hour.
 """
 
