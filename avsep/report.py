@@ -41,7 +41,7 @@ _PAGE = """<!doctype html>
 {% endfor %}</main></body></html>
 """
 _TABLE = """{% if caption %}<p class="caption">{{ caption }}</p>{% endif %}
-<div class="scroll" tabindex="0" role="region" aria-label="{{ caption or header[0] }}"><table>
+<div class="scroll" tabindex="0" role="group" aria-label="{{ caption or header[0] }}"><table>
 <thead><tr>{% for c in header %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead><tbody>
 {% for kind, row in rows %}<tr{% if kind %} class="{{ kind }}"{% endif %}>{% for c in row %}<td>{{ c }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>"""
@@ -50,7 +50,7 @@ _BARS = """<p class="caption">{{ caption }}</p><table class="bars"><tbody>
 <td><i aria-hidden="true"><b style="left: {{ left }}%; width: {{ width }}%"></b></i></td><td>{{ value }}</td></tr>
 {% endfor %}</tbody></table>"""
 _TERMS = """<dl>{% for term, sentence in terms %}<dt>{{ term }}</dt><dd>{{ sentence }}</dd>{% endfor %}</dl>"""
-_IMAGE = """{% if wide %}<div class="scroll" tabindex="0" role="region" aria-label="{{ alt }}"><img class="wide" alt="{{ alt }}" src="{{ src }}"></div>
+_IMAGE = """{% if wide %}<div class="scroll" tabindex="0" role="group" aria-label="{{ alt }}"><img class="wide" alt="{{ alt }}" src="{{ src }}"></div>
 {% else %}<p><img alt="{{ alt }}" src="{{ src }}"></p>{% endif %}"""
 _SOUND = """<figure>{% if image %}<img alt="Spectrogram of {{ caption }}" src="{{ image }}">{% endif %}
 <audio controls preload="none" aria-label="{{ caption }}" src="{{ sound }}"></audio><figcaption>{{ caption }}</figcaption></figure>"""

@@ -415,7 +415,7 @@ def test_a_report_folds_scrolls_and_draws_bars():
     page = report.html()
     assert "left: 0.0%; width: 25.0%" in page and "left: 25.0%; width: 75.0%" in page
     assert "<details><summary>More</summary>" in page and "&lt;x&gt;" in page
-    assert '<div class="scroll" tabindex="0" role="region" aria-label="a table">' in page
+    assert '<div class="scroll" tabindex="0" role="group" aria-label="a table">' in page
     assert "prefers-color-scheme: dark" in page
 
 

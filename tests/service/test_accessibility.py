@@ -11,10 +11,11 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from avsep import evaluation, results, results_report
-from avsep.plots import spectrogram
+from avsep.plots import relation_map, spectrogram
 from avsep.report import Report
 from avsep.stft import STFT
 from tests.support import chromium
@@ -129,6 +130,10 @@ def test_a_report_of_results(page: Page, tmp_path: Path):
     sounds.heading("one: dog", 3)
     sounds.sounds([("dog", sound, spectrogram(sound, STFT(8000, 400, 200)))], 8000)
     report.append(sounds)
+    wide = relation_map(np.eye(2), ["dog", "cat"], np.ones(2), None, ["dog"])
+    for _ in range(2):  # a clip may be shown twice, and tables may begin alike
+        report.image(wide, "the same relation map")
+        report.table(["SDR, dB", "dog"], [("", ["mixture", "0.0"])])
     (tmp_path / "report.html").write_text(report.html())
     check_report(page, tmp_path / "report.html")
 
