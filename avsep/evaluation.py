@@ -8,7 +8,6 @@ Floor (the mixture) and ceiling (the ideal mask) are separators like the others,
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import io
 import math
@@ -330,21 +329,25 @@ def whose_bases(case: Case, model: Separator, window: Window) -> tuple[list[floa
     return window.factors.basis_energy[belongs].tolist(), (guess == owner)[belongs].tolist()
 
 
-def once(factorize: Callable[[NDArray[np.float32], int], factors.Factors]) -> factors.Factorize:
+def once(
+    factorize: Callable[[NDArray[np.float32], int, factors.ExtractionConfig], factors.Factors],
+) -> factors.Factorize:
     """Factorise a waveform from a seed once, however many separators ask: the latest of them are kept."""
-    kept: dict[tuple[int, bytes], factors.Factors] = {}
+    kept: dict[tuple[int, factors.ExtractionConfig, bytes], factors.Factors] = {}
 
-    def one(waveform: NDArray[np.float32], seed: int) -> factors.Factors:
-        key = seed, hashlib.sha256(waveform.tobytes()).digest()
-        found = kept.pop(key, None) or factorize(waveform, seed)
+    def one(waveform: NDArray[np.float32], seed: int, how: factors.ExtractionConfig) -> factors.Factors:
+        key = seed, how, hashlib.sha256(waveform.tobytes()).digest()
+        found = kept.pop(key, None) or factorize(waveform, seed, how)
         kept[key] = found
         if len(kept) > _KEPT:
             del kept[next(iter(kept))]  # the oldest
         return found
 
-    def factorize_once(waveforms: Sequence[NDArray[np.float32]], seeds: Sequence[int]) -> Future:
+    def factorize_once(
+        waveforms: Sequence[NDArray[np.float32]], seeds: Sequence[int], how: factors.ExtractionConfig
+    ) -> Future:
         done: Future = Future()
-        done.set_result([one(waveform, seed) for waveform, seed in zip(waveforms, seeds, strict=True)])
+        done.set_result([one(waveform, seed, how) for waveform, seed in zip(waveforms, seeds, strict=True)])
         return done
 
     return factorize_once
@@ -357,17 +360,11 @@ def load(directory: storage.AnyPath) -> Separator | UNetSeparator:
 
 def together(models: Mapping[str, Separator | UNetSeparator]) -> dict[str, Separator | UNetSeparator]:
     """Return the same separators, trained models of one extraction factorising each window once between them."""
-    kept: dict[factors.ExtractionConfig, factors.Factorize] = {}
-
-    def one(model: Separator | UNetSeparator) -> Separator | UNetSeparator:
-        if isinstance(model, UNetSeparator):
-            return model
-        extraction = model.extraction
-        if extraction not in kept:
-            kept[extraction] = once(functools.partial(factors.factorize, config=extraction))
-        return Separator(model.model, model.config, kept[extraction])
-
-    return {name: one(model) for name, model in models.items()}
+    factorize = once(factors.factorize)
+    return {
+        name: m if isinstance(m, UNetSeparator) else Separator(m.model, m.config, factorize)
+        for name, m in models.items()
+    }
 
 
 def bounded(values: ArrayLike) -> NDArray[np.float64]:

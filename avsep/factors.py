@@ -21,7 +21,6 @@ from avsep.stft import STFT
 
 CLIPS_IN_FLIGHT = 4  # decoded clips that wait for their logits; also a labeller's batch
 DEFAULT_FACTORIZER = "kl_nmf"
-Factorize = Callable[[Sequence[NDArray[np.float32]], Sequence[int]], Future]  # waveforms, seeds → future Factors
 
 
 class Factorizer(Protocol):
@@ -92,6 +91,10 @@ class ExtractionConfig:
         if missing := {f.name for f in fields(cls)} - {"limits", "factorizer"} - set(raw):
             raise ValueError(f"the extraction's configuration lacks {', '.join(sorted(missing))}")
         return cls(**{**raw, "stft": STFT(**raw["stft"])})
+
+
+# Waveforms `(S,)`, a seed for each, and how → future Factors, one for each.
+Factorize = Callable[[Sequence[NDArray[np.float32]], Sequence[int], ExtractionConfig], Future]
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ UNET_FILE = "unet.safetensors"  # of `unet`, whose folders may stand beside mode
 MODEL_FILES = (CONFIG_FILE, NETWORK_FILE, DICTIONARY_FILE, LABELLER_FILE, FAMILIARITY_FILE)
 _COUNTED = 8  # objects whose clips are told one by one
 _LATER = (
+    "separation.second_look",
     "separation.fine_masks",
     "extraction.factorizer",
     "n_networks",
@@ -111,6 +112,7 @@ class SeparationConfig:
     mask_power: float = 2.0
     n_factorizations: int = 3  # of each window, from other starts; their masks are averaged
     fine_masks: bool = True  # soft masks of own bases: at longer windows, to which the bases are fitted anew
+    second_look: bool = True  # at each part of a first separation: factorised by itself, its bases judged again
     rest_below: float = 0.0  # a basis of which the given objects explain less than this goes to the rest
     bases: str = "own"  # own, learned or both
     dictionary_power: float = 0.8  # weight of the learned bases' masks beside the own ones'

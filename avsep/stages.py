@@ -94,7 +94,6 @@ def middle_image(source: str, start_s: float, end_s: float | None) -> NDArray[np
 class DeviceStages:
     """The stages that gain from a GPU, together: whichever has work gets it, so neither waits for the other's share."""
 
-    config: ExtractionConfig
     labeller: ImageLabeller | None
     device: str
     groups: Sequence[Sequence[int]] | None = None  # the L objects' ImageNet classes, to be found in pictures, too
@@ -104,9 +103,11 @@ class DeviceStages:
         assert self.labeller is not None
         return self.labeller.see(images, self.groups)
 
-    def factorize(self, waveforms: Sequence[NDArray[np.float32]], seeds: Sequence[int]) -> list[Factors]:
+    def factorize(
+        self, waveforms: Sequence[NDArray[np.float32]], seeds: Sequence[int], config: ExtractionConfig
+    ) -> list[Factors]:
         """Factorise waveforms with their seeds."""
-        return factorize_clips(waveforms, seeds, self.config, self.device)
+        return factorize_clips(waveforms, seeds, config, self.device)
 
 
 def to_record(
@@ -219,7 +220,7 @@ def extract_records(
             if factorize_elsewhere is None:
                 factors = [factorize(*x, config) for x in zip(waveforms, seeds, strict=True)]
             else:
-                factors = factorize_elsewhere(waveforms, seeds).result() if waveforms else []
+                factors = factorize_elsewhere(waveforms, seeds, config).result() if waveforms else []
         with _timed(seconds, "label"):
             logits = [None] * len(decoded) if future is None else _split(future.result().logits, views)
         records += [

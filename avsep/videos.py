@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from avsep import media, stems, storage
 from avsep.edits import Edits
-from avsep.factors import Factorize
+from avsep.factors import ExtractionConfig, Factorize
 from avsep.files import DECODED, NO_LIMITS, FileLimits, Step, WholeFile, no_step
 from avsep.locating import Locations, whole_maps
 from avsep.model import LABELLER_FILE, Labelling, ModelConfig, label_config
@@ -362,8 +362,10 @@ class _Patience:
     def with_others(self, factorize: Factorize) -> Factorize:
         """Have others factorise, and wait for them."""
 
-        def factorize_patiently(waveforms: Sequence[NDArray[np.float32]], seeds: Sequence[int]) -> Future:
-            future = factorize(waveforms, seeds)
+        def factorize_patiently(
+            waveforms: Sequence[NDArray[np.float32]], seeds: Sequence[int], how: ExtractionConfig
+        ) -> Future:
+            future = factorize(waveforms, seeds, how)
             self.wait(future)
             return future
 

@@ -75,13 +75,11 @@ def _taken(take: Callable[[str, str | None], T], arguments: argparse.Namespace, 
         return None
 
 
-def open_stages(
-    config: factors.ExtractionConfig, architecture: str | None, weights: str | None, groups: Groups = None
-) -> stages.DeviceStages:
+def open_stages(architecture: str | None, weights: str | None, groups: Groups = None) -> stages.DeviceStages:
     """Make the GPU's stages ready: what an actor holds."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     labeller = ImageLabeller.load(architecture, weights, device) if architecture else None
-    return stages.DeviceStages(config, labeller, device, groups)
+    return stages.DeviceStages(labeller, device, groups)
 
 
 def open_devices(
@@ -97,7 +95,7 @@ def open_devices(
     """
     looking = labeller.looking(config.looks) if labeller else None
     if n_gpus := runner.n_gpus:
-        make = functools.partial(open_stages, config, labeller.architecture if labeller else None, weights, groups)
+        make = functools.partial(open_stages, labeller.architecture if labeller else None, weights, groups)
         actors = runner.actors(make, _ACTORS_A_GPU * n_gpus, gpus=1 / _ACTORS_A_GPU)
         return [
             Devices(

@@ -51,7 +51,9 @@ def paper() -> Recipe:
         extraction=ExtractionConfig(image_size=256, looks="centre"),
         labels=LabelConfig(classes="published", unlabelled=False),
         training=TrainingConfig(loss="multilabel_margin", epochs=140),
-        separation=SeparationConfig(assignment="threshold", mask_power=1.0, n_factorizations=1, least_share=0.0),
+        separation=SeparationConfig(
+            assignment="threshold", mask_power=1.0, n_factorizations=1, second_look=False, least_share=0.0
+        ),
     )
 
 

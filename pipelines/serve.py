@@ -120,7 +120,7 @@ class OnDevice:
         return await self._label(*request)
 
     async def factorize(self, *request: Any) -> Any:
-        """Factorise waveforms, as `FactorizeBy`; an exception is returned."""
+        """Factorise waveforms, as `factors.Factorize`; an exception is returned."""
         return await self._factorize(*request)
 
     def check_health(self) -> None:

@@ -25,6 +25,7 @@ from avsep.separation.windows import Explanation
 from avsep.stft import STFT
 
 _FINE_ITERATIONS = 4  # of the bases at the masks' resolution; more change nothing
+_SECOND_WEIGHT = 2.0  # of the second look's bases, beside one factorisation's of the whole
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Making:
         self, sound: NDArray[np.float32], window: AssignedWindow, pieces: Sequence[Piece]
     ) -> NDArray[np.float32]:
         """Render one window, `(S,)` → `(J + 1, S)`; the estimates add up to it."""
+        if not any(p.shares[:-1].any() for p in pieces):
+            return np.concatenate([np.zeros((len(pieces[0].shares) - 1, len(sound)), np.float32), sound[None]])
         waveform = windows.padded(sound, self.stft)
         masks = self.masks(*window.fine(waveform, self), pieces)
         parts = separate(waveform, masks[:-1], self.mask_stft).numpy()[:, : len(sound)]
@@ -68,17 +71,25 @@ class Making:
         return ratio_masks(torch.cat(parts, 1), self.mask_power).mT  # frame by frame in memory, as spectrograms are
 
 
-def finely(waveform: Tensor, factors: Factors, how: Making) -> tuple[Tensor, Tensor]:
-    """Carry factors over to `mask_stft`, `(F, M), (M, N)` → `(F', M), (M, N')`, and fit their bases anew."""
+def finely(waveform: Tensor, factors: Factors, how: Making, n_whole: int | None = None) -> tuple[Tensor, Tensor]:
+    """Carry factors over to `mask_stft`, `(F, M), (M, N)` → `(F', M), (M, N')`, and fit their bases anew.
+
+    The first `n_whole` bases (None: all) are factorisations of the whole, fitted one by one; the others, of its
+    parts, explain it together.
+    """
     fine, coarse = how.mask_stft, how.stft
+    n_whole = len(factors.H) if n_whole is None else n_whole
+    weights = torch.ones(len(factors.H), 1)
+    weights[n_whole:] = _SECOND_WEIGHT
     if fine == coarse:
-        return factors.W, factors.H
+        return factors.W, weights * factors.H
     V = fine(waveform).abs().T  # (N', F'): the activations are held fixed, as bases of the frames
     H = windows.resample(factors.H, V.shape[0], fine.hop_length / coarse.hop_length)
     bins = windows.resample(factors.W.T, V.shape[1], coarse.n_fft / fine.n_fft).clamp_min(1e-6)
-    runs = zip(H.split(how.n_bases), bins.split(how.n_bases), strict=True)
+    sizes = [how.n_bases] * (n_whole // how.n_bases) + [len(H) - n_whole] * (n_whole < len(H))
     infer = get_factorizer(how.factorizer).infer_activations
-    return torch.cat([infer(V, h.T, H0=w, n_iter=_FINE_ITERATIONS) for h, w in runs]).T, H
+    runs = zip(H.split(sizes), bins.split(sizes), strict=True)
+    return torch.cat([infer(V, h.T, H0=w, n_iter=_FINE_ITERATIONS) for h, w in runs]).T, weights * H
 
 
 @dataclass(frozen=True)
@@ -105,13 +116,19 @@ class AssignedWindow:
     factors: Factors
     relation: Tensor
     shares: Tensor  # (J + 1, M): of objects that are silent here zero; the rest last
+    n_whole: int  # of the bases: those of factorisations of the whole window; the others are of its parts
     _fine: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False, compare=False)
 
     def fine(self, waveform: Tensor, how: Making) -> tuple[Tensor, Tensor]:
         """Return the factors at the masks' resolution: fitted to its sound once, however often it is rendered."""
         if not self._fine:
-            self._fine.append(finely(waveform, self.factors, how))
+            self._fine.append(finely(waveform, self.factors, how, self.n_whole))
         return self._fine[0]
+
+    @property
+    def whole(self) -> Piece:
+        """All of it, as it was assigned."""
+        return Piece(0, self.end - self.start, self.shares, last=True)
 
     def energy(self, how: Making, piece: Piece) -> Tensor:
         """Return each basis's energy in a piece, `(M,)`."""
@@ -203,7 +220,7 @@ class Assigned:
         return at_least(shares, energy / energy.sum().clamp_min(1e-30), least)
 
     def write(self, path: Path) -> None:
-        """Keep it in a file: 0.5 MB for ten seconds in three factorisations. The explanation isn't kept."""
+        """Keep it in a file: 1 MB for ten seconds of two objects. The explanation isn't kept."""
         with zipfile.ZipFile(path, "w") as archive:
             spans = []
             for number, w in enumerate(self.windows):
@@ -213,14 +230,14 @@ class Assigned:
                 for name, array in {**kept, "shares": w.shares.numpy()}.items():
                     with archive.open(f"{name}{number}.npy", "w") as f:
                         np.lib.format.write_array(f, np.ascontiguousarray(array), allow_pickle=False)
-                spans.append([w.start, w.end, scale])
+                spans.append([w.start, w.end, scale, w.n_whole])
             about: dict[str, Any] = {"objects": self.objects, "known": self.known, "confidence": dict(self.confidence)}
             about |= {"familiarity": dict(self.familiarity), "n_samples": self.n_samples}
             about |= {"how": self.how.as_dict(), "windows": spans}
             archive.writestr(_ABOUT, json.dumps(about))
 
     def held(self) -> Assigned:
-        """Return it with its windows in memory, 2 MB for ten seconds: rendered again, it takes half the time."""
+        """Return it with its windows in memory, 4 MB for ten seconds: rendered again, it takes half the time."""
         return replace(self, windows=tuple(self.windows))
 
     @classmethod
@@ -241,16 +258,17 @@ class _Kept:
     """The windows of a file."""
 
     path: Path
-    spans: tuple[tuple[int, int, float], ...]  # start, end, scale of the activations
+    spans: tuple[tuple[Any, ...], ...]  # start, end, scale of the activations, `n_whole`
 
     def __len__(self) -> int:
         return len(self.spans)
 
     def __iter__(self) -> Iterator[AssignedWindow]:
         with zipfile.ZipFile(self.path) as archive:
-            for number, (start, end, scale) in enumerate(self.spans):
+            for number, (start, end, scale, *more) in enumerate(self.spans):
                 W, H, relation, shares = (_array(archive, f"{name}{number}.npy") for name in (*_HALVES, "shares"))
-                yield AssignedWindow(start, end, Factors(W, H * scale, 0.0), relation, shares)
+                n_whole = more[0] if more else shares.shape[1]  # kept before there was a second look
+                yield AssignedWindow(start, end, Factors(W, H * scale, 0.0), relation, shares, n_whole)
 
 
 def _array(archive: zipfile.ZipFile, name: str) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from avsep import starter, storage
 from avsep.context import pair_features
-from avsep.factors import Factorize, Factors, factorize, get_factorizer
+from avsep.factors import ExtractionConfig, Factorize, Factors, factorize, get_factorizer
 from avsep.familiarity import deserved, familiarity
 from avsep.limits import LOUDEST
 from avsep.miml import basis_posteriors, energy_shares, relate_at_pitches
 from avsep.model import Model, SeparationConfig
 from avsep.objects import Vocabulary
 from avsep.separation import windows
-from avsep.separation.assigned import Assigned, AssignedWindow, Making, Piece, finely
+from avsep.separation.assigned import Assigned, AssignedWindow, Making
 from avsep.separation.masks import at_least, basis_shares, levelled, ratio_masks, rest_at_most, separate
 from avsep.separation.separates import Separation
 from avsep.separation.windows import Explanation, Window, WindowStore
@@ -31,6 +31,8 @@ _UNHEARD = "the model hardly hears it: it is taken to be there because it was na
 _UNSURE = "the model is not sure that it sounds"
 _FAINT = 1e-3  # of the loudest window: what a fainter one seems to hold doesn't count
 _SURE = 0.99  # confidence from which a named object needs no least share
+_LOYALTY = 2.0  # log odds that a basis of a part, factorised by itself, belongs to the part's owner
+_EMPTY = 1e-4  # of a window's power: a part that has less isn't factorised again
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class Separator:
     >>> separation = separator(waveform, ["dog", "violin"])    # doctest: +SKIP
     >>> separation = separator("duet.mp4")                     # doctest: +SKIP
 
-    `separation` overrides the model's own settings. `factorize` has windows factorised elsewhere: it takes waveforms
-    and their seeds and gives a future of their factors, those of `factors.factorize` by the model's extraction.
+    `separation` overrides the model's own settings. `factorize` has waveforms factorised elsewhere: it takes them,
+    their seeds and an `ExtractionConfig`, and gives a future of their factors, those of `factors.factorize`.
     """
 
     def __init__(
@@ -104,7 +106,7 @@ class Separator:
         The factorisations' bases stand side by side, each factorisation's one after the other.
         """
         count = self.config.n_factorizations
-        runs = self._factors(waveform, range(seed, seed + count))
+        runs = self._factors([waveform] * count, range(seed, seed + count), self.extraction)
         divergence = sum(f.kl_divergence for f in runs) / count
         factors = Factors(torch.cat([f.W for f in runs], 1), torch.cat([f.H for f in runs]) / count, divergence)
         relation = self.model.network.relate(factors.W, factors.H)
@@ -118,10 +120,46 @@ class Separator:
         total = float(((factors.W**2).sum(0) * (factors.H**2).sum(1)).sum().sqrt())
         return Window(factors, relation, scores, total)
 
-    def _factors(self, waveform: Tensor, seeds: Sequence[int]) -> Sequence[Factors]:
+    def _factors(self, waveforms: Sequence[Tensor], seeds: Sequence[int], how: ExtractionConfig) -> Sequence[Factors]:
         if self._factorize is None:
-            return [factorize(waveform, seed, self.extraction) for seed in seeds]
-        return self._factorize([waveform.numpy()] * len(seeds), list(seeds)).result()
+            return [factorize(x, seed, how) for x, seed in zip(waveforms, seeds, strict=True)]
+        return self._factorize([x.numpy() for x in waveforms], list(seeds), how).result()
+
+    @torch.inference_mode()
+    def assign(
+        self, waveform: Tensor, window: Window, objects: Sequence[int], bounds: Bounds | None = None
+    ) -> AssignedWindow:
+        """Say whose a window's bases are, and look again where the configuration has it.
+
+        The first look's masks take the window `(S,)` apart. Each part is factorised by itself, so that a basis which
+        two objects shared is divided, and its bases are judged again. Those of a part vote together, and lean towards
+        its owner. They stand beside the first ones, and both make the masks.
+        """
+        shares = self.shares(window, objects, bounds)
+        n_whole = shares.shape[1]
+        first = AssignedWindow(0, len(waveform), window.factors, window.relation, shares, n_whole)
+        if not (self.config.second_look and objects):
+            return first
+        masks = self.making.masks(*first.fine(waveform, self.making), [first.whole])
+        parts = separate(waveform, masks, self.mask_stft)
+        loud = (parts.square().sum(1) > _EMPTY * waveform.square().sum()).nonzero().flatten().tolist()
+        seeds = [[*objects, len(self.objects)][owner] for owner in loud]  # whatever the objects' order
+        how = replace(self.extraction, n_iter=max(1, self.extraction.n_iter // 2))  # more change nothing
+        looks = [first]
+        for owner, factors in zip(loud, self._factors([parts[j] for j in loud], seeds, how), strict=True):
+            relation = relate_at_pitches(self.model.network, factors.W, factors.H, self.config.n_pitches)
+            loyal = _LOYALTY * (torch.arange(len(objects)) == owner)
+            shares = self._votes(replace(window, factors=factors, relation=relation), objects, loyal)
+            looks.append(AssignedWindow(0, len(waveform), factors, relation, shares, 0))
+        scale = 1 / self.config.n_factorizations  # as each factorisation of the whole has it
+        factors = Factors(
+            torch.cat([w.factors.W for w in looks], 1),
+            torch.cat([first.factors.H, *(scale * w.factors.H for w in looks[1:])]),
+            first.factors.kl_divergence,
+        )
+        relation, shares = (torch.cat(x, 1) for x in zip(*((w.relation, w.shares) for w in looks), strict=True))
+        shares = _bounded(shares, factors.basis_energy, bounds)
+        return AssignedWindow(0, len(waveform), factors, relation, shares, n_whole)
 
     @torch.inference_mode()
     def shares(self, window: Window, objects: Sequence[int], bounds: Bounds | None = None) -> Tensor:
@@ -140,8 +178,7 @@ class Separator:
             shares = levelled(votes, energy, len(objects), self.config.levelling)
         else:
             shares = self._votes(window, objects)
-        shares = rest_at_most(shares, energy, bounds.most_rest)
-        return shares if bounds.least is None else at_least(shares, energy, bounds.least)
+        return _bounded(shares, energy, bounds)
 
     def _votes(
         self,
@@ -177,20 +214,20 @@ class Separator:
     def masks(self, waveform: Tensor, window: Window, objects: Sequence[int], bounds: Bounds | None = None) -> Tensor:
         """Return the objects' masks and, last, the rest's, `(J + 1, F, N)` of `mask_stft`, summing to one."""
         W = window.factors.W
-        shares = self.shares(window, objects, bounds)
         own = learned = None
         if self.config.bases != "learned":
             if self.config.assignment == "threshold":
-                own = self._refit(self.stft(waveform).abs(), [W[:, s > 0] for s in shares])
+                own = self._refit(
+                    self.stft(waveform).abs(), [W[:, s > 0] for s in self.shares(window, objects, bounds)]
+                )
                 own = ratio_masks(own, self.config.mask_power)
             else:
-                fine = finely(waveform, window.factors, self.making)
-                own = self.making.masks(*fine, [Piece(0, len(waveform), shares, last=True)])
+                assigned = self.assign(waveform, window, objects, bounds)
+                own = self.making.masks(*assigned.fine(waveform, self.making), [assigned.whole])
         if self.config.bases != "own":
             assert self.model.dictionary is not None
             names = [self.model.config.objects[i] for i in objects]
-            if bounds is not None:
-                shares = self._votes(window, objects)  # bounds would leave the rest no basis of its own
+            shares = self._votes(window, objects)  # bounds would leave the rest no basis of its own
             known = [self.model.dictionary.bases.get(n, W[:, s > 0.5]) for n, s in zip(names, shares[:-1], strict=True)]
             learned = self._refit(self.stft(waveform).abs(), [*known, W[:, shares[-1] > 0.5]])
             learned = ratio_masks(learned, self.config.mask_power)
@@ -354,7 +391,7 @@ def _listen(separator: Separator, blocks: Iterable[NDArray[np.float32]]) -> _Hea
         first = first or analysed
         energies.append(analysed.energy)
         scores.append((end - len(window), end, analysed.sound_scores))
-        store.add(analysed)
+        store.add(analysed, window)
     if first is None:
         raise ValueError("there is no sample to separate")
     return _Heard(length, overlap, first, store, scores, energies)
@@ -450,10 +487,18 @@ class Plan:
         Windows are cross-faded; what comes out adds up to what went in.
         """
         cut = windows.cut(blocks, self.heard.length, self.heard.overlap)
-        parts = (
-            (self._part(x, analysed), last) for (x, _, last), analysed in zip(cut, self.heard.windows, strict=True)
-        )
+        if self.is_editable:
+            making = self.separator.making
+            assigned = zip(cut, self._assigned_windows, strict=True)
+            parts = ((making.render(x, window, [window.whole]), last) for (x, _, last), window in assigned)
+        else:
+            analysed = zip(cut, self.heard.windows, strict=True)
+            parts = ((self._part(x, window), last) for (x, _, last), window in analysed)
         return windows.join(parts, self.heard.overlap)
+
+    @functools.cached_property
+    def _assigned_windows(self) -> _AssignedWindows:
+        return _AssignedWindows(self)
 
     @property
     def is_editable(self) -> bool:
@@ -470,7 +515,7 @@ class Plan:
                 f"this separation can't be edited: {how}; take a model of the default recipe, and own bases"
             )
         return Assigned(
-            self.objects, separator.objects, self.confidence, self.n_samples, separator.making, _PlannedWindows(self),
+            self.objects, separator.objects, self.confidence, self.n_samples, separator.making, self._assigned_windows,
             self.explanation, self.familiarity,
         )  # fmt: skip
 
@@ -479,15 +524,21 @@ class Plan:
         sounds = self._sounds(analysed.sound_scores)
         return [k for k, i in enumerate(self.indices) if sounds[i] and self.objects[k] not in self.silent]
 
-    def shares_in(self, analysed: Window) -> Tensor:
-        """Say how much of each basis of a window goes to each of `objects` and, last, to the rest, `(J + 1, M)`."""
+    def assign(self, number: int) -> AssignedWindow:
+        """Say how much of each basis of a window goes to each of `objects` and, last, to the rest."""
+        separator, analysed, (start, end, _) = self.separator, self.heard.windows[number], self.window_scores[number]
         rows = self.audible_in(analysed)
-        shares = torch.zeros(len(self.objects) + 1, analysed.relation.shape[1])
-        shares[-1] = 1
         if rows:
             index = [self.indices[k] for k in rows]
-            shares[[*rows, -1]] = self.separator.shares(analysed, index, self._bounds(index))
-        return shares
+            waveform = windows.padded(self.heard.windows.sound(number), separator.stft)
+            found = separator.assign(waveform, analysed, index, self._bounds(index))
+        else:
+            n_bases = analysed.relation.shape[1]
+            nobody = torch.ones(1, n_bases)
+            found = AssignedWindow(start, end, analysed.factors, analysed.relation, nobody, n_bases)
+        shares = torch.zeros(len(self.objects) + 1, found.shares.shape[1])
+        shares[[*rows, -1]] = found.shares
+        return replace(found, start=start, end=end, shares=shares)
 
     def _part(self, window: NDArray[np.float32], analysed: Window) -> NDArray[np.float32]:
         """Separate one window, `(S,)` → `(J + 1, S)`."""
@@ -503,18 +554,29 @@ class Plan:
         return estimates
 
 
-@dataclass(frozen=True)
-class _PlannedWindows:
-    """A plan's windows, with what it makes of their bases."""
+class _AssignedWindows:
+    """A plan's windows with their assignment, made when first asked for and kept in a temporary file."""
 
-    plan: Plan
+    def __init__(self, plan: Plan) -> None:
+        self._plan, self._made = plan, windows.ArrayFile()
 
     def __len__(self) -> int:
-        return len(self.plan.window_scores)
+        return len(self._plan.window_scores)
 
     def __iter__(self) -> Iterator[AssignedWindow]:
-        for (start, end, _), analysed in zip(self.plan.window_scores, self.plan.heard.windows, strict=True):
-            yield AssignedWindow(start, end, analysed.factors, analysed.relation, self.plan.shares_in(analysed))
+        for number, (start, end, _) in enumerate(self._plan.window_scores):
+            if number == len(self._made):
+                w = self._plan.assign(number)
+                self._made.add_factors(w.factors, w.relation.numpy(), w.shares.numpy(), np.int64(w.n_whole))
+            factors, (relation, shares, n_whole) = self._made.read_factors(number, 3)
+            yield AssignedWindow(start, end, factors, relation, shares, int(n_whole))
+
+
+def _bounded(shares: Tensor, basis_energy: Tensor, bounds: Bounds | None) -> Tensor:
+    if bounds is None:
+        return shares
+    shares = rest_at_most(shares, basis_energy, bounds.most_rest)
+    return shares if bounds.least is None else at_least(shares, basis_energy, bounds.least)
 
 
 def _finer(stft: STFT) -> STFT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
@@ -48,35 +49,77 @@ class Explanation(Window):
     n_samples: int  # of the window
 
 
-class WindowStore:
-    """Analysed windows in a temporary file, in order: 0.15 MB for ten seconds. Their divergence and energy aren't kept.
+class ArrayFile:
+    """Groups of arrays in a temporary file, read in any order.
 
     Raises OSError that names the temporary folder when its disk is full.
     """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the store)
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed with its owner)
         weakref.finalize(self, self._file.close)
-        self._count = 0
+        self._starts: list[int] = []
 
-    def add(self, window: Window) -> None:
-        """Keep one more window."""
-        scale = float(window.factors.H.max()) or 1.0
-        W, H = (x.numpy().astype(np.float16) for x in (window.factors.W, window.factors.H / scale))
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def add(self, *arrays: NDArray | np.generic) -> None:
+        """Keep one more group."""
+        start = self._file.seek(0, os.SEEK_END)
         try:
-            for x in (W, H, window.relation.numpy(), window.sound_scores.numpy(), np.float64(scale)):
+            for x in arrays:
                 np.save(self._file, x)
             self._file.flush()  # what it can't write, it would say at the next seek
         except OSError as error:
             raise storage.full_disk(error, tempfile.gettempdir(), storage.TEMPORARY_REMEDY) from None
-        self._count += 1
+        self._starts.append(start)
+
+    def read(self, number: int, count: int) -> list[Tensor]:
+        """Read the first arrays of a group."""
+        self._file.seek(self._starts[number])
+        return [torch.from_numpy(np.asarray(np.load(self._file))) for _ in range(count)]
+
+    def add_factors(self, factors: Factors, *arrays: NDArray | np.generic) -> None:
+        """Keep factors in half precision, and what belongs to them; their divergence isn't kept."""
+        scale = float(factors.H.max()) or 1.0
+        W, H = (x.numpy().astype(np.float16) for x in (factors.W, factors.H / scale))
+        self.add(W, H, np.float32(scale), *arrays)
+
+    def read_factors(self, number: int, count: int) -> tuple[Factors, list[Tensor]]:
+        """Read factors, and the `count` arrays after them."""
+        W, H, scale, *arrays = self.read(number, 3 + count)
+        return Factors(W.float(), H.float() * scale, 0.0), arrays
+
+
+class WindowStore:
+    """Analysed windows and their sounds in a temporary file, in order: 1.5 MB for ten seconds.
+
+    Divergence and energy aren't kept, and sounds in half precision.
+    """
+
+    def __init__(self) -> None:
+        self._windows, self._sounds = ArrayFile(), ArrayFile()
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def add(self, window: Window, sound: NDArray[np.float32]) -> None:
+        """Keep one more window and its sound `(S,)`."""
+        self._windows.add_factors(window.factors, window.relation.numpy(), window.sound_scores.numpy())
+        peak = float(np.abs(sound).max(initial=0.0)) or 1.0
+        self._sounds.add((sound / peak).astype(np.float16), np.float32(peak))
+
+    def __getitem__(self, number: int) -> Window:
+        factors, (relation, scores) = self._windows.read_factors(number, 2)
+        return Window(factors, relation, scores, 0.0)
 
     def __iter__(self) -> Iterator[Window]:
-        """Give the windows from the first on; only one reader at a time, and none while windows are added."""
-        self._file.seek(0)
-        for _ in range(self._count):
-            W, H, relation, scores, scale = (torch.from_numpy(np.asarray(np.load(self._file))) for _ in range(5))
-            yield Window(Factors(W.float(), H.float() * scale.float(), 0.0), relation, scores, 0.0)
+        return map(self.__getitem__, range(len(self)))
+
+    def sound(self, number: int) -> NDArray[np.float32]:
+        """Return a window's sound, `(S,)`."""
+        sound, peak = self._sounds.read(number, 2)
+        return (sound.float() * peak).numpy()
 
 
 def cut(

@@ -17,7 +17,7 @@ from avsep.service.config import ServiceConfig, log
 from avsep.service.elsewhere import OtherNetwork
 from avsep.service.hotmodel import HotModel
 
-# What `elsewhere.LabelBy` and `elsewhere.FactorizeBy` are given.
+# What `elsewhere.LabelBy` and `factors.Factorize` are given.
 ToLabel = tuple[NDArray[np.uint8], str]
 ToFactorize = tuple[Sequence[NDArray[np.float32]], Sequence[int], ExtractionConfig]
 

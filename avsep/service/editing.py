@@ -29,7 +29,7 @@ _BLOCK = 1 << 20  # samples
 _WINDOW_HEADS = 2048  # bytes of kept bases beside the numbers: of each window, of all, of each of a model's objects
 _ABOUT_BYTES, _OBJECT_BYTES = 4096, 256
 _SLACK_S = 0.1  # by which a sound may be longer than its header says
-_HELD_WINDOWS = 8  # of ten seconds and 2 MB each
+_HELD_WINDOWS = 8  # of ten seconds and 3 to 5 MB each
 _BESIDE_BYTES = 1 << 20  # of edited sounds: the relation map's window
 
 
@@ -48,7 +48,8 @@ def most_bytes(config: ModelConfig, duration_s: float, n_objects: int) -> int:
     length = max(int(how.window_s * stft.sample_rate), stft.n_fft)
     overlap = min(int(how.overlap_s * stft.sample_rate), length // 2)
     n_windows = 1 + max(0, math.ceil((n_samples - 1.5 * length) / (length - overlap)))  # as `windows.cut` has them
-    n_bases = config.extraction.n_bases * how.n_factorizations
+    parts = n_objects + 1 if how.second_look else 0
+    n_bases = config.extraction.n_bases * (how.n_factorizations + parts)
     n_frames = (n_samples + n_windows * (overlap + 2 * stft.hop_length)) // stft.hop_length
     halves = n_windows * (stft.n_bins + len(config.objects)) + n_frames  # rows of W, relation and H
     arrays = n_bases * (2 * halves + 4 * (n_objects + 1) * n_windows)

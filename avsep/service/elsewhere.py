@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 
 import numpy as np
 from numpy.typing import NDArray
 
-from avsep.factors import ExtractionConfig
-
 # Pictures `(n, size, size, 3)` and which network is to see what in them (`VideoSeparator.sees`) → future `Seen`.
 LabelBy = Callable[[NDArray[np.uint8], str], Future]
-# Waveforms, a seed for each, and how → future Factors, one for each.
-FactorizeBy = Callable[[Sequence[NDArray[np.float32]], Sequence[int], ExtractionConfig], Future]
 
 
 class Busy(Exception):

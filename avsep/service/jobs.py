@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avsep import fetching, media
-from avsep.factors import ExtractionConfig, Factorize
+from avsep.factors import Factorize
 from avsep.fetching import EgressIdentity, sources
 from avsep.outputs import HEARD, clipped
 from avsep.records import ClipError, Segment
@@ -25,7 +25,7 @@ from avsep.separation import Separator
 from avsep.service import editing, window
 from avsep.service.answers import Card
 from avsep.service.config import ServiceConfig, log
-from avsep.service.elsewhere import FactorizeBy, LabelBy, OtherNetwork, OutOfTime
+from avsep.service.elsewhere import LabelBy, OtherNetwork, OutOfTime
 from avsep.service.failures import as_failure
 from avsep.service.hotmodel import HotModel, Load, card_of
 from avsep.service.located import write_image
@@ -54,7 +54,7 @@ class JobWorker:
         self,
         config: ServiceConfig,
         label: LabelBy | None = None,
-        factorize: FactorizeBy | None = None,
+        factorize: Factorize | None = None,
         load: Load | None = None,
     ) -> None:
         self.config, self.store = config, config.store()
@@ -140,8 +140,7 @@ class JobWorker:
         self, separate: VideoSeparator, job: State, part: Path, steps: _Steps, label: LabelBy | None
     ) -> FileSeparation:
         if self._factorize is not None and isinstance(separate.separator, Separator):
-            factorize = _with(self._factorize, separate.separator.extraction)
-            separate = separate.elsewhere(_label_of(separate, label), factorize)
+            separate = separate.elsewhere(_label_of(separate, label), self._factorize)
         given = None if job.options.objects is None else list(job.options.objects)
         # without parents, so that a deleted job's folder isn't made again
         return separate(
@@ -214,11 +213,6 @@ def outcome(job: State, separate: VideoSeparator, done: FileSeparation) -> Outco
             "model": {"recipe": card.recipe, **card.versions} if card.recipe else card.versions,
         }
     )
-
-
-def _with(factorize: FactorizeBy, extraction: ExtractionConfig) -> Factorize:
-    """Factorise as one model does."""
-    return lambda waveforms, seeds: factorize(waveforms, seeds, extraction)
 
 
 def _label_of(separate: VideoSeparator, label: LabelBy | None) -> Label | None:

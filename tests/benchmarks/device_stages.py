@@ -328,11 +328,11 @@ def service(report: Report) -> None:
     label, network = networks(architecture, report.device)
     made, sound, seeds = request_of(report)
     crops = label.looking("tiles")(pictures()).crops[: 4 if report.small else None]
-    stages = DeviceStages(made.extraction, label, report.device)
+    stages = DeviceStages(label, report.device)
 
     def ours(n: int) -> None:
         stages.label(np.concatenate([crops] * n))
-        stages.factorize([sound] * len(seeds) * n, [*seeds] * n)
+        stages.factorize([sound] * len(seeds) * n, [*seeds] * n, made.extraction)
 
     def plain() -> None:
         plain_logits(network, crops, label)

@@ -45,7 +45,7 @@ def sides(seconds: int, n_objects: int, device: str = "cpu") -> dict[str, Callab
 
     model, names = separator(), OBJECT_NAMES[:n_objects]
     if device != "cpu":
-        there = functools.partial(factorize_there, config=model.extraction, device=device)
+        there = functools.partial(factorize_there, device=device)
         model = Separator(model.model, factorize=there)
     mix = torch.as_tensor(render_scene(0, "test", 5, SceneConfig(seconds=10), 2).mix)
     mix = mix.repeat(-(-seconds // 10))[: 48_000 * seconds]

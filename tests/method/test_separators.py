@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from avsep import commands, evaluation, results, results_report
-from avsep.factors import factorize
+from avsep.factors import ExtractionConfig, factorize
 from avsep.objects import AUDIOSET_23
 from avsep.records import Segment
 from avsep.report import Report
@@ -124,15 +124,16 @@ def test_windows_can_be_factorised_elsewhere() -> None:
     asked: list[list[int]] = []
     own = Separator(model())
 
-    def elsewhere(waveforms: Sequence[NDArray[np.float32]], seeds: Sequence[int]) -> Future:
+    def elsewhere(waveforms: Sequence[NDArray[np.float32]], seeds: Sequence[int], how: ExtractionConfig) -> Future:
         asked.append(list(seeds))
         done: Future = Future()
-        done.set_result([factorize(w, s, own.extraction) for w, s in zip(waveforms, seeds, strict=True)])
+        done.set_result([factorize(w, s, how) for w, s in zip(waveforms, seeds, strict=True)])
         return done
 
     mixture = duet(5.0).mixture
     there = Separator(model(), factorize=elsewhere)(mixture, ["dog"])
-    assert torch.equal(there.estimates, own(mixture, ["dog"]).estimates) and asked == [[0, 1, 2], [1, 2, 3], [2, 3, 4]]
+    assert torch.equal(there.estimates, own(mixture, ["dog"]).estimates)
+    assert asked == [[0, 1, 2], [1, 2, 3], [2, 3, 4], [DOG], [DOG], [DOG]]  # the second look's last
 
 
 def test_waiting_for_others_ends_with_the_work(tmp_path: Path) -> None:
@@ -142,7 +143,7 @@ def test_waiting_for_others_ends_with_the_work(tmp_path: Path) -> None:
     never: Future = Future()
     begun: list[float] = []
 
-    def elsewhere(waveforms: Sequence[NDArray[np.float32]], seeds: Sequence[int]) -> Future:
+    def elsewhere(waveforms: Sequence[NDArray[np.float32]], seeds: Sequence[int], how: ExtractionConfig) -> Future:
         begun.append(time.monotonic())
         return never
 

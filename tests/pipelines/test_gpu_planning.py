@@ -32,9 +32,9 @@ def test_records_are_the_same_wherever_clips_are_factorised(rendered):
     segments = records.read_segments(str(rendered / "segments.csv"))[:3]
     config = ExtractionConfig(n_iter=10)
 
-    def later(waveforms, seeds) -> Future:
+    def later(waveforms, seeds, how) -> Future:
         future: Future = Future()
-        future.set_result(stages.DeviceStages(config, None, "cpu").factorize(waveforms, seeds))
+        future.set_result(stages.DeviceStages(None, "cpu").factorize(waveforms, seeds, how))
         return future
 
     here, _, _ = stages.extract_records(segments, config, None)

@@ -218,7 +218,7 @@ def test_windows_factorised_elsewhere_give_the_same_rows(model_dir, videos, tmp_
     """As a GPU's actor does it, here on the CPU."""
     assert run(model_dir, tmp_path / "here", videos / "a") == 0
     job = many.prepare(str(tmp_path / "there"), model_dir, None, None, 1, AS_IT_IS)
-    make = functools.partial(open_stages, job.separator().config.extraction, None, None)
+    make = functools.partial(open_stages, None, None)
     (actor,) = runners.InProcess().actors(make, 1, gpus=0.5)
     work = Work("shard", 0, tuple(many.name_files([str(videos / "a" / "duet.wav")], [], None, {})))
     task = ShardTask(job, work, Devices(None, functools.partial(actor, DeviceStages.factorize)))

@@ -227,7 +227,7 @@ def test_room_is_kept_for_the_bases_of_short_and_long_sounds(tmp_path, name, sec
     plan = separator.plan([sound], ["dog", "violin"])
     assert editing.keep(plan, tmp_path)
     n_bytes, most = (tmp_path / "bases.zip").stat().st_size, editing.most_bytes(config, seconds, 2)
-    assert n_bytes <= most <= 1.2 * n_bytes + 15_000
+    assert n_bytes <= most <= 1.5 * n_bytes + 15_000  # nothing is left to the rest, which might have bases, too
     found = KeptWindow.of(plan, sound[: plan.explanation.n_samples])
     assert found is not None
     found.write(tmp_path)

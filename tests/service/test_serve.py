@@ -618,7 +618,7 @@ def test_an_upload_of_a_modest_line_is_taken(tmp_path, model):
 
 def test_room_is_kept_for_a_job_when_it_is_taken(tmp_path, slow_model, sound):
     """Eight uploads at once, and room for one with its sounds: what is taken is done, others are refused at once."""
-    with serving(tmp_path, slow_model, results_bytes=1_200_000) as server, ThreadPoolExecutor(8) as pool:
+    with serving(tmp_path, slow_model, results_bytes=1_300_000) as server, ThreadPoolExecutor(8) as pool:
         for _ in range(2):
             answers = [*pool.map(lambda _: server.post(sound, {"Prefer": "respond-async"}), range(8))]
             taken = [a.headers["location"] for a in answers if a.status_code == 202]
@@ -634,7 +634,7 @@ def test_room_is_kept_for_a_job_when_it_is_taken(tmp_path, slow_model, sound):
         with half_an_upload(server.port, 10, 5_000_000) as raw:
             assert raw.recv(1000).startswith(b"HTTP/1.1 507 ")
         assert server.client.get(url).status_code == 200
-        assert server.client.get("/v1/model").json()["limits"]["free_bytes"] == 1_200_000
+        assert server.client.get("/v1/model").json()["limits"]["free_bytes"] == 1_300_000
 
 
 def test_what_is_reserved_counts_as_used(tmp_path):
@@ -708,11 +708,11 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, model, sound):
 
 
 def test_a_store_without_room_keeps_what_is_in_progress(tmp_path, model, sound):
-    with serving(tmp_path, model, results_bytes=1_200_000) as server:
+    with serving(tmp_path, model, results_bytes=1_300_000) as server:
         urls = [server.post(sound).headers["location"] for _ in range(4)]
         there = [server.client.get(u).status_code for u in urls]
         assert there[-1] == 200 and there[0] == 404  # the oldest made room
-        assert server.service.store.usage()["bytes"] <= 1_200_000
+        assert server.service.store.usage()["bytes"] <= 1_300_000
     with serving(tmp_path / "small", model, results_bytes=150_000) as server:
         check_problem(server.post(sound), 507)
         assert server.folders() == []
