@@ -125,7 +125,7 @@ def decibels(value: float | None) -> str:
     """Write a figure in dB, a dash where there is none."""
     if value is None or np.isnan(value):  # None: as results.json has it
         return "–"
-    return f"{round(value, 1) + 0.0:.1f}"  # zero has no sign
+    return f"{round(value, 1) + 0.0:.1f}".replace("-", "−")  # zero has no sign
 
 
 def clip_section(

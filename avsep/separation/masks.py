@@ -97,8 +97,10 @@ def rest_at_most(shares: Tensor, basis_energy: Tensor, most: float) -> Tensor:
     return torch.cat([own / own.sum(0) * (shares.sum(0) - rest), rest])
 
 
-def levelled(votes: Callable[[Tensor], Tensor], basis_energy: Tensor, n_objects: int, pull: float) -> Tensor:
-    """Weigh objects' claims until their parts of the sound are more alike: the shares `(J + 1, M)`.
+def levelled(
+    votes: Callable[[Tensor], Tensor], basis_energy: Tensor, n_objects: int, pull: float
+) -> tuple[Tensor, Tensor]:
+    """Weigh objects' claims until their parts of the sound are more alike.
 
     An object that a model hardly knows claims too little of everything. So its claims are raised before the bases
     vote, towards parts of the objects' energy in proportion to `p ** (1 - pull)`, `p` being what it is at first.
@@ -109,14 +111,18 @@ def levelled(votes: Callable[[Tensor], Tensor], basis_energy: Tensor, n_objects:
         n_objects: J.
         pull: 0 leaves the parts as they are; 1 makes them equal.
 
+    Returns:
+        the shares `(J + 1, M)`, and the log weights `(J,)` that brought them about.
+
     >>> def votes(log_weights):  # on one basis, of which the rest gets nothing
     ...     own = (torch.tensor([0.9, 0.1]).log() + log_weights).softmax(0)
     ...     return torch.cat([own, torch.zeros(1)]).unsqueeze(1)
-    >>> [round(x, 2) for x in levelled(votes, torch.ones(1), 2, pull=0.5).flatten().tolist()]
+    >>> [round(x, 2) for x in levelled(votes, torch.ones(1), 2, pull=0.5)[0].flatten().tolist()]
     [0.75, 0.25, 0.0]
     """
     weights, step = torch.zeros(n_objects), _STEP
-    shares = best = votes(weights)
+    shares = votes(weights)
+    best = shares, weights
     parts = _parts(shares, basis_energy)
     wanted = parts.clamp_min(1e-3) ** (1 - pull)
     wanted = wanted / wanted.sum()
@@ -124,7 +130,7 @@ def levelled(votes: Callable[[Tensor], Tensor], basis_energy: Tensor, n_objects:
     for _ in range(_LEVELLINGS):
         short = (wanted / parts.clamp_min(1e-4)).log()
         if (off := float(short.abs().max())) < nearest:
-            nearest, best = off, shares
+            nearest, best = off, (shares, weights)
         else:
             step /= 2  # votes may tip over, and back
         if nearest < _NEAR:

@@ -133,9 +133,9 @@ class Separator:
 
         The first look's masks take the window `(S,)` apart. Each part is factorised by itself, so that a basis which
         two objects shared is divided, and its bases are judged again. Those of a part vote together, and lean towards
-        its owner. They stand beside the first ones, and both make the masks.
+        its owner; claims that were raised stay so. They stand beside the first ones, and both make the masks.
         """
-        shares = self.shares(window, objects, bounds)
+        shares, raised = self._claims(window, objects, bounds)
         n_whole = shares.shape[1]
         first = AssignedWindow(0, len(waveform), window.factors, window.relation, shares, n_whole)
         if not (self.config.second_look and objects):
@@ -149,7 +149,7 @@ class Separator:
         for owner, factors in zip(loud, self._factors([parts[j] for j in loud], seeds, how), strict=True):
             relation = relate_at_pitches(self.model.network, factors.W, factors.H, self.config.n_pitches)
             loyal = _LOYALTY * (torch.arange(len(objects)) == owner)
-            shares = self._votes(replace(window, factors=factors, relation=relation), objects, loyal)
+            shares = self._votes(replace(window, factors=factors, relation=relation), objects, raised + loyal)
             looks.append(AssignedWindow(0, len(waveform), factors, relation, shares, 0))
         scale = 1 / self.config.n_factorizations  # as each factorisation of the whole has it
         factors = Factors(
@@ -169,16 +169,21 @@ class Separator:
         objects that are there and the rest; else each is taken by itself (`basis_shares`).
         With `bounds` the model isn't sure: its claims are levelled first, and the bounds kept whatever the votes say.
         """
+        return self._claims(window, objects, bounds)[0]
+
+    def _claims(self, window: Window, objects: Sequence[int], bounds: Bounds | None) -> tuple[Tensor, Tensor]:
+        """Return the shares, and by how much each object's claims were raised for them, as log weights `(J,)`."""
+        raised = torch.zeros(len(objects))
         if bounds is None:
-            return self._votes(window, objects)
+            return self._votes(window, objects), raised
         energy = window.factors.basis_energy
         if self.config.assignment == "soft":
             pairs = None if self.model.context is None else self._pairs(window)
             votes = functools.partial(self._votes, window, objects, pairs=pairs)
-            shares = levelled(votes, energy, len(objects), self.config.levelling)
+            shares, raised = levelled(votes, energy, len(objects), self.config.levelling)
         else:
             shares = self._votes(window, objects)
-        return _bounded(shares, energy, bounds)
+        return _bounded(shares, energy, bounds), raised
 
     def _votes(
         self,

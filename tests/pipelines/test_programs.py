@@ -390,7 +390,7 @@ def test_figures_read_well():
     assert [results_report.decibels(x) for x in (-0.04, 0.04, -0.06, None, math.nan)] == [
         "0.0",
         "0.0",
-        "-0.1",
+        "−0.1",
         "–",
         "–",
     ]
