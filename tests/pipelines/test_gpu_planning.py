@@ -63,7 +63,8 @@ def test_one_gpu_serves_the_stages_of_every_task(rendered, tmp_path, monkeypatch
         def actors(self, make, count, *, gpus):
             claims.append((count, gpus))
             made = kept(self, make, count, gpus=gpus)
-            found = [c(stages.DeviceStages.factorize, [clip(1.0, 0)], [1], ExtractionConfig(n_iter=9)).result() for c in made]
+            asked = stages.DeviceStages.factorize, [clip(1.0, 0)], [1], ExtractionConfig(n_iter=9)
+            found = [c(*asked).result() for c in made]
             assert all(len(f) == 1 for f in found)
             assert ray.available_resources().get("GPU", 0) == 0  # both together take the whole of it
             return made
