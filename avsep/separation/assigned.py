@@ -71,14 +71,13 @@ class Making:
         return ratio_masks(torch.cat(parts, 1), self.mask_power).mT  # frame by frame in memory, as spectrograms are
 
 
-def finely(waveform: Tensor, factors: Factors, how: Making, n_whole: int | None = None) -> tuple[Tensor, Tensor]:
+def finely(waveform: Tensor, factors: Factors, how: Making, n_whole: int) -> tuple[Tensor, Tensor]:
     """Carry factors over to `mask_stft`, `(F, M), (M, N)` → `(F', M), (M, N')`, and fit their bases anew.
 
-    The first `n_whole` bases (None: all) are factorisations of the whole, fitted one by one; the others, of its
+    The first `n_whole` bases are factorisations of the whole, fitted one by one; the others, of its
     parts, explain it together.
     """
     fine, coarse = how.mask_stft, how.stft
-    n_whole = len(factors.H) if n_whole is None else n_whole
     weights = torch.ones(len(factors.H), 1)
     weights[n_whole:] = _SECOND_WEIGHT
     if fine == coarse:
