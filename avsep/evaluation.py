@@ -25,6 +25,7 @@ from avsep import baselines, factors, media, metrics, storage
 from avsep.objects import Vocabulary
 from avsep.records import Segment
 from avsep.separation import REST, Planned, Separates, Separator, Whole, Window, render_whole
+from avsep.separation.assigned import AssignedWindow
 from avsep.stft import STFT
 from avsep.unet import UNetSeparator, is_unet
 
@@ -316,9 +317,33 @@ def beside(
         "nmf_clustering": whole(clustered),
         **({STRUCK_METHOD: whole(struck_or_not)} if two_kinds else {}),
         **separators,
-        "oracle_assignment": whole(lambda x: baselines.oracle_assignment(x, case.everything, all_bases, stft)[0][:-1]),
+        "oracle_assignment": whole(lambda _: truly_assigned(case, all_bases, stft, model)[:-1]),
         "ideal_mask": whole(lambda x: baselines.ideal_ratio_mask(x, case.everything, stft)[:-1]),
     }
+
+
+def truly_assigned(case: Case, bases: factors.Factors, stft: STFT, model: Separator | None) -> Tensor:
+    """Give bases of a case's mixture to their true owners: `(J + 1, S)`, the rest last.
+
+    By the masks of the model, and in as many looks as it has, so that nothing but assignment differs from it.
+    """
+    estimates, owner = baselines.oracle_assignment(case.mixture, case.everything, bases, stft)
+    if model is None:
+        return estimates
+    n_whole, making = len(owner), model.making
+
+    def rendered(bases: factors.Factors, owner: Tensor) -> Tensor:
+        shares = torch.nn.functional.one_hot(owner, len(case.names) + 1).T.float()
+        window = AssignedWindow(0, len(case.mixture), bases, shares, shares, n_whole)
+        return torch.from_numpy(making.render(case.mixture.numpy(), window, [window.whole]))
+
+    estimates = rendered(bases, owner)
+    if not model.config.second_look:
+        return estimates
+    parts = model.factorize_parts(estimates, range(len(estimates)))
+    bases = model.with_parts(bases, list(parts.values()))
+    _, owner = baselines.oracle_assignment(case.mixture, case.everything, bases, stft)
+    return rendered(bases, owner)
 
 
 def whose_bases(case: Case, model: Separator, window: Window) -> tuple[list[float], list[bool]]:

@@ -142,24 +142,33 @@ class Separator:
             return first
         masks = self.making.masks(*first.fine(waveform, self.making), [first.whole])
         parts = separate(waveform, masks, self.mask_stft)
-        loud = (parts.square().sum(1) > _EMPTY * waveform.square().sum()).nonzero().flatten().tolist()
-        seeds = [[*objects, len(self.objects)][owner] for owner in loud]  # whatever the objects' order
-        how = replace(self.extraction, n_iter=max(1, self.extraction.n_iter // 2))  # more change nothing
+        seeds = [*objects, len(self.objects)]  # whatever the objects' order
         looks = [first]
-        for owner, factors in zip(loud, self._factors([parts[j] for j in loud], seeds, how), strict=True):
+        for owner, factors in self.factorize_parts(parts, seeds).items():
             relation = relate_at_pitches(self.model.network, factors.W, factors.H, self.config.n_pitches)
             loyal = _LOYALTY * (torch.arange(len(objects)) == owner)
             shares = self._votes(replace(window, factors=factors, relation=relation), objects, raised + loyal)
             looks.append(AssignedWindow(0, len(waveform), factors, relation, shares, 0))
-        scale = 1 / self.config.n_factorizations  # as each factorisation of the whole has it
-        factors = Factors(
-            torch.cat([w.factors.W for w in looks], 1),
-            torch.cat([first.factors.H, *(scale * w.factors.H for w in looks[1:])]),
-            first.factors.kl_divergence,
-        )
+        factors = self.with_parts(first.factors, [w.factors for w in looks[1:]])
         relation, shares = (torch.cat(x, 1) for x in zip(*((w.relation, w.shares) for w in looks), strict=True))
         shares = _bounded(shares, factors.basis_energy, bounds)
         return AssignedWindow(0, len(waveform), factors, relation, shares, n_whole)
+
+    def factorize_parts(self, parts: Tensor, seeds: Sequence[int]) -> dict[int, Factors]:
+        """Factorise each of a window's parts `(J, S)` by itself: by its row; one that is next to empty has none.
+
+        Half the iterations do: more change nothing.
+        """
+        loud = (parts.square().sum(1) > _EMPTY * parts.sum(0).square().sum()).nonzero().flatten().tolist()
+        how = replace(self.extraction, n_iter=max(1, self.extraction.n_iter // 2))
+        found = self._factors([parts[j] for j in loud], [seeds[j] for j in loud], how)
+        return dict(zip(loud, found, strict=True))
+
+    def with_parts(self, factors: Factors, parts: Sequence[Factors]) -> Factors:
+        """Put the bases of a window's parts beside its own; together they weigh as one of its factorisations."""
+        scale = 1 / self.config.n_factorizations
+        W, H = [factors.W, *(f.W for f in parts)], [factors.H, *(scale * f.H for f in parts)]
+        return Factors(torch.cat(W, 1), torch.cat(H), factors.kl_divergence)
 
     @torch.inference_mode()
     def shares(self, window: Window, objects: Sequence[int], bounds: Bounds | None = None) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from avsep import baselines, metrics
 from avsep.edits import Edits, Move
-from avsep.evaluation import Case, bounded
+from avsep.evaluation import Case, bounded, truly_assigned
 from avsep.objects import REST
 from avsep.records import read_segments
 from avsep.separation import Separator
@@ -54,7 +54,7 @@ def clip(separator: Separator, case: Case) -> tuple[dict[str, float], list[float
         estimates = np.concatenate(list(edited.render([case.mixture.numpy()])), 1)
         seconds.append(time.perf_counter() - begun)
         rows["all moves" if count == n else f"{count} moves"] = torch.from_numpy(estimates[:-1])
-    oracle, _ = baselines.oracle_assignment(case.mixture, case.everything, plan.first_window.factors, separator.stft)
+    oracle = truly_assigned(case, plan.first_window.factors, separator.stft, separator)
     rows["oracle assignment"] = oracle[:-1]
     rows["ideal mask"] = baselines.ideal_ratio_mask(case.mixture, case.everything, separator.stft)[:-1]
     sdr = metrics.bss_eval(case.references.numpy(), np.stack([e.numpy() for e in rows.values()])).sdr
