@@ -297,6 +297,7 @@ def beside(
         all_bases = single = factors.factorize(case.mixture, 0, factors.ExtractionConfig(stft))
     else:
         stft, all_bases, single = model.stft, window.factors, window.first(model.extraction.n_bases).factors
+    mask_stft = stft if model is None else model.mask_stft
 
     def whole(estimate: Callable[[Tensor], Tensor]) -> Whole:
         return Whole(lambda mixture, _: estimate(mixture), rate, tuple(case.names))
@@ -318,7 +319,7 @@ def beside(
         **({STRUCK_METHOD: whole(struck_or_not)} if two_kinds else {}),
         **separators,
         "oracle_assignment": whole(lambda _: truly_assigned(case, all_bases, stft, model)[:-1]),
-        "ideal_mask": whole(lambda x: baselines.ideal_ratio_mask(x, case.everything, stft)[:-1]),
+        "ideal_mask": whole(lambda x: baselines.ideal_ratio_mask(x, case.everything, mask_stft)[:-1]),
     }
 
 

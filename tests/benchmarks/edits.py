@@ -56,7 +56,7 @@ def clip(separator: Separator, case: Case) -> tuple[dict[str, float], list[float
         rows["all moves" if count == n else f"{count} moves"] = torch.from_numpy(estimates[:-1])
     oracle = truly_assigned(case, plan.first_window.factors, separator.stft, separator)
     rows["oracle assignment"] = oracle[:-1]
-    rows["ideal mask"] = baselines.ideal_ratio_mask(case.mixture, case.everything, separator.stft)[:-1]
+    rows["ideal mask"] = baselines.ideal_ratio_mask(case.mixture, case.everything, separator.mask_stft)[:-1]
     sdr = metrics.bss_eval(case.references.numpy(), np.stack([e.numpy() for e in rows.values()])).sdr
     return dict(zip(rows, bounded(sdr).mean(1).tolist(), strict=True)), seconds
 
