@@ -432,6 +432,7 @@ class Plan:
     objects: tuple[str, ...] = field(init=False)
     silent: tuple[str, ...] = field(init=False)
     doubts: dict[str, str] = field(init=False)  # of objects that were named, by name
+    _made: windows.ArrayFile = field(init=False, default_factory=windows.ArrayFile)  # assigned windows
 
     def __post_init__(self) -> None:
         names, config = self.separator.objects, self.separator.config
@@ -510,16 +511,16 @@ class Plan:
             parts = ((self._part(x, window), last) for (x, _, last), window in analysed)
         return windows.join(parts, self.heard.overlap)
 
-    @functools.cached_property
+    @property
     def _assigned_windows(self) -> _AssignedWindows:
-        return _AssignedWindows(self)
+        return _AssignedWindows(self, self._made)  # not kept: it refers to the plan, whose files are to go with it
 
     @property
     def is_editable(self) -> bool:
         """Whether `assigned` is to be had: bases are shared softly, and are the sound's own."""
         return self.separator.config.assignment == "soft" and self.separator.config.bases == "own"
 
-    @functools.cached_property
+    @property
     def assigned(self) -> Assigned:
         """Whose each basis is, to be corrected; ValueError where the plan isn't editable."""
         separator, config = self.separator, self.separator.config
@@ -569,10 +570,10 @@ class Plan:
 
 
 class _AssignedWindows:
-    """A plan's windows with their assignment, made when first asked for and kept in a temporary file."""
+    """A plan's windows with their assignment, made when first asked for and kept in a file."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan, self._made = plan, windows.ArrayFile()
+    def __init__(self, plan: Plan, made: windows.ArrayFile) -> None:
+        self._plan, self._made = plan, made
 
     def __len__(self) -> int:
         return len(self._plan.window_scores)

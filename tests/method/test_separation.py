@@ -1,5 +1,6 @@
 import base64
 import copy
+import gc
 import io
 import json
 import math
@@ -17,6 +18,7 @@ import torch
 
 from avsep.context import BasisContext
 from avsep.dictionary import BasisDictionary
+from avsep.edits import Edits
 from avsep.evidence import Evidence
 from avsep.miml import basis_posteriors
 from avsep.model import (
@@ -622,3 +624,23 @@ def test_a_separation_is_told_in_a_line_and_shown_with_players() -> None:
     assert "dog silent" in repr(silent) and "<audio" in silent._repr_html_()
     long = replace(found, rest=torch.zeros(130_000), estimates=torch.zeros(1, 130_000))
     assert "The first 60 s of Separation of 65.0 s" in long._repr_html_()
+
+
+def test_a_plan_s_files_go_with_it() -> None:
+    """A service makes many: none waits for the garbage collector."""
+    sound, separator = (tone(DOG, 5.0) + tone(VIOLIN, 5.0)) / 4, Separator(model())
+
+    def open_files() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    gc.disable()
+    try:
+        before = open_files()
+        plan = separator.plan([sound.numpy()], ["dog", "violin"])
+        list(plan.render([sound.numpy()]))
+        plan.assigned.edited(Edits())
+        assert open_files() > before
+        del plan
+        assert open_files() == before
+    finally:
+        gc.enable()
