@@ -24,7 +24,9 @@ def mixture_as_estimate(mixture: Tensor, n_sources: int) -> Tensor:
 
 def ideal_ratio_mask(mixture: Tensor, references: Tensor, stft: STFT, power: float = 2.0) -> Tensor:
     """The ceiling of masking: ratio masks from the true sources, `(S,), (J, S)` → `(J, S)`."""
-    return separate(mixture, ratio_masks(stft(references).abs(), power), stft)
+    n = len(mixture)
+    mixture, references = (torch.nn.functional.pad(x, (0, max(0, stft.n_fft - n))) for x in (mixture, references))
+    return separate(mixture, ratio_masks(stft(references).abs(), power), stft)[:, :n]
 
 
 def oracle_assignment(
@@ -40,14 +42,19 @@ def oracle_assignment(
     Returns:
         estimates `(J, S)`, and each basis's true owner `(M,)` as an index into the references.
     """
+    owner = true_owners(references, factors, stft)
+    parts = torch.stack([(factors.W * (owner == j)) @ factors.H for j in range(len(references))])
+    return separate(mixture, ratio_masks(parts, power), stft), owner
+
+
+def true_owners(references: Tensor, factors: Factors, stft: STFT) -> Tensor:
+    """Say which of the true sources `(J, S)` has most of each basis's energy, `(M,)`."""
     V = stft(references).abs()  # (J, F, N)
     WH = (factors.W @ factors.H).clamp_min(1e-12)
     total = (V**2).sum(0).clamp_min(1e-12)
     # the energy that basis m takes from source j: Σ_fn (W_m H_m / WH) · V² · V_j² / Σ V²
     share = torch.stack([factors.W.T @ (v**2 / total * (WH**2) / WH) for v in V])  # (J, M, N)
-    owner = (share * factors.H).sum(-1).argmax(0)
-    parts = torch.stack([(factors.W * (owner == j)) @ factors.H for j in range(len(references))])
-    return separate(mixture, ratio_masks(parts, power), stft), owner
+    return (share * factors.H).sum(-1).argmax(0)
 
 
 def blind_clustering(mixture: Tensor, references: Tensor, factors: Factors, stft: STFT) -> Tensor:

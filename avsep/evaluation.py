@@ -326,30 +326,32 @@ def beside(
 def truly_assigned(case: Case, bases: factors.Factors, stft: STFT, model: Separator | None) -> Tensor:
     """Give bases of a case's mixture to their true owners: `(J + 1, S)`, the rest last.
 
-    By the masks of the model, and in as many looks as it has, so that nothing but assignment differs from it.
+    By the masks that a model makes of a sound's own bases, and in as many looks as it has: nothing but assignment
+    differs from the default.
     """
-    estimates, owner = baselines.oracle_assignment(case.mixture, case.everything, bases, stft)
     if model is None:
-        return estimates
-    n_whole, making = len(owner), model.making
+        return baselines.oracle_assignment(case.mixture, case.everything, bases, stft)[0]
+    making, n_whole = model.making, bases.W.shape[1]
 
-    def rendered(bases: factors.Factors, owner: Tensor) -> Tensor:
+    def rendered(bases: factors.Factors) -> Tensor:
+        owner = baselines.true_owners(case.everything, bases, stft)
         shares = torch.nn.functional.one_hot(owner, len(case.names) + 1).T.float()
         window = AssignedWindow(0, len(case.mixture), bases, shares, shares, n_whole)
         return torch.from_numpy(making.render(case.mixture.numpy(), window, [window.whole]))
 
-    estimates = rendered(bases, owner)
-    if not model.config.second_look:
+    estimates = rendered(bases)
+    if not model.looks_twice:
         return estimates
     parts = model.factorize_parts(estimates, range(len(estimates)))
-    bases = model.with_parts(bases, list(parts.values()))
-    _, owner = baselines.oracle_assignment(case.mixture, case.everything, bases, stft)
-    return rendered(bases, owner)
+    return rendered(model.with_parts(bases, list(parts.values())))
 
 
 def whose_bases(case: Case, model: Separator, window: Window) -> tuple[list[float], list[bool]]:
-    """Return the energies of the bases that truly belong to an object, and whether the model gives each to that."""
-    _, owner = baselines.oracle_assignment(case.mixture, case.everything, window.factors, model.stft)
+    """Return the energies of the bases that truly belong to an object, and whether that claims most of each.
+
+    Most among the objects, whatever the rest has, at the first look.
+    """
+    owner = baselines.true_owners(case.everything, window.factors, model.stft)
     guess = model.shares(window, [model.objects.index(n) for n in case.names])[:-1].argmax(0)
     belongs = owner < len(case.names)
     return window.factors.basis_energy[belongs].tolist(), (guess == owner)[belongs].tolist()

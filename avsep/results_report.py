@@ -176,7 +176,7 @@ def clip_section(
 def _relation_map(segments: Sequence[Segment], case: Case, window: Explanation, objects: Sequence[str]) -> bytes:
     """Draw a first window's relation map beside a frame of each clip, each basis's true owner ringed."""
     n = window.n_samples
-    _, owner = baselines.oracle_assignment(case.mixture[:n], case.everything[:, :n], window.factors, window.stft)
+    owner = baselines.true_owners(case.everything[:, :n], window.factors, window.stft)
     rows = {name: row for row, name in enumerate(window.objects)}
     owners = [*(rows.get(name, len(rows)) for name in case.names), len(rows)]  # whose row there isn't is noise to it
     images = [f for f in (stages.middle_image(s.source, s.start_s, s.end_s) for s in segments) if f is not None]
@@ -201,7 +201,7 @@ def why(clip: ClipResult) -> str:
     energy, right = np.asarray(clip.basis_energy), np.asarray(clip.basis_right, bool)
     share = f"{energy[right].sum() / energy.sum():.0%}" if len(energy) and energy.sum() else "none"
     return (
-        f"Of the bases' energy {share} went to the right object. True owners would bring "
+        f"Of the objects' bases, by energy, {share} were claimed most by the right object. True owners would bring "
         f"{decibels(mean['oracle_assignment'] - mean['default'])} dB, and ideal masks another "
         f"{decibels(mean['ideal_mask'] - mean['oracle_assignment'])} dB."
     )

@@ -199,6 +199,17 @@ def read_bytes(path: AnyPath) -> bytes:
                     return data
 
 
+@contextlib.contextmanager
+def aside(target: Path) -> Iterator[Path]:
+    """Give a path beside a local file's to write to; what is there in the end takes the file's place, whole."""
+    part = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield part
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def write_bytes(path: str, data: bytes | memoryview | pa.Buffer, *, exclusive: bool = False) -> bool:
     """Write a whole file atomically: readers see all of it or nothing.
 

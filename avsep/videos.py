@@ -31,7 +31,7 @@ from avsep.vision import NO_DOWNLOAD, ImageLabeller, LabellerUnavailable
 
 _LOOK_S = 0.25  # between steps while other processes work
 _UNLIKE = 0.7  # familiarity below which an object's sound is said to be unlike the training
-_LISTENING, _SEPARATING = 0.7, 0.3  # shares of the time; of listening, with what comes before
+_LISTENING, _ASSIGNING = 0.4, 0.8  # of the work done: when it has listened, and when bases are assigned to be edited
 
 
 @dataclass
@@ -166,10 +166,10 @@ class VideoSeparator:
         timings["look_s"] = clock()
         plan, given = _decide(separator, source, given, looked, output.two_stems, patience.tell)
         if edits is not None:
-            plan = _edited(plan, edits.named(self.config.vocabulary.find), output.two_stems)
+            plan = _edited(plan, edits.named(self.config.vocabulary.find), output.two_stems, patience.tell)
         timings["listen_s"] = clock()
         tally = _Tally(keep=0 if plan.explanation is None else plan.explanation.n_samples)
-        rendered = _rendered(plan, source, tally, patience.tell)
+        rendered = _rendered(plan, source, tally, patience.tell, _LISTENING if edits is None else _ASSIGNING)
         if mixture and shape.listening is not None:
             rendered = _keeping(rendered, out / f"{HEARD}.wav", separator.sample_rate)
         parts = _in_shape(rendered, separator, source, shape)
@@ -403,14 +403,17 @@ def _listen(
     return separator.plan(pieces, given, seen)
 
 
-def _edited(plan: Planned, edits: Edits, one: str | None) -> Planned:
+def _edited(plan: Planned, edits: Edits, one: str | None, step: Step) -> Planned:
     """Make edits on a plan; ValueError where that can't be, or where the one object that is written goes."""
     if not isinstance(plan, Plan):
         raise ValueError("this separation can't be edited: its separator has no bases to move")
-    edited = plan.assigned.edited(edits)
-    if one and one not in edited.objects:
+    assigned = plan.assigned
+    assigned.check(edits)
+    if one and one not in edits.objects(assigned.objects):
         raise ValueError(f"the edits take {one} away, which --two-stems asks for; leave one of the two out")
-    return edited
+    for number, _ in enumerate(assigned.windows):  # made when first asked for
+        step("separating", _LISTENING + (_ASSIGNING - _LISTENING) * number / len(assigned.windows))
+    return assigned.edited(edits)
 
 
 def _found(name: str, origin: str, seen: Sequence[str] | None, plan: Planned) -> str:
@@ -458,11 +461,13 @@ def _decide(
     return plan, given
 
 
-def _rendered(plan: Planned, source: WholeFile, tally: _Tally, step: Step) -> Iterator[NDArray[np.float32]]:
+def _rendered(
+    plan: Planned, source: WholeFile, tally: _Tally, step: Step, done: float
+) -> Iterator[NDArray[np.float32]]:
     for estimates in plan.render(source.blocks()):
         yield estimates
         tally.add(estimates)
-        step("separating", _LISTENING + _SEPARATING * min(1.0, tally.n_samples / source.n_samples))
+        step("separating", done + (1 - done) * min(1.0, tally.n_samples / source.n_samples))
 
 
 def _keeping(rendered: Iterator[NDArray[np.float32]], file: Path, rate: int) -> Iterator[NDArray[np.float32]]:

@@ -102,7 +102,10 @@ class LabellerFile:
         if storage.is_uri(path) or (weights is None and not Path(path).exists()):
             return cls(architecture)
         try:
-            return cls.read(architecture, path, Path(path))
+            found = cls.read(architecture, path, Path(path))
+            if not is_network(found.architecture):
+                raise _unknown(found.architecture)
+            return found
         except (OSError, ValueError) as error:
             raise LabellerUnavailable(f"weights {path} can't be read: {error}") from None
 
@@ -353,6 +356,11 @@ def network_of(architecture: str) -> ImageNetwork:
     look = published.transforms()
     size, short = look.crop_size[0], look.resize_size[0]
     return ImageNetwork(build, Preprocessing(size, size / short, tuple(look.mean), tuple(look.std)), published.url)
+
+
+def is_network(architecture: str) -> bool:
+    """Tell whether a picture network of this name can be built."""
+    return architecture in NETWORKS or architecture.lower() in _torchvision().models.list_models()
 
 
 def preprocessing_of(architecture: str) -> Preprocessing:

@@ -25,7 +25,7 @@ from avsep.separation.windows import Explanation
 from avsep.stft import STFT
 
 _FINE_ITERATIONS = 4  # of the bases at the masks' resolution; more change nothing
-_SECOND_WEIGHT = 2.0  # of the second look's bases, beside one factorisation's of the whole
+_SECOND_WEIGHT = 2.0  # in masks: of the second look's bases, beside one factorisation's of the whole
 
 
 @dataclass(frozen=True)
@@ -160,12 +160,15 @@ class Assigned:
 
     def edited(self, edits: Edits) -> EditedPlan:
         """Return a plan of the same sound with edits made; ValueError for those that can't be of this one."""
-        rate = self.how.stft.sample_rate
+        self.check(edits)
+        return EditedPlan(self, edits)
+
+    def check(self, edits: Edits) -> None:
+        """Raise ValueError for edits that can't be of this sound; no window is looked at."""
         if unknown := [n for n in edits.objects(self.objects) if n not in self.known]:
             raise ValueError(f"the edits name {unknown[0]}; the objects are {', '.join(self.known)}")
-        n_bases = [min(self.how.n_bases, w.shares.shape[1]) for w in self.windows]
-        edits.check(self.objects, n_bases, self.n_samples / rate)
-        return EditedPlan(self, edits)
+        n_bases = [self.how.n_bases] * len(self.windows)
+        edits.check(self.objects, n_bases, self.n_samples / self.how.stft.sample_rate)
 
     def pieces(self, number: int, window: AssignedWindow, edits: Edits) -> list[Piece]:
         """Say whose a window's bases are when edits are made, from its start to its end."""

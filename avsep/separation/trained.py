@@ -31,7 +31,7 @@ _UNHEARD = "the model hardly hears it: it is taken to be there because it was na
 _UNSURE = "the model is not sure that it sounds"
 _FAINT = 1e-3  # of the loudest window: what a fainter one seems to hold doesn't count
 _SURE = 0.99  # confidence from which a named object needs no least share
-_LOYALTY = 2.0  # log odds that a basis of a part, factorised by itself, belongs to the part's owner
+_LOYALTY = 2.0  # log odds that a basis of an object's part, factorised by itself, belongs to that object
 _EMPTY = 1e-4  # of a window's power: a part that has less isn't factorised again
 
 
@@ -60,8 +60,7 @@ class Separator:
         self.model = model
         self.config = separation or model.config.separation
         self.stft = model.config.stft
-        fine = self.config.fine_masks and self.config.bases == "own" and self.config.assignment == "soft"
-        self.mask_stft = _finer(self.stft) if fine else self.stft
+        self.mask_stft = _finer(self.stft) if self.config.fine_masks and self.is_editable else self.stft
         self.extraction = model.config.extraction
         self._factorizer = get_factorizer(self.extraction.factorizer)
         self._factorize = factorize
@@ -87,6 +86,17 @@ class Separator:
     def vocabulary(self) -> Vocabulary:
         """The model's objects, and what people call them."""
         return self.model.config.vocabulary
+
+    @property
+    def is_editable(self) -> bool:
+        """Whether whose a basis is can be corrected: bases are shared softly, and are the sound's own."""
+        return self.config.assignment == "soft" and self.config.bases == "own"
+
+    @property
+    def looks_twice(self) -> bool:
+        """Whether `assign` looks again at each part of a first separation."""
+        config = self.config
+        return config.second_look and config.assignment == "soft" and config.bases != "learned"
 
     @functools.cached_property
     def making(self) -> Making:
@@ -132,13 +142,14 @@ class Separator:
         """Say whose a window's bases are, and look again where the configuration has it.
 
         The first look's masks take the window `(S,)` apart. Each part is factorised by itself, so that a basis which
-        two objects shared is divided, and its bases are judged again. Those of a part vote together, and lean towards
-        its owner; claims that were raised stay so. They stand beside the first ones, and both make the masks.
+        two objects shared is divided, and its bases are judged again. Those of a part vote together. An object's lean
+        towards it, the rest's nowhere; claims that were raised stay so. They stand beside the first ones, and both make
+        the masks.
         """
         shares, raised = self._claims(window, objects, bounds)
         n_whole = shares.shape[1]
         first = AssignedWindow(0, len(waveform), window.factors, window.relation, shares, n_whole)
-        if not (self.config.second_look and objects):
+        if not (self.looks_twice and objects):
             return first
         masks = self.making.masks(*first.fine(waveform, self.making), [first.whole])
         parts = separate(waveform, masks, self.mask_stft)
@@ -165,7 +176,7 @@ class Separator:
         return dict(zip(loud, found, strict=True))
 
     def with_parts(self, factors: Factors, parts: Sequence[Factors]) -> Factors:
-        """Put the bases of a window's parts beside its own; together they weigh as one of its factorisations."""
+        """Put the bases of a window's parts beside its own; together they have one factorisation's energy."""
         scale = 1 / self.config.n_factorizations
         W, H = [factors.W, *(f.W for f in parts)], [factors.H, *(scale * f.H for f in parts)]
         return Factors(torch.cat(W, 1), torch.cat(H), factors.kl_divergence)
@@ -405,7 +416,7 @@ def _listen(separator: Separator, blocks: Iterable[NDArray[np.float32]]) -> _Hea
         first = first or analysed
         energies.append(analysed.energy)
         scores.append((end - len(window), end, analysed.sound_scores))
-        store.add(analysed, window)
+        store.add(analysed, window if separator.is_editable else window[:0])  # others never look twice from here
     if first is None:
         raise ValueError("there is no sample to separate")
     return _Heard(length, overlap, first, store, scores, energies)
@@ -415,7 +426,7 @@ def _listen(separator: Separator, blocks: Iterable[NDArray[np.float32]]) -> _Hea
 class Plan:
     """A sound that a model listened to once, in overlapping windows, ready to be rendered in a second pass.
 
-    Memory stays constant whatever the length: the windows' factors wait in a temporary file.
+    Memory stays constant whatever the length: the windows' factors and sounds wait in temporary files.
     """
 
     separator: Separator
@@ -517,8 +528,8 @@ class Plan:
 
     @property
     def is_editable(self) -> bool:
-        """Whether `assigned` is to be had: bases are shared softly, and are the sound's own."""
-        return self.separator.config.assignment == "soft" and self.separator.config.bases == "own"
+        """Whether `assigned` is to be had."""
+        return self.separator.is_editable
 
     @property
     def assigned(self) -> Assigned:

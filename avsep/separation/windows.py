@@ -50,7 +50,7 @@ class Explanation(Window):
 
 
 class ArrayFile:
-    """Groups of arrays in a temporary file, read in any order.
+    """Groups of arrays in a temporary file, read in any order, by one thread at a time.
 
     Raises OSError that names the temporary folder when its disk is full.
     """
@@ -92,7 +92,7 @@ class ArrayFile:
 
 
 class WindowStore:
-    """Analysed windows and their sounds in a temporary file, in order: 1.5 MB for ten seconds.
+    """Analysed windows and their sounds in temporary files, in order: 1.5 MB for ten seconds.
 
     Divergence and energy aren't kept, and sounds in half precision.
     """

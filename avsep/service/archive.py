@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import secrets
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import soundfile
 
+from avsep import storage
 from avsep.outputs import FORMATS
 from avsep.service.failures import as_failure
 
@@ -30,18 +30,15 @@ def converted(path: Path, kind: str) -> Path | bytes:
     target = path.with_suffix(f".{kind}")
     if target.exists():
         return target
-    part = target.with_suffix(f".{secrets.token_hex(4)}.part")  # others may be asking for it too
     try:
-        _encode(path, part, kind)
-        part.replace(target)
+        with storage.aside(target) as part:  # others may be asking for it too
+            _encode(path, part, kind)
     except (OSError, soundfile.LibsndfileError) as error:
         if not path.exists() or as_failure(error).status != 507:
             raise
         memory = io.BytesIO()
         _encode(path, memory, kind)
         return memory.getvalue()
-    finally:
-        part.unlink(missing_ok=True)
     return target
 
 

@@ -52,7 +52,7 @@ class Device:
     def factorize(self, requests: Sequence[ToFactorize]) -> list[list[Factors]]:
         """Factorise each request's waveforms, those of one configuration together."""
         found: dict[int, list[Factors]] = {}
-        for extraction in {c for _, _, c in requests}:  # two where a model is being replaced
+        for extraction in {c for _, _, c in requests}:  # windows, and their parts in a second look
             rows = [i for i, r in enumerate(requests) if r[2] == extraction]
             waveforms = [w for i in rows for w in requests[i][0]]
             seeds = [seed for i in rows for seed in requests[i][1]]

@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from avsep import stems
+from avsep import stems, storage
 from avsep.edits import Edits
 from avsep.model import ModelConfig
 from avsep.outputs import HEARD, MIXTURE, Output, Shape, write_sounds
@@ -29,7 +29,7 @@ _BLOCK = 1 << 20  # samples
 _WINDOW_HEADS = 2048  # bytes of kept bases beside the numbers: of each window, of all, of each of a model's objects
 _ABOUT_BYTES, _OBJECT_BYTES = 4096, 256
 _SLACK_S = 0.1  # by which a sound may be longer than its header says
-_HELD_WINDOWS = 8  # of ten seconds and 3 to 5 MB each
+_HELD_BYTES = 8 << 20  # of kept bases, which take four times as much in memory
 _BESIDE_BYTES = 1 << 20  # of edited sounds: the relation map's window
 
 
@@ -37,7 +37,8 @@ def keep(plan: Planned, folder: Path) -> bool:
     """Keep a plan's bases in a job's folder, to be edited; False where they can't be."""
     if not isinstance(plan, Plan) or not plan.is_editable:
         return False
-    plan.assigned.write(folder / _BASES)
+    with storage.aside(folder / _BASES) as part:  # a worker that was thought dead may write it again while it is read
+        plan.assigned.write(part)
     return True
 
 
@@ -95,9 +96,9 @@ def edit(store: ResultStore, job_id: str, edits: Edits, find: Callable[[str], st
 
 @functools.lru_cache(maxsize=4)  # who edits a sound does so often, and one at a time
 def _assigned(bases: Path) -> Assigned:
-    """Read a job's bases, which never change; those of shorter sounds stay in memory."""
+    """Read a job's bases, which never change; those that aren't many stay in memory."""
     assigned = Assigned.read(bases)
-    return assigned.held() if len(assigned.windows) <= _HELD_WINDOWS else assigned
+    return assigned.held() if bases.stat().st_size <= _HELD_BYTES else assigned
 
 
 def _render(plan: EditedPlan, output: Output, folder: Path, part: Path) -> None:

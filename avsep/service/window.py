@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from avsep import plots
+from avsep import plots, storage
 from avsep.model import ModelConfig
 from avsep.separation import REST, Planned
 from avsep.service.located import marked_image
@@ -71,13 +71,14 @@ class KeptWindow:
 
     def write(self, folder: Path) -> None:
         """Write it into a job's folder."""
-        np.savez(
-            folder / _WINDOW,
-            objects=np.array(self.objects, dtype=str),
-            audible=np.array(self.audible, dtype=str),
-            stft=np.array([self.stft.sample_rate, self.stft.n_fft, self.stft.hop_length]),
-            **{name: getattr(self, name) for name in ("relation", "shares", "W", "H", "energy", "mixture")},
-        )
+        with storage.aside(folder / _WINDOW) as part, part.open("wb") as f:
+            np.savez(
+                f,
+                objects=np.array(self.objects, dtype=str),
+                audible=np.array(self.audible, dtype=str),
+                stft=np.array([self.stft.sample_rate, self.stft.n_fft, self.stft.hop_length]),
+                **{name: getattr(self, name) for name in ("relation", "shares", "W", "H", "energy", "mixture")},
+            )
 
     @classmethod
     def read(cls, folder: Path) -> KeptWindow:

@@ -43,7 +43,7 @@ def clip(separator: Separator, case: Case) -> tuple[dict[str, float], list[float
     plan = separator.plan([case.mixture.numpy()], case.names)
     (window,) = plan.assigned.windows
     first = plan.first_window.first(separator.extraction.n_bases)
-    _, owner = baselines.oracle_assignment(case.mixture, case.everything, first.factors, separator.stft)
+    owner = baselines.true_owners(case.everything, first.factors, separator.stft)
     n = first.relation.shape[1]
     moves = moves_of(window.shares[:, :n], first.factors.basis_energy, owner, plan.objects)
     rows: dict[str, Tensor] = {"mixture": case.mixture.expand(len(case.names), -1)}

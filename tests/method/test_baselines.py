@@ -56,6 +56,12 @@ def test_the_ceiling_is_exact_where_the_sources_do_not_meet() -> None:
     assert torch.allclose(apart[:, away_from_the_seam], torch.stack(gap)[:, away_from_the_seam], atol=1e-4)
 
 
+def test_a_sound_of_less_than_a_frame_has_a_ceiling_too() -> None:
+    short = SMALL.n_fft // 2 - 1
+    estimates = ideal_ratio_mask(MIXTURE[:short], REFERENCES[:, :short], SMALL)
+    assert estimates.shape == (2, short) and torch.allclose(estimates.sum(0), MIXTURE[:short], atol=1e-5)
+
+
 def test_oracle_assignment_gives_each_basis_to_its_source() -> None:
     found = factors(MIXTURE)
     estimates, owner = oracle_assignment(MIXTURE, REFERENCES, found, SMALL)

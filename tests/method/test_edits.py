@@ -3,6 +3,8 @@
 import json
 import math
 import zipfile
+from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avsep.edits import Edits, Move, Span
-from avsep.factors import Factors
+from avsep.factors import ExtractionConfig, Factors, factorize
 from avsep.miml import basis_posteriors
 from avsep.objects import AUDIOSET_23, REST
 from avsep.separation import Assigned, Separator, assignments
@@ -182,6 +184,24 @@ def test_sounds_shorter_than_a_frame_are_edited(sound: np.ndarray) -> None:
     assigned = Separator(model()).plan([short], ["dog", "violin"]).assigned
     parts = rendered(assigned, short, everywhere(assigned, "violin"))
     assert np.abs(parts["violin"] - short).max() < 1e-4
+
+
+def test_edits_that_cannot_be_are_refused_before_anything_is_made(sound: np.ndarray) -> None:
+    asked = []
+
+    def factorized(waveforms: Sequence[np.ndarray], seeds: Sequence[int], how: ExtractionConfig) -> Future:
+        asked.extend(seeds)
+        done: Future = Future()
+        done.set_result([factorize(torch.from_numpy(x), s, how) for x, s in zip(waveforms, seeds, strict=True)])
+        return done
+
+    assigned = Separator(model(), factorize=factorized).plan([sound], ["dog", "violin"]).assigned
+    before = len(asked)
+    with pytest.raises(ValueError, match="window 999"):
+        assigned.edited(Edits((Move(999, 0, "dog"),)))
+    assert len(asked) == before > 0
+    assigned.edited(Edits())
+    assert len(asked) > before
 
 
 @settings(max_examples=15)

@@ -20,6 +20,7 @@ from avsep.context import BasisContext
 from avsep.dictionary import BasisDictionary
 from avsep.edits import Edits
 from avsep.evidence import Evidence
+from avsep.factors import Factors
 from avsep.miml import basis_posteriors
 from avsep.model import (
     Model,
@@ -404,6 +405,38 @@ def test_a_second_look_divides_bases_that_two_objects_share() -> None:
             figures.append(snr(dog, found[0]) + snr(violin, found[1]))
         gains.append((figures[1] - figures[0]) / 2)
     assert sum(gains) / 6 > 0.8 and min(gains) > -0.5, gains
+
+
+@pytest.mark.parametrize("bounds", [None, Bounds(None, 1.0)])
+def test_bases_of_a_part_lean_to_its_object_and_raised_claims_stay(bounds: Bounds | None) -> None:
+    """By two in log odds, over what the network says of the part's bases by themselves."""
+    trained = model(posterior_power=1.0, rest_below=0.0)
+    with torch.no_grad():
+        trained.network.subconcepts.weight[DOG, 0] = trained.network.subconcepts.weight[VIOLIN, 1] = 0.3
+        trained.network.subconcepts.bias[[DOG, VIOLIN]] = torch.tensor([5.0, 4.0])
+    separator, x, index = Separator(trained), tone(DOG, 3.0) + tone(VIOLIN, 3.0, 2.0), [DOG, VIOLIN]
+
+    def odds(shares: torch.Tensor) -> torch.Tensor:
+        return (shares[0] / shares[1]).log()
+
+    window = separator.analyse(x)
+    found = separator.assign(x, window, index, bounds)
+    raised = odds(found.shares[:, : found.n_whole]) - odds(separator.shares(window, index))
+    assert torch.allclose(raised, raised.mean(), atol=1e-3) and (raised.mean() < -0.1) == (bounds is not None)
+    for owner, sign in ((0, 1), (1, -1)):
+        of_part = slice(found.n_whole + 6 * owner, found.n_whole + 6 * owner + 6)
+        factors = Factors(found.factors.W[:, of_part], found.factors.H[of_part], 0.0)
+        bare = separator.shares(replace(window, factors=factors, relation=found.relation[:, of_part]), index)
+        leans = odds(found.shares[:, of_part]) - odds(bare)
+        assert torch.allclose(leans, raised.mean() + 2.0 * sign, atol=1e-3)
+
+
+def test_bounds_hold_over_the_bases_of_both_looks() -> None:
+    separator, x = Separator(model()), tone(DOG, 3.0)
+    found = separator.assign(x, separator.analyse(x), [DOG, VIOLIN], Bounds(torch.tensor([0.0, 0.3]), 0.1))
+    energy = found.factors.basis_energy / found.factors.basis_energy.sum()
+    assert found.shares.shape[1] > found.n_whole
+    assert found.shares[1] @ energy >= 0.29 and found.shares[-1] @ energy <= 0.11
 
 
 def test_without_names_it_separates_what_it_hears() -> None:

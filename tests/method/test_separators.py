@@ -100,6 +100,13 @@ def test_true_owners_have_the_masks_and_looks_of_the_model() -> None:
     assert second > first + 0.5
 
 
+def test_true_owners_look_once_where_the_published_method_does() -> None:
+    case, separator = duet(), Separator(model(assignment="threshold", mask_power=1.5))
+    bases = separator.analyse(case.mixture).factors
+    once, _ = baselines.oracle_assignment(case.mixture, case.everything, bases, separator.stft)
+    assert torch.allclose(evaluation.truly_assigned(case, bases, separator.stft, separator), once, atol=1e-5)
+
+
 def test_a_separator_of_one_s_own_separates_files(tmp_path: Path) -> None:
     """Where a model did before, whose relation map goes; the report leaves out what there isn't."""
     mixture, out = duet().mixture.numpy(), tmp_path / "out"

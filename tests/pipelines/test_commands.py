@@ -17,6 +17,7 @@ import soundfile
 
 from avsep import cli, commands, inputs, storage
 from avsep import files as whole_files
+from avsep.edits import Edits
 from avsep.videos import VideoSeparator
 from tests.support.planted import BOXES, add_labeller, write_painted
 from tests.support.serving import write_model
@@ -271,6 +272,10 @@ def test_what_is_being_done_is_told(tmp_path, monkeypatch, capfd) -> None:
     first, second = (list(dict.fromkeys(stages)) for stages in told)
     assert second == ["decoding", "looking", "listening", "separating"]
     assert first == ["decoding", "loading the picture network", *second[1:]]
+    done = []  # with edits, bases are assigned before anything is rendered
+    steps = {"step": lambda stage, share: done.append(share), "edits": Edits(add=("cat",))}
+    separate_video(video, tmp_path / "edited", ["dog"], **steps)
+    assert done == sorted(done) and done[-2:] == [0.4, 1.0]
     monkeypatch.setattr(whole_files, "MAX_PICTURES", 2)
     shares = []
     whole_files.images(video, 64, step=lambda stage, done: shares.append((stage, done)))

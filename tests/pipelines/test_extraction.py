@@ -532,6 +532,10 @@ def test_a_dry_run_downloads_and_loads_no_picture_network(sounds, tmp_path, monk
     told = capsys.readouterr().out
     assert "pictures: efficientnet_lite0, looks: tiles" in told and "this machine" not in told
     assert extract.main([*arguments, "--labeller", "nosuch"]) == 2
+    (tmp_path / "own.pth").write_bytes(b"")
+    assert extract.main([*arguments, "--labeller", "nosuch", "--weights", str(tmp_path / "own.pth")]) == 2
+    assert "'nosuch' is no picture network" in capsys.readouterr().err
+    (tmp_path / "own.pth").unlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["t.csv"]
 
 

@@ -235,6 +235,22 @@ def test_room_is_kept_for_the_bases_of_short_and_long_sounds(tmp_path, name, sec
     assert n_bytes <= most <= 1.2 * n_bytes + 12_000
 
 
+def test_what_is_kept_is_replaced_whole(tmp_path):
+    """By a worker that was thought dead, under whoever corrects what another one made."""
+    sound = (tones.tone(tones.DOG, 3.0) + tones.tone(tones.VIOLIN, 3.0)).numpy()
+    plan = Separator(tones.model()).plan([sound], ["dog", "violin"])
+    files = [tmp_path / "bases.zip", tmp_path / "window.npz"]
+    numbers = []
+    for _ in range(2):
+        editing.keep(plan, tmp_path)
+        KeptWindow.of(plan, sound[: plan.explanation.n_samples]).write(tmp_path)
+        numbers.append([f.stat().st_ino for f in files])
+        held = [f.open("rb") for f in files]  # so that no number is used again
+    assert not set(numbers[0]) & set(numbers[1]) and sorted(tmp_path.iterdir()) == files
+    for f in held:
+        f.close()
+
+
 def test_a_short_sound_never_takes_more_than_was_kept_for_it(tmp_path):
     store = ResultStore(tmp_path)
     job_id = store.create()
