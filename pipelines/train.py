@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         type=lambda text: starter.PATH if text == "starter" else text,
         help="go on from a trained model: its folder, or the word starter for the one that comes with the package",
     )
-    p.add_argument("--epochs", type=int, help="instead of the recipe's, or an adaptation's 8")
+    p.add_argument("--epochs", type=int, help="of each pass, instead of the recipe's, or an adaptation's 8")
     p.add_argument("--resume", action="store_true", help="go on from OUT's checkpoint")
     p.add_argument("--replace", action="store_true", help="train anew; OUT's last model is kept in OUT/previous")
     board = "folder or URI: figures for TensorBoard, not with --start (default: what AVSEP_TENSORBOARD names)"
