@@ -54,6 +54,12 @@ def _given(text: str) -> str:
     return text
 
 
+def _counted(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """Describe the commands."""
     p = Parser(
@@ -134,7 +140,7 @@ def separation_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--video", dest="with_video", action="store_true", help="also write a video per object: the pictures, its sound"
     )
-    p.add_argument("--track", type=int, default=1, help="which of several audio tracks, counted from 1")
+    p.add_argument("--track", type=_counted, default=1, help="which of several audio tracks, counted from 1")
 
 
 class _Version(argparse.Action):
@@ -184,9 +190,15 @@ def _mistake(arguments: dict[str, Any]) -> str:
     weights = arguments.get("weights")
     if weights and _is_local(weights) and not os.path.isfile(weights):
         return f"weights {weights}: no such file; give a .pth or .safetensors file"
+    if (out := arguments.get("out")) and (wrong := storage.unwritable(out)):
+        return f"--out {wrong}"
     edit = arguments.get("edit")
     if edit and _is_local(edit) and not os.path.isfile(edit):
-        return f"--edit {edit}: no such file; give a JSON file, see --help"
+        what = "is a folder" if os.path.isdir(edit) else "doesn't exist"
+        return f"--edit {edit} {what}; give a JSON file, see --help"
+    path = arguments.get("path", "")
+    if os.path.isfile(path) and not path.endswith(".parquet"):
+        return f"{path} is no .parquet file; give one, an extraction's folder or a model"
     named = arguments.get("files") or [v for k, v in arguments.items() if k == "path"]
     for file in named:
         if _is_local(file) and not os.path.exists(file) and not set(file) & set("*?["):

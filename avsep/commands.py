@@ -74,6 +74,8 @@ def separate(
     check_outputs(folders, model, output)
 
     def refuse(file: str, error: Exception) -> None:
+        if os.environ.get("AVSEP_TRACEBACK"):
+            raise error
         complain(f"avsep separate: {_mistake(error, file, folders[file])}")
 
     good = _usable(found, functools.partial(check_sound, track=track, output=output), refuse)
@@ -454,6 +456,8 @@ def run(command: str, **arguments: Any) -> int:
     try:
         status = commands[command](**arguments)
     except (ClipError, LabellerUnavailable, OSError, ValueError) as error:
+        if os.environ.get("AVSEP_TRACEBACK"):
+            raise
         complain(f"avsep {command}: {_mistake(error, arguments.get('path', ''))}")
         return 2
     return 2 if lost() and command != "separate" else status  # all that the others do is say

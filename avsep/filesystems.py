@@ -24,6 +24,7 @@ GS_PATIENCE_S = 180.0  # with a request that is refused or cut off; an unanswere
 METADATA_S = 10.0  # a new pod's metadata server takes some seconds
 _GOOGLE = re.compile(r"google::cloud::Status\(\w+: (?:[^,]*, with a last message of )?(?P<cause>.*?) error_info=", re.S)
 _OPTION = re.compile(r"[?&](access_key|secret_key|session_token|endpoint_override|region|scheme)=")
+_SCHEMES = {"file", "s3", "gs", "gcs", "http", "https", "hdfs", "viewfs", "abfs", "abfss"}  # beside fsspec's
 _OPAQUE = re.compile(r"[a-z][a-z0-9]+:[^\s:./\\*?\[]+")
 
 
@@ -43,6 +44,20 @@ def is_opaque(path: AnyPath) -> bool:
     [True, False, False, False]
     """
     return _OPAQUE.fullmatch(os.fspath(path)) is not None
+
+
+def has_known_scheme(uri: str) -> bool:
+    """Tell whether some file system opens URIs of this scheme, or pages are fetched of it; nothing is asked.
+
+    >>> has_known_scheme("s3://bucket/duet.mp4"), has_known_scheme("tape://a/1")
+    (True, False)
+    """
+    scheme = uri.partition("://")[0]
+    if scheme in _SCHEMES:
+        return True
+    import fsspec  # takes half a second
+
+    return scheme in fsspec.available_protocols()
 
 
 def filesystem(path: AnyPath) -> tuple[pafs.FileSystem, str]:

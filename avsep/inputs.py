@@ -125,7 +125,8 @@ def usable(files: Sequence[str], check: Callable[[Path], None], tell: Callable[[
     for file in files:
         try:
             if not storage.is_uri(file):
-                check(Path(file))
+                with storage.local_file(file) as path:  # under a name that ffmpeg can be given
+                    check(path)
         except (ClipError, OSError, ValueError) as error:
             tell(file, error)
         else:

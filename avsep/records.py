@@ -454,6 +454,11 @@ def segment_from_row(row: Mapping[str, Any], *, relative_to: str, vocabulary: Vo
 def _resolved(source: str, relative_to: str) -> str:
     """Make a local source absolute; ValueError for `SCHEME:ID` of no known site, unless a file has this name."""
     if not storage.is_opaque(source) or sites.site_of(source):
+        if "://" in source and storage.is_uri(source) and not storage.has_known_scheme(source):
+            raise ValueError(
+                f"source is {source!r}, and nothing opens {source.partition('://')[0]}://; sources are "
+                f"{sites.forms()}, web addresses, URIs of known stores, or paths"
+            )
         return storage.resolve(source, relative_to)
     beside = f"./{source}" if not storage.is_uri(relative_to) else storage.join(relative_to, source)
     path = storage.resolve(beside, relative_to)

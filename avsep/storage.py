@@ -28,6 +28,7 @@ from avsep.filesystems import (
     opened,
 )
 from avsep.filesystems import forget_connections as forget_connections  # a part of this file's face
+from avsep.filesystems import has_known_scheme as has_known_scheme
 
 if TYPE_CHECKING:  # they take a second, which nobody needs who reads local files
     import pyarrow as pa
@@ -131,6 +132,27 @@ def is_directory(path: AnyPath) -> bool:
     import pyarrow.fs as pafs
 
     return info(path).type == pafs.FileType.Directory
+
+
+def unwritable(folder: str) -> str:
+    """Say why nothing can be written to a folder, as far as its name tells; "" for nothing.
+
+    >>> unwritable("s3:/bucket/out")
+    's3:/bucket/out has one slash; write s3://bucket/out, or ./s3:/bucket/out for such a folder'
+    """
+    if folder.startswith(("http://", "https://")):
+        return f"{folder} is a web address, which can't be written to; give a folder, or a URI such as s3://bucket/name"
+    if re.match(r"[a-z][a-z0-9]+:/(?!/)", folder) and not os.path.exists(folder.partition("/")[0]):
+        return f"{folder} has one slash; write {folder.replace(':/', '://', 1)}, or ./{folder} for such a folder"
+    if is_uri(folder):
+        return ""
+    place = os.path.abspath(folder)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    if os.path.isdir(place):
+        return ""
+    where = folder if place == os.path.abspath(folder) else f"{folder} lies in {place}, which"
+    return f"{where} is {'a file' if os.path.exists(place) else 'a broken link'}; give a folder"
 
 
 def make_directory(path: AnyPath) -> None:

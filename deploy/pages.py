@@ -118,6 +118,8 @@ ELSEWHERE = {
 CLIPS_FOR_OTHERS = """A network of your own learns from clip records through torch:
 
 ```python
+import torch
+
 from avsep.learning import ClipDataset
 
 clips = ClipDataset("out/clips", "train")

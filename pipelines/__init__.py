@@ -7,7 +7,7 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from typing import Any
 
-from avsep import starter
+from avsep import starter, storage
 from avsep.cli import Parser
 from avsep.console import say
 
@@ -71,13 +71,13 @@ def begin(parser: ArgumentParser, loads: str = "") -> None:
 
 
 def missing_input(arguments: Namespace) -> str:
-    """Say which local path among the arguments can't be what it must be; empty where none is wrong."""
+    """Say which path among the arguments can't be what it must be, as far as is told at once; "" for none."""
     for name in vars(arguments):
         if name not in INPUTS and name not in OUTPUTS:
             continue
         given = getattr(arguments, name)
         for path in given if isinstance(given, list) else [given]:
-            if isinstance(path, str) and "://" not in path and (mistake := _mistake(name, path)):
+            if isinstance(path, str) and (mistake := _mistake(name, path)):
                 return f"--{name.replace('_', '-')} {mistake}"
     return ""
 
@@ -86,7 +86,9 @@ def _mistake(name: str, path: str) -> str:
     if name in OUTPUTS:
         if not path:
             return "is empty; give a folder"
-        return f"{path} is a file; give a folder" if os.path.isfile(path) else ""
+        return storage.unwritable(path)
+    if "://" in path:
+        return ""
     holds, remedy = INPUTS[name]
     if not path:
         return f"is empty; {remedy}"

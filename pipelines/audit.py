@@ -66,7 +66,7 @@ import pyarrow as pa
 from avsep import audit, datacard, duplicates, lock, plots, shards, starter, storage, suspects
 from avsep.audit import FACTS_SCHEMA, Findings
 from avsep.factors import DataConfig
-from avsep.model import ModelConfig
+from avsep.model import Model
 from avsep.shards import DataFile
 from pipelines import cluster, console, runners
 from pipelines.console import complain, fail, say
@@ -224,7 +224,8 @@ def check_model(model: str | None, made_with: dict[str, Any] | None) -> None:
     """Raise UsageError for a model that can't listen to the clips."""
     if model is None or made_with is None:
         return
-    config, extraction = ModelConfig.read(model), DataConfig.from_dict(made_with).extraction
+    config = Model.load(model).config  # damaged weights are told here, not by each worker
+    extraction = DataConfig.from_dict(made_with).extraction
     if not suspects.is_heard(config, extraction):
         its, ours = (f"{c.stft} and {c.n_bases} bases" for c in (config.extraction, extraction))
         fail(f"--model {model} works on {its}, the clips have {ours}: give a model trained on such clips")

@@ -220,6 +220,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.clips < _LEAST_CLIPS:
         fail(f"--clips {arguments.clips}: at least {_LEAST_CLIPS} are needed for three splits")
     started = time.monotonic()
+    if storage.is_uri(arguments.out):
+        fail(f"--out {arguments.out}: the demo writes to this machine; give a folder")
     out = Path(arguments.out).absolute()
     clear(out)
     if not arguments.in_process:

@@ -47,6 +47,7 @@ from avsep.extraction import Done
 from avsep.model import describe_training
 from avsep.outputs import Output
 from avsep.records import Segment
+from avsep.vision import LabellerUnavailable
 from avsep.work import plan_work
 from pipelines import cluster, console, runners
 from pipelines.console import fail, say
@@ -69,7 +70,12 @@ def run(arguments: argparse.Namespace) -> int:
         fail(f"--out {arguments.out} is what --videos names; give another folder")
     console.keep_apart(arguments, "model")
     output = Output(arguments.mono, arguments.format, arguments.two_stems, arguments.with_video)
-    job = many.prepare(arguments.out, arguments.model, arguments.weights, arguments.objects, arguments.track, output)
+    try:
+        job = many.prepare(
+            arguments.out, arguments.model, arguments.weights, arguments.objects, arguments.track, output
+        )
+    except LabellerUnavailable as error:
+        fail(str(error))
     rows, files = many.find(arguments.videos, job.objects, job.separator().config.vocabulary, say)
     many.check_inputs(job.out, rows, files, job.track)
     storage.make_directory(job.out)

@@ -219,8 +219,11 @@ def check_resumable(out: str, settings: dict[str, Any]) -> None:
 def check_free(out: str, replace: bool) -> None:
     """Raise UsageError where there is an earlier training, unless it is to be replaced."""
     epochs = len(runs.read_history(out))
-    what = f"--out {out} holds a training of {epochs} epoch{'s' * (epochs != 1)}"
-    what = f"{what}; --resume goes on with it, another --out leaves it alone"
+    what = f"a training of {epochs} epoch{'s' * (epochs != 1)}; --resume goes on with it"
+    if not storage.exists(runs.checkpoint(out)):
+        begun = any(storage.exists(storage.join(out, half)) for half in adaptation.HALVES)
+        what = "an adaptation; --start with --resume goes on with it" if begun else "an adapted model"
+    what = f"--out {out} holds {what}; another --out leaves it alone"
     console.check_free(out, _MADE, what, replace)
 
 

@@ -1,5 +1,6 @@
 """Committed clips as a torch `Dataset`, for networks of one's own.
 
+    import torch
     from avsep.learning import ClipDataset
     clips = ClipDataset("out/clips", "train")
     batches = torch.utils.data.DataLoader(clips, batch_size=64, shuffle=True, num_workers=2)

@@ -151,6 +151,10 @@ class Listening:
     link: tuple[int, int] | None = None  # of an Ogg chain, where it starts and ends in the file, in bytes
     layout: str = ""  # of the channels that are taken; empty: one, mixed
 
+    def __post_init__(self) -> None:
+        if self.track < 1:
+            raise ValueError(f"track is {self.track}; tracks are counted from 1")
+
     @property
     def n_channels(self) -> int:
         """How many channels come."""

@@ -10,12 +10,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from avsep import media
+from avsep import media, storage
 from avsep.service.results import ResultStore
 from avsep.videos import FileLimits
 
 ENVIRONMENT = "AVSEP_SERVE_"
 log = logging.getLogger("avsep.service")
+
+
+_LEAST = {"replicas": 0, "devices": -1, "upload_grace_s": 0.0, "min_upload_rate": 0.0}  # the others are above zero
 
 
 class UnusableSettings(Exception):
@@ -73,10 +76,22 @@ class ServiceConfig:
                     values[name] = kind(text) if kind in (int, float) else text
             except (KeyError, ValueError):
                 raise ValueError(f"{variable}={text}: give {'0 or 1' if kind is bool else 'a number'}") from None
+            if kind in (int, float):
+                least = _LEAST.get(name)
+                if not (values[name] > 0 if least is None else values[name] >= least):  # nor what is no number
+                    rule = "more than 0" if least is None else f"{least:.0f} or more"
+                    raise ValueError(f"{variable}={text}: give {rule}")
         if values.get("token") is not None:
             values["token"] = values["token"].strip()  # a secret's file ends with a line break
             if not values["token"]:
                 raise ValueError(f"{ENVIRONMENT}TOKEN is empty; give what clients must send, or unset it to let all in")
+        if (folder := values.get("examples")) and not os.path.isdir(folder):
+            raise ValueError(f"{ENVIRONMENT}EXAMPLES={folder}: there is no such folder")
+        if folder := values.get("results"):
+            if storage.is_uri(folder):
+                raise ValueError(f"{ENVIRONMENT}RESULTS={folder}: give a folder that all its processes see, not a URI")
+            if wrong := storage.unwritable(folder):
+                raise ValueError(f"{ENVIRONMENT}RESULTS: {wrong}")
         return cls(**values)
 
     @property

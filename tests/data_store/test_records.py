@@ -250,6 +250,13 @@ def test_a_parquet_table_of_another_schema_is_named(tmp_path: Path, cells: dict[
         read_segments(str(table))
 
 
+def test_a_source_of_an_unknown_scheme_is_refused(tmp_path: Path) -> None:
+    sources = ["s3://b/a.mp4", "memory://b/b.mp4", "https://x.org/c.mp4", "foo://b/d.mp4"]
+    (tmp_path / "t.csv").write_text("".join(["source\n", *(f"{s}\n" for s in sources)]))
+    with pytest.raises(ValueError, match=r"row 5: source is 'foo://b/d.mp4', and nothing opens foo://; sources are"):
+        read_segments(tmp_path / "t.csv")
+
+
 def test_a_source_of_an_unknown_site_is_refused_unless_a_file_has_its_name(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("segment_id,source\na,tape:1\nb,./tape:2\nc,Tape:3\n")
     with pytest.raises(ValueError, match=r"t.csv, row 2: source is 'tape:1', and 'tape' is no known .*: .* youtube:ID"):

@@ -216,6 +216,16 @@ LISTED = {
 }  # fmt: skip
 
 
+def test_a_damaged_model_is_one_line(extraction: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """Told before the clips are read: no worker says it again, with its stack."""
+    tones.model().save(tmp_path / "model")
+    (tmp_path / "model" / "miml.safetensors").write_bytes(b"cut")
+    where = ["--clips", str(extraction / "clips"), "--out", str(tmp_path / "audit")]
+    assert audit.main([*where, "--model", str(tmp_path / "model")]) == 2
+    told = capfd.readouterr().err.splitlines()
+    assert len(told) == 1 and "miml.safetensors" in told[0] and not (tmp_path / "audit").exists()
+
+
 def test_an_audit_lists_and_counts_every_kind_and_nothing_else(extraction: Path) -> None:
     card = json.loads((extraction / "audit" / "card.json").read_text())
     (file,) = (c.clips.path for c in shards.read_commits(extraction / "clips") if c.shard == "b" and c.clips)

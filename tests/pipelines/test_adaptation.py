@@ -75,6 +75,9 @@ def test_clips_that_teach_nothing_keep_the_start(noises: str, tmp_path: Path, ca
 def test_few_clips_keep_the_start(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     assert adapt(extracted(tmp_path, 3), tmp_path / "run") == 0
     assert "too few of 3 clips have labels to show" in capfd.readouterr().out
+    for more in ([], ["--resume"]):  # there is nothing to go on with
+        assert adapt(extracted(tmp_path, 3), tmp_path / "run", *more) == 2
+        assert "holds an adapted model; another --out leaves it alone; --replace" in capfd.readouterr().err
     assert same_network(starter.PATH, tmp_path / "run" / "model")
 
 

@@ -18,6 +18,7 @@ import soundfile
 from avsep import cli, commands, inputs, storage
 from avsep import files as whole_files
 from avsep.edits import Edits
+from avsep.records import ClipError
 from avsep.videos import VideoSeparator
 from tests.support.planted import BOXES, add_labeller, write_painted
 from tests.support.serving import write_model
@@ -321,7 +322,12 @@ def test_without_arguments_it_says_how_to_begin(capfd, monkeypatch) -> None:
         ["separate", "SOUND", "--model", "MODEL", "--objects", "dog, unicorn"],
         ["separate", "SOUND", "--two-stems", "unicorn"],
         ["separate", "SOUND", "--model", "MODEL", "--edit", "SOUND"],
+        ["separate", "SOUND", "--out", "pyproject.toml/sounds"],
+        ["separate", "SOUND", "--out", "http://127.0.0.1:1/x"],
+        ["separate", "SOUND", "--out", "s3:/bucket/x"],
+        ["separate", "SOUND", "--track", "-2"],
         ["inspect", "nosuch"],
+        ["inspect", "SOUND"],
         ["label", "nosuch.mp4"],
         ["label", "EMPTY"],
         ["separate", "EMPTY"],
@@ -339,6 +345,22 @@ def test_wrong_paths_and_names_are_told_before_anything_heavy_is_imported(model_
     assert len(told) == (0 if arguments == ["--version"] else 1)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "avsep.console" in imported and not imported & {"torch", "numpy", "pyarrow"}
+
+
+def test_a_file_whose_name_is_not_utf_8_is_separated(model_dir, sound, tmp_path, monkeypatch, capfd) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.rename(sound, b"caf\xe9.wav")
+    assert separate("caf\udce9.wav", "--model", model_dir, "--objects", "dog", "--out", "out") == 0
+    assert sorted(os.listdir("out"))[:2] == ["_rest.wav", "dog.wav"] and not capfd.readouterr().err
+
+
+def test_a_traceback_is_shown_where_it_is_asked_for(model_dir, tmp_path, monkeypatch) -> None:
+    (tmp_path / "text.mp4").write_text("no media")
+    monkeypatch.setenv("AVSEP_TRACEBACK", "1")
+    with pytest.raises(ClipError, match="unreadable"):
+        separate(tmp_path / "text.mp4", "--model", model_dir, "--out", tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="matches no file"):
+        cli.main(["label", str(tmp_path / "*.mkv")])
 
 
 # ------------------------------------------------------------------------------------- output that can't be written

@@ -44,6 +44,12 @@ ROOT = Path(__file__).parents[2]
         ("audit --clips . --out x", "--clips . holds no commits; give the folder that pipelines.extract wrote"),
         ("manifest --table '' --out x", "--table: its value is empty: give one"),
         ("demo --out header.csv", "--out header.csv is a file; give a folder"),
+        ("manifest --table row.csv --out header.csv/x", "--out header.csv/x lies in"),
+        (
+            "manifest --table row.csv --out http://127.0.0.1/x",
+            "--out http://127.0.0.1/x is a web address, which can't be",
+        ),
+        ("extract --segments row.csv --out x --media s3:/b/m", "--media s3:/b/m has one slash; write s3://b/m"),
         ("extract --segments header.csv --out x", "header.csv has a column 'segment'; did you mean 'segment_id'?"),
         ("extract --segments row.csv --out x", "row.csv, row 2: start_s is 'late'"),
         ("evaluate --model . --segments row.csv --references . --out x", "--model . holds no config.json"),
@@ -75,6 +81,13 @@ def test_what_files_tell_is_told_before_the_models_are_loaded(tmp_path, capfd):
     assert evaluate.main([*command, "--out", str(tmp_path / "out"), "--in-process"]) == 2
     assert "holds no segments of --split test; its splits: val" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_demo_writes_to_this_machine(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert demo.main(["--out", "s3://bucket/demo"]) == 2
+    assert "--out s3://bucket/demo: the demo writes to this machine" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_inputs_are_checked_where_a_program_is_called_too_and_uris_are_left_to_it(capfd):

@@ -189,14 +189,16 @@ def test_mistakes_are_one_line_and_make_nothing(model_dir, videos, tmp_path, cap
         ([tmp_path / "empty"], "is a folder without videos or sounds"),
         ([f"{videos}/*.mp4"], "matches no file"),
         ([videos / "a", "--objects", "oboe"], "unknown object 'oboe'"),
-        ([videos / "a", "--track", "0"], "tracks are counted from 1"),
         ([videos / "table.csv", "--track", "2"], "excerpts, such as duet, are of the first track"),
         ([videos / "reserved.csv"], "'_shards' is a name of --out's own"),
     ):
         assert run(model_dir, out, *arguments) == 2
         (line,) = capfd.readouterr().err.splitlines()
         assert words in line
-    assert not out.exists()
+    model().save(tmp_path / "seeing")
+    assert run(str(tmp_path / "seeing"), out, videos / "a", "--weights", videos / "table.csv") == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "table.csv doesn't fit" in line and not out.exists()
     assert run(model_dir, videos, videos / "a") == 2 and "is to be separated" in capfd.readouterr().err
     assert run(model_dir, videos / "a" / "duet.wav", videos / "b") == 2 and "is a file" in capfd.readouterr().err
 

@@ -859,14 +859,19 @@ def test_the_store_is_used_by_many_at_once(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_settings_come_from_the_environment():
+def test_settings_come_from_the_environment(tmp_path):
     given = {"AVSEP_SERVE_TOKEN": "x", "AVSEP_SERVE_MAX_PENDING": "3", "AVSEP_SERVE_ALLOW_URLS": "1", "HOME": "/"}
     config = ServiceConfig.from_environment(given, model="m")
     assert (config.token, config.max_pending, config.allow_urls) == ("x", 3, True)
     assert ServiceConfig.from_environment({"AVSEP_SERVE_TOKEN": " x\n"}, model="m").token == "x"
     assert ServiceConfig.from_environment({}, model="m").token is None
-    wrong = [("MAX_PENDING", "many"), ("ALLOW_URLS", "perhaps"), ("MAX_PENDNG", "3"), ("TOKEN", ""), ("TOKEN", " \n")]
-    for name, text in wrong:
+    values = {"REPLICAS": "0", "DEVICES": "-1", "UPLOAD_GRACE_S": "0", "RESULTS": str(tmp_path), "EXAMPLES": "."}
+    assert ServiceConfig.from_environment({f"AVSEP_SERVE_{n}": v for n, v in values.items()}, model="m").replicas == 0
+    (tmp_path / "file").touch()
+    ranges = [("MAX_PENDING", "-1"), ("MAX_PENDING", "0"), ("REPLICAS", "-4"), ("DEVICES", "-2"), ("MAX_WORK_S", "nan")]
+    folders = [("RESULTS", "s3://b/x"), ("RESULTS", str(tmp_path / "file")), ("EXAMPLES", str(tmp_path / "none"))]
+    others = [("MAX_PENDING", "many"), ("ALLOW_URLS", "perhaps"), ("MAX_PENDNG", "3"), ("TOKEN", ""), ("TOKEN", " \n")]
+    for name, text in [*ranges, *folders, *others]:
         with pytest.raises(ValueError, match=f"AVSEP_SERVE_{name}"):
             ServiceConfig.from_environment({f"AVSEP_SERVE_{name}": text}, model="m")
 
