@@ -194,7 +194,7 @@ def _mistake(arguments: dict[str, Any]) -> str:
         return f"--out {wrong}"
     edit = arguments.get("edit")
     if edit and _is_local(edit) and not os.path.isfile(edit):
-        what = "is a folder" if os.path.isdir(edit) else "doesn't exist"
+        what = "is no file" if os.path.exists(edit) else "doesn't exist"
         return f"--edit {edit} {what}; give a JSON file, see --help"
     path = arguments.get("path", "")
     if os.path.isfile(path) and not path.endswith(".parquet"):

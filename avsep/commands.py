@@ -74,8 +74,6 @@ def separate(
     check_outputs(folders, model, output)
 
     def refuse(file: str, error: Exception) -> None:
-        if os.environ.get("AVSEP_TRACEBACK"):
-            raise error
         complain(f"avsep separate: {_mistake(error, file, folders[file])}")
 
     good = _usable(found, functools.partial(check_sound, track=track, output=output), refuse)

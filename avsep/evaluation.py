@@ -326,8 +326,8 @@ def beside(
 def truly_assigned(case: Case, bases: factors.Factors, stft: STFT, model: Separator | None) -> Tensor:
     """Give bases of a case's mixture to their true owners: `(J + 1, S)`, the rest last.
 
-    By the masks that a model makes of a sound's own bases, and in as many looks as it has: nothing but assignment
-    differs from the default.
+    By the masks that a model makes of a sound's own bases, and in as many looks as it has. So nothing but assignment
+    differs from a model that shares these softly, in a clip of one window.
     """
     if model is None:
         return baselines.oracle_assignment(case.mixture, case.everything, bases, stft)[0]

@@ -52,12 +52,12 @@ def has_known_scheme(uri: str) -> bool:
     >>> has_known_scheme("s3://bucket/duet.mp4"), has_known_scheme("tape://a/1")
     (True, False)
     """
-    scheme = uri.partition("://")[0]
+    scheme = uri.partition("://")[0].partition("::")[0]
     if scheme in _SCHEMES:
         return True
     import fsspec  # takes half a second
 
-    return scheme in fsspec.available_protocols()
+    return scheme in fsspec.registry or scheme in fsspec.available_protocols()
 
 
 def filesystem(path: AnyPath) -> tuple[pafs.FileSystem, str]:

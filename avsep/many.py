@@ -143,10 +143,8 @@ def prepare(
 ) -> Separations:
     """Load the model, and say what a run is made with; names of objects are those that people type.
 
-    Raises ValueError for unknown objects and a track below 1, and what `VideoSeparator.load` raises.
+    Raises ValueError for unknown objects, and what `VideoSeparator.load` raises.
     """
-    if track < 1:
-        raise ValueError(f"--track {track}: tracks are counted from 1")
     model = starter.PATH if model is None else model
     sha256 = fingerprint(model)
     loaded = load(model, weights, sha256)

@@ -201,7 +201,7 @@ def why(clip: ClipResult) -> str:
     energy, right = np.asarray(clip.basis_energy), np.asarray(clip.basis_right, bool)
     share = f"{energy[right].sum() / energy.sum():.0%}" if len(energy) and energy.sum() else "none"
     return (
-        f"Of the objects' bases, by energy, {share} were claimed most by the right object. True owners would bring "
+        f"Of the objects' bases, by energy, {share} were given to the right object. True owners would bring "
         f"{decibels(mean['oracle_assignment'] - mean['default'])} dB, and ideal masks another "
         f"{decibels(mean['ideal_mask'] - mean['oracle_assignment'])} dB."
     )

@@ -140,10 +140,11 @@ def unwritable(folder: str) -> str:
     >>> unwritable("s3:/bucket/out")
     's3:/bucket/out has one slash; write s3://bucket/out, or ./s3:/bucket/out for such a folder'
     """
-    if folder.startswith(("http://", "https://")):
+    if re.match("https?:/", folder):
         return f"{folder} is a web address, which can't be written to; give a folder, or a URI such as s3://bucket/name"
     if re.match(r"[a-z][a-z0-9]+:/(?!/)", folder) and not os.path.exists(folder.partition("/")[0]):
-        return f"{folder} has one slash; write {folder.replace(':/', '://', 1)}, or ./{folder} for such a folder"
+        uri = folder.replace(":/", ":///" if folder.startswith("file:") else "://", 1)
+        return f"{folder} has one slash; write {uri}, or ./{folder} for such a folder"
     if is_uri(folder):
         return ""
     place = os.path.abspath(folder)

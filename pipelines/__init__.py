@@ -86,7 +86,7 @@ def _mistake(name: str, path: str) -> str:
     if name in OUTPUTS:
         if not path:
             return "is empty; give a folder"
-        return storage.unwritable(path)
+        return "" if name == "media" and "://" in path else storage.unwritable(path)  # which most only read
     if "://" in path:
         return ""
     holds, remedy = INPUTS[name]

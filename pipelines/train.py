@@ -222,7 +222,7 @@ def check_free(out: str, replace: bool) -> None:
     what = f"a training of {epochs} epoch{'s' * (epochs != 1)}; --resume goes on with it"
     if not storage.exists(runs.checkpoint(out)):
         begun = any(storage.exists(storage.join(out, half)) for half in adaptation.HALVES)
-        what = "an adaptation; --start with --resume goes on with it" if begun else "an adapted model"
+        what = "an adaptation; --start with --resume goes on with it" if begun else "a model"
     what = f"--out {out} holds {what}; another --out leaves it alone"
     console.check_free(out, _MADE, what, replace)
 

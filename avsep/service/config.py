@@ -18,7 +18,9 @@ ENVIRONMENT = "AVSEP_SERVE_"
 log = logging.getLogger("avsep.service")
 
 
-_LEAST = {"replicas": 0, "devices": -1, "upload_grace_s": 0.0, "min_upload_rate": 0.0}  # the others are above zero
+_LEAST = {  # of settings that may be zero, or less
+    "replicas": 0, "devices": -1, "upload_grace_s": 0, "min_upload_rate": 0, "answer_within_s": 0,
+}  # fmt: skip
 
 
 class UnusableSettings(Exception):
@@ -61,7 +63,8 @@ class ServiceConfig:
     def from_environment(cls, environment: Mapping[str, str], **values: Any) -> ServiceConfig:
         """Read the fields that the environment sets; ValueError names the variable that is wrong."""
         kinds = typing.get_type_hints(cls)
-        known = {f"{ENVIRONMENT}{f.name.upper()}": f.name for f in fields(cls)}
+        variables = {f.name: f"{ENVIRONMENT}{f.name.upper()}" for f in fields(cls)}
+        known = {variable: name for name, variable in variables.items()}
         for variable, text in environment.items():
             if not variable.startswith(ENVIRONMENT):
                 continue
@@ -76,11 +79,11 @@ class ServiceConfig:
                     values[name] = kind(text) if kind in (int, float) else text
             except (KeyError, ValueError):
                 raise ValueError(f"{variable}={text}: give {'0 or 1' if kind is bool else 'a number'}") from None
-            if kind in (int, float):
-                least = _LEAST.get(name)
-                if not (values[name] > 0 if least is None else values[name] >= least):  # nor what is no number
-                    rule = "more than 0" if least is None else f"{least:.0f} or more"
-                    raise ValueError(f"{variable}={text}: give {rule}")
+        for name, value in values.items():
+            least = _LEAST.get(name)
+            if kinds[name] in (int, float) and not (value > 0 if least is None else value >= least):  # nor NaN
+                rule = "more than 0" if least is None else f"{least:.0f} or more"
+                raise ValueError(f"{variables[name]}={value}: give {rule}")
         if values.get("token") is not None:
             values["token"] = values["token"].strip()  # a secret's file ends with a line break
             if not values["token"]:

@@ -96,7 +96,7 @@ def edit(store: ResultStore, job_id: str, edits: Edits, find: Callable[[str], st
 
 @functools.lru_cache(maxsize=4)  # who edits a sound does so often, and one at a time
 def _assigned(bases: Path) -> Assigned:
-    """Read a job's bases, which never change; those that aren't many stay in memory."""
+    """Read a job's bases, the same whenever they are written; those that aren't many stay in memory."""
     assigned = Assigned.read(bases)
     return assigned.held() if bases.stat().st_size <= _HELD_BYTES else assigned
 

@@ -126,7 +126,7 @@ class JobWorker:
         more["located"] = has_image and done.locations is not None
         result = outcome(job, separate, done).model_copy(update=more)
         self.store.sweep()  # while this one is in progress: others make room, or there is none
-        _remove(folder, f"{TRACKS}.*.part", "fetched")
+        _remove(folder, "*.part", "fetched")
         self.store.finish(job_id, "done", video is not None, stage="done", progress=1.0, result=result)
 
     def _container_of(self, upload: Path) -> str | None:
@@ -258,11 +258,14 @@ def fail(store: ResultStore, job_id: str, failure: Failure) -> None:
     """Keep a job's failure and nothing else of it; one that is done stays so."""
     if store.job(job_id).status == "done":
         return
-    _remove(store.path(job_id), TRACKS, f"{TRACKS}.*.part", "fetched")
+    _remove(store.path(job_id), TRACKS, "*.part", "fetched")
     store.finish(job_id, "failed", error=failure)
 
 
 def _remove(folder: Path, *patterns: str) -> None:
     for pattern in patterns:
         for path in folder.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)

@@ -251,7 +251,7 @@ def test_a_parquet_table_of_another_schema_is_named(tmp_path: Path, cells: dict[
 
 
 def test_a_source_of_an_unknown_scheme_is_refused(tmp_path: Path) -> None:
-    sources = ["s3://b/a.mp4", "memory://b/b.mp4", "https://x.org/c.mp4", "foo://b/d.mp4"]
+    sources = ["s3://b/a.mp4", "simplecache::memory://b/b.mp4", "https://x.org/c.mp4", "foo://b/d.mp4"]
     (tmp_path / "t.csv").write_text("".join(["source\n", *(f"{s}\n" for s in sources)]))
     with pytest.raises(ValueError, match=r"row 5: source is 'foo://b/d.mp4', and nothing opens foo://; sources are"):
         read_segments(tmp_path / "t.csv")

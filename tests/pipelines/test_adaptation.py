@@ -77,7 +77,7 @@ def test_few_clips_keep_the_start(tmp_path: Path, capfd: pytest.CaptureFixture) 
     assert "too few of 3 clips have labels to show" in capfd.readouterr().out
     for more in ([], ["--resume"]):  # there is nothing to go on with
         assert adapt(extracted(tmp_path, 3), tmp_path / "run", *more) == 2
-        assert "holds an adapted model; another --out leaves it alone; --replace" in capfd.readouterr().err
+        assert "holds a model; another --out leaves it alone; --replace" in capfd.readouterr().err
     assert same_network(starter.PATH, tmp_path / "run" / "model")
 
 

@@ -18,7 +18,6 @@ import soundfile
 from avsep import cli, commands, inputs, storage
 from avsep import files as whole_files
 from avsep.edits import Edits
-from avsep.records import ClipError
 from avsep.videos import VideoSeparator
 from tests.support.planted import BOXES, add_labeller, write_painted
 from tests.support.serving import write_model
@@ -355,12 +354,10 @@ def test_a_file_whose_name_is_not_utf_8_is_separated(model_dir, sound, tmp_path,
 
 
 def test_a_traceback_is_shown_where_it_is_asked_for(model_dir, tmp_path, monkeypatch) -> None:
-    (tmp_path / "text.mp4").write_text("no media")
     monkeypatch.setenv("AVSEP_TRACEBACK", "1")
-    with pytest.raises(ClipError, match="unreadable"):
-        separate(tmp_path / "text.mp4", "--model", model_dir, "--out", tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match="matches no file"):
-        cli.main(["label", str(tmp_path / "*.mkv")])
+    for command in ("separate", "label"):
+        with pytest.raises(FileNotFoundError, match="matches no file"):
+            cli.main([command, str(tmp_path / "*.mkv")])
 
 
 # ------------------------------------------------------------------------------------- output that can't be written

@@ -865,7 +865,7 @@ def test_settings_come_from_the_environment(tmp_path):
     assert (config.token, config.max_pending, config.allow_urls) == ("x", 3, True)
     assert ServiceConfig.from_environment({"AVSEP_SERVE_TOKEN": " x\n"}, model="m").token == "x"
     assert ServiceConfig.from_environment({}, model="m").token is None
-    values = {"REPLICAS": "0", "DEVICES": "-1", "UPLOAD_GRACE_S": "0", "RESULTS": str(tmp_path), "EXAMPLES": "."}
+    values = {"REPLICAS": "0", "DEVICES": "-1", "ANSWER_WITHIN_S": "0", "RESULTS": str(tmp_path), "EXAMPLES": "."}
     assert ServiceConfig.from_environment({f"AVSEP_SERVE_{n}": v for n, v in values.items()}, model="m").replicas == 0
     (tmp_path / "file").touch()
     ranges = [("MAX_PENDING", "-1"), ("MAX_PENDING", "0"), ("REPLICAS", "-4"), ("DEVICES", "-2"), ("MAX_WORK_S", "nan")]
@@ -874,6 +874,8 @@ def test_settings_come_from_the_environment(tmp_path):
     for name, text in [*ranges, *folders, *others]:
         with pytest.raises(ValueError, match=f"AVSEP_SERVE_{name}"):
             ServiceConfig.from_environment({f"AVSEP_SERVE_{name}": text}, model="m")
+    with pytest.raises(ValueError, match="AVSEP_SERVE_REPLICAS=-4: give 0 or more"):  # as Ray's configuration gives it
+        ServiceConfig.from_environment({}, model="m", replicas=-4)
 
 
 def test_what_failures_mean():
