@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -32,6 +33,13 @@ _PLACE = """new Promise((done) => requestAnimationFrame(() => {
   const place = [x + width / 2, y + height / 2];
   done([...place, element.contains(document.elementFromPoint(...place))]);
 }))"""
+
+
+_NAVIGATING = re.compile("navigated or closed|context was destroyed|Cannot find context")
+
+
+class Navigating(RuntimeError):
+    """The page went elsewhere, or was loaded again, while it was asked."""
 
 
 class Page:
@@ -70,7 +78,8 @@ class Page:
             message = json.loads(self._socket.recv(timeout=60))
             if message.get("id") == self._number:
                 if "error" in message:
-                    raise RuntimeError(f"{method}: {message['error']['message']}")
+                    problem = f"{method}: {message['error']['message']}"
+                    raise (Navigating if _NAVIGATING.search(problem) else RuntimeError)(problem)
                 return message["result"]
             if message.get("method") == "Runtime.exceptionThrown":
                 details = message["params"]["exceptionDetails"]
@@ -95,7 +104,14 @@ class Page:
     def wait(self, condition: Any, timeout_s: float = 60) -> None:
         """Wait until a function, or an expression in the page, is true."""
         deadline = time.monotonic() + timeout_s
-        while not (condition() if callable(condition) else self.run(condition)):
+
+        def holds() -> bool:
+            try:
+                return condition() if callable(condition) else self.run(condition)
+            except Navigating:  # ask what comes next
+                return False
+
+        while not holds():
             if time.monotonic() > deadline:
                 seen = self.run("document.body.innerText") if self._number else ""
                 raise TimeoutError(f"{condition} isn't true after {timeout_s} s: {self.errors}\n{seen}")
