@@ -353,7 +353,7 @@ def test_a_file_whose_name_is_not_utf_8_is_separated(model_dir, sound, tmp_path,
     assert sorted(os.listdir("out"))[:2] == ["_rest.wav", "dog.wav"] and not capfd.readouterr().err
 
 
-def test_a_traceback_is_shown_where_it_is_asked_for(model_dir, tmp_path, monkeypatch) -> None:
+def test_a_traceback_is_shown_where_it_is_asked_for(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("AVSEP_TRACEBACK", "1")
     for command in ("separate", "label"):
         with pytest.raises(FileNotFoundError, match="matches no file"):
